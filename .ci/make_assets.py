@@ -1,0 +1,45 @@
+"""Make the files of brainfm/assets from the sample data (its folder is the first argument). Kept so that they can be remade.
+
+python .ci/make_assets.py DATA_FOLDER
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import brainfm
+from brainfm.models.contracts import ASSETS, TURBOPREP_4MM
+from brainfm.operations import Volume
+from brainfm.registry import model_entrypoint
+from brainfm.scan.grid import on_grid
+
+
+def make_scan_and_template(data: Path) -> None:
+    shutil.copy(data / "mni152_2009a_T1w_brain.nii.gz", ASSETS / "sample_T1w_brain.nii.gz")
+    shutil.copy(data / "mni152_2009a_brain_mask.nii.gz", ASSETS / "sample_brain_mask.nii.gz")
+    image, mask = (nib.load(ASSETS / f"sample_{name}.nii.gz") for name in ("T1w_brain", "brain_mask"))
+    brain = np.asanyarray(mask.dataobj) > 0
+    masked = np.asanyarray(image.dataobj)[None] * brain
+    coarse = on_grid(Volume(masked, brain, image.affine), TURBOPREP_4MM, "resample", "sample")[0]
+    share = on_grid(Volume(brain[None].astype(np.float32), brain, image.affine), TURBOPREP_4MM, "resample", "sample")[0]
+    mean = np.where(coarse.mask, coarse.image[0] / np.maximum(share.image[0], 0.5), 0)
+    template = np.where(coarse.mask, np.clip(np.rint(mean), 1, 255), 0).astype(np.uint8)
+    nib.Nifti1Image(template, coarse.affine).to_filename(ASSETS / "mni152_brain_4mm.nii.gz")
+
+
+def make_test_weights() -> None:
+    for name in ("test_resnet_3d", "test_vit_3d"):
+        torch.manual_seed(0)
+        state = model_entrypoint(name)().state_dict()
+        half = {k: v.half() if v.is_floating_point() and k != "pos_embed" else v for k, v in state.items()}
+        save_file(half, ASSETS / f"{name}.safetensors", metadata={"made_by": f"brainfm {brainfm.__version__}, seed 0"})
+
+
+if __name__ == "__main__":
+    make_scan_and_template(Path(sys.argv[1]))
+    make_test_weights()

@@ -1,0 +1,5 @@
+"""`python -m brainfm` is `brainfm`."""
+
+from brainfm.cli import main
+
+main()

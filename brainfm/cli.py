@@ -1,0 +1,186 @@
+"""`brainfm …`: thin, no logic of its own. Errors are one line and a non-zero exit; --debug gives the traceback."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+EPILOG = "Documentation: README.md. Every refusal says what to do next."
+
+
+class _Commands(click.Group):
+    """A group whose commands end, on an error of brainfm, with one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from brainfm.errors import BrainfmError
+
+        try:
+            return super().invoke(ctx)
+        except (BrainfmError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="brainfm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error, and what happens behind the scenes.")
+def main(debug: bool) -> None:
+    """Pretrained encoders for 3D brain MRI, each with the exact input its weights expect."""
+    import logging
+
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("brainfm").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+@main.command("list")
+@click.argument("pattern", default="")
+@click.option("--pretrained", is_flag=True, help="Only models whose weights exist, by their full names.")
+def list_command(pattern: str, pretrained: bool) -> None:
+    """List the models, or those that match PATTERN, such as '*vit*'."""
+    import brainfm
+
+    names = brainfm.list_models(pattern, pretrained=pretrained)
+    if not names:
+        raise brainfm.ModelNameError(f"no model matches {pattern!r}; 'brainfm list' names them all")
+    for name in names:
+        cfg = brainfm.get_pretrained_cfg(name)
+        click.echo(f"{name:34} {cfg.num_features:5}-d  {cfg.source or 'no published weights'}")
+
+
+@main.command()
+@click.argument("model")
+def info(model: str) -> None:
+    """Say what MODEL is: weights, input contract, cohorts, licence, citation."""
+    from brainfm.factory import resolve
+    from brainfm.pretrained import describe
+    from brainfm.weights import cached_weights
+
+    cfg = resolve(model).cfg
+    here = cached_weights(cfg) if cfg.has_weights else None
+    facts = {
+        "model": cfg.name,
+        "embedding": f"{cfg.num_features}-d",
+        "weights": (cfg.source or "none published") + (f" (here: {here})" if here else ""),
+        "sha256": cfg.sha256,
+        "pretraining": cfg.ssl_method,
+        "licence": cfg.licence,
+        "paper": cfg.paper,
+        "code": cfg.repository,
+        "notes": cfg.notes,
+    }
+    for name, value in facts.items():
+        if value:
+            click.echo(f"{name:12} {value}")
+    if cfg.input_spec:
+        click.echo("\nInput contract\n" + _indented(describe(cfg.input_spec)))
+    if cfg.cohorts:
+        patients, scans = sum(c.patients for c in cfg.cohorts), sum(c.scans for c in cfg.cohorts)
+        click.echo(f"\nPretrained on {patients:,} patients, {scans:,} scans; testing on these is testing on training data")
+        for cohort in cfg.cohorts:
+            click.echo(f"  {cohort.name:10} {cohort.patients:6,} {cohort.scans:7,}  {', '.join(cohort.conditions)}")
+    if cfg.scores:
+        click.echo("\nPublished scores")
+        for score in cfg.scores:
+            spread = f" ± {score.sd:g}" if score.sd is not None else ""
+            click.echo(f"  {score.task:32} {score.mode:14} {score.value:g}{spread} {score.metric}")
+    if cfg.citation:
+        click.echo("\nCitation\n" + _indented(cfg.citation))
+
+
+@main.command()
+@click.option("--model", help="The model; by default the published one if its weights are here, else the test model.")
+@click.option("-o", "--output", default="brainfm_demo", show_default=True, help="Folder for the two files it writes.")
+def demo(model: str | None, output: str) -> None:
+    """Embed the packaged sample scan, and draw the tensor that the encoder saw."""
+    from brainfm import demo as job
+
+    name = model or job.default_model()
+    click.echo(f"scan       {job.SAMPLE_SCAN}\nmask       {job.SAMPLE_MASK}\n           (MNI152 2009a: an average of 152 brains)")
+    result = job.run(name, output)
+    click.echo(f"model      {result.model_name}: {result.notes}")
+    click.echo(f"tensor     {list(result.input_shape)}, prepared as the model's input contract says (brainfm info {name})")
+    first = ", ".join(f"{value:.4f}" for value in result.vector[:4])
+    click.echo(f"embedding  {len(result.vector)} numbers: {first}, …")
+    click.echo(f"written    {result.embedding_file}\n           {result.picture_file} (the three middle planes of the tensor)")
+    if name == job.TEST_MODEL:
+        click.echo(
+            "\nThis was a tiny test model, not a brain encoder: it shows that everything is in place.\n"
+            f"The real one, fetched on first use: brainfm demo --model {job.REAL_MODEL}"
+        )
+
+
+@main.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("-o", "--output", required=True, help="The table: .csv, .parquet or .npz.")
+@click.option("--model", default="simclr_resnet18_3d", show_default=True, help="Name of the model.")
+@click.option("--mask", help="Brain mask, where INPUT is one scan.")
+@click.option("--checkpoint", help="A weight file to use instead of the published weights.")
+@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
+@click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
+def embed(
+    inputs: tuple[str, ...],
+    output: str,
+    model: str,
+    mask: str | None,
+    checkpoint: str | None,
+    batch_size: int,
+    device: str,
+    dtype: Any,
+    workers: int,
+    strict: bool,
+) -> None:
+    """Embed scans into a table, a row a scan.
+
+    INPUT is a scan (.nii, .nii.gz, .mgz), a manifest (.csv with image_path, and mask_path), a TurboPrep folder, or a
+    BIDS-derivatives folder. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1.
+    """
+    import brainfm
+    from brainfm.embed import check_format, errors_path
+    from brainfm.manifest import ScanRecord, list_scans
+
+    path = Path(output)
+    check_format(path)
+    if mask is not None:
+        if len(inputs) != 1:
+            raise brainfm.ScanError("--mask goes with one scan; list several with their masks in a manifest")
+        records = [ScanRecord(inputs[0], mask)]
+    else:
+        records = [record for item in inputs for record in list_scans(item)]
+    encoder = brainfm.create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
+    table = brainfm.embed(
+        records,
+        encoder,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        num_workers=workers,
+        output=path,
+        on_error="raise" if strict else "skip",
+        progress=sys.stderr.isatty() or len(records) > 1,
+    )
+    for _, message in table.errors[:10]:
+        click.echo(f"ScanError: {message}", err=True)
+    if len(table):
+        click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each)")
+    if table.errors:
+        click.echo(f"{len(table.errors)} of {len(records)} scans failed; they are listed in {errors_path(path)}", err=True)
+        sys.exit(1)
+
+
+def _indented(text: str) -> str:
+    return "  " + text.replace("\n", "\n  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The main job on the packaged sample scan: file → tensor → embedding, with a picture of what the encoder saw."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainfm.embed import Embeddings
+from brainfm.factory import create_model
+from brainfm.inference import optimize
+from brainfm.manifest import ScanRecord
+from brainfm.models.contracts import ASSETS
+from brainfm.registry import get_pretrained_cfg
+from brainfm.transforms import create_transform
+from brainfm.weights import atomic_path, cached_weights
+
+SAMPLE_SCAN = ASSETS / "sample_T1w_brain.nii.gz"
+SAMPLE_MASK = ASSETS / "sample_brain_mask.nii.gz"
+REAL_MODEL, TEST_MODEL = "simclr_resnet18_3d", "test_resnet_3d"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo did: the model, the shape of its input, the embedding, and the two files written."""
+
+    model_name: str
+    notes: str
+    input_shape: tuple[int, ...]
+    vector: NDArray[np.float32]
+    embedding_file: Path
+    picture_file: Path
+
+
+def default_model() -> str:
+    """The published encoder where its weights are in the cache already, else the packaged test model."""
+    return REAL_MODEL if cached_weights(get_pretrained_cfg(REAL_MODEL)) else TEST_MODEL
+
+
+def run(model_name: str, folder: str | os.PathLike[str]) -> DemoResult:
+    """Embed the packaged sample scan (the MNI152 2009a average brain) and write `embedding.csv` and `input.png`."""
+    folder = Path(folder)
+    model = create_model(model_name, pretrained=True)
+    tensor = create_transform(model)(SAMPLE_SCAN, mask=SAMPLE_MASK)
+    with torch.inference_mode():
+        vector: NDArray[np.float32] = optimize(model)(tensor[None])[0].numpy()
+    table = Embeddings(vector[None], [ScanRecord(SAMPLE_SCAN, SAMPLE_MASK, "MNI152", "2009a")])
+    table.save(folder / "embedding.csv")
+    draw_tensor(tensor, folder / "input.png")
+    notes = model.pretrained_cfg.notes
+    return DemoResult(model_name, notes, tuple(tensor.shape), vector, folder / "embedding.csv", folder / "input.png")
+
+
+def draw_tensor(tensor: Tensor, path: Path, pixels: int = 384) -> None:
+    """Write a PNG of the three middle planes of a [1, z, y, x] tensor, the outline of its non-zero voxels in red.
+
+    From left to right: axial, coronal, sagittal; the scan's left is on the left, its front and top are up. Each panel is
+    `pixels` wide and high at the most.
+    """
+    from PIL import Image
+
+    volume = tensor[0].numpy()
+    z, y, x = (size // 2 for size in volume.shape)
+    planes = (volume[z, ::-1, :], volume[::-1, y, :], volume[::-1, :, x])
+    low, high = np.percentile(volume[volume != 0], (1, 99)) if volume.any() else (0.0, 1.0)
+    scale = max(1, pixels // max(volume.shape))
+    panels = [_panel(plane, low, high, scale) for plane in planes]
+    height = max(panel.shape[0] for panel in panels)
+    padded = [np.pad(panel, ((0, height - panel.shape[0]), (4, 4), (0, 0))) for panel in panels]
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.concatenate(padded, axis=1)).save(temporary, format="PNG")
+
+
+def _panel(plane: NDArray[np.float32], low: float, high: float, scale: int) -> NDArray[np.uint8]:
+    brain = plane != 0
+    grey = np.where(brain, np.clip((plane - low) / (high - low), 0, 1) * 215 + 40, 0).astype(np.uint8)
+    grey, brain = (np.repeat(np.repeat(a, scale, axis=0), scale, axis=1) for a in (grey, brain))
+    inner = brain.copy()
+    for axis in (0, 1):
+        for step in (-1, 1):
+            inner &= np.roll(brain, step, axis)
+    rgb = np.repeat(grey[..., None], 3, axis=2)
+    rgb[brain & ~inner] = (230, 60, 50)
+    return rgb

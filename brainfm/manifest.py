@@ -1,0 +1,200 @@
+"""Lists of scans: files, a CSV manifest, a TurboPrep folder, a BIDS-derivatives folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from brainfm.errors import ScanError
+from brainfm.scan import ImageLike
+from brainfm.scan.read import is_dicom
+
+# A path (of an image, a manifest or a folder), an image, a pair (image, mask), or a list of images and pairs.
+ScansLike: TypeAlias = "str | os.PathLike[str] | Sequence[ImageLike | tuple[ImageLike, ImageLike] | ScanRecord]"
+
+_IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+_TURBOPREP_IMAGE, _TURBOPREP_MASK = "normalized.nii.gz", "mask.nii.gz"
+
+
+@dataclass(frozen=True)
+class ScanRecord:
+    """One scan of a list.
+
+    Attributes:
+        image: The scan: a path, or an image in memory.
+        mask: Its brain mask, or None.
+        patient_id: Who was scanned, where known.
+        scan_id: Which scan of that patient, where known.
+        extra: Further columns of the manifest.
+    """
+
+    image: ImageLike
+    mask: ImageLike | None = None
+    patient_id: str = ""
+    scan_id: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def columns(self) -> dict[str, str]:
+        """The record as a row of text, without the images themselves."""
+        paths = [str(item) if isinstance(item, str | os.PathLike) else "" for item in (self.image, self.mask)]
+        return {
+            "image_path": paths[0],
+            "mask_path": paths[1],
+            "patient_id": self.patient_id,
+            "scan_id": self.scan_id,
+        } | self.extra
+
+
+def list_scans(scans: ScansLike) -> list[ScanRecord]:
+    """Every scan that `scans` names, in order.
+
+    Args:
+        scans: A path of an image, of a manifest (.csv), of a TurboPrep folder (`normalized.nii.gz` beside `mask.nii.gz`, at
+            any depth) or of a BIDS-derivatives folder (`sub-*` with T1w images in MNI152 space); or a list of images,
+            (image, mask) pairs and records.
+
+    Raises:
+        ScanError: There is no such path, the manifest has no rows, no `image_path` column or a row twice, or a folder holds
+            no scans; the message says what was looked for.
+    """
+    if isinstance(scans, str | os.PathLike):
+        return _from_path(Path(scans))
+    if isinstance(scans, ScanRecord) or not isinstance(scans, Iterable):
+        raise ScanError(f"scans must be a path or a list, not one {type(scans).__name__}; put it in a list")
+    return [_record(item) for item in scans]
+
+
+def _record(item: Any) -> ScanRecord:
+    if isinstance(item, ScanRecord):
+        return item
+    if isinstance(item, tuple) and len(item) == 2 and not _is_array_and_affine(item):
+        return ScanRecord(item[0], item[1], *_bids_ids(item[0]))
+    return ScanRecord(item, None, *_bids_ids(item))
+
+
+def _is_array_and_affine(item: tuple[Any, Any]) -> bool:
+    return getattr(item[1], "shape", None) == (4, 4)
+
+
+def _from_path(path: Path) -> list[ScanRecord]:
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return read_manifest(path)
+    return [_record(path)]
+
+
+def read_manifest(path: Path) -> list[ScanRecord]:
+    """The rows of a CSV (or TSV) manifest: `image_path`, optional `mask_path`, `patient_id`, `scan_id`; others are kept.
+
+    Relative paths are relative to the manifest. Raises ScanError as `list_scans` does.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            names = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = names
+            rows = [(reader.line_num, row) for row in reader if any((row.get(name) or "").strip() for name in names)]
+    except FileNotFoundError as error:
+        raise ScanError(f"{path}: no such manifest") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ScanError(f"{path}: not a readable CSV manifest ({error})") from error
+    if not names:
+        raise ScanError(f"{path}: the manifest is empty; it needs a header line with image_path (and mask_path)")
+    if "image_path" not in names:
+        raise ScanError(f"{path}: the manifest has no column image_path (it has {', '.join(names)})")
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ScanError(f"{path}: the manifest has the column {', '.join(twice)} twice")
+    if not rows:
+        raise ScanError(f"{path}: the manifest has a header but no rows")
+    records, seen = [], dict[tuple[str, str], int]()
+    for line, row in rows:
+        if None in row:
+            raise ScanError(f"{path}, line {line}: more fields than the header has; quote fields that hold a comma")
+        values = {name: (row[name] or "").strip() for name in names}
+        image = values.pop("image_path")
+        mask = values.pop("mask_path", "")
+        if not image:
+            raise ScanError(f"{path}, line {line}: image_path is empty")
+        if (image, mask) in seen:
+            raise ScanError(f"{path}, line {line}: {image} is already in line {seen[image, mask]}; remove one of them")
+        seen[image, mask] = line
+        patient, scan = values.pop("patient_id", ""), values.pop("scan_id", "")
+        records.append(ScanRecord(path.parent / image, path.parent / mask if mask else None, patient, scan, values))
+    return records
+
+
+def _from_folder(folder: Path) -> list[ScanRecord]:
+    prepared = sorted(folder.rglob(_TURBOPREP_IMAGE))
+    if prepared:
+        return [_turboprep_record(image, folder) for image in prepared]
+    template_space = [
+        path
+        for path in sorted(folder.glob("sub-*/**/*_T1w.nii*"))
+        if "_space-MNI152" in path.name and path.name.endswith(_IMAGE_SUFFIXES)
+    ]
+    if template_space:
+        return [_bids_record(image) for image in _finest(template_space)]
+    _refuse_folder(folder)
+    raise AssertionError  # not reached
+
+
+def _refuse_folder(folder: Path) -> None:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    if any(is_dicom(path) for path in files[:3]):
+        raise ScanError(f"{folder}: a folder of DICOM files; convert them first, for example with dcm2niix")
+    if any("_T1w.nii" in path.name for path in files):
+        raise ScanError(
+            f"{folder}: a BIDS folder with no T1w image in MNI152 space; give the derivatives folder of a run with "
+            "fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1, or prepare the scans with TurboPrep"
+        )
+    images = [path for path in files if path.name.endswith(_IMAGE_SUFFIXES)]
+    if images:
+        raise ScanError(
+            f"{folder}: neither a TurboPrep folder (no {_TURBOPREP_IMAGE}) nor BIDS derivatives (no sub-*/); "
+            f"name its {len(images)} image files one by one, or list them in a manifest"
+        )
+    raise ScanError(f"{folder}: no scans in this folder")
+
+
+def _turboprep_record(image: Path, folder: Path) -> ScanRecord:
+    mask = image.with_name(_TURBOPREP_MASK)
+    patient, scan = _bids_ids(image)
+    if not patient:
+        parts = image.parent.relative_to(folder).parts or (folder.resolve().name,)
+        patient, scan = parts[0], "_".join(parts[1:])
+    return ScanRecord(image, mask if mask.exists() else None, patient, scan)
+
+
+def _bids_record(image: Path) -> ScanRecord:
+    mask = image.with_name(re.sub(r"(_desc-[^_]+)?_T1w\.", "_desc-brain_mask.", image.name))
+    return ScanRecord(image, mask if mask.exists() else None, *_bids_ids(image))
+
+
+def _finest(images: list[Path]) -> list[Path]:
+    """One image a scan and space: the smallest `res-` where there are several."""
+    best: dict[str, Path] = {}
+    for image in sorted(images, key=_resolution):
+        best.setdefault(str(image.with_name(re.sub(r"_res-[^_]+", "", image.name))), image)
+    return sorted(best.values())
+
+
+def _resolution(path: Path) -> tuple[int, str]:
+    found = re.search(r"_res-0*(\d+)", path.name)
+    return (int(found.group(1)) if found else 0, path.name)
+
+
+def _bids_ids(image: Any) -> tuple[str, str]:
+    """Patient and scan from the BIDS entities `sub-` and `ses-`, `run-`, … in a path; empty where it has none."""
+    if not isinstance(image, str | os.PathLike):
+        return "", ""
+    text = Path(image).as_posix()
+    subject = re.findall(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", text)
+    others = [re.findall(rf"(?:^|[/_])({entity}-[A-Za-z0-9]+)", text) for entity in ("ses", "acq", "run")]
+    return (subject[-1] if subject else ""), "_".join(found[-1] for found in others if found)

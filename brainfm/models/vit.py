@@ -1,0 +1,294 @@
+"""3D vision transformers with the parameter names of `facebookresearch/mae`, so that its family's checkpoints load.
+
+Kaczmarek et al. 2025 (arXiv 2509.10620) compare SimCLR with an MAE on patches of 25×16×16 voxels: 864 of them, and a CLS
+token. Nothing 3D was released; the rule for the 3D sin-cos positions is ours (`sincos_positions`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brainfm.models.contracts import ASSETS, CITATION, PAPER, REPOSITORY, TURBOPREP_1MM, TURBOPREP_4MM
+from brainfm.models.encoder import Encoder, chosen_stages
+from brainfm.operations import Triple
+from brainfm.pretrained import PretrainedCfg
+from brainfm.registry import register_model
+
+
+def sincos_positions(dim: int, grid: Triple) -> Tensor:
+    """The fixed position embedding of a `grid` of patches, [1, 1 + patches, dim] in float32, the CLS token's row zero.
+
+    Each axis, in (z, y, x) order, gets w = 2·⌊dim/6⌋ channels: the sines, then the cosines, of position × 10000^(−i/(w/2)),
+    i = 0 … w/2 − 1, for positions 0, 1, 2 … along it. Channels left over are zero.
+    """
+    half = dim // 6
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in axes]
+    parts = [part for angle in angles for part in (angle.sin(), angle.cos())]
+    patches = F.pad(torch.cat(parts, dim=1), (0, dim - 6 * half))
+    return F.pad(patches, (0, 0, 1, 0))[None].float()
+
+
+def interpolate_positions(positions: Tensor, old: Triple, new: Triple) -> Tensor:
+    """A learned position embedding [1, 1 + patches, dim] moved from one grid of patches to another, trilinearly."""
+    if old == new:
+        return positions
+    cls_row, patches = positions[:, :1], positions[:, 1:]
+    volume = patches.reshape(1, *old, -1).permute(0, 4, 1, 2, 3)
+    moved = F.interpolate(volume.float(), size=new, mode="trilinear", align_corners=False)
+    return torch.cat([cls_row, moved.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches → tokens: [B, C, D, H, W] → [B, d·h·w, dim], z slowest."""
+
+    def __init__(self, patch_size: Triple, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv3d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def grid(self, shape: Sequence[int]) -> Triple:
+        """Patches along each axis of a volume of `shape` voxels. Raises ValueError where they do not divide it."""
+        if any(size % patch for size, patch in zip(shape, self.patch_size, strict=True)):
+            raise ValueError(f"patches of {self.patch_size} voxels do not divide a volume of {tuple(shape)}")
+        z, y, x = (size // patch for size, patch in zip(shape, self.patch_size, strict=True))
+        return z, y, x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one biased projection for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+
+
+class VisionTransformer(Encoder):
+    """A ViT on 3D patches. It takes any volume that the patch divides.
+
+    `forward_features` gives all tokens after the final norm, the CLS token first. The position embedding is fixed sin-cos,
+    computed anew for another input size; one that was learned, or loaded with other values, is interpolated.
+
+    Args:
+        dim: Width of the tokens, and of the embedding.
+        depth: Blocks.
+        num_heads: Attention heads.
+        img_size: Voxels of the volume the position embedding is stored for.
+        patch_size: Voxels of a patch.
+        num_classes: Outputs of the classifier `head`; 0 for none.
+        in_chans: Input channels.
+        global_pool: "token" (the CLS token, as linear probing in the MAE work) or "avg" (the patch tokens' mean, as
+            fine-tuning there).
+        drop_rate: Dropout on the pooled embedding, in training.
+    """
+
+    pools = ("token", "avg")
+    classifier = "head"
+    first_conv = "patch_embed.proj"
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        img_size: Triple = (150, 192, 192),
+        patch_size: Triple = (25, 16, 16),
+        num_classes: int = 0,
+        in_chans: int = 1,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+        self.num_features = dim
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
+        self.grid = self.patch_embed.grid(img_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": f"blocks.{n}"} for n in range(depth)]
+        self.apply(_init_linear)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.reset_classifier(num_classes)
+
+    def positions(self, grid: Triple) -> Tensor:
+        """The position embedding [1, 1 + patches, dim] for a grid of patches."""
+        if grid == self.grid:
+            return self.pos_embed
+        if torch.allclose(self.pos_embed.float().cpu(), sincos_positions(self.num_features, self.grid), atol=1e-3):
+            return sincos_positions(self.num_features, grid).to(self.pos_embed)
+        return interpolate_positions(self.pos_embed, self.grid, grid)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        self._check_input(x)
+        positions = self.positions(self.patch_embed.grid(x.shape[2:]))
+        patches = self.patch_embed(x) + positions[:, 1:]
+        cls_token = (self.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+        return torch.cat([cls_token, patches], dim=1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self._tokens(x)
+        for block in self.blocks:
+            x = self._run(block, x)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def pool(self, features: Tensor) -> Tensor:
+        return features[:, 0] if self.global_pool == "token" else features[:, 1:].mean(dim=1)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, intermediates_only: bool = False
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As the contract says; the maps hold the patch tokens behind each chosen block, before the final norm."""
+        wanted = chosen_stages(indices, len(self.blocks))
+        grid = self.patch_embed.grid(x.shape[2:])
+        x = self._tokens(x)
+        found = []
+        for number, block in enumerate(self.blocks):
+            x = self._run(block, x)
+            if number in wanted:
+                found.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
+            if intermediates_only and number == wanted[-1]:
+                return found
+        return self.norm(x), found
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Drop an MAE's decoder, move positions stored for another input size, then as every family does.
+
+        The stored grid of patches is that of the cfg's input contract. Fixed sin-cos positions are computed anew, others
+        interpolated.
+        """
+        state = {key: value for key, value in state.items() if not key.startswith(("decoder_", "mask_token"))}
+        stored = state.get("pos_embed")
+        if stored is not None and stored.shape != self.pos_embed.shape and self.pretrained_cfg.input_spec is not None:
+            shape = self.pretrained_cfg.input_spec.output_shape
+            old = self.patch_embed.grid(shape[1:]) if shape else self.grid
+            if stored.shape == (1, 1 + old[0] * old[1] * old[2], self.num_features):
+                fixed = torch.allclose(stored.float(), sincos_positions(self.num_features, old), atol=1e-3)
+                moved = self.pos_embed.data if fixed else interpolate_positions(stored, old, self.grid)
+                state = state | {"pos_embed": moved}
+        return super().filter_state_dict(state)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def _mae_cfg(num_features: int) -> PretrainedCfg:
+    return PretrainedCfg(
+        input_spec=TURBOPREP_1MM,
+        num_features=num_features,
+        ssl_method="MAE",
+        paper=PAPER,
+        repository=REPOSITORY,
+        citation=CITATION,
+        notes="The authors released no MAE weights.",
+    )
+
+
+@register_model(cfgs={"": _mae_cfg(192)})
+def mae_vit_tiny_3d(**kwargs: Any) -> VisionTransformer:
+    """ViT-Tiny, 192-d: the encoder of the paper's masked autoencoder; no weights were published."""
+    return VisionTransformer(192, 12, 3, **kwargs)
+
+
+@register_model(cfgs={"": _mae_cfg(768)})
+def mae_vit_base_3d(**kwargs: Any) -> VisionTransformer:
+    """ViT-Base, 768-d, for masked-autoencoder pretraining; no weights were published."""
+    return VisionTransformer(768, 12, 12, **kwargs)
+
+
+@register_model(cfgs={"": _mae_cfg(1024)})
+def mae_vit_large_3d(**kwargs: Any) -> VisionTransformer:
+    """ViT-Large, 1024-d, for masked-autoencoder pretraining; no weights were published."""
+    return VisionTransformer(1024, 24, 16, **kwargs)
+
+
+@register_model(
+    cfgs={
+        "": PretrainedCfg(
+            input_spec=TURBOPREP_1MM,
+            num_features=192,
+            paper=PAPER,
+            repository=REPOSITORY,
+            citation=CITATION,
+            notes="A supervised baseline of the paper: trained from scratch for each task.",
+        )
+    }
+)
+def vit_tiny_3d(**kwargs: Any) -> VisionTransformer:
+    """ViT-Tiny, 192-d: the paper's supervised baseline, trained from scratch."""
+    return VisionTransformer(192, 12, 3, **kwargs)
+
+
+@register_model(
+    cfgs={
+        "seed0": PretrainedCfg(
+            file=str(ASSETS / "test_vit_3d.safetensors"),
+            input_spec=TURBOPREP_4MM,
+            num_features=96,
+            licence="Apache-2.0",
+            notes="A tiny test model with seeded initial weights: not a brain encoder. Its embeddings mean nothing.",
+        )
+    }
+)
+def test_vit_3d(**kwargs: Any) -> VisionTransformer:
+    """A ViT of 0.5 M parameters at 4 mm, 96-d, for tests and demos."""
+    kwargs = {"img_size": (40, 48, 48), "patch_size": (8, 8, 8)} | kwargs
+    return VisionTransformer(96, 4, 3, **kwargs)

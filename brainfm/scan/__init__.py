@@ -1,0 +1,168 @@
+"""Read a scan and its brain mask, and hold them to an input contract. Every refusal is a ScanError that says what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.errors import ScanError
+from brainfm.operations import CropBox, CropCenter, Reorient, Transpose, Volume
+from brainfm.pretrained import InputSpec
+from brainfm.scan.grid import TOLERANCE_MM, on_grid
+from brainfm.scan.placement import measure
+from brainfm.scan.read import ImageLike, StoredImage, read_image
+
+__all__ = ["ImageLike", "Scan", "load_scan"]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan(Volume):
+    """A scan that keeps an input contract: a `Volume` on the contract's grid, with where it came from.
+
+    Attributes:
+        source: The file, or what was passed in its place.
+        notes: What was done to bring the scan to the contract, such as "moved by (+2, +2, +6) whole voxels".
+    """
+
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def load_scan(
+    image: ImageLike,
+    mask: ImageLike | None = None,
+    *,
+    spec: InputSpec,
+    on_mismatch: Literal["resample", "raise"] = "resample",
+) -> Scan:
+    """Read a scan in any orientation and bring it to a contract's orientation and grid, or refuse it.
+
+    The voxels stay as they are stored (`Scan.image` gives real intensities) until the contract's operations run.
+
+    Args:
+        image: A NIfTI (.nii, .nii.gz) or MGZ file, a nibabel image, or a pair (array [x, y, z], affine [4, 4] to RAS mm).
+        mask: The brain mask on the same voxels: a file, an image, a pair, or an array of the scan's shape. Voxels above 0 are
+            brain. Without one, the non-zero voxels of a skull-stripped image are.
+        spec: The input contract.
+        on_mismatch: What to do with a scan in template space on another grid of the same or finer spacing: "resample"
+            moves it (whole-voxel shifts are copied, others averaged), "raise" refuses it.
+
+    Returns:
+        The scan on the contract's grid.
+
+    Raises:
+        ScanError: The scan or mask cannot be read, is not 3-D, holds non-finite values or nothing, the two do not fit, the
+            scan is not in the contract's space or not skull-stripped where it must be. The message says what to do.
+
+    Example:
+        >>> cfg = brainfm.get_pretrained_cfg("simclr_resnet18_3d")
+        >>> scan = brainfm.load_scan("normalized.nii.gz", "mask.nii.gz", spec=cfg.input_spec)
+        >>> scan.image.shape
+        (1, 193, 229, 193)
+    """
+    if on_mismatch not in ("resample", "raise"):
+        raise ValueError(f'on_mismatch must be "resample" or "raise", not {on_mismatch!r}')
+    if len(spec.channels) != 1:
+        raise ScanError(
+            f"this contract takes {len(spec.channels)} registered channels ({', '.join(spec.channels)}); "
+            "stack them in a brainfm.operations.Volume and call spec.apply"
+        )
+    stored = read_image(image)
+    brain = _brain_mask(stored, mask, spec)
+    volume = Volume(stored.array[None], brain, stored.affine, stored.slope, stored.inter)
+    volume, note = on_grid(volume, spec, on_mismatch, stored.source)
+    _check_content(volume, spec, stored.source, has_mask=mask is not None)
+    return Scan(
+        volume.stored, volume.mask, volume.affine, volume.slope, volume.inter, stored.source, (note,) if note else ()
+    )
+
+
+def _brain_mask(stored: StoredImage, mask: ImageLike | None, spec: InputSpec) -> NDArray[np.bool_] | None:
+    """[i, j, k] booleans on the stored voxels, from the mask or, where the contract allows it, the non-zero voxels."""
+    if spec.mask == "none":
+        return None
+    if mask is not None and spec.mask != "nonzero":
+        return _read_mask(mask, stored)
+    if spec.mask == "file":
+        raise ScanError(f"{stored.source}: this contract needs a brain mask; pass mask=")
+    if stored.array.dtype.kind == "f":
+        return _is_not_zero(stored, 0.0)
+    # Integers hold 0 to the precision of their scaling only: half a step.
+    return _is_not_zero(stored, abs(stored.slope) / 2)
+
+
+def _is_not_zero(stored: StoredImage, tolerance: float) -> NDArray[np.bool_]:
+    if stored.inter == 0:
+        return stored.array != 0
+    zero = -stored.inter / stored.slope
+    return np.abs(stored.array - np.float32(zero)) > tolerance / abs(stored.slope)
+
+
+def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
+    if isinstance(mask, np.ndarray):
+        mask = (mask, image.affine)
+    stored = read_image(mask, "mask")
+    names = f"{image.source}: the mask {stored.source}"
+    if stored.array.shape != image.array.shape:
+        raise ScanError(
+            f"{names} has {stored.array.shape} voxels and the scan {image.array.shape}; "
+            "use the mask made from this scan, or resample it to the scan's grid"
+        )
+    if np.abs((stored.affine - image.affine) @ [*image.array.shape, 1]).max() > TOLERANCE_MM or not np.allclose(
+        stored.affine, image.affine, atol=TOLERANCE_MM
+    ):
+        raise ScanError(f"{names} lies elsewhere: its affine is not the scan's; resample it to the scan's grid")
+    values = stored.array
+    if (stored.slope, stored.inter) != (1.0, 0.0):
+        values = np.rint(values * np.float32(stored.slope) + np.float32(stored.inter))
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise ScanError(f"{names} holds NaN or infinite values; make it 0 outside the brain and 1 inside")
+        if ((values > 0) & (values < 1)).any():
+            raise ScanError(f"{names} holds fractions between 0 and 1 (a probability map?); threshold it first")
+    if values.dtype.kind != "u" and (values < 0).any():
+        raise ScanError(f"{names} holds negative values: is it an image? Make it 0 outside the brain and 1 inside")
+    brain: NDArray[np.bool_] = values > 0
+    if not brain.any():
+        raise ScanError(f"{names} is empty: no voxel is above 0")
+    return brain
+
+
+def _check_content(volume: Volume, spec: InputSpec, source: str, has_mask: bool) -> None:
+    """Refuse a scan that the header lets through: empty, not finite, not stripped, or not where its affine says it is."""
+    seen = _field_of_view(volume, spec)
+    image = seen.stored[0]
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise ScanError(
+            f"{source}: the image holds NaN or infinite values; replace them "
+            "(0 outside the brain; inside it the scan is damaged)"
+        )
+    if not image.any() or image.min() == image.max():
+        raise ScanError(f"{source}: every voxel in the contract's field of view has the same value: there is no image")
+    if spec.grid is None and spec.skull_strip != "required":
+        return
+    brain = seen.mask
+    if brain is None:
+        brain = _is_not_zero(StoredImage(image, seen.affine, seen.slope, seen.inter, source), 0.0)
+    if not brain.any():
+        raise ScanError(f"{source}: no brain voxel is in the contract's field of view; is the mask the scan's own?")
+    if spec.space is None or not spec.space.startswith("MNI152") or spec.representation != "T1w":
+        return
+    placement = measure(seen, brain)
+    if placement.fault:
+        if not has_mask and brain.mean() > 0.99:
+            raise ScanError(f"{source}: the background is not 0, so the brain cannot be told from it; pass mask=")
+        raise ScanError(f"{source}: {placement.fault}")
+
+
+def _field_of_view(volume: Volume, spec: InputSpec) -> Volume:
+    """What the contract's leading crops leave: a view, so that voxels nobody asked for are never read."""
+    for operation in spec.operations:
+        if not isinstance(operation, Reorient | Transpose | CropBox | CropCenter):
+            break
+        volume = operation(volume)
+    return volume
+

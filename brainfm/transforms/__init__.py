@@ -1,0 +1,114 @@
+"""Scan → tensor, as an input contract says. `InputTransformd`, beside it, does the same inside a MONAI `Compose`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from brainfm.errors import ModelNameError, ScanError
+from brainfm.factory import resolve
+from brainfm.pretrained import InputSpec, PretrainedCfg, describe
+from brainfm.scan import ImageLike, Scan, load_scan
+
+if TYPE_CHECKING:
+    from brainfm.transforms.dictionary import InputTransformd
+
+__all__ = ["InputTransform", "InputTransformd", "create_transform"]
+
+
+class InputTransform:
+    """Scan → the tensor that a contract's weights expect.
+
+    Args:
+        spec: The input contract.
+        on_mismatch: What to do with a template-space scan on another grid; see `brainfm.load_scan`.
+        augment: Called with the finished tensor, [C, D, H, W] to the same.
+    """
+
+    def __init__(
+        self,
+        spec: InputSpec,
+        on_mismatch: Literal["resample", "raise"] = "resample",
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.on_mismatch: Literal["resample", "raise"] = on_mismatch
+        self.augment = augment
+
+    def __call__(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
+        """A scan as [C, D, H, W] float32; add the batch axis with `[None]`.
+
+        Args:
+            image: A file, a nibabel image, or a pair (array, affine); see `brainfm.load_scan`.
+            mask: Its brain mask; without one, the non-zero voxels of a skull-stripped image.
+
+        Raises:
+            ScanError: The scan cannot give the tensor of the contract; the message says why and what to do.
+        """
+        return self.tensor(load_scan(image, mask, spec=self.spec, on_mismatch=self.on_mismatch))
+
+    def tensor(self, scan: Scan) -> Tensor:
+        """The tensor of a scan that `load_scan` has read."""
+        try:
+            volume = self.spec.apply(scan)
+        except ScanError as error:
+            raise ScanError(f"{scan.source}: {error}") from error
+        tensor = torch.from_numpy(volume.image)
+        if self.spec.output_shape is not None and tuple(tensor.shape) != self.spec.output_shape:
+            raise ScanError(
+                f"{scan.source}: the contract's operations gave {tuple(tensor.shape)}, and it says {self.spec.output_shape}: "
+                "the contract contradicts itself"
+            )
+        return tensor if self.augment is None else self.augment(tensor)
+
+    def __repr__(self) -> str:
+        return "InputTransform\n  " + describe(self.spec).replace("\n", "\n  ")
+
+
+def create_transform(
+    model_or_name_or_cfg: nn.Module | str | PretrainedCfg | InputSpec, *, is_training: bool = False
+) -> InputTransform:
+    """The exact preprocessing of a weight, from its own input contract.
+
+    Args:
+        model_or_name_or_cfg: A model of `create_model`, its name, its `PretrainedCfg`, or an `InputSpec`.
+        is_training: Add the random augmentation of the paper's supervised runs behind the contract; see
+            `brainfm.transforms.supervised.supervised_augmentation`.
+
+    Returns:
+        A callable (image, mask=None) → [C, D, H, W] float32.
+
+    Raises:
+        ModelNameError: The name is unknown (a ValueError).
+        ValueError: There is no input contract.
+
+    Example:
+        >>> transform = brainfm.create_transform("simclr_resnet18_3d")
+        >>> transform("normalized.nii.gz", mask="mask.nii.gz").shape
+        torch.Size([1, 150, 192, 192])
+    """
+    given: Any = model_or_name_or_cfg
+    if isinstance(given, str):
+        given = resolve(given).cfg
+    elif isinstance(given, nn.Module):
+        given = getattr(given, "pretrained_cfg", None)
+    spec = given.input_spec if isinstance(given, PretrainedCfg) else given
+    if not isinstance(spec, InputSpec):
+        name = getattr(given, "name", "") or type(model_or_name_or_cfg).__name__
+        raise ModelNameError(f"{name} has no input contract; give its PretrainedCfg an input_spec")
+    if not is_training:
+        return InputTransform(spec)
+    from brainfm.transforms.supervised import supervised_augmentation
+
+    return InputTransform(spec, augment=supervised_augmentation(spec))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "InputTransformd":  # imports MONAI
+        from brainfm.transforms.dictionary import InputTransformd
+
+        return InputTransformd
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,55 @@
+"""The augmentation of the paper's supervised baselines and of MAE fine-tuning, on MONAI's random transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from brainfm.pretrained import InputSpec
+
+
+def supervised_augmentation(spec: InputSpec) -> Callable[[Tensor], Tensor]:
+    """Random crop, flip, affine, shift and noise of Kaczmarek et al. 2025, for the tensors of a contract.
+
+    Crop to at least 60 % of each axis (90×115×115 of 150×192×192) and resize back; flip left–right, p=0.5; affine with
+    rotations to ±0.1 rad, scales to ±15 % and shifts to ±5 voxels (in proportion on another grid), p=0.7; intensity shift to
+    ±0.1, p=0.5; Gaussian noise of 0.1, p=0.2. Seed with `monai.utils.set_determinism`.
+
+    Args:
+        spec: A contract with a fixed output shape, whose last axis runs left–right.
+
+    Raises:
+        ValueError: The contract's output shape depends on the scan.
+    """
+    from monai import transforms as monai
+
+    if spec.output_shape is None:
+        raise ValueError("this augmentation needs an input contract with a fixed output shape")
+    shape = spec.output_shape[1:]
+    published = (150, 192, 192)
+    smallest = [max(1, round(n * part / whole)) for n, part, whole in zip(shape, (90, 115, 115), published, strict=True)]
+    shift = [5 * n / whole for n, whole in zip(shape, published, strict=True)]
+    augment = monai.Compose(
+        [
+            monai.RandSpatialCrop(smallest, max_roi_size=shape, random_size=True),
+            monai.Resize(shape, mode="trilinear"),
+            monai.RandFlip(prob=0.5, spatial_axis=2),
+            monai.RandAffine(
+                prob=0.7,
+                rotate_range=[0.1] * 3,
+                scale_range=[0.15] * 3,
+                translate_range=shift,
+                mode="bilinear",
+                padding_mode="border",
+            ),
+            monai.RandShiftIntensity(0.1, prob=0.5),
+            monai.RandGaussianNoise(prob=0.2, std=0.1),
+        ]
+    )
+
+    def run(tensor: Tensor) -> Tensor:
+        out = augment(tensor)
+        return out.as_tensor() if hasattr(out, "as_tensor") else out  # type: ignore[no-any-return]
+
+    return run
