@@ -1,4 +1,4 @@
-"""Make the files of brainfm/assets from the sample data (its folder is the first argument). Kept so that they can be remade.
+"""Make the files of brainfm/assets from the folder of sample data.
 
 python .ci/make_assets.py DATA_FOLDER
 """
@@ -20,6 +20,7 @@ from brainfm.scan.grid import on_grid
 
 
 def make_scan_and_template(data: Path) -> None:
+    """Copy the sample scan and its mask, and average them to the 4 mm template."""
     shutil.copy(data / "mni152_2009a_T1w_brain.nii.gz", ASSETS / "sample_T1w_brain.nii.gz")
     shutil.copy(data / "mni152_2009a_brain_mask.nii.gz", ASSETS / "sample_brain_mask.nii.gz")
     image, mask = (nib.load(ASSETS / f"sample_{name}.nii.gz") for name in ("T1w_brain", "brain_mask"))
@@ -33,6 +34,7 @@ def make_scan_and_template(data: Path) -> None:
 
 
 def make_test_weights() -> None:
+    """Write seeded initial weights of the tiny test models, halved to float16."""
     for name in ("test_resnet_3d", "test_vit_3d"):
         torch.manual_seed(0)
         state = model_entrypoint(name)().state_dict()

@@ -1,4 +1,4 @@
-"""Pretrained encoders for 3D brain MRI: one name gets an encoder, its weights, and the exact input those weights expect.
+"""Pretrained encoders for 3D brain MRI: one name gets an encoder, its weights, and the exact input they expect.
 
 Example:
     >>> import brainfm

@@ -83,7 +83,9 @@ def info(model: str) -> None:
         click.echo("\nInput contract\n" + _indented(describe(cfg.input_spec)))
     if cfg.cohorts:
         patients, scans = sum(c.patients for c in cfg.cohorts), sum(c.scans for c in cfg.cohorts)
-        click.echo(f"\nPretrained on {patients:,} patients, {scans:,} scans; testing on these is testing on training data")
+        click.echo(
+            f"\nPretrained on {patients:,} patients, {scans:,} scans; testing on these is testing on training data"
+        )
         for cohort in cfg.cohorts:
             click.echo(f"  {cohort.name:10} {cohort.patients:6,} {cohort.scans:7,}  {', '.join(cohort.conditions)}")
     if cfg.scores:
@@ -103,13 +105,19 @@ def demo(model: str | None, output: str) -> None:
     from brainfm import demo as job
 
     name = model or job.default_model()
-    click.echo(f"scan       {job.SAMPLE_SCAN}\nmask       {job.SAMPLE_MASK}\n           (MNI152 2009a: an average of 152 brains)")
+    click.echo(
+        f"scan       {job.SAMPLE_SCAN}\nmask       {job.SAMPLE_MASK}\n           (MNI152 2009a: 152 brains averaged)"
+    )
     result = job.run(name, output)
     click.echo(f"model      {result.model_name}: {result.notes}")
-    click.echo(f"tensor     {list(result.input_shape)}, prepared as the model's input contract says (brainfm info {name})")
+    click.echo(
+        f"tensor     {list(result.input_shape)}, prepared as the model's input contract says (brainfm info {name})"
+    )
     first = ", ".join(f"{value:.4f}" for value in result.vector[:4])
     click.echo(f"embedding  {len(result.vector)} numbers: {first}, …")
-    click.echo(f"written    {result.embedding_file}\n           {result.picture_file} (the three middle planes of the tensor)")
+    click.echo(
+        f"written    {result.embedding_file}\n           {result.picture_file} (the three middle planes of the tensor)"
+    )
     if name == job.TEST_MODEL:
         click.echo(
             "\nThis was a tiny test model, not a brain encoder: it shows that everything is in place.\n"
@@ -125,7 +133,9 @@ def demo(model: str | None, output: str) -> None:
 @click.option("--checkpoint", help="A weight file to use instead of the published weights.")
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--device", default="auto", show_default=True)
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
 def embed(
@@ -174,7 +184,9 @@ def embed(
     if len(table):
         click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each)")
     if table.errors:
-        click.echo(f"{len(table.errors)} of {len(records)} scans failed; they are listed in {errors_path(path)}", err=True)
+        click.echo(
+            f"{len(table.errors)} of {len(records)} scans failed; they are listed in {errors_path(path)}", err=True
+        )
         sys.exit(1)
 
 

@@ -59,8 +59,8 @@ def run(model_name: str, folder: str | os.PathLike[str]) -> DemoResult:
 def draw_tensor(tensor: Tensor, path: Path, pixels: int = 384) -> None:
     """Write a PNG of the three middle planes of a [1, z, y, x] tensor, the outline of its non-zero voxels in red.
 
-    From left to right: axial, coronal, sagittal; the scan's left is on the left, its front and top are up. Each panel is
-    `pixels` wide and high at the most.
+    From left to right: axial, coronal, sagittal; the scan's left is on the left, its front and top are up. Each panel
+    is `pixels` wide and high at the most.
     """
     from PIL import Image
 

@@ -107,9 +107,10 @@ def embed(
 ) -> Embeddings:
     """Embed every scan of a list, each prepared as the model's input contract says.
 
-    With `output`, finished rows are kept in a journal beside it as they come, and the table is written at the end; a run that
-    was interrupted goes on where it stopped when it is started again with the same model and dtype. Scans whose file
-    changed in between are done again. Under torchrun each process takes its share, and rank 0 writes and returns all.
+    With `output`, finished rows are kept in a journal beside it as they come, and the table is written at the end; a
+    run that was interrupted goes on where it stopped when it is started again with the same model and dtype. Scans
+    whose file changed in between are done again. Under torchrun each process takes its share, and rank 0 writes and
+    returns all.
 
     Args:
         scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images or
@@ -137,7 +138,9 @@ def embed(
     if on_error not in ("skip", "raise"):
         raise ValueError(f'on_error must be "skip" or "raise", not {on_error!r}')
     if batch_size < 1 or num_workers < 0:
-        raise ValueError(f"batch_size must be at least 1 and num_workers at least 0, not {batch_size} and {num_workers}")
+        raise ValueError(
+            f"batch_size must be at least 1 and num_workers at least 0, not {batch_size} and {num_workers}"
+        )
     records = list_scans(scans)
     path = None if output is None else Path(output)
     if path is not None:
@@ -211,7 +214,9 @@ def _write(table: Embeddings, path: Path) -> None:
     with atomic_path(listed) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*texts, "error"])
-        writer.writerows([*row, message] for *row, message in zip(*texts.values(), [e for _, e in table.errors], strict=True))
+        writer.writerows(
+            [*row, message] for *row, message in zip(*texts.values(), [e for _, e in table.errors], strict=True)
+        )
 
 
 def _text_columns(records: Sequence[ScanRecord]) -> dict[str, list[str]]:
@@ -220,7 +225,7 @@ def _text_columns(records: Sequence[ScanRecord]) -> dict[str, list[str]]:
     return {name: [row.get(name, "") for row in rows] for name in names}
 
 
-# --- Reading ahead -----------------------------------------------------------------------------------------------------
+# --- Reading ahead --------------------------------------------------------------------------------
 
 
 def _prepared(
@@ -300,12 +305,14 @@ def _gathered(
     return {n: v for part, _ in parts for n, v in part.items()}, {n: m for _, part in parts for n, m in part.items()}
 
 
-# --- The journal -------------------------------------------------------------------------------------------------------
+# --- The journal ----------------------------------------------------------------------------------
 
 
 def _fingerprint(model: nn.Module, dtype: DTypeName | torch.dtype) -> str:
     """Which features these are: architecture, every weight, input contract and dtype."""
-    digest = hashlib.sha256(f"{type(model).__name__} {resolve_dtype(dtype)} {getattr(model, 'global_pool', '')}".encode())
+    digest = hashlib.sha256(
+        f"{type(model).__name__} {resolve_dtype(dtype)} {getattr(model, 'global_pool', '')}".encode()
+    )
     spec = getattr(getattr(model, "pretrained_cfg", None), "input_spec", None)
     digest.update(json.dumps(spec.to_dict() if spec else None, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from brainfm import weights
 from brainfm.errors import ModelNameError, WeightsError, WeightsNotFoundError
+from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import get_pretrained_cfg, is_model, model_entrypoint
 
@@ -42,12 +41,12 @@ def create_model(
     global_pool: str | None = None,
     drop_rate: float = 0.0,
     **kwargs: Any,
-) -> nn.Module:
+) -> Encoder:
     """Build an encoder, with its weights where asked for, in eval mode.
 
     Args:
-        name: `architecture` or `architecture.tag` of a registered model; `hf-hub:org/repo[@revision]`, a model on the Hugging
-            Face Hub; `local-dir:path`, the same in a folder. The last two always come with their weights.
+        name: `architecture` or `architecture.tag` of a registered model; `hf-hub:org/repo[@revision]`, a model on the
+            Hugging Face Hub; `local-dir:path`, the same in a folder. The last two always come with their weights.
         pretrained: Load the published weights. Where there are none it is an error.
         pretrained_cfg: Another cfg: a tag of the architecture, a `PretrainedCfg`, or its fields.
         pretrained_cfg_overlay: Fields of the cfg to replace, such as {"file": "mine.safetensors"} or {"sha256": None}.
@@ -89,7 +88,7 @@ def create_model(
     entrypoint = model_entrypoint(cfg.architecture)
     # A trained head is loaded with the rest, and kept only where it is the head that was asked for.
     trained_classes = cfg.num_classes if wanted is not None else num_classes
-    model = entrypoint(
+    model: Encoder = entrypoint(
         num_classes=trained_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **args
     )
     features = getattr(model, "num_features", cfg.num_features)
@@ -97,7 +96,7 @@ def create_model(
     if wanted is not None:
         model.weights_report = weights.load_checkpoint(model, wanted, source.place or cfg.source)
     if trained_classes != num_classes:
-        model.reset_classifier(num_classes)  # type: ignore[operator]
+        model.reset_classifier(num_classes)
     return model.eval()
 
 
@@ -153,17 +152,21 @@ def parse_name(name: str) -> tuple[str, str]:
 
 
 def _read_hub_folder(config: Path, file: Path, name: str) -> Source:
-    """A cfg and its weights from the two files that make a hub folder. The config is data: it names a registered model."""
+    """A cfg and its weights from the two files of a hub folder. The config is data: it names a registered model."""
     for path in (config, file):
         if not path.is_file():
-            raise WeightsNotFoundError(f"{name}: {path} is not there; a model's folder holds config.json and model.safetensors")
+            raise WeightsNotFoundError(
+                f"{name}: {path} is not there; a model's folder holds config.json and model.safetensors"
+            )
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
         architecture = content["architecture"]
         model_args = dict(content.get("model_args", {}))
         cfg = PretrainedCfg.from_dict(content["pretrained_cfg"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{name}: {config.name} is not a brainfm config ({type(error).__name__}: {error})") from error
+        raise WeightsError(
+            f"{name}: {config.name} is not a brainfm config ({type(error).__name__}: {error})"
+        ) from error
     if not isinstance(architecture, str) or not is_model(architecture):
         raise WeightsError(
             f"{name}: {config.name} asks for the architecture {architecture!r}, which is not registered here; "

@@ -17,8 +17,8 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> nn.Module:
     """A copy of an encoder for inference: BatchNorm folded into the convolutions, channels-last memory, no gradients.
 
-    The embeddings are the same: to 1e-5 relative in float32. What does not apply to an encoder (there is no BatchNorm in a
-    ViT) is skipped. The copy takes and returns float32 whatever it computes in, and cannot be trained.
+    The embeddings are the same: to 1e-5 relative in float32. What does not apply to an encoder (there is no BatchNorm
+    in a ViT) is skipped. The copy takes and returns float32 whatever it computes in, and cannot be trained.
 
     Args:
         model: An encoder of `create_model`; it is not changed.
@@ -62,8 +62,8 @@ class _InDtype(nn.Module):
 def _fold_batch_norms(module: nn.Module) -> None:
     """Fold each BatchNorm3d of a ResNet into the convolution before it.
 
-    In MONAI's ResNets the order of registration is that of the forward pass, within a block (conv1, bn1, conv2, bn2, …) and
-    within `downsample`; that does not hold for any network, so other families are left as they are.
+    In MONAI's ResNets the order of registration is that of the forward pass, within a block (conv1, bn1, conv2, bn2, …)
+    and within `downsample`; that does not hold for any network, so other families are left as they are.
     """
     previous: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):

@@ -54,13 +54,13 @@ def list_scans(scans: ScansLike) -> list[ScanRecord]:
     """Every scan that `scans` names, in order.
 
     Args:
-        scans: A path of an image, of a manifest (.csv), of a TurboPrep folder (`normalized.nii.gz` beside `mask.nii.gz`, at
-            any depth) or of a BIDS-derivatives folder (`sub-*` with T1w images in MNI152 space); or a list of images,
-            (image, mask) pairs and records.
+        scans: A path of an image, of a manifest (.csv), of a TurboPrep folder (`normalized.nii.gz` beside
+            `mask.nii.gz`, at any depth) or of a BIDS-derivatives folder (`sub-*` with T1w images in MNI152 space); or a
+            list of images, (image, mask) pairs and records.
 
     Raises:
-        ScanError: There is no such path, the manifest has no rows, no `image_path` column or a row twice, or a folder holds
-            no scans; the message says what was looked for.
+        ScanError: There is no such path, the manifest has no rows, no `image_path` column or a row twice, or a folder
+            holds no scans; the message says what was looked for.
     """
     if isinstance(scans, str | os.PathLike):
         return _from_path(Path(scans))
@@ -90,9 +90,10 @@ def _from_path(path: Path) -> list[ScanRecord]:
 
 
 def read_manifest(path: Path) -> list[ScanRecord]:
-    """The rows of a CSV (or TSV) manifest: `image_path`, optional `mask_path`, `patient_id`, `scan_id`; others are kept.
+    """The rows of a CSV (or TSV) manifest.
 
-    Relative paths are relative to the manifest. Raises ScanError as `list_scans` does.
+    `image_path` is needed; `mask_path`, `patient_id`, `scan_id` are optional, and other columns are kept. Relative paths
+    are relative to the manifest. Raises ScanError as `list_scans` does.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

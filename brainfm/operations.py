@@ -4,8 +4,8 @@ An `InputSpec` (see `pretrained.py`) holds an ordered tuple of them; the order i
 called with a `Volume` and returns another. Geometry that only picks, flips or reorders voxels works on views of the
 stored array, so that a crop costs nothing until the first arithmetic needs the numbers.
 
-To add one: write a dataclass here with `__call__` and `__str__`, decorate it with `@_operation`, and test it against a few
-lines of plain numpy.
+To add one: write a dataclass here with `__call__` and `__str__`, decorate it with `@_operation`, and test it against a
+few lines of plain numpy.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Volume:
 
     @property
     def image(self) -> NDArray[np.float32]:
-        """Real intensities, [C, i, j, k] float32 in memory order; a copy only where scaling, type or order ask for one."""
+        """Real intensities, [C, i, j, k] float32; a copy only where scaling, type or memory order ask for one."""
         image = np.ascontiguousarray(self.stored, dtype=np.float32)
         if (self.slope, self.inter) == (1.0, 0.0):
             return image
@@ -63,13 +63,16 @@ class Volume:
     @property
     def spacing(self) -> NDArray[np.float64]:
         """Millimetres a voxel along the three axes."""
-        return np.linalg.norm(self.affine[:3, :3], axis=0)
+        spacing: NDArray[np.float64] = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return spacing
 
     def region(self, name: Region, image: NDArray[np.float32]) -> NDArray[np.bool_]:
         """[C, i, j, k] booleans: where statistics of `image` are taken. Raises ScanError where the region is empty."""
         if name == "mask":
             if self.mask is None:
-                raise ScanError("this input contract takes statistics inside a brain mask, and there is none: pass mask=")
+                raise ScanError(
+                    "this input contract takes statistics inside a brain mask, and there is none: pass mask="
+                )
             chosen = np.broadcast_to(self.mask, image.shape)
         elif name == "nonzero":
             chosen = image != 0
@@ -107,11 +110,13 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
 
 
 def operation_from_dict(data: Mapping[str, Any]) -> Operation:
-    """The operation that `operation_to_dict` described. Raises ValueError for an unknown one or an unknown parameter."""
+    """The operation that `operation_to_dict` described. Raises ValueError for an unknown name or parameter."""
     parameters = dict(data)
     name = parameters.pop("op", None)
     if name not in _BY_NAME:
-        raise ValueError(f"unknown operation {name!r} in an input contract; brainfm knows {', '.join(sorted(_BY_NAME))}")
+        raise ValueError(
+            f"unknown operation {name!r} in an input contract; brainfm knows {', '.join(sorted(_BY_NAME))}"
+        )
     cls = _BY_NAME[name]
     unknown = set(parameters) - {f.name for f in fields(cls)}
     if unknown:
@@ -121,8 +126,15 @@ def operation_from_dict(data: Mapping[str, Any]) -> Operation:
         if isinstance(value, list):
             parameters[key] = tuple(value)
         choices = _literal_choices(hints[key])
-        if choices and not isinstance(value, list) and value not in choices and not _is_number_allowed(hints[key], value):
-            raise ValueError(f"operation {name}: {key} is {value!r}, and must be one of {', '.join(map(repr, choices))}")
+        if (
+            choices
+            and not isinstance(value, list)
+            and value not in choices
+            and not _is_number_allowed(hints[key], value)
+        ):
+            raise ValueError(
+                f"operation {name}: {key} is {value!r}, and must be one of {', '.join(map(repr, choices))}"
+            )
     operation: Operation = cls(**parameters)
     return operation
 
@@ -137,7 +149,7 @@ def _is_number_allowed(hint: Any, value: Any) -> bool:
     return float in get_args(hint) and isinstance(value, int | float)
 
 
-# --- Geometry on views: voxels are picked, flipped or reordered, never changed -----------------------------------------
+# --- Geometry on views: voxels are picked, flipped or reordered, never changed --------------------
 
 
 @_operation
@@ -210,10 +222,10 @@ class CropForeground:
     region: Region = "nonzero"
 
     def __call__(self, volume: Volume) -> Volume:
-        found = volume.region(self.region, volume.image).any(axis=0)
+        found: NDArray[np.bool_] = np.asarray(volume.region(self.region, volume.image).any(axis=0))
         box = []
         for axis in range(3):
-            hits = np.flatnonzero(found.any(axis=tuple(other for other in range(3) if other != axis)))
+            hits = np.flatnonzero(np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1).any(axis=1))
             box.append(slice(int(hits[0]), int(hits[-1]) + 1))
         return _pick(volume, tuple(box))
 
@@ -270,7 +282,7 @@ class Pad:
         return f"pad the centre to at least {_times(self.shape)} voxels with {self.value}"
 
 
-# --- Geometry that interpolates ----------------------------------------------------------------------------------------
+# --- Geometry that interpolates -------------------------------------------------------------------
 
 
 @_operation
@@ -296,7 +308,7 @@ class Resize:
 @_operation
 @dataclass(frozen=True)
 class Resample:
-    """Resample to `spacing` mm a voxel, by splines of `order` (0 nearest, 1 linear, 3 cubic), keeping the edges in place.
+    """Resample to `spacing` mm a voxel by splines of `order` (0 nearest, 1 linear, 3 cubic), the edges kept in place.
 
     The new size along an axis is size × old spacing / new spacing, rounded; values beyond the edge repeat it. With
     `anti_alias`, axes that get coarser are smoothed first (Gaussian, σ = (ratio − 1) / 2 voxels, scikit-image's rule).
@@ -313,7 +325,8 @@ class Resample:
         except ModuleNotFoundError as error:
             raise MissingExtraError("scipy", "eval") from error
         shape = [
-            max(1, round(have * old / new)) for have, old, new in zip(volume.shape, volume.spacing, self.spacing, strict=True)
+            max(1, round(have * old / new))
+            for have, old, new in zip(volume.shape, volume.spacing, self.spacing, strict=True)
         ]
         if tuple(shape) == volume.shape:
             return volume
@@ -330,7 +343,7 @@ class Resample:
         return f"resample to {_times(self.spacing)} mm (spline order {self.order}{smooth})"
 
 
-# --- Intensities -------------------------------------------------------------------------------------------------------
+# --- Intensities ----------------------------------------------------------------------------------
 
 
 @_operation
@@ -457,7 +470,7 @@ class DivideByMean:
         means = [float(c[r].mean(dtype=np.float64)) for c, r in zip(image, chosen, strict=True)]
         if 0.0 in means:
             raise ScanError(f"the mean of the {_region_words(self.region)} is 0: the input contract divides by it")
-        return _with_image(volume, image / np.float32(means)[:, None, None, None])
+        return _with_image(volume, image / np.array(means, dtype=np.float32)[:, None, None, None])
 
     def __str__(self) -> str:
         return f"divide by the mean of the {_region_words(self.region)}"
@@ -482,7 +495,9 @@ class MinMax:
         return _with_image(volume, (image - low) / (high - low))
 
     def __str__(self) -> str:
-        return f"scale the {_region_words(self.region)} to 0…1" + ("" if self.per_channel else ", all channels together")
+        return f"scale the {_region_words(self.region)} to 0…1" + (
+            "" if self.per_channel else ", all channels together"
+        )
 
 
 @_operation
@@ -500,13 +515,13 @@ class Standardize:
         return f"subtract {self.mean:g} and divide by {self.std:g}"
 
 
-# --- Shared geometry ---------------------------------------------------------------------------------------------------
+# --- Shared geometry ------------------------------------------------------------------------------
 
 _DIRECTIONS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 
 
 def axes_towards(affine: NDArray[np.float64], axcodes: str) -> tuple[Triple, tuple[bool, bool, bool]]:
-    """Which stored axis becomes each axis of `axcodes`, and whether it has to be flipped, by the affine's largest parts.
+    """Which stored axis becomes each axis of `axcodes`, and whether it has to be flipped.
 
     Raises:
         ValueError: `axcodes` is not three letters, one of each of R/L, A/P, S/I.
@@ -573,4 +588,6 @@ def _times(values: tuple[float, ...]) -> str:
 
 
 def _region_words(region: Region) -> str:
-    return {"all": "whole array", "nonzero": "non-zero voxels", "positive": "voxels above 0", "mask": "brain mask"}[region]
+    return {"all": "whole array", "nonzero": "non-zero voxels", "positive": "voxels above 0", "mask": "brain mask"}[
+        region
+    ]

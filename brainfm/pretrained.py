@@ -1,4 +1,4 @@
-"""What a weight is and what tensor it expects: `PretrainedCfg` and `InputSpec`, two frozen dataclasses that go to JSON and back."""
+"""What a weight is and what tensor it expects: `PretrainedCfg` and `InputSpec`, frozen dataclasses that go to JSON."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class Grid:
 class InputSpec:
     """The input contract of a weight: which scans it takes, and every step from the stored scan to its tensor.
 
-    The first fields say what a scan must be before any step; `operations` are then applied in order. The order is part of
-    the contract: swapping two steps gives another tensor.
+    The first fields say what a scan must be before any step; `operations` are then applied in order. The order is part
+    of the contract: swapping two steps gives another tensor.
 
     Attributes:
         representation: What the voxels are, such as "T1w", "any contrast" or "VBM grey matter".
         channels: The channels' names in order.
         missing_channel: What to do when a channel is missing.
-        space: The template whose space the scan must be in ("MNI152NLin2009cSym", "MNI152NLin6Asym", …), or None for any.
+        space: The template whose space the scan must be in, such as "MNI152NLin2009cSym"; None takes any.
         registration: How the scan was brought there.
-        orientation: Where the axes of the scan point before the first operation, such as "RAS"; None leaves them as stored.
+        orientation: Where the scan's axes point before the first operation, such as "RAS"; None leaves them as stored.
         grid: The template grid, in that orientation; None takes any grid.
         skull_strip: Whether only the brain may be left in the image.
         mask: Where the brain mask comes from. "file or nonzero" takes a mask file, and else the non-zero voxels.
@@ -83,7 +83,7 @@ class InputSpec:
             axes_towards(np.eye(4), self.orientation)
 
     def apply(self, volume: Volume) -> Volume:
-        """Run the operations, in order, on a volume that already keeps the identity fields (see `brainfm.load_scan`)."""
+        """Run the operations, in order, on a volume that keeps the identity fields, as `brainfm.load_scan` gives it."""
         for operation in self.operations:
             volume = operation(volume)
         return volume

@@ -9,12 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, overload
 
-from torch import nn
-
 from brainfm.errors import ModelNameError
 from brainfm.pretrained import PretrainedCfg
 
-Entrypoint = Callable[..., nn.Module]
+Entrypoint = Callable[..., Any]
 E = TypeVar("E", bound=Entrypoint)
 
 _entrypoints: dict[str, Entrypoint] = {}
@@ -34,8 +32,9 @@ def register_model(
 ) -> E | Callable[[E], E]:
     """Register a constructor under its function's name, with or without cfgs by tag; the first tag is the default.
 
-    The constructor takes `num_classes`, `in_chans`, `global_pool`, `drop_rate` and its own keywords, and returns a module
-    that keeps the contract of `brainfm.models.Encoder`, with initial weights; `create_model` loads the trained ones.
+    The constructor takes `num_classes`, `in_chans`, `global_pool`, `drop_rate` and its own keywords, and returns a
+    module that keeps the contract of `brainfm.models.Encoder`, with initial weights; `create_model` loads the trained
+    ones.
 
     Raises:
         ValueError: The name is taken by another constructor, or holds a character other than letters, digits and "_".
@@ -51,7 +50,10 @@ def register_model(
         if not re.fullmatch(r"\w+", name, flags=re.ASCII):
             raise ValueError(f"a model name is made of letters, digits and '_', not {name!r}")
         known = _entrypoints.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (entrypoint.__module__, entrypoint.__qualname__):
+        if known is not None and (known.__module__, known.__qualname__) != (
+            entrypoint.__module__,
+            entrypoint.__qualname__,
+        ):
             raise ValueError(f"a model named {name!r} is already registered, by {known.__module__}")
         tagged = dict(cfgs) if cfgs else {"": PretrainedCfg()}
         _entrypoints[name] = entrypoint
@@ -78,7 +80,9 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
         names = [cfg.name for name in names for cfg in _cfgs[name].values() if cfg.has_weights]
     patterns = [filter] if isinstance(filter, str) else list(filter)
     if any(patterns):
-        names = [n for n in names if any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(_arch(n), p) for p in patterns)]
+        names = [
+            n for n in names if any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(_arch(n), p) for p in patterns)
+        ]
     return sorted(names)
 
 
@@ -94,7 +98,7 @@ def is_model(name: str) -> bool:
 
 
 def model_entrypoint(name: str) -> Entrypoint:
-    """The constructor registered under a name. Raises ModelNameError (a ValueError) with the nearest names if none is."""
+    """The constructor registered under a name. Raises ModelNameError (a ValueError) where there is none."""
     _check_known(name)
     return _entrypoints[_arch(name)]
 
@@ -125,5 +129,3 @@ def _check_known(name: str) -> None:
 
 def _arch(name: str) -> str:
     return name.partition(".")[0]
-
-

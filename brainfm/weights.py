@@ -1,7 +1,7 @@
-"""Fetch and read weights: a file, the Hugging Face Hub, a URL. Weights are data: nothing that is read here is ever executed.
+"""Fetch and read weights: a file, the Hugging Face Hub, a URL. Nothing that is read here is ever executed.
 
-Whatever the source, a weight ends as one flat state dict that loads strictly. A checkpoint downloaded from a URL is checked
-against its hash and converted once to safetensors in the cache; the download itself is not kept.
+Whatever the source, a weight ends as one flat state dict that loads strictly. A checkpoint downloaded from a URL is
+checked against its hash and converted once to safetensors in the cache; the download itself is not kept.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ class WeightsReport:
 
 
 def default_cache_dir() -> Path:
-    """`$BRAINFM_CACHE`, or `brainfm` in `$XDG_CACHE_HOME`, or `~/.cache/brainfm`. The Hub's files stay in its own cache."""
+    """`$BRAINFM_CACHE`, else `brainfm` in `$XDG_CACHE_HOME`, else `~/.cache/brainfm`. The Hub keeps its own cache."""
     if os.environ.get("BRAINFM_CACHE"):
         return Path(os.environ["BRAINFM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brainfm"
 
 
-# --- Reading -----------------------------------------------------------------------------------------------------------
+# --- Reading --------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -81,7 +81,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         WeightsNotFoundError: There is no such file.
-        WeightsError: The file is none of these, is damaged, asks to run code, or holds something else than named tensors.
+        WeightsError: The file is none of these, is damaged, asks to run code, or holds something else than named
+            tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -130,10 +131,14 @@ def _read_tar(path: Path) -> Checkpoint:
             members = [m for m in archive.getmembers() if not m.isdir()]
             for member in members:
                 if not member.isreg() or member.name.startswith("/") or ".." in Path(member.name).parts:
-                    raise WeightsError(f"{path}: refused: a tar archive with a link or an outside path, {member.name!r}")
+                    raise WeightsError(
+                        f"{path}: refused: a tar archive with a link or an outside path, {member.name!r}"
+                    )
             if len(members) != 1:
                 names = ", ".join(m.name for m in members[:5]) or "none"
-                raise WeightsError(f"{path}: a tar archive with {len(members)} files ({names}); it must hold one weight file")
+                raise WeightsError(
+                    f"{path}: a tar archive with {len(members)} files ({names}); it must hold one weight file"
+                )
             name = f"{path}:{members[0].name}"
             file = archive.extractfile(members[0])
             if file is None:
@@ -199,23 +204,26 @@ def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-# --- Loading -----------------------------------------------------------------------------------------------------------
+# --- Loading --------------------------------------------------------------------------------------
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str = "") -> WeightsReport:
     """Load a weight file into a model, strictly, after the filter of the model's family (`filter_state_dict`).
 
     Raises:
-        WeightsError: The file cannot be read, its names or shapes are not the model's (they are listed), or it holds values
-            that are not finite.
+        WeightsError: The file cannot be read, its names or shapes are not the model's (they are listed), or it holds
+            values that are not finite.
     """
     checkpoint = read_checkpoint(path)
     state = checkpoint.state
-    if hasattr(model, "filter_state_dict"):
-        state = model.filter_state_dict(state)
+    family_filter = getattr(model, "filter_state_dict", None)
+    if callable(family_filter):
+        state = family_filter(state)
     _check_fit(model, state, str(path))
     model.load_state_dict(state, strict=True)
-    unused = sorted({key.split(".")[0] for key in checkpoint.state} - {key.split(".")[0] for key in state} - {"encoder"})
+    unused = sorted(
+        {key.split(".")[0] for key in checkpoint.state} - {key.split(".")[0] for key in state} - {"encoder"}
+    )
     report = WeightsReport(source or str(path), str(path), (*unused, *checkpoint.dropped))
     if report.dropped:
         logger.info("%s: left out %s", path, ", ".join(report.dropped))
@@ -235,7 +243,10 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None
                 if key in wanted and value.shape != wanted[key].shape
             ],
         ),
-        ("not finite", [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]),
+        (
+            "not finite",
+            [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()],
+        ),
     ]
     found = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in faults if keys]
     if found:
@@ -247,7 +258,7 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-# --- Fetching ----------------------------------------------------------------------------------------------------------
+# --- Fetching -------------------------------------------------------------------------------------
 
 
 def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -287,7 +298,7 @@ def cached_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None 
     if cfg.hub_id:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(cfg.hub_id, cfg.hub_filename, cache_dir, cfg.hub_revision)
+        found = try_to_load_from_cache(cfg.hub_id, cfg.hub_filename, _path(cache_dir), cfg.hub_revision)
         return Path(found) if isinstance(found, str) else None
     converted, downloaded = _cache_paths(cfg, cache_dir)
     return next((path for path in (converted, downloaded) if path.is_file()), None) if cfg.url else None
@@ -299,8 +310,8 @@ def check_hash(path: Path, cfg: PretrainedCfg) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
     if digest != cfg.sha256:
         raise WeightsError(
-            f"{path}: sha256 is {digest}, and {cfg.name} expects {cfg.sha256}; the file is damaged or not the published one. "
-            'If you trust it, pass pretrained_cfg_overlay={"sha256": None}'
+            f"{path}: sha256 is {digest}, and {cfg.name} expects {cfg.sha256}; the file is damaged or "
+            'not the published one. If you trust it, pass pretrained_cfg_overlay={"sha256": None}'
         )
 
 
@@ -323,18 +334,18 @@ def hub_file(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
+        return Path(hf_hub_download(repo, filename, revision=revision, cache_dir=_path(cache_dir)))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         place = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
         reason = _one_line(error)
         raise WeightsNotFoundError(
-            f"{place}: cannot get {filename} ({type(error).__name__}: {reason}). Check the name and, for a private one, "
-            "HF_TOKEN; with no network, copy the repository's folder here and use 'local-dir:FOLDER'"
+            f"{place}: cannot get {filename} ({type(error).__name__}: {reason}). Check the name and, for a private "
+            "one, HF_TOKEN; with no network, copy the repository's folder here and use 'local-dir:FOLDER'"
         ) from error
 
 
 def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The converted copy of a file behind a URL; downloaded, checked and converted on the first call, by one process."""
+    """The converted copy of a file behind a URL; downloaded, checked and converted once, by one process."""
     from filelock import FileLock
 
     converted, downloaded = _cache_paths(cfg, cache_dir)
@@ -375,8 +386,8 @@ def _download(cfg: PretrainedCfg, target: Path) -> None:
             os.fsync(file.fileno())
     except Exception as error:  # httpx's, requests' or the Hub's errors, by version of huggingface_hub
         raise WeightsNotFoundError(
-            f"cannot download {url} ({_one_line(error)}). On a machine with a network: curl -LO {url} ; then put the file at "
-            f"{target}, or pass it as checkpoint_path="
+            f"cannot download {url} ({_one_line(error)}). On a machine with a network: curl -LO {url} ; then put "
+            f"the file at {target}, or pass it as checkpoint_path="
         ) from error
     partial.replace(target)
 
@@ -403,7 +414,7 @@ def save_state(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; moved there, whole and synced, when the block ends without an error."""
+    """A temporary path beside `path` to write to; moved there, synced, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -418,6 +429,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _path(value: str | os.PathLike[str] | None) -> Path | None:
+    return None if value is None else Path(value)
 
 
 def _one_line(error: BaseException) -> str:

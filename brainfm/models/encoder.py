@@ -13,7 +13,7 @@ from brainfm.pretrained import PretrainedCfg
 
 
 class Encoder(nn.Module, ABC):
-    """A 3D encoder: volumes [B, in_chans, D, H, W] in, embeddings [B, num_features] out, or logits where a head is asked for.
+    """A 3D encoder: volumes [B, in_chans, D, H, W] in, embeddings [B, num_features] or logits out.
 
     A subclass builds its layers, then calls `reset_classifier`, and writes `forward_features`, `pool`,
     `forward_intermediates`, `set_grad_checkpointing` and `group_matcher`.
@@ -37,6 +37,7 @@ class Encoder(nn.Module, ABC):
     global_pool: str
     feature_info: list[dict[str, Any]]
     pretrained_cfg: PretrainedCfg
+    weights_report: object | None  # what `create_model` loaded, a `brainfm.weights.WeightsReport`
 
     def __init__(self, num_classes: int, in_chans: int, global_pool: str | None, drop_rate: float) -> None:
         super().__init__()
@@ -45,12 +46,13 @@ class Encoder(nn.Module, ABC):
         self.global_pool = self._checked_pool(global_pool or self.pools[0])
         self.head_drop = nn.Dropout(drop_rate)
         self.pretrained_cfg = PretrainedCfg()
+        self.weights_report = None
         self.grad_checkpointing = False
         self._frozen = False
 
     @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, D, H, W] → the last feature map [B, num_features, d, h, w], or all tokens [B, N, num_features]."""
+        """[B, in_chans, D, H, W] → the last feature map [B, num_features, d, h, w], or tokens [B, N, num_features]."""
 
     @abstractmethod
     def pool(self, features: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class Encoder(nn.Module, ABC):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gives → [B, num_features], and through the classifier unless `pre_logits`."""
         x = self.head_drop(self.pool(x))
-        return x if pre_logits else self.get_classifier()(x)  # type: ignore[no-any-return]
+        return x if pre_logits else self.get_classifier()(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, D, H, W] → [B, num_features], or [B, num_classes] where a head was asked for."""
@@ -157,10 +159,10 @@ class Encoder(nn.Module, ABC):
 
     def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`block(x)`, recomputed in the backward pass where gradient checkpointing is on."""
-        if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+        if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint
 
-            recomputed: Tensor = checkpoint(block, x, use_reentrant=False)  # type: ignore[no-untyped-call]
+            recomputed: Tensor = checkpoint(block, x, use_reentrant=False)
             return recomputed
         return block(x)
 
@@ -168,8 +170,8 @@ class Encoder(nn.Module, ABC):
 def adapt_input_weight(weight: Tensor, in_chans: int) -> Tensor:
     """A convolution's weight [out, I, …] for `in_chans` input channels, by timm's rule.
 
-    One channel gets the sum over I; more get the I repeated in turn and scaled by I / in_chans, so that copies of one image
-    in every channel give what it gave alone.
+    One channel gets the sum over I; more get the I repeated in turn and scaled by I / in_chans, so that copies of one
+    image in every channel give what it gave alone.
     """
     have = weight.shape[1]
     if in_chans == 1:
@@ -182,7 +184,11 @@ def chosen_stages(indices: int | Sequence[int] | None, count: int) -> list[int]:
     """The stages that `forward_intermediates` was asked for, as indices from 0, in the network's order."""
     if indices is None:
         return list(range(count))
-    wanted = list(range(count - indices, count)) if isinstance(indices, int) else [i + count if i < 0 else i for i in indices]
+    wanted = (
+        list(range(count - indices, count))
+        if isinstance(indices, int)
+        else [i + count if i < 0 else i for i in indices]
+    )
     if not wanted or not all(0 <= i < count for i in wanted):
         raise ValueError(f"indices {indices!r} name no stage: there are {count}")
     return sorted(set(wanted))

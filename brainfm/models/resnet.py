@@ -1,7 +1,7 @@
 """3D ResNets on MONAI's own network, as Kaczmarek et al. 2025 (arXiv 2509.10620) pretrained them with SimCLR.
 
-MONAI's `ResNet` is built and its modules are taken over under the same names, so that a state dict of one loads strictly in
-the other. Ours is the encoder contract around them. MONAI is imported when a model is built, not before.
+MONAI's `ResNet` is built and its modules are taken over under the same names, so that a state dict of one loads
+strictly in the other. Ours is the encoder contract around them. MONAI is imported when a model is built, not before.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class ResNet(Encoder):
     pools = ("avg",)
     classifier = "fc"
     first_conv = "conv1"
+
+    conv1: nn.Conv3d
+    bn1: nn.BatchNorm3d
+    act: nn.Module
+    maxpool: nn.MaxPool3d
 
     def __init__(
         self,

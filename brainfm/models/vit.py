@@ -1,7 +1,7 @@
 """3D vision transformers with the parameter names of `facebookresearch/mae`, so that its family's checkpoints load.
 
-Kaczmarek et al. 2025 (arXiv 2509.10620) compare SimCLR with an MAE on patches of 25×16×16 voxels: 864 of them, and a CLS
-token. Nothing 3D was released; the rule for the 3D sin-cos positions is ours (`sincos_positions`).
+Kaczmarek et al. 2025 (arXiv 2509.10620) compare SimCLR with an MAE on patches of 25×16×16 voxels: 864 of them, and a
+CLS token. Nothing 3D was released; the rule for the 3D sin-cos positions is ours (`sincos_positions`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from brainfm.registry import register_model
 def sincos_positions(dim: int, grid: Triple) -> Tensor:
     """The fixed position embedding of a `grid` of patches, [1, 1 + patches, dim] in float32, the CLS token's row zero.
 
-    Each axis, in (z, y, x) order, gets w = 2·⌊dim/6⌋ channels: the sines, then the cosines, of position × 10000^(−i/(w/2)),
-    i = 0 … w/2 − 1, for positions 0, 1, 2 … along it. Channels left over are zero.
+    Each axis, in (z, y, x) order, gets w = 2·⌊dim/6⌋ channels: the sines, then the cosines, of
+    position × 10000^(−i/(w/2)), i = 0 … w/2 − 1, for positions 0, 1, 2 … along it. Channels left over are zero.
     """
     half = dim // 6
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -110,8 +110,8 @@ class Block(nn.Module):
 class VisionTransformer(Encoder):
     """A ViT on 3D patches. It takes any volume that the patch divides.
 
-    `forward_features` gives all tokens after the final norm, the CLS token first. The position embedding is fixed sin-cos,
-    computed anew for another input size; one that was learned, or loaded with other values, is interpolated.
+    `forward_features` gives all tokens after the final norm, the CLS token first. The position embedding is fixed
+    sin-cos, computed anew for another input size; one that was learned, or loaded with other values, is interpolated.
 
     Args:
         dim: Width of the tokens, and of the embedding.
@@ -192,7 +192,7 @@ class VisionTransformer(Encoder):
         for number, block in enumerate(self.blocks):
             x = self._run(block, x)
             if number in wanted:
-                found.append(x[:, 1:].transpose(1, 2).unflatten(2, grid))
+                found.append(x[:, 1:].transpose(1, 2).reshape(len(x), -1, *grid))
             if intermediates_only and number == wanted[-1]:
                 return found
         return self.norm(x), found
@@ -200,8 +200,11 @@ class VisionTransformer(Encoder):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - the contract's
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token"}
@@ -209,8 +212,8 @@ class VisionTransformer(Encoder):
     def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop an MAE's decoder, move positions stored for another input size, then as every family does.
 
-        The stored grid of patches is that of the cfg's input contract. Fixed sin-cos positions are computed anew, others
-        interpolated.
+        The stored grid of patches is that of the cfg's input contract. Fixed sin-cos positions are computed anew,
+        others interpolated.
         """
         state = {key: value for key, value in state.items() if not key.startswith(("decoder_", "mask_token"))}
         stored = state.get("pos_embed")

@@ -1,9 +1,9 @@
-"""Read a scan and its brain mask, and hold them to an input contract. Every refusal is a ScanError that says what to do."""
+"""Read a scan and its brain mask, and hold them to an input contract. A refusal is a ScanError that says what to do."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +43,10 @@ def load_scan(
     The voxels stay as they are stored (`Scan.image` gives real intensities) until the contract's operations run.
 
     Args:
-        image: A NIfTI (.nii, .nii.gz) or MGZ file, a nibabel image, or a pair (array [x, y, z], affine [4, 4] to RAS mm).
-        mask: The brain mask on the same voxels: a file, an image, a pair, or an array of the scan's shape. Voxels above 0 are
-            brain. Without one, the non-zero voxels of a skull-stripped image are.
+        image: A NIfTI (.nii, .nii.gz) or MGZ file, a nibabel image, or a pair (array [x, y, z], affine [4, 4] to RAS
+            mm).
+        mask: The brain mask on the same voxels: a file, an image, a pair, or an array of the scan's shape. Voxels above
+            0 are brain. Without one, the non-zero voxels of a skull-stripped image are.
         spec: The input contract.
         on_mismatch: What to do with a scan in template space on another grid of the same or finer spacing: "resample"
             moves it (whole-voxel shifts are copied, others averaged), "raise" refuses it.
@@ -54,8 +55,8 @@ def load_scan(
         The scan on the contract's grid.
 
     Raises:
-        ScanError: The scan or mask cannot be read, is not 3-D, holds non-finite values or nothing, the two do not fit, the
-            scan is not in the contract's space or not skull-stripped where it must be. The message says what to do.
+        ScanError: The scan or mask cannot be read, is not 3-D, holds non-finite values or nothing, the two do not fit,
+            the scan is not in the contract's space or not skull-stripped where it must be. The message says what to do.
 
     Example:
         >>> cfg = brainfm.get_pretrained_cfg("simclr_resnet18_3d")
@@ -88,17 +89,15 @@ def _brain_mask(stored: StoredImage, mask: ImageLike | None, spec: InputSpec) ->
         return _read_mask(mask, stored)
     if spec.mask == "file":
         raise ScanError(f"{stored.source}: this contract needs a brain mask; pass mask=")
-    if stored.array.dtype.kind == "f":
-        return _is_not_zero(stored, 0.0)
-    # Integers hold 0 to the precision of their scaling only: half a step.
-    return _is_not_zero(stored, abs(stored.slope) / 2)
+    return _not_zero(stored.array, stored.slope, stored.inter)
 
 
-def _is_not_zero(stored: StoredImage, tolerance: float) -> NDArray[np.bool_]:
-    if stored.inter == 0:
-        return stored.array != 0
-    zero = -stored.inter / stored.slope
-    return np.abs(stored.array - np.float32(zero)) > tolerance / abs(stored.slope)
+def _not_zero(array: NDArray[Any], slope: float, inter: float) -> NDArray[np.bool_]:
+    """Where real intensities are not 0. Scaled integers hold 0 to the precision of their scaling only: half a step."""
+    if inter == 0:
+        return np.asarray(array != 0)
+    tolerance = 0.5 if array.dtype.kind in "iu" else 0.0
+    return np.asarray(np.abs(array + np.float32(inter / slope)) > tolerance)
 
 
 def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
@@ -132,7 +131,7 @@ def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
 
 
 def _check_content(volume: Volume, spec: InputSpec, source: str, has_mask: bool) -> None:
-    """Refuse a scan that the header lets through: empty, not finite, not stripped, or not where its affine says it is."""
+    """Refuse what the header lets through: empty, not finite, not stripped, or not where its affine says it is."""
     seen = _field_of_view(volume, spec)
     image = seen.stored[0]
     if image.dtype.kind == "f" and not np.isfinite(image).all():
@@ -146,7 +145,7 @@ def _check_content(volume: Volume, spec: InputSpec, source: str, has_mask: bool)
         return
     brain = seen.mask
     if brain is None:
-        brain = _is_not_zero(StoredImage(image, seen.affine, seen.slope, seen.inter, source), 0.0)
+        brain = _not_zero(image, seen.slope, seen.inter)
     if not brain.any():
         raise ScanError(f"{source}: no brain voxel is in the contract's field of view; is the mask the scan's own?")
     if spec.space is None or not spec.space.startswith("MNI152") or spec.representation != "T1w":
@@ -165,4 +164,3 @@ def _field_of_view(volume: Volume, spec: InputSpec) -> Volume:
             break
         volume = operation(volume)
     return volume
-

@@ -25,12 +25,13 @@ def is_axis_aligned(affine: NDArray[np.float64], shape: Triple) -> bool:
 def on_grid(volume: Volume, spec: InputSpec, on_mismatch: str, source: str) -> tuple[Volume, str]:
     """The volume on the contract's grid and orientation, and in words what was done to bring it there.
 
-    A scan that already lies there is returned as a view. One that is shifted by whole voxels is copied. One with another
-    offset or finer voxels is averaged: each new voxel is the mean of the old ones, weighted by the share of it that they
-    fill (linear interpolation where the spacing is the same). What lies outside the scan is 0.
+    A scan that already lies there is returned as a view. One that is shifted by whole voxels is copied. One with
+    another offset or finer voxels is averaged: each new voxel is the mean of the old ones, weighted by the share of it
+    that they fill (linear interpolation where the spacing is the same). What lies outside the scan is 0.
 
     Raises:
-        ScanError: The scan's axes are rotated, its voxels are coarser than the contract's, or `on_mismatch` is "raise" and
+        ScanError: The scan's axes are rotated, its voxels are coarser than the contract's, or `on_mismatch` is "raise"
+            and
             the grids differ.
     """
     if spec.orientation is not None:
@@ -70,8 +71,9 @@ def _refuse_other_spaces(
         )
     if on_mismatch == "raise":
         raise ScanError(
-            f"{source}: grid of {volume.shape} voxels of {_mm(volume.spacing)} mm from RAS {_mm(volume.affine[:3, 3])}, not "
-            f"the contract's {grid.shape} voxels of {_mm(grid.spacing)} mm from RAS {_mm(target[:3, 3])}; "
+            f"{source}: a grid of {volume.shape} voxels of {_mm(volume.spacing)} mm "
+            f"from RAS {_mm(volume.affine[:3, 3])}, "
+            f"not the contract's {grid.shape} voxels of {_mm(grid.spacing)} mm from RAS {_mm(target[:3, 3])}; "
             'pass on_mismatch="resample" to have it moved'
         )
 
@@ -87,7 +89,9 @@ def _shifted(volume: Volume, shift: NDArray[np.int_], shape: Triple, target: NDA
     # Outside is 0 in real intensities, so scaled integers are unscaled first.
     plain = (volume.slope, volume.inter) == (1.0, 0.0)
     stored = volume.stored if plain else volume.image
-    image = np.zeros((len(stored), *shape[::-1]), dtype=stored.dtype).transpose(0, 3, 2, 1)  # x fastest, as files have it
+    image = np.zeros((len(stored), *shape[::-1]), dtype=stored.dtype).transpose(
+        0, 3, 2, 1
+    )  # x fastest, as files have it
     image[(slice(None), *inside)] = stored[(slice(None), *source)]
     mask = None
     if volume.mask is not None:
@@ -110,7 +114,8 @@ def _overlap(start: float, step: float, size: int, have: int) -> NDArray[np.floa
     centres = start + step * np.arange(size)[:, None]
     edges = np.arange(have)[None, :]
     covered = np.minimum(centres + step / 2, edges + 0.5) - np.maximum(centres - step / 2, edges - 0.5)
-    return (np.clip(covered, 0, None) / step).astype(np.float32)
+    weights: NDArray[np.float32] = (np.clip(covered, 0, None) / step).astype(np.float32)
+    return weights
 
 
 def _contract(image: NDArray[np.float32], weights: list[NDArray[np.float32]]) -> NDArray[np.float32]:

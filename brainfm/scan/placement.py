@@ -1,8 +1,9 @@
 """Is this a skull-stripped T1w brain that lies where the template's brain lies? Judged by content, not by the header.
 
 The scan's brain is averaged into the 4 mm voxels of the MNI152 2009a template (`assets/mni152_brain_4mm.nii.gz`) by the
-world coordinates of its voxels; a handful of figures then say whether it can be where its affine claims. MNI152's variants
-(2009a, 2009c, FSL's) differ by a few millimetres and count as one here. Left and right cannot be told apart by content.
+world coordinates of its voxels; a handful of figures then say whether it can be where its affine claims. MNI152's
+variants (2009a, 2009c, FSL's) differ by a few millimetres and count as one here. Left and right cannot be told apart by
+content.
 
 Figures the limits were set from, on real brains (the 2009a template; Colin27, skull-stripped, in MNI space), moved on
 purpose; "scaled" is 0.85 to 1.05 along each axis, as rigid registration leaves brains of other sizes:
@@ -62,7 +63,9 @@ class Placement:
             )
         register = "register it to the template rigidly (TurboPrep with -r r), or check its affine"
         if self.litres < MIN_LITRES:
-            return f"only {self.litres:.2f} litres of brain are in the field of view, too little for a whole one; {register}"
+            return (
+                f"only {self.litres:.2f} litres of brain are in the field of view, too little for a whole; {register}"
+            )
         figures = (
             (self.offset_mm > MAX_OFFSET_MM, f"its centre is {self.offset_mm:.0f} mm from the template's"),
             (self.tilt_deg > MAX_TILT_DEG, f"it is turned by {self.tilt_deg:.0f}° against the template's"),
@@ -74,8 +77,8 @@ class Placement:
             return f"the brain does not lie where the template's does: {wrong}; {register}"
         if self.correlation < MIN_CORRELATION:
             return (
-                f"inside the brain, the intensities do not follow a T1w image (correlation {self.correlation:.2f} with the "
-                "template): another contrast, a label map, or a scan turned upside down; use the T1w scan"
+                f"inside the brain, the intensities do not follow a T1w image (correlation {self.correlation:.2f} with "
+                "the template): another contrast, a label map, or a scan turned upside down; use the T1w scan"
             )
         return ""
 
@@ -119,7 +122,8 @@ def _tilts(points: NDArray[np.float64]) -> tuple[float, float]:
         return 0.0, 0.0
     moments = np.cov(points.T)
     nod, turn = (
-        float(np.degrees(0.5 * np.arctan2(2 * moments[1, other], moments[1, 1] - moments[other, other]))) for other in (2, 0)
+        float(np.degrees(0.5 * np.arctan2(2 * moments[1, other], moments[1, 1] - moments[other, other])))
+        for other in (2, 0)
     )
     return nod, turn
 

@@ -1,4 +1,4 @@
-"""Read a stored image: a NIfTI or MGZ file, a nibabel image, or an array with its affine. Every refusal is a ScanError."""
+"""Read a stored image: a NIfTI or MGZ file, a nibabel image, or an array with its affine."""
 
 from __future__ import annotations
 
@@ -78,14 +78,18 @@ def _open(path: Path, what: str) -> SpatialImage:
     except ScanError:
         raise
     except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise ScanError(f"{path}: the file is damaged or incomplete ({_one_line(error)}); copy or convert it again") from error
+        raise ScanError(
+            f"{path}: the file is damaged or incomplete ({_one_line(error)}); copy or convert it again"
+        ) from error
 
 
 def _first_bytes(path: Path, what: str) -> bytes:
     if path.is_dir():
         if any(is_dicom(child) for child in sorted(path.iterdir())[:3]):
             raise ScanError(f"{path}: a folder of DICOM files; {_CONVERT}")
-        raise ScanError(f"{path}: a folder, not a {what}; name the image in it, or embed the folder with 'brainfm embed'")
+        raise ScanError(
+            f"{path}: a folder, not a {what}; name the image in it, or embed the folder with 'brainfm embed'"
+        )
     if not path.exists():
         hint = "; the link leads nowhere: with DataLad or git-annex, get its content first" if path.is_symlink() else ""
         raise ScanError(f"{path}: no such file{hint}")
@@ -135,7 +139,9 @@ def _from_nibabel(image: Any, source: str) -> StoredImage:
     try:
         array = np.asanyarray(raw)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ScanError(f"{source}: the file is damaged or incomplete ({_one_line(error)}); copy or convert it again") from error
+        raise ScanError(
+            f"{source}: the file is damaged or incomplete ({_one_line(error)}); copy or convert it again"
+        ) from error
     return _checked(array, image.affine, source, float(proxy.slope), float(proxy.inter))
 
 

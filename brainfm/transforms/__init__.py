@@ -56,11 +56,12 @@ class InputTransform:
             volume = self.spec.apply(scan)
         except ScanError as error:
             raise ScanError(f"{scan.source}: {error}") from error
-        tensor = torch.from_numpy(volume.image)
+        image = volume.image
+        tensor = torch.from_numpy(image if image.flags.writeable else image.copy())
         if self.spec.output_shape is not None and tuple(tensor.shape) != self.spec.output_shape:
             raise ScanError(
-                f"{scan.source}: the contract's operations gave {tuple(tensor.shape)}, and it says {self.spec.output_shape}: "
-                "the contract contradicts itself"
+                f"{scan.source}: the contract's operations gave {tuple(tensor.shape)}, and it promises "
+                f"{self.spec.output_shape}: mend the contract"
             )
         return tensor if self.augment is None else self.augment(tensor)
 

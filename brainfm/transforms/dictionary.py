@@ -18,8 +18,8 @@ class InputTransformd(MapTransform):  # type: ignore[misc]
     """`InputTransform` inside a MONAI `Compose`: the scan under `image_key` becomes the tensor of the contract.
 
     The item may hold paths, or what MONAI's `LoadImaged` makes of them, with or without a channel axis. The result is a
-    `MetaTensor` with the affine of the new voxels, the original metadata and, where the contract has one, the brain mask
-    under `mask_key` as [1, D, H, W] uint8 on the same voxels.
+    `MetaTensor` with the affine of the new voxels, the original metadata and, where the contract has one, the brain
+    mask under `mask_key` as [1, D, H, W] uint8 on the same voxels.
 
     Args:
         spec: The input contract.

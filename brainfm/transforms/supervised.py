@@ -13,8 +13,8 @@ def supervised_augmentation(spec: InputSpec) -> Callable[[Tensor], Tensor]:
     """Random crop, flip, affine, shift and noise of Kaczmarek et al. 2025, for the tensors of a contract.
 
     Crop to at least 60 % of each axis (90×115×115 of 150×192×192) and resize back; flip left–right, p=0.5; affine with
-    rotations to ±0.1 rad, scales to ±15 % and shifts to ±5 voxels (in proportion on another grid), p=0.7; intensity shift to
-    ±0.1, p=0.5; Gaussian noise of 0.1, p=0.2. Seed with `monai.utils.set_determinism`.
+    rotations to ±0.1 rad, scales to ±15 % and shifts to ±5 voxels (in proportion on another grid), p=0.7; intensity
+    shift to ±0.1, p=0.5; Gaussian noise of 0.1, p=0.2. Seed with `monai.utils.set_determinism`.
 
     Args:
         spec: A contract with a fixed output shape, whose last axis runs left–right.
@@ -28,7 +28,9 @@ def supervised_augmentation(spec: InputSpec) -> Callable[[Tensor], Tensor]:
         raise ValueError("this augmentation needs an input contract with a fixed output shape")
     shape = spec.output_shape[1:]
     published = (150, 192, 192)
-    smallest = [max(1, round(n * part / whole)) for n, part, whole in zip(shape, (90, 115, 115), published, strict=True)]
+    smallest = [
+        max(1, round(n * part / whole)) for n, part, whole in zip(shape, (90, 115, 115), published, strict=True)
+    ]
     shift = [5 * n / whole for n, whole in zip(shape, published, strict=True)]
     augment = monai.Compose(
         [
