@@ -92,8 +92,8 @@ def _from_path(path: Path) -> list[ScanRecord]:
 def read_manifest(path: Path) -> list[ScanRecord]:
     """The rows of a CSV (or TSV) manifest.
 
-    `image_path` is needed; `mask_path`, `patient_id`, `scan_id` are optional, and other columns are kept. Relative paths
-    are relative to the manifest. Raises ScanError as `list_scans` does.
+    `image_path` is needed; `mask_path`, `patient_id`, `scan_id` are optional, and other columns are kept. Relative
+    paths are relative to the manifest. Raises ScanError as `list_scans` does.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:

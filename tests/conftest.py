@@ -1,0 +1,102 @@
+"""Scans and models that the tests share. No test needs a network: caches are empty folders, and the Hub is offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+_CACHES = tempfile.TemporaryDirectory(prefix="brainfm-tests-")
+os.environ |= {  # before huggingface_hub is imported: it reads them once
+    "BRAINFM_CACHE": f"{_CACHES.name}/brainfm",
+    "HF_HOME": f"{_CACHES.name}/huggingface",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import brainfm
+from brainfm.demo import SAMPLE_MASK, SAMPLE_SCAN
+
+
+@pytest.fixture(scope="session")
+def spec() -> brainfm.InputSpec:
+    """The published contract: 193×229×193 at 1 mm in, 150×192×192 out."""
+    return brainfm.get_pretrained_cfg("simclr_resnet18_3d").input_spec
+
+
+@pytest.fixture(scope="session")
+def small_spec() -> brainfm.InputSpec:
+    """The test models' contract: 4 mm, 40×48×48 out."""
+    return brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
+
+
+@pytest.fixture(scope="session")
+def sample() -> tuple[Path, Path]:
+    """The packaged scan and its mask, on the contract's 1 mm grid."""
+    return SAMPLE_SCAN, SAMPLE_MASK
+
+
+@pytest.fixture(scope="session")
+def brain() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The packaged scan in memory: voxels [x, y, z] uint8, mask [x, y, z] uint8, affine [4, 4]. Not to be written to."""
+    image, mask = nib.load(SAMPLE_SCAN), nib.load(SAMPLE_MASK)
+    arrays = np.asarray(image.dataobj), np.asarray(mask.dataobj), image.affine
+    for array in arrays:
+        array.setflags(write=False)
+    return arrays
+
+
+@pytest.fixture(scope="session")
+def small_sample(tmp_path_factory, small_spec) -> tuple[Path, Path]:
+    """The packaged scan averaged to 4 mm, and its mask: cheap to read and to embed."""
+    folder = tmp_path_factory.mktemp("small")
+    scan = brainfm.load_scan(SAMPLE_SCAN, SAMPLE_MASK, spec=small_spec)
+    image, mask = scan.image[0] * scan.mask, scan.mask.astype(np.uint8)
+    nib.Nifti1Image(image, scan.affine).to_filename(folder / "normalized.nii.gz")
+    nib.Nifti1Image(mask, scan.affine).to_filename(folder / "mask.nii.gz")
+    return folder / "normalized.nii.gz", folder / "mask.nii.gz"
+
+
+@pytest.fixture(scope="session")
+def small_model() -> torch.nn.Module:
+    """The packaged test ResNet. Shared: make another one to change it."""
+    return brainfm.create_model("test_resnet_3d", pretrained=True)
+
+
+@pytest.fixture(scope="session")
+def parity() -> dict[str, Any]:
+    """Outputs of the released upstream code; `tests/data/README.md` says how they were made."""
+    return json.loads((Path(__file__).parent / "data" / "parity.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def upstream_state(parity):
+    """A function (model name) → the state dict whose outputs `parity` holds, made by its recipe."""
+
+    def make(name: str) -> dict[str, torch.Tensor]:
+        keys = parity["models"][name]["keys"]
+        return {key: torch.from_numpy(_filled(key, shape, parity["salt"])) for key, shape in keys.items()}
+
+    return make
+
+
+def _filled(key: str, shape: list[int], salt: int) -> np.ndarray:
+    draw = np.random.RandomState((zlib.crc32(key.encode()) ^ salt) & 0xFFFFFFFF)
+    if key.endswith("num_batches_tracked"):
+        return np.zeros(shape, dtype=np.int64)
+    if len(shape) >= 2:
+        values = draw.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+    elif key.endswith("running_var"):
+        values = 1 + 0.1 * draw.random_sample(shape)
+    elif key.endswith(("running_mean", "bias")):
+        values = 0.1 * draw.standard_normal(shape)
+    else:
+        values = 1 + 0.1 * draw.standard_normal(shape)
+    return values.astype(np.float32)
