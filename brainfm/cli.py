@@ -36,8 +36,12 @@ def main(debug: bool) -> None:
     """Pretrained encoders for 3D brain MRI, each with the exact input its weights expect."""
     import logging
 
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("brainfm").setLevel(logging.DEBUG if debug else logging.INFO)
+    logger = logging.getLogger("brainfm")
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+    if not debug:  # its retries are not news; what fails in the end is
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 @main.command("list")

@@ -45,7 +45,7 @@ def sample() -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def brain() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The packaged scan in memory: voxels [x, y, z] uint8, mask [x, y, z] uint8, affine [4, 4]. Not to be written to."""
+    """The packaged scan in memory, read-only: voxels [x, y, z] uint8, mask [x, y, z] uint8, affine [4, 4]."""
     image, mask = nib.load(SAMPLE_SCAN), nib.load(SAMPLE_MASK)
     arrays = np.asarray(image.dataobj), np.asarray(mask.dataobj), image.affine
     for array in arrays:

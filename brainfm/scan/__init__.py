@@ -75,7 +75,7 @@ def load_scan(
     brain = _brain_mask(stored, mask, spec)
     volume = Volume(stored.array[None], brain, stored.affine, stored.slope, stored.inter)
     volume, note = on_grid(volume, spec, on_mismatch, stored.source)
-    _check_content(volume, spec, stored.source, has_mask=mask is not None)
+    _check_content(volume, spec, stored.source)
     return Scan(
         volume.stored, volume.mask, volume.affine, volume.slope, volume.inter, stored.source, (note,) if note else ()
     )
@@ -130,7 +130,7 @@ def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
     return brain
 
 
-def _check_content(volume: Volume, spec: InputSpec, source: str, has_mask: bool) -> None:
+def _check_content(volume: Volume, spec: InputSpec, source: str) -> None:
     """Refuse what the header lets through: empty, not finite, not stripped, or not where its affine says it is."""
     seen = _field_of_view(volume, spec)
     image = seen.stored[0]
@@ -152,8 +152,6 @@ def _check_content(volume: Volume, spec: InputSpec, source: str, has_mask: bool)
         return
     placement = measure(seen, brain)
     if placement.fault:
-        if not has_mask and brain.mean() > 0.99:
-            raise ScanError(f"{source}: the background is not 0, so the brain cannot be told from it; pass mask=")
         raise ScanError(f"{source}: {placement.fault}")
 
 

@@ -58,8 +58,8 @@ class Placement:
         """What is wrong and what to do next, or an empty string."""
         if self.litres > MAX_LITRES:
             return (
-                f"the image is not skull-stripped: {self.litres:.1f} litres of it are not 0, and a brain has 1 to 2; "
-                "pass mask= (its brain mask), or strip it first (SynthStrip, TurboPrep)"
+                f"the image is not skull-stripped, or its background is not 0: {self.litres:.1f} litres of it count as brain, "
+                "and a brain has 1 to 2; pass mask= (its brain mask), or strip it first (SynthStrip, TurboPrep)"
             )
         register = "register it to the template rigidly (TurboPrep with -r r), or check its affine"
         if self.litres < MIN_LITRES:
@@ -108,7 +108,7 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     template_points = np.argwhere(template > 0) @ affine[:3, :3].T + affine[:3, 3]
     return Placement(
         litres=len(points) * cubic_mm / 1e6,
-        overlap=2 * inside * cubic_mm / (len(points) * cubic_mm + template_mm3),
+        overlap=float(2 * inside * cubic_mm / (len(points) * cubic_mm + template_mm3)),
         outside=1 - inside / len(points),
         offset_mm=float(np.linalg.norm(points.mean(axis=0) - template_points.mean(axis=0))),
         tilt_deg=max(abs(a - b) for a, b in zip(_tilts(points), _tilts(template_points), strict=True)),

@@ -1,4 +1,4 @@
-"""Self-supervised pretraining. For now: the SimCLR network, to use a checkpoint's projection head beside its encoder."""
+"""Self-supervised pretraining. For now, the SimCLR network: an encoder and its projection head."""
 
 from brainfm.train.simclr import SimCLR
 
