@@ -35,13 +35,14 @@ class _Commands(click.Group):
 def main(debug: bool) -> None:
     """Pretrained encoders for 3D brain MRI, each with the exact input its weights expect."""
     import logging
+    import os
 
     logger = logging.getLogger("brainfm")
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
-    if not debug:  # its retries are not news; what fails in the end is
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not debug:  # each retry of a download is no news; what fails in the end is said once
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 @main.command("list")

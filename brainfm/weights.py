@@ -404,11 +404,13 @@ def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
     logger.info("%s: converted to %s, left out %s", source.name, target, ", ".join(checkpoint.dropped) or "nothing")
 
 
-def save_state(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write tensors as safetensors, atomically."""
+def save_state(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically, with some text beside them."""
     from safetensors.torch import save_file
 
-    with atomic_path(path) as temporary:
+    with atomic_path(Path(path)) as temporary:
         save_file({key: value.contiguous().clone() for key, value in state.items()}, temporary, metadata=metadata)
 
 

@@ -58,7 +58,7 @@ class Placement:
         """What is wrong and what to do next, or an empty string."""
         if self.litres > MAX_LITRES:
             return (
-                f"the image is not skull-stripped, or its background is not 0: {self.litres:.1f} litres of it count as brain, "
+                f"the image is not skull-stripped, or its background is not 0: {self.litres:.1f} litres count as brain "
                 "and a brain has 1 to 2; pass mask= (its brain mask), or strip it first (SynthStrip, TurboPrep)"
             )
         register = "register it to the template rigidly (TurboPrep with -r r), or check its affine"
