@@ -121,7 +121,7 @@ def _image_class(head: bytes, path: Path) -> Any:
     for cls in (nib.Nifti1Image, nib.Nifti2Image):
         if cls.header_class.may_contain_header(head):
             return cls
-    if head[:4] == b"\x00\x00\x00\x01" and path.suffix in (".mgz", ".mgh"):
+    if head[:4] == b"\x00\x00\x00\x01" and path.suffix.lower() in (".mgz", ".mgh"):
         return nib.MGHImage
     raise ScanError(f"{path}: neither NIfTI nor MGZ (it begins with {head[:12]!r}); {_CONVERT}")
 

@@ -32,7 +32,7 @@ def supervised_augmentation(spec: InputSpec) -> Callable[[Tensor], Tensor]:
         max(1, round(n * part / whole)) for n, part, whole in zip(shape, (90, 115, 115), published, strict=True)
     ]
     shift = [5 * n / whole for n, whole in zip(shape, published, strict=True)]
-    augment = monai.Compose(
+    augment: Callable[[Tensor], Tensor] = monai.Compose(
         [
             monai.RandSpatialCrop(smallest, max_roi_size=shape, random_size=True),
             monai.Resize(shape, mode="trilinear"),
@@ -47,11 +47,7 @@ def supervised_augmentation(spec: InputSpec) -> Callable[[Tensor], Tensor]:
             ),
             monai.RandShiftIntensity(0.1, prob=0.5),
             monai.RandGaussianNoise(prob=0.2, std=0.1),
+            monai.EnsureType(track_meta=False),
         ]
     )
-
-    def run(tensor: Tensor) -> Tensor:
-        out = augment(tensor)
-        return out.as_tensor() if hasattr(out, "as_tensor") else out  # type: ignore[no-any-return]
-
-    return run
+    return augment
