@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
+from dataclasses import MISSING, dataclass, fields, replace
+from types import UnionType
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +25,13 @@ from brainfm.errors import MissingExtraError, ScanError
 
 Region = Literal["all", "nonzero", "positive", "mask"]
 Triple = tuple[int, int, int]
+
+_REGIONS: dict[Region, str] = {
+    "all": "whole array",
+    "nonzero": "non-zero voxels",
+    "positive": "voxels above 0",
+    "mask": "brain mask",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +54,7 @@ class Volume:
 
     @property
     def image(self) -> NDArray[np.float32]:
-        """Real intensities, [C, i, j, k] float32; a copy only where scaling, type or memory order ask for one."""
+        """Real intensities, [C, i, j, k] float32 in memory order; the stored array itself where it is that already."""
         image = np.ascontiguousarray(self.stored, dtype=np.float32)
         if (self.slope, self.inter) == (1.0, 0.0):
             return image
@@ -66,23 +74,29 @@ class Volume:
         spacing: NDArray[np.float64] = np.linalg.norm(self.affine[:3, :3], axis=0)
         return spacing
 
-    def region(self, name: Region, image: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """[C, i, j, k] booleans: where statistics of `image` are taken. Raises ScanError where the region is empty."""
+    def region(self, name: Region) -> NDArray[np.bool_]:
+        """[C, i, j, k] booleans: where statistics are taken. Raises ScanError where a channel has no voxel there."""
         if name == "mask":
             if self.mask is None:
-                raise ScanError(
-                    "this input contract takes statistics inside a brain mask, and there is none: pass mask="
-                )
-            chosen = np.broadcast_to(self.mask, image.shape)
+                raise ScanError("this input contract takes statistics in a brain mask, and there is none: pass mask=")
+            chosen = np.broadcast_to(self.mask, self.stored.shape)
         elif name == "nonzero":
-            chosen = image != 0
+            chosen = not_zero(self.stored, self.slope, self.inter)
         elif name == "positive":
-            chosen = image > 0
+            chosen = self.image > 0
         else:
-            chosen = np.ones(image.shape, dtype=np.bool_)
-        if not chosen.any():
-            raise ScanError(f"no voxel is left in the region '{name}' after the crop of the input contract")
+            chosen = np.ones(self.stored.shape, dtype=np.bool_)
+        if not all(channel.any() for channel in chosen):
+            raise ScanError(f"no voxel is left in the {_REGIONS[name]} after the crop of the input contract")
         return chosen
+
+
+def not_zero(stored: NDArray[Any], slope: float, inter: float) -> NDArray[np.bool_]:
+    """Where real intensities are not 0. Scaled integers hold 0 to the precision of their scaling only: half a step."""
+    if inter == 0:
+        return np.asarray(stored != 0)
+    tolerance = 0.5 if stored.dtype.kind in "iu" else 0.0
+    return np.asarray(np.abs(stored + np.float32(inter / slope)) > tolerance)
 
 
 @runtime_checkable
@@ -103,6 +117,54 @@ def _operation(cls: type[T]) -> type[T]:
     return cls
 
 
+class Checked:
+    """A dataclass whose fields hold what their types say: a word that means nothing is an error, not a default.
+
+    Lists become tuples, so that data from JSON equals data from Python. Raises ValueError.
+    """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, item.name, value)
+            if not _fits(value, hints[item.name]):
+                name = type(self).__name__
+                raise ValueError(f"{name}: {item.name} is {value!r}, and must be {_words(hints[item.name])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if parts[-1] is Ellipsis:
+            return all(_fits(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(_fits(item, part) for item, part in zip(value, parts, strict=True))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return " or ".join(map(repr, parts))
+    if kind in (Union, UnionType):
+        return " or ".join(_words(part) for part in parts)
+    if kind is tuple:
+        return "a tuple of " + (f"{_words(parts[0])}s" if parts[-1] is Ellipsis else ", ".join(map(_words, parts)))
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
 def operation_to_dict(operation: Operation) -> dict[str, Any]:
     """The operation as JSON-ready data: its class under "op", then its parameters."""
     values = {f.name: getattr(operation, f.name) for f in fields(operation)}  # type: ignore[arg-type]
@@ -110,43 +172,18 @@ def operation_to_dict(operation: Operation) -> dict[str, Any]:
 
 
 def operation_from_dict(data: Mapping[str, Any]) -> Operation:
-    """The operation that `operation_to_dict` described. Raises ValueError for an unknown name or parameter."""
+    """The operation that `operation_to_dict` described. Raises ValueError for an unknown name or a wrong parameter."""
     parameters = dict(data)
     name = parameters.pop("op", None)
-    if name not in _BY_NAME:
-        raise ValueError(
-            f"unknown operation {name!r} in an input contract; brainfm knows {', '.join(sorted(_BY_NAME))}"
-        )
-    cls = _BY_NAME[name]
-    unknown = set(parameters) - {f.name for f in fields(cls)}
-    if unknown:
-        raise ValueError(f"operation {name} has no parameter {', '.join(sorted(unknown))}")
-    hints = get_type_hints(cls)
-    for key, value in parameters.items():
-        if isinstance(value, list):
-            parameters[key] = tuple(value)
-        choices = _literal_choices(hints[key])
-        if (
-            choices
-            and not isinstance(value, list)
-            and value not in choices
-            and not _is_number_allowed(hints[key], value)
-        ):
-            raise ValueError(
-                f"operation {name}: {key} is {value!r}, and must be one of {', '.join(map(repr, choices))}"
-            )
-    operation: Operation = cls(**parameters)
+    if not isinstance(name, str) or name not in _BY_NAME:
+        raise ValueError(f"unknown operation {name!r} in an input contract; known: {', '.join(sorted(_BY_NAME))}")
+    known = {f.name: f for f in fields(_BY_NAME[name])}
+    if unknown := sorted(set(parameters) - set(known)):
+        raise ValueError(f"operation {name} has no parameter {', '.join(unknown)}")
+    if lacking := [key for key, f in known.items() if f.default is MISSING and key not in parameters]:
+        raise ValueError(f"operation {name} lacks its parameter {', '.join(lacking)}")
+    operation: Operation = _BY_NAME[name](**parameters)
     return operation
-
-
-def _literal_choices(hint: Any) -> tuple[Any, ...]:
-    if getattr(hint, "__origin__", None) is Literal:
-        return get_args(hint)
-    return tuple(choice for part in get_args(hint) for choice in _literal_choices(part))
-
-
-def _is_number_allowed(hint: Any, value: Any) -> bool:
-    return float in get_args(hint) and isinstance(value, int | float)
 
 
 # --- Geometry on views: voxels are picked, flipped or reordered, never changed --------------------
@@ -154,10 +191,14 @@ def _is_number_allowed(hint: Any, value: Any) -> bool:
 
 @_operation
 @dataclass(frozen=True)
-class Reorient:
+class Reorient(Checked):
     """Flip and permute the axes so that they point along `axcodes`, such as "RAS" or "LAS"."""
 
     axcodes: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        axes_towards(np.eye(4), self.axcodes)
 
     def __call__(self, volume: Volume) -> Volume:
         axes, flips = axes_towards(volume.affine, self.axcodes)
@@ -169,7 +210,7 @@ class Reorient:
 
 @_operation
 @dataclass(frozen=True)
-class Transpose:
+class Transpose(Checked):
     """Put the spatial axes in the order `axes`: (2, 1, 0) turns (x, y, z) into (z, y, x)."""
 
     axes: Triple
@@ -183,15 +224,15 @@ class Transpose:
 
 @_operation
 @dataclass(frozen=True)
-class CropBox:
+class CropBox(Checked):
     """Keep the voxels `start` up to, not including, `stop` along each axis. A box that sticks out is a ScanError."""
 
     start: Triple
     stop: Triple
 
     def __call__(self, volume: Volume) -> Volume:
-        if any(high > size for high, size in zip(self.stop, volume.shape, strict=True)):
-            raise ScanError(f"the fixed crop up to {self.stop} does not fit in a volume of {volume.shape} voxels")
+        if not all(0 <= a < b <= n for a, b, n in zip(self.start, self.stop, volume.shape, strict=True)):
+            raise ScanError(f"{self} does not fit in a volume of {volume.shape} voxels")
         return _pick(volume, tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True)))
 
     def __str__(self) -> str:
@@ -200,7 +241,7 @@ class CropBox:
 
 @_operation
 @dataclass(frozen=True)
-class CropCenter:
+class CropCenter(Checked):
     """Keep at most `shape` voxels around the centre; an axis that is already shorter stays as it is."""
 
     shape: Triple
@@ -216,13 +257,13 @@ class CropCenter:
 
 @_operation
 @dataclass(frozen=True)
-class CropForeground:
+class CropForeground(Checked):
     """Crop to the smallest box that holds every voxel of `region`, in any channel."""
 
     region: Region = "nonzero"
 
     def __call__(self, volume: Volume) -> Volume:
-        found: NDArray[np.bool_] = np.asarray(volume.region(self.region, volume.image).any(axis=0))
+        found: NDArray[np.bool_] = np.asarray(volume.region(self.region).any(axis=0))
         box = []
         for axis in range(3):
             hits = np.flatnonzero(np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1).any(axis=1))
@@ -230,12 +271,12 @@ class CropForeground:
         return _pick(volume, tuple(box))
 
     def __str__(self) -> str:
-        return f"crop to the bounding box of the {_region_words(self.region)}"
+        return f"crop to the bounding box of the {_REGIONS[self.region]}"
 
 
 @_operation
 @dataclass(frozen=True)
-class CropToMultiple:
+class CropToMultiple(Checked):
     """Crop the centre so that each size is the largest multiple of `divisors` that fits."""
 
     divisors: Triple
@@ -252,7 +293,7 @@ class CropToMultiple:
 
 @_operation
 @dataclass(frozen=True)
-class Pad:
+class Pad(Checked):
     """Pad the centre out to at least `shape`, with a number or with each channel's minimum; the odd voxel goes last."""
 
     shape: Triple
@@ -287,19 +328,31 @@ class Pad:
 
 @_operation
 @dataclass(frozen=True)
-class Resize:
+class Resize(Checked):
     """Resize the whole array to `shape`, whatever that does to the spacing; the mask follows by nearest neighbour.
 
-    The modes are those of `torch.nn.functional.interpolate` ("nearest" is its "nearest-exact": voxel centres are kept).
+    The modes are those of `torch.nn.functional.interpolate`, which keep the edges of the volume in place; "nearest" is
+    its "nearest-exact". "nearest_corners" keeps the centres of the first and last voxels in place instead, as
+    `scipy.ndimage.zoom(order=0)` does.
     """
 
     shape: Triple
-    mode: Literal["nearest", "trilinear", "area"] = "trilinear"
+    mode: Literal["nearest", "nearest_corners", "trilinear", "area"] = "trilinear"
 
     def __call__(self, volume: Volume) -> Volume:
+        if self.mode == "nearest_corners":
+            return self._corners(volume)
         mode = "nearest-exact" if self.mode == "nearest" else self.mode
-        image = F.interpolate(torch.from_numpy(volume.image)[None], self.shape, mode=mode)[0].numpy()
+        image = F.interpolate(_tensor(volume.image)[None], self.shape, mode=mode)[0].numpy()
         return _regridded(volume, image)
+
+    def _corners(self, volume: Volume) -> Volume:
+        steps = [(have - 1) / max(want - 1, 1) for have, want in zip(volume.shape, self.shape, strict=True)]
+        picked = np.ix_(*(np.floor(s * np.arange(n) + 0.5).astype(int) for s, n in zip(steps, self.shape, strict=True)))
+        affine = volume.affine.copy()
+        affine[:3, :3] *= steps
+        mask = None if volume.mask is None else volume.mask[picked]
+        return replace(volume, stored=volume.stored[(slice(None), *picked)], mask=mask, affine=affine)
 
     def __str__(self) -> str:
         return f"resize to {_times(self.shape)} voxels ({self.mode})"
@@ -307,40 +360,63 @@ class Resize:
 
 @_operation
 @dataclass(frozen=True)
-class Resample:
-    """Resample to `spacing` mm a voxel by splines of `order` (0 nearest, 1 linear, 3 cubic), the edges kept in place.
+class Resample(Checked):
+    """Resample to `spacing` mm a voxel, by splines of `order` (0 nearest, 1 linear, 3 cubic). Needs SciPy ([eval]).
 
-    The new size along an axis is size × old spacing / new spacing, rounded; values beyond the edge repeat it. With
-    `anti_alias`, axes that get coarser are smoothed first (Gaussian, σ = (ratio − 1) / 2 voxels, scikit-image's rule).
-    Needs SciPy, which comes with the extra [eval].
+    Attributes:
+        spacing: Millimetres a voxel.
+        order: Of the splines; values beyond the edge repeat it.
+        anti_alias: Smooth axes that get coarser first (Gaussian, σ = (ratio − 1) / 2 voxels, scikit-image's rule).
+        keep: "edges": the edges of the volume stay in place and the size is size × old / new spacing, rounded, so that
+            the new spacing is met only nearly (nnU-Net, scikit-image). "first_voxel": the centre of the first voxel
+            stays, and the spacing is exact (MONAI's `Spacing`).
+        clip: Clip to the range of the input, since cubic splines overshoot (scikit-image's default).
     """
 
     spacing: tuple[float, float, float]
     order: Literal[0, 1, 2, 3] = 1
     anti_alias: bool = False
+    keep: Literal["edges", "first_voxel"] = "edges"
+    clip: bool = False
 
     def __call__(self, volume: Volume) -> Volume:
         try:
             from scipy import ndimage
         except ModuleNotFoundError as error:
             raise MissingExtraError("scipy", "eval") from error
-        shape = [
-            max(1, round(have * old / new))
-            for have, old, new in zip(volume.shape, volume.spacing, self.spacing, strict=True)
-        ]
-        if tuple(shape) == volume.shape:
+        ratio = np.asarray(self.spacing) / volume.spacing
+        if np.allclose(ratio, 1, rtol=1e-6):
             return volume
-        zoom = [new / have for new, have in zip(shape, volume.shape, strict=True)]
+        have = np.asarray(volume.shape)
+        size = np.rint((have - 1) / ratio + 1) if self.keep == "first_voxel" else np.maximum(1, np.rint(have / ratio))
+        shape = tuple(int(n) for n in size)
+        step = ratio if self.keep == "first_voxel" else have / size
+        start = (step - 1) / 2 if self.keep == "edges" else np.zeros(3)
+
+        def moved(channel: NDArray[Any], order: int) -> NDArray[Any]:
+            out: NDArray[Any] = ndimage.affine_transform(channel, step, start, shape, order=order, mode="nearest")
+            return out
+
         channels = []
         for channel in volume.image:
+            low, high = channel.min(), channel.max()
             if self.anti_alias:
-                channel = ndimage.gaussian_filter(channel, [max(0.0, (1 / z - 1) / 2) for z in zoom], mode="nearest")
-            channels.append(ndimage.zoom(channel, zoom, order=self.order, mode="nearest", grid_mode=True))
-        return _regridded(volume, np.stack(channels).astype(np.float32, copy=False))
+                channel = ndimage.gaussian_filter(channel, np.maximum(0, (step - 1) / 2), mode="nearest")
+            new = moved(channel, self.order)
+            channels.append(np.clip(new, low, high) if self.clip else new)
+        affine = volume.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ start
+        affine[:3, :3] *= step
+        mask = None if volume.mask is None else moved(volume.mask.astype(np.uint8), 0).astype(np.bool_)
+        return replace(volume, stored=np.stack(channels), mask=mask, affine=affine, slope=1.0, inter=0.0)
 
     def __str__(self) -> str:
         smooth = ", smoothed first where it gets coarser" if self.anti_alias else ""
-        return f"resample to {_times(self.spacing)} mm (spline order {self.order}{smooth})"
+        clipped = ", clipped to the range of the input" if self.clip else ""
+        place = "edges" if self.keep == "edges" else "first voxel"
+        return (
+            f"resample to {_times(self.spacing)} mm (spline order {self.order}, {place} kept in place{smooth}{clipped})"
+        )
 
 
 # --- Intensities ----------------------------------------------------------------------------------
@@ -348,7 +424,7 @@ class Resample:
 
 @_operation
 @dataclass(frozen=True)
-class Clip:
+class Clip(Checked):
     """Clip to [low, high]: intensities, or with `percentiles` each channel's percentiles over `region`."""
 
     low: float
@@ -360,20 +436,20 @@ class Clip:
         image = volume.image
         if not self.percentiles:
             return _with_image(volume, np.clip(image, np.float32(self.low), np.float32(self.high)))
-        chosen = volume.region(self.region, image)
+        chosen = volume.region(self.region)
         limits = [np.percentile(c[r], (self.low, self.high)) for c, r in zip(image, chosen, strict=True)]
         clipped = [np.clip(c, *limit.astype(np.float32)) for c, limit in zip(image, limits, strict=True)]
         return _with_image(volume, np.stack(clipped))
 
     def __str__(self) -> str:
         if self.percentiles:
-            return f"clip to the {self.low}–{self.high} percentiles of the {_region_words(self.region)}"
+            return f"clip to the {self.low}–{self.high} percentiles of the {_REGIONS[self.region]}"
         return f"clip to {self.low}…{self.high}"
 
 
 @_operation
 @dataclass(frozen=True)
-class ZScore:
+class ZScore(Checked):
     """Subtract the mean and divide by the standard deviation over `region`.
 
     Attributes:
@@ -388,6 +464,7 @@ class ZScore:
         method: "two_pass" (default) takes both moments in float64, the variance about the mean. "one_pass" is the
             released 3D-Neuro-SimCLR code's float32 E[x²] − E[x]²: it loses digits where the mean is large against the
             spread, and is here to reproduce that code; the two agree to 1e-5 on T1w scans.
+        background_is: What counts as background: the voxels "outside" the region, or those that were "zero" before.
     """
 
     region: Region = "all"
@@ -397,26 +474,30 @@ class ZScore:
     per_channel: bool = True
     background: Literal["keep", "zero", "noise"] = "keep"
     method: Literal["two_pass", "one_pass"] = "two_pass"
+    background_is: Literal["outside", "zero"] = "outside"
 
     def __call__(self, volume: Volume) -> Volume:
         image = volume.image
-        chosen = volume.region(self.region, image)
+        chosen = volume.region(self.region)
         out = np.empty_like(image)
         groups = [slice(c, c + 1) for c in range(len(image))] if self.per_channel else [slice(None)]
         for group in groups:
             mean, spread = self._moments(image[group], chosen[group])
             np.subtract(image[group], np.float32(mean), out=out[group])
             out[group] /= np.float32(spread)
-        if self.background == "zero":
-            out *= chosen
-        elif self.background == "noise":
-            noise = np.random.default_rng(0).standard_normal(out.shape, dtype=np.float32)
-            np.copyto(out, noise, where=~chosen)
+        if self.background != "keep":
+            behind = ~chosen if self.background_is == "outside" else ~volume.region("nonzero")
+            fill = (
+                np.random.default_rng(0).standard_normal(out.shape, dtype=np.float32)
+                if self.background == "noise"
+                else 0
+            )
+            np.copyto(out, fill, where=behind)
         return _with_image(volume, out)
 
     def _moments(self, image: NDArray[np.float32], chosen: NDArray[np.bool_]) -> tuple[float, float]:
-        if not chosen.any():
-            raise ScanError(f"a channel has no voxel in the region '{self.region}'")
+        if np.count_nonzero(chosen) <= self.ddof:
+            raise ScanError(f"one voxel in the {_REGIONS[self.region]} has no sample spread")
         if self.method == "one_pass":
             values = torch.from_numpy(image * chosen)
             count = float(chosen.sum())
@@ -430,55 +511,55 @@ class ZScore:
 
     def _divisor(self, variance: float) -> float:
         spread = math.sqrt(variance)
-        if self.eps_rule == "under_root":
-            return math.sqrt(variance + self.eps)
-        if self.eps_rule == "added":
-            return spread + self.eps
-        if self.eps_rule == "floor":
-            return max(spread, self.eps)
-        if self.eps_rule == "one_if_zero":
-            return spread or 1.0
-        if spread == 0:
-            raise ScanError(f"the {_region_words(self.region)} all have the same intensity: a z-score divides by zero")
-        return spread
+        divisor = {
+            "under_root": math.sqrt(variance + self.eps),
+            "added": spread + self.eps,
+            "floor": max(spread, self.eps),
+            "one_if_zero": spread or 1.0,
+            "none": spread,
+        }[self.eps_rule]
+        if divisor == 0:
+            raise ScanError(f"the {_REGIONS[self.region]} holds one intensity only: a z-score divides by zero")
+        return divisor
 
     def __str__(self) -> str:
         rule = {
-            "under_root": f", {self.eps:g} added to the variance",
-            "added": f", {self.eps:g} added to the spread",
-            "floor": f", spread at least {self.eps:g}",
+            "under_root": f", {self.eps:.12g} added to the variance",
+            "added": f", {self.eps:.12g} added to the spread",
+            "floor": f", spread at least {self.eps:.12g}",
             "one_if_zero": ", a spread of 0 taken as 1",
             "none": "",
         }[self.eps_rule]
-        rest = {"keep": "", "zero": ", 0 elsewhere", "noise": ", seeded noise elsewhere"}[self.background]
+        where = "elsewhere" if self.background_is == "outside" else "where it was 0"
+        rest = {"keep": "", "zero": f", 0 {where}", "noise": f", seeded noise {where}"}[self.background]
         each = "" if self.per_channel else " over all channels together"
         kind = "sample" if self.ddof else "population"
         how = " [upstream's float32 one-pass formula]" if self.method == "one_pass" else ""
-        return f"z-score over the {_region_words(self.region)}{each} ({kind} spread{rule}){rest}{how}"
+        return f"z-score over the {_REGIONS[self.region]}{each} ({kind} spread{rule}){rest}{how}"
 
 
 @_operation
 @dataclass(frozen=True)
-class DivideByMean:
+class DivideByMean(Checked):
     """Divide each channel by its mean over `region`. A mean of 0 is a ScanError."""
 
     region: Region = "all"
 
     def __call__(self, volume: Volume) -> Volume:
         image = volume.image
-        chosen = volume.region(self.region, image)
+        chosen = volume.region(self.region)
         means = [float(c[r].mean(dtype=np.float64)) for c, r in zip(image, chosen, strict=True)]
         if 0.0 in means:
-            raise ScanError(f"the mean of the {_region_words(self.region)} is 0: the input contract divides by it")
+            raise ScanError(f"the mean of the {_REGIONS[self.region]} is 0: the input contract divides by it")
         return _with_image(volume, image / np.array(means, dtype=np.float32)[:, None, None, None])
 
     def __str__(self) -> str:
-        return f"divide by the mean of the {_region_words(self.region)}"
+        return f"divide by the mean of the {_REGIONS[self.region]}"
 
 
 @_operation
 @dataclass(frozen=True)
-class MinMax:
+class MinMax(Checked):
     """Move the intensities of `region` linearly onto 0…1. A constant image is a ScanError."""
 
     region: Region = "all"
@@ -486,7 +567,7 @@ class MinMax:
 
     def __call__(self, volume: Volume) -> Volume:
         image = volume.image
-        chosen = volume.region(self.region, image)
+        chosen = volume.region(self.region)
         axes = (1, 2, 3) if self.per_channel else None
         low = np.min(image, axis=axes, keepdims=True, where=chosen, initial=np.inf)
         high = np.max(image, axis=axes, keepdims=True, where=chosen, initial=-np.inf)
@@ -495,24 +576,27 @@ class MinMax:
         return _with_image(volume, (image - low) / (high - low))
 
     def __str__(self) -> str:
-        return f"scale the {_region_words(self.region)} to 0…1" + (
-            "" if self.per_channel else ", all channels together"
-        )
+        return f"scale the {_REGIONS[self.region]} to 0…1" + ("" if self.per_channel else ", all channels together")
 
 
 @_operation
 @dataclass(frozen=True)
-class Standardize:
+class Standardize(Checked):
     """Subtract a fixed `mean` and divide by a fixed `std`, such as those of a training set."""
 
     mean: float
     std: float
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std <= 0:
+            raise ValueError(f"Standardize: std is {self.std}, and must be above 0")
+
     def __call__(self, volume: Volume) -> Volume:
         return _with_image(volume, (volume.image - np.float32(self.mean)) / np.float32(self.std))
 
     def __str__(self) -> str:
-        return f"subtract {self.mean:g} and divide by {self.std:g}"
+        return f"subtract {self.mean:.12g} and divide by {self.std:.12g}"
 
 
 # --- Shared geometry ------------------------------------------------------------------------------
@@ -578,16 +662,15 @@ def _regridded(volume: Volume, image: NDArray[np.float32]) -> Volume:
     affine[:3, :3] *= ratio
     mask = volume.mask
     if mask is not None:
-        soft = torch.from_numpy(np.ascontiguousarray(mask)).to(torch.uint8)[None, None]
+        soft = _tensor(np.ascontiguousarray(mask)).to(torch.uint8)[None, None]
         mask = F.interpolate(soft, image.shape[1:], mode="nearest-exact")[0, 0].numpy().astype(np.bool_)
     return replace(volume, stored=image, mask=mask, affine=affine, slope=1.0, inter=0.0)
 
 
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    """The array as a tensor, without a copy where torch can have it so: it takes no read-only memory."""
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
 def _times(values: tuple[float, ...]) -> str:
-    return "×".join(f"{value:g}" for value in values)
-
-
-def _region_words(region: Region) -> str:
-    return {"all": "whole array", "nonzero": "non-zero voxels", "positive": "voxels above 0", "mask": "brain mask"}[
-        region
-    ]
+    return "×".join(f"{value:.12g}" for value in values)

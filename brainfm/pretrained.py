@@ -6,18 +6,18 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.operations import Operation, Triple, Volume, axes_towards, operation_from_dict, operation_to_dict
+from brainfm.operations import Checked, Operation, Triple, Volume, axes_towards, operation_from_dict, operation_to_dict
 
-T = TypeVar("T")
+_ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Checked):
     """A voxel grid whose axes run along the world's.
 
     Attributes:
@@ -42,7 +42,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class InputSpec:
+class InputSpec(Checked):
     """The input contract of a weight: which scans it takes, and every step from the stored scan to its tensor.
 
     The first fields say what a scan must be before any step; `operations` are then applied in order. The order is part
@@ -77,6 +77,7 @@ class InputSpec:
     output_shape: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.grid is not None and self.orientation is None:
             raise ValueError("an input contract with a grid needs the orientation of its axes")
         if self.orientation is not None:
@@ -113,6 +114,8 @@ class InputSpec:
         values = _known_fields(cls, data)
         if values.get("grid") is not None:
             values["grid"] = Grid(**_known_fields(Grid, values["grid"]))
+        if not isinstance(values.get("operations", ()), tuple):
+            raise ValueError("the operations of an input contract are a list")
         values["operations"] = tuple(operation_from_dict(item) for item in values.get("operations", ()))
         return cls(**values)
 
@@ -230,7 +233,7 @@ class PretrainedCfg:
     def source(self) -> str:
         """Where `create_model(..., pretrained=True)` takes the weights from, in words; empty where there are none."""
         if self.file:
-            return self.file if Path(self.file).parent.name != "assets" else "in this package"
+            return "in this package" if Path(self.file).parent == _ASSETS else self.file
         if self.hub_id:
             return f"hf-hub:{self.hub_id}" + (f"@{self.hub_revision}" if self.hub_revision else "")
         return self.url or ""
@@ -240,13 +243,10 @@ class PretrainedCfg:
 
         A new source replaces the old ones, and with them their hash, unless the changes give that too.
         """
-        values = _known_fields(type(self), changes)
-        if isinstance(values.get("input_spec"), Mapping):
-            values["input_spec"] = InputSpec.from_dict(values["input_spec"])
-        if {"file", "hub_id", "url"} & set(values):
-            values = {"file": None, "hub_id": None, "hub_revision": None, "url": None, "sha256": None} | values
-        if values.get("file") is not None:
-            values["file"] = str(values["file"])
+        values = _cfg_values(changes)
+        if any(values.get(source) for source in ("file", "hub_id", "url")):
+            cleared = ("file", "hub_id", "hub_revision", "hub_filename", "url", "sha256")
+            values = {f.name: f.default for f in fields(self) if f.name in cleared} | values
         return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -260,12 +260,21 @@ class PretrainedCfg:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PretrainedCfg:
         """The cfg that `to_dict` described. Raises ValueError for an unknown field."""
-        values = _known_fields(cls, data)
-        if values.get("input_spec") is not None:
-            values["input_spec"] = InputSpec.from_dict(values["input_spec"])
-        values["cohorts"] = tuple(Cohort(**_known_fields(Cohort, item)) for item in values.get("cohorts", ()))
-        values["scores"] = tuple(Score(**_known_fields(Score, item)) for item in values.get("scores", ()))
-        return cls(**values)
+        return cls(**_cfg_values(data))
+
+
+def _cfg_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a PretrainedCfg from data that may come from JSON: what is nested there becomes what it stands for."""
+    values = _known_fields(PretrainedCfg, data)
+    if isinstance(values.get("input_spec"), Mapping):
+        values["input_spec"] = InputSpec.from_dict(values["input_spec"])
+    for key, cls in (("cohorts", Cohort), ("scores", Score)):
+        if key in values:
+            items = values[key]
+            values[key] = tuple(cls(**_known_fields(cls, i)) if isinstance(i, Mapping) else i for i in items)
+    if values.get("file") is not None:
+        values["file"] = str(values["file"])
+    return values
 
 
 def _known_fields(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,8 +93,8 @@ def list_pretrained(filter: str | Sequence[str] = "") -> list[str]:
 
 def is_model(name: str) -> bool:
     """Whether `create_model` knows this name, with or without a tag."""
-    architecture, _, tag = name.partition(".")
-    return architecture in _entrypoints and (not tag or tag in _cfgs[architecture])
+    architecture, dot, tag = name.partition(".")
+    return architecture in _entrypoints and (not dot or tag in _cfgs[architecture])
 
 
 def model_entrypoint(name: str) -> Entrypoint:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.errors import ScanError
-from brainfm.operations import CropBox, CropCenter, Reorient, Transpose, Volume
+from brainfm.operations import CropBox, CropCenter, Reorient, Transpose, Volume, not_zero
 from brainfm.pretrained import InputSpec
 from brainfm.scan.grid import TOLERANCE_MM, on_grid
 from brainfm.scan.placement import measure
@@ -89,15 +89,7 @@ def _brain_mask(stored: StoredImage, mask: ImageLike | None, spec: InputSpec) ->
         return _read_mask(mask, stored)
     if spec.mask == "file":
         raise ScanError(f"{stored.source}: this contract needs a brain mask; pass mask=")
-    return _not_zero(stored.array, stored.slope, stored.inter)
-
-
-def _not_zero(array: NDArray[Any], slope: float, inter: float) -> NDArray[np.bool_]:
-    """Where real intensities are not 0. Scaled integers hold 0 to the precision of their scaling only: half a step."""
-    if inter == 0:
-        return np.asarray(array != 0)
-    tolerance = 0.5 if array.dtype.kind in "iu" else 0.0
-    return np.asarray(np.abs(array + np.float32(inter / slope)) > tolerance)
+    return not_zero(stored.array, stored.slope, stored.inter)
 
 
 def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
@@ -145,7 +137,7 @@ def _check_content(volume: Volume, spec: InputSpec, source: str) -> None:
         return
     brain = seen.mask
     if brain is None:
-        brain = _not_zero(image, seen.slope, seen.inter)
+        brain = not_zero(image, seen.slope, seen.inter)
     if not brain.any():
         raise ScanError(f"{source}: no brain voxel is in the contract's field of view; is the mask the scan's own?")
     if spec.space is None or not spec.space.startswith("MNI152") or spec.representation != "T1w":

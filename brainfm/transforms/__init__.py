@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +58,8 @@ class InputTransform:
         except ScanError as error:
             raise ScanError(f"{scan.source}: {error}") from error
         image = volume.image
-        tensor = torch.from_numpy(image if image.flags.writeable else image.copy())
+        # A contract without arithmetic must not hand out the caller's own memory.
+        tensor = torch.from_numpy(image.copy() if np.may_share_memory(image, scan.stored) else image)
         if self.spec.output_shape is not None and tuple(tensor.shape) != self.spec.output_shape:
             raise ScanError(
                 f"{scan.source}: the contract's operations gave {tuple(tensor.shape)}, and it promises "
