@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,34 +30,32 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> nn.Mo
         >>> fast = brainfm.optimize(brainfm.create_model("simclr_resnet18_3d", pretrained=True))
     """
     kind = resolve_dtype(dtype)
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    fast: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
     if isinstance(fast, ResNet):
         _fold_batch_norms(fast)
     fast = fast.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return fast if kind is torch.float32 else _InDtype(fast, kind)
+    if kind is not torch.float32:
+        fast = fast.to(kind)
+        fast.register_forward_pre_hook(partial(_cast_input, kind))
+        fast.register_forward_hook(_cast_output)
+    return fast
 
 
 def resolve_dtype(dtype: DTypeName | torch.dtype) -> torch.dtype:
     """The torch dtype of a name. Raises ValueError for another name."""
     names = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in names:
+    kind = dtype if isinstance(dtype, torch.dtype) else names.get(dtype)
+    if kind is None or kind not in names.values():
         raise ValueError(f"dtype must be one of {', '.join(names)}, not {dtype!r}")
-    return names[dtype]
+    return kind
 
 
-class _InDtype(nn.Module):
-    """An encoder that computes in another type and speaks float32."""
+def _cast_input(dtype: torch.dtype, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.to(dtype) for x in inputs)
 
-    def __init__(self, encoder: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.encoder = encoder.to(dtype)
-        self.dtype = dtype
-        self.pretrained_cfg = getattr(encoder, "pretrained_cfg", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.encoder(x.to(self.dtype)).float()  # type: ignore[no-any-return]
+def _cast_output(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.float()
 
 
 def _fold_batch_norms(module: nn.Module) -> None:
@@ -68,8 +67,8 @@ def _fold_batch_norms(module: nn.Module) -> None:
     previous: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm3d) and previous is not None and isinstance(previous[1], nn.Conv3d):
-            setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child))
-            setattr(module, name, nn.Identity())
+            setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child).requires_grad_(False))
+            setattr(module, name, nn.Identity().eval())
         else:
             _fold_batch_norms(child)
         previous = (name, child)

@@ -6,6 +6,7 @@ checked against its hash and converted once to safetensors in the cache; the dow
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -161,7 +162,8 @@ def _read_tar(path: Path) -> Checkpoint:
 def _torch_load(file: Path | IO[bytes], name: str, mmap: bool = False) -> Any:
     """`torch.load(weights_only=True)` with its long answers made one line."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap or None)
+        with _plain_namespaces():
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)[: ]+(?:GLOBAL )?([\w.]+)", str(error))
         if asked:
@@ -175,6 +177,12 @@ def _torch_load(file: Path | IO[bytes], name: str, mmap: bool = False) -> Any:
         raise WeightsError(
             f"{name}: not a PyTorch checkpoint, or a damaged one ({_one_line(error)}); fetch or copy it again"
         ) from error
+
+
+def _plain_namespaces() -> AbstractContextManager[None]:
+    """Let argparse.Namespace through, a bag of values in which the MAE family keeps its options (from torch 2.5 on)."""
+    safe_globals = getattr(torch.serialization, "safe_globals", None)
+    return safe_globals([argparse.Namespace]) if safe_globals else nullcontext()
 
 
 def _unwrap(content: Any, name: str) -> Checkpoint:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from brainfm.pretrained import PretrainedCfg
 
@@ -162,9 +164,24 @@ class Encoder(nn.Module, ABC):
         if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint
 
-            recomputed: Tensor = checkpoint(block, x, use_reentrant=False)
+            def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+                return nullcontext(), self._still_statistics()
+
+            recomputed: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
             return recomputed
         return block(x)
+
+    @contextmanager
+    def _still_statistics(self) -> Iterator[None]:
+        """Keep BatchNorm's running statistics as they are: recomputing a block must not count its batch twice."""
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+        for norm in norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
 
 
 def adapt_input_weight(weight: Tensor, in_chans: int) -> Tensor:

@@ -106,19 +106,20 @@ def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
         stored.affine, image.affine, atol=TOLERANCE_MM
     ):
         raise ScanError(f"{names} lies elsewhere: its affine is not the scan's; resample it to the scan's grid")
-    values = stored.array
+    values, step = stored.array, 0.0
     if (stored.slope, stored.inter) != (1.0, 0.0):
-        values = np.rint(values * np.float32(stored.slope) + np.float32(stored.inter))
+        values = values * np.float32(stored.slope) + np.float32(stored.inter)
+        step = abs(stored.slope) / 2  # scaled integers hold 0 and 1 to half a step
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
             raise ScanError(f"{names} holds NaN or infinite values; make it 0 outside the brain and 1 inside")
-        if ((values > 0) & (values < 1)).any():
+        if ((values > step) & (values < 1 - step)).any():
             raise ScanError(f"{names} holds fractions between 0 and 1 (a probability map?); threshold it first")
-    if values.dtype.kind != "u" and (values < 0).any():
+    if values.dtype.kind != "u" and (values < -step).any():
         raise ScanError(f"{names} holds negative values: is it an image? Make it 0 outside the brain and 1 inside")
-    brain: NDArray[np.bool_] = values > 0
+    brain: NDArray[np.bool_] = values > step
     if not brain.any():
-        raise ScanError(f"{names} is empty: no voxel is above 0")
+        raise ScanError(f"{names} is empty: no voxel is above 0; make it 1 inside the brain")
     return brain
 
 
@@ -132,7 +133,9 @@ def _check_content(volume: Volume, spec: InputSpec, source: str) -> None:
             "(0 outside the brain; inside it the scan is damaged)"
         )
     if not image.any() or image.min() == image.max():
-        raise ScanError(f"{source}: every voxel in the contract's field of view has the same value: there is no image")
+        raise ScanError(
+            f"{source}: every voxel in the field of view has the same value: there is no image; check the file"
+        )
     if spec.grid is None and spec.skull_strip != "required":
         return
     brain = seen.mask

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -48,7 +47,7 @@ def read_image(image: ImageLike, what: str = "scan") -> StoredImage:
         path = Path(image)
         return _from_nibabel(_open(path, what), str(path))
     if isinstance(image, tuple) and len(image) == 2:
-        return _checked(np.asarray(image[0]), np.asarray(image[1], dtype=np.float64), f"the {what} array")
+        return _from_pair(image, what)
     if hasattr(image, "dataobj") and hasattr(image, "header"):
         name = image.get_filename() if hasattr(image, "get_filename") else None
         return _from_nibabel(image, name or f"the {what} image in memory")
@@ -63,9 +62,19 @@ def read_image(image: ImageLike, what: str = "scan") -> StoredImage:
     )
 
 
+def _from_pair(pair: tuple[Any, Any], what: str) -> StoredImage:
+    try:
+        array, affine = (np.asarray(item.detach().cpu() if hasattr(item, "detach") else item) for item in pair)
+        affine = affine.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScanError(
+            f"the {what} is a pair, but not of an array and an affine ({_one_line(error)}); pass such a pair"
+        ) from error
+    return _checked(array, affine, f"the {what} array")
+
+
 def _open(path: Path, what: str) -> SpatialImage:
     import nibabel as nib
-    from nibabel.filebasedimages import ImageFileError
 
     head = _first_bytes(path, what)
     try:
@@ -77,7 +86,7 @@ def _open(path: Path, what: str) -> SpatialImage:
         return nib.load(path)
     except ScanError:
         raise
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except Exception as error:  # nibabel lets errors of many kinds through where a header lies
         raise ScanError(
             f"{path}: the file is damaged or incomplete ({_one_line(error)}); copy or convert it again"
         ) from error
@@ -92,14 +101,14 @@ def _first_bytes(path: Path, what: str) -> bytes:
         )
     if not path.exists():
         hint = "; the link leads nowhere: with DataLad or git-annex, get its content first" if path.is_symlink() else ""
-        raise ScanError(f"{path}: no such file{hint}")
+        raise ScanError(f"{path}: no such file{hint or '; check the path'}")
     try:
         with path.open("rb") as file:
             head = file.read(1024)
     except OSError as error:
         raise ScanError(f"{path}: cannot be opened ({error.strerror})") from error
     if not head:
-        raise ScanError(f"{path}: the file is empty")
+        raise ScanError(f"{path}: the file is empty; copy or convert it again")
     if head[128:132] == b"DICM":
         raise ScanError(f"{path}: a DICOM file; {_CONVERT}")
     if head.startswith(b"version https://git-lfs"):
@@ -138,7 +147,7 @@ def _from_nibabel(image: Any, source: str) -> StoredImage:
     raw = ArrayProxy(proxy.file_like, (proxy.shape, proxy.dtype, proxy.offset), order=proxy.order)
     try:
         array = np.asanyarray(raw)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (Exception, MemoryError) as error:
         raise ScanError(
             f"{source}: the file is damaged or incomplete ({_one_line(error)}); copy or convert it again"
         ) from error
@@ -151,7 +160,11 @@ def _check_orientation(image: Any, source: str) -> None:
 
     header = image.header
     if isinstance(header, nib.Nifti1Header):
-        sform, qform = image.get_sform(coded=True), image.get_qform(coded=True)
+        sform = image.get_sform(coded=True)
+        try:
+            qform = image.get_qform(coded=True)
+        except ValueError:  # an impossible quaternion; the sform is the one that counts where both are set
+            qform = (None, 0)
         if not (sform[1] or qform[1]):
             raise ScanError(
                 f"{source}: the header does not say how the image lies (qform and sform codes are 0); "
@@ -183,8 +196,12 @@ def _checked(
     if array.dtype.kind not in "iuf":
         raise ScanError(f"{source}: voxels of type {array.dtype} are not grey values; convert to one number a voxel")
     affine = np.array(affine, dtype=np.float64)
-    if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ScanError(f"{source}: the affine is not an invertible 4×4 matrix of finite numbers")
+    well_formed = affine.shape == (4, 4) and np.isfinite(affine).all() and (affine[3] == (0, 0, 0, 1)).all()
+    if not well_formed or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ScanError(
+            f"{source}: the affine is not an invertible 4×4 matrix of finite numbers that ends in 0 0 0 1; "
+            "convert the scan again, or pass (array, affine) with the right one"
+        )
     if not (np.isfinite(slope) and np.isfinite(inter)) or slope == 0:
         slope, inter = 1.0, 0.0
     return StoredImage(array, affine, slope, inter, source)

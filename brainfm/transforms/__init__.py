@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from brainfm.errors import ModelNameError, ScanError
 from brainfm.factory import resolve
+from brainfm.operations import Volume
 from brainfm.pretrained import InputSpec, PretrainedCfg, describe
 from brainfm.scan import ImageLike, Scan, load_scan
 
@@ -49,23 +50,25 @@ class InputTransform:
         Raises:
             ScanError: The scan cannot give the tensor of the contract; the message says why and what to do.
         """
-        return self.tensor(load_scan(image, mask, spec=self.spec, on_mismatch=self.on_mismatch))
+        scan = load_scan(image, mask, spec=self.spec, on_mismatch=self.on_mismatch)
+        voxels = self.apply(scan).image
+        # A contract without arithmetic must not hand out the caller's own memory, or a read-only file's.
+        tensor = torch.from_numpy(voxels.copy() if np.may_share_memory(voxels, scan.stored) else voxels)
+        return tensor if self.augment is None else self.augment(tensor)
 
-    def tensor(self, scan: Scan) -> Tensor:
-        """The tensor of a scan that `load_scan` has read."""
+    def apply(self, scan: Scan) -> Volume:
+        """The contract's operations on a scan of `load_scan`. Raises ScanError, with the scan's name."""
         try:
             volume = self.spec.apply(scan)
         except ScanError as error:
             raise ScanError(f"{scan.source}: {error}") from error
-        image = volume.image
-        # A contract without arithmetic must not hand out the caller's own memory.
-        tensor = torch.from_numpy(image.copy() if np.may_share_memory(image, scan.stored) else image)
-        if self.spec.output_shape is not None and tuple(tensor.shape) != self.spec.output_shape:
+        promised = self.spec.output_shape
+        if promised is not None and volume.stored.shape != promised:
             raise ScanError(
-                f"{scan.source}: the contract's operations gave {tuple(tensor.shape)}, and it promises "
-                f"{self.spec.output_shape}: mend the contract"
+                f"{scan.source}: the contract's operations gave {volume.stored.shape}, and it promises {promised}: "
+                "mend the contract"
             )
-        return tensor if self.augment is None else self.augment(tensor)
+        return volume
 
     def __repr__(self) -> str:
         return "InputTransform\n  " + describe(self.spec).replace("\n", "\n  ")
@@ -79,7 +82,7 @@ def create_transform(
     Args:
         model_or_name_or_cfg: A model of `create_model`, its name, its `PretrainedCfg`, or an `InputSpec`.
         is_training: Add the random augmentation of the paper's supervised runs behind the contract; see
-            `brainfm.transforms.supervised.supervised_augmentation`.
+            `brainfm.transforms.supervised.SupervisedAugmentation`.
 
     Returns:
         A callable (image, mask=None) → [C, D, H, W] float32.
@@ -104,9 +107,9 @@ def create_transform(
         raise ModelNameError(f"{name} has no input contract; give its PretrainedCfg an input_spec")
     if not is_training:
         return InputTransform(spec)
-    from brainfm.transforms.supervised import supervised_augmentation
+    from brainfm.transforms.supervised import SupervisedAugmentation
 
-    return InputTransform(spec, augment=supervised_augmentation(spec))
+    return InputTransform(spec, augment=SupervisedAugmentation(spec))
 
 
 def __getattr__(name: str) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from numpy.typing import NDArray
 
 from brainfm.pretrained import InputSpec
 from brainfm.scan import load_scan
@@ -49,14 +52,24 @@ class InputTransformd(MapTransform):  # type: ignore[misc]
         item = dict(data)
         image = item[self.image_key]
         mask = item.get(self.mask_key) if self.mask_key is not None else None
-        spec = self.transform.spec
-        scan = load_scan(image, mask, spec=spec, on_mismatch=self.transform.on_mismatch)
-        volume = spec.apply(scan)
-        meta = dict(getattr(image, "meta", {})) | {"filename_or_obj": scan.source}
-        meta.pop("affine", None)
-        affine = torch.from_numpy(volume.affine)
-        item[self.image_key] = MetaTensor(torch.from_numpy(volume.image), affine=affine, meta=meta)
+        scan = load_scan(image, mask, spec=self.transform.spec, on_mismatch=self.transform.on_mismatch)
+        volume = self.transform.apply(scan)
+        item[self.image_key] = _meta_tensor(volume.image, volume.affine, image, scan.source)
         if self.mask_key is not None and volume.mask is not None:
-            brain = torch.from_numpy(volume.mask[None].astype("uint8"))
-            item[self.mask_key] = MetaTensor(brain, affine=affine, meta=meta)
+            brain = np.ascontiguousarray(volume.mask[None], dtype=np.uint8)
+            item[self.mask_key] = _meta_tensor(brain, volume.affine, mask, _name(mask) or f"{scan.source} (mask)")
         return item
+
+
+def _meta_tensor(voxels: NDArray[Any], affine: NDArray[np.float64], original: Any, name: str) -> MetaTensor:
+    """New voxels with their own affine, and the metadata of the image they came from."""
+    meta = {key: value for key, value in getattr(original, "meta", {}).items() if key != "affine"}
+    writable = voxels if voxels.flags.writeable else voxels.copy()
+    meta["filename_or_obj"] = name
+    return MetaTensor(torch.from_numpy(writable), affine=torch.from_numpy(affine.copy()), meta=meta)
+
+
+def _name(image: Any) -> str:
+    if isinstance(image, str | os.PathLike):
+        return str(image)
+    return str(getattr(image, "meta", {}).get("filename_or_obj", ""))
