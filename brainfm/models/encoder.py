@@ -174,14 +174,13 @@ class Encoder(nn.Module, ABC):
     @contextmanager
     def _still_statistics(self) -> Iterator[None]:
         """Keep BatchNorm's running statistics as they are: recomputing a block must not count its batch twice."""
-        norms = [module for module in self.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-        for norm in norms:
-            norm.track_running_stats = False
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
         try:
             yield
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for buffer, value in saved:
+                buffer.copy_(value)
 
 
 def adapt_input_weight(weight: Tensor, in_chans: int) -> Tensor:

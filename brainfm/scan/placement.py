@@ -6,7 +6,8 @@ variants (2009a, 2009c, FSL's) differ by a few millimetres and count as one here
 content.
 
 Figures the limits were set from, on real brains (the 2009a template; Colin27, skull-stripped, in MNI space), moved on
-purpose; "scaled" is 0.85 to 1.05 along each axis by itself, as rigid registration leaves brains of other sizes and shapes:
+purpose; "scaled" is 0.85 to 1.05 along each axis by itself, as rigid registration leaves brains of other sizes and
+shapes:
 
 | what                            | litres    | overlap   | outside   | offset mm | tilt ° | correlation    |
 |---------------------------------|-----------|-----------|-----------|-----------|--------|----------------|
@@ -25,8 +26,8 @@ purpose; "scaled" is 0.85 to 1.05 along each axis by itself, as rigid registrati
 | whole head                      | 5.5–8.8   | 0.35      | 0.79      | 12        | 10     |                |
 | a macaque's brain               | 0.11      | 0.11      | 0         | 11        | 1      |                |
 
-A brain that is only rolled (turned about y, ear to shoulder) by 20° passes: its mask and its contrast stay too much like an
-upright one's to refuse it without refusing patients.
+A brain that is only rolled (turned about y, ear to shoulder) by 20° passes: its mask and its contrast stay too
+much like an upright one's to refuse it without refusing patients.
 """
 
 from __future__ import annotations
@@ -128,9 +129,10 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
 def _tilt(points: NDArray[np.float64], template_points: NDArray[np.float64]) -> float:
     """How far the brain is turned against the template's in degrees, nodding (y–z plane) or turning (y–x plane).
 
-    By the mixed second moment, which turning a brain of the template's shape by θ changes by (difference of its two
-    own moments) · sin 2θ / 2. Sizes are made equal first. Brains of another shape have much the same mixed moment, where the
-    direction of their longest axis can be anything if two axes are nearly as long.
+    By the mixed second moment, which turning a brain of the template's shape by θ changes by (difference of its own two
+    moments) · sin 2θ / 2. Sizes are made equal first. Brains of another shape have much the same mixed moment, where the
+    direction of their longest axis can be anything if two axes are nearly as long. That difference itself says whether
+    two axes are swapped.
     """
     if len(points) < 4:
         return 0.0
@@ -141,7 +143,9 @@ def _tilt(points: NDArray[np.float64], template_points: NDArray[np.float64]) -> 
     for other in (2, 0):
         spread = template[1, 1] - template[other, other]
         own_angle, usual = (np.arcsin(np.clip(2 * m[1, other] / spread, -1, 1)) / 2 for m in (own, template))
-        angles.append(abs(float(np.degrees(own_angle - usual))))
+        angle = abs(float(np.degrees(own_angle - usual)))
+        is_swapped = own[1, 1] - own[other, other] < -spread / 2
+        angles.append(90 - angle if is_swapped else angle)
     return max(angles)
 
 
