@@ -161,11 +161,11 @@ def embed(
     BIDS-derivatives folder. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1.
     """
     import brainfm
-    from brainfm.embed import check_format, errors_path
+    from brainfm.embed import check_output, errors_path
     from brainfm.manifest import ScanRecord, list_scans
 
     path = Path(output)
-    check_format(path)
+    check_output(path)
     if mask is not None:
         if len(inputs) != 1:
             raise brainfm.ScanError("--mask goes with one scan; list several with their masks in a manifest")

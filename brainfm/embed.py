@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from brainfm.errors import MissingExtraError, ScanError
+from brainfm.errors import BrainfmError, MissingExtraError, ScanError
 from brainfm.factory import create_model
 from brainfm.inference import DTypeName, optimize, resolve_dtype
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
@@ -61,7 +63,7 @@ class Embeddings:
         CSV and Parquet have the text columns, then e0, e1, …; the .npz holds `embeddings` and an array a text column.
         """
         path = Path(path)
-        check_format(path)
+        check_output(path, self.records)
         texts = self.columns()
         with atomic_path(path) as temporary:
             if path.suffix == ".npz":
@@ -80,12 +82,18 @@ class Embeddings:
                         writer.writerow([*row, *(f"{value:.9g}" for value in vector)])
 
 
-def check_format(path: Path) -> None:
-    """Raises ValueError for a table that cannot be written: an unknown ending, or Parquet without pyarrow."""
+def check_output(path: Path, records: Sequence[ScanRecord] = ()) -> None:
+    """Raise ScanError for a table that could not be written, before any work is done for it."""
     if path.suffix not in _FORMATS:
         raise ScanError(f"{path}: a table is written as {', '.join(_FORMATS)}, by the ending of its name")
+    if path.is_dir():
+        raise ScanError(f"{path}: a folder; name the table in it")
     if path.suffix == ".parquet":
         _pyarrow()
+    names = {name for record in records for name in record.extra}
+    clash = sorted(name for name in names if re.fullmatch(r"e\d+|embeddings|error|file|allow_pickle", name))
+    if clash:
+        raise ScanError(f"the manifest's column {', '.join(clash)} has a name of the table's own; rename it")
 
 
 def errors_path(output: Path) -> Path:
@@ -144,7 +152,7 @@ def embed(
     records = list_scans(scans)
     path = None if output is None else Path(output)
     if path is not None:
-        check_format(path)
+        check_output(path, records)
     encoder = create_model(model, pretrained=True) if isinstance(model, str) else model
     transform = create_transform(encoder)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -172,6 +180,9 @@ def embed(
                 if good:
                     vectors = _forward(fast, torch.stack([tensor for _, tensor in good]), place)
                     for (n, _), vector in zip(good, vectors, strict=True):
+                        if not np.isfinite(vector).all():
+                            failed[n] = "the embedding is not finite: an overflow; use dtype float32"
+                            continue
                         done[n] = vector
                         if journal is not None:
                             journal.add(records[n], vector)
@@ -206,6 +217,8 @@ def _write(table: Embeddings, path: Path) -> None:
     """Write the table and the list of failed scans; neither is left over from an earlier run."""
     if len(table):
         table.save(path)
+    else:
+        path.unlink(missing_ok=True)
     listed = errors_path(path)
     if not table.errors:
         listed.unlink(missing_ok=True)
@@ -282,11 +295,14 @@ def _progress_bar(total: int, initial: int, shown: bool) -> Any:
 
 
 def _device(device: str | torch.device) -> torch.device:
-    if device != "auto":
-        return torch.device(device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise BrainfmError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
+        ) from error
 
 
 def _gathered(
@@ -330,7 +346,9 @@ class _Journal:
         self._path = output.with_name(f".{output.name}.rank{rank}.journal")
         self._fingerprint = fingerprint
         self._rows: dict[str, list[float]] = {}
-        for path in output.parent.glob(f".{output.name}.rank*.journal"):  # whoever did it, with however many processes
+        for path in output.parent.glob(
+            f".{glob.escape(output.name)}.rank*.journal"
+        ):  # whoever did it, with however many processes
             self._read(path)
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -344,11 +362,15 @@ class _Journal:
                 self._rows[row["scan"]] = row["vector"]
 
     def find(self, record: ScanRecord) -> NDArray[np.float32] | None:
-        vector = self._rows.get(_identity(record))
+        identity = _identity(record)
+        vector = None if identity is None else self._rows.get(identity)
         return None if vector is None else np.array(vector, dtype=np.float32)
 
     def add(self, record: ScanRecord, vector: NDArray[np.float32]) -> None:
-        row = {"model": self._fingerprint, "scan": _identity(record), "vector": vector.astype(float).tolist()}
+        identity = _identity(record)
+        if identity is None:
+            return
+        row = {"model": self._fingerprint, "scan": identity, "vector": vector.astype(float).tolist()}
         self._file.write("\n" + json.dumps(row))
         self._file.flush()
 
@@ -358,19 +380,21 @@ class _Journal:
             self._path.unlink()
 
     def remove(self) -> None:
-        for path in self._output.parent.glob(f".{self._output.name}.rank*.journal"):
+        for path in self._output.parent.glob(f".{glob.escape(self._output.name)}.rank*.journal"):
             path.unlink(missing_ok=True)
 
 
-def _identity(record: ScanRecord) -> str:
+def _identity(record: ScanRecord) -> str | None:
     """A scan's files with their sizes and times: a file that changed is another scan. Images in memory have none."""
-    parts = []
+    parts: list[list[Any]] = []
     for item in (record.image, record.mask):
-        if isinstance(item, str | os.PathLike) and Path(item).exists():
+        if item is None:
+            parts.append([])
+        elif isinstance(item, str | os.PathLike) and Path(item).exists():
             stat = Path(item).stat()
             parts.append([str(Path(item).resolve()), stat.st_size, stat.st_mtime_ns])
         else:
-            parts.append([None if item is None else id(item), os.getpid(), 0])
+            return None
     return json.dumps(parts)
 
 

@@ -20,12 +20,11 @@ _SCHEMES = ("hf-hub", "local-dir")
 
 @dataclass(frozen=True)
 class Source:
-    """What a model name stands for: the cfg, arguments of the constructor, and for a hub folder its weight file."""
+    """What a model name stands for: cfg, arguments of the constructor, and whether the name itself asks for weights."""
 
     cfg: PretrainedCfg
     model_args: dict[str, Any] = field(default_factory=dict)
-    weights: Path | None = None
-    place: str = ""
+    is_place: bool = False
 
 
 def create_model(
@@ -78,25 +77,24 @@ def create_model(
     wanted: Path | None = None
     if checkpoint_path is not None:
         wanted = Path(checkpoint_path)
-        source = replace(source, place=str(wanted))
-    elif source.weights is not None:
-        wanted = source.weights
-    elif pretrained:
+    elif pretrained or source.is_place:
         wanted = weights.find_weights(cfg, cache_dir)
 
-    args = {**source.model_args, **kwargs}
     entrypoint = model_entrypoint(cfg.architecture)
-    # A trained head is loaded with the rest, and kept only where it is the head that was asked for.
-    trained_classes = cfg.num_classes if wanted is not None else num_classes
-    model: Encoder = entrypoint(
-        num_classes=trained_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **args
-    )
-    features = getattr(model, "num_features", cfg.num_features)
-    model.pretrained_cfg = replace(cfg, num_features=features)
+    args = {**source.model_args, **kwargs}
+    head = {"num_classes": num_classes, "global_pool": global_pool, "drop_rate": drop_rate}
+    try:
+        model: Encoder = entrypoint(in_chans=in_chans, **head, **args)
+    except TypeError as error:
+        if not source.model_args:
+            raise
+        raise WeightsError(f"{name}: its config's model_args do not fit {cfg.architecture}: {error}") from error
+    model.pretrained_cfg = replace(cfg, num_features=getattr(model, "num_features", cfg.num_features))
     if wanted is not None:
-        model.weights_report = weights.load_checkpoint(model, wanted, source.place or cfg.source)
-    if trained_classes != num_classes:
-        model.reset_classifier(num_classes)
+        place = str(wanted) if checkpoint_path is not None else cfg.source
+        model.weights_report = weights.load_checkpoint(model, wanted, place)
+        if getattr(model, "num_classes", num_classes) != num_classes:  # the file's own head is not the one asked for
+            model.reset_classifier(num_classes)
     return model.eval()
 
 
@@ -110,24 +108,27 @@ def resolve(
     scheme, place = parse_name(name)
     if scheme == "local-dir":
         folder = Path(place).expanduser()
-        source = _read_hub_folder(folder / weights.HUB_CONFIG, folder / weights.HUB_WEIGHTS, name)
+        source = _read_config(folder / weights.HUB_CONFIG, name, file=str(folder / weights.HUB_WEIGHTS))
     elif scheme == "hf-hub":
         repo, _, revision = place.partition("@")
-        config, file = (
-            weights.hub_file(repo, filename, revision or None, cache_dir)
-            for filename in (weights.HUB_CONFIG, weights.HUB_WEIGHTS)
-        )
-        source = _read_hub_folder(config, file, name)
+        config = weights.hub_file(repo, weights.HUB_CONFIG, revision or None, cache_dir)
+        source = _read_config(config, name, hub_id=repo, hub_revision=revision or None)
     else:
         source = Source(get_pretrained_cfg(name))
-    if isinstance(pretrained_cfg, str):
-        source = replace(source, cfg=get_pretrained_cfg(f"{source.cfg.architecture}.{pretrained_cfg}"))
-    elif pretrained_cfg is not None:
-        given = pretrained_cfg if isinstance(pretrained_cfg, PretrainedCfg) else PretrainedCfg.from_dict(pretrained_cfg)
-        source = replace(source, cfg=replace(given, architecture=source.cfg.architecture))
-    if overlay:
-        source = replace(source, cfg=source.cfg.overlay(overlay))
-    return source
+    if pretrained_cfg is not None:
+        source = replace(source, cfg=_replaced(source.cfg, pretrained_cfg))
+    return replace(source, cfg=source.cfg.overlay(overlay or {}))
+
+
+def _replaced(cfg: PretrainedCfg, given: str | Mapping[str, Any] | PretrainedCfg) -> PretrainedCfg:
+    """Another cfg for the same architecture; one without a source of its own keeps that of the name."""
+    if isinstance(given, str):
+        return get_pretrained_cfg(f"{cfg.architecture}.{given}")
+    other = given if isinstance(given, PretrainedCfg) else PretrainedCfg.from_dict(given)
+    if not other.has_weights:
+        sources = ("file", "hub_id", "hub_revision", "hub_filename", "url", "sha256")
+        other = replace(other, **{source: getattr(cfg, source) for source in sources})
+    return replace(other, architecture=cfg.architecture)
 
 
 def parse_name(name: str) -> tuple[str, str]:
@@ -141,35 +142,34 @@ def parse_name(name: str) -> tuple[str, str]:
         if not rest:
             raise ModelNameError(f"{name!r} names no place behind the colon")
         return scheme, rest
+    if colon and len(scheme) > 1 and not set(scheme) & set("/\\~."):  # one letter is a drive of Windows
+        raise ModelNameError(f"unknown scheme {scheme!r} in {name!r}; use {' or '.join(s + ':' for s in _SCHEMES)}")
     if any(sign in name for sign in "/\\~") or Path(name).suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".tar"):
         raise ModelNameError(
             f"{name!r} looks like a path; write 'hf-hub:{name}' for a repository on the Hugging Face Hub or "
             f"'local-dir:{name}' for a folder (a bare weight file goes to checkpoint_path=)"
         )
-    if colon:
-        raise ModelNameError(f"unknown scheme {scheme!r} in {name!r}; use {' or '.join(s + ':' for s in _SCHEMES)}")
     return "", name
 
 
-def _read_hub_folder(config: Path, file: Path, name: str) -> Source:
-    """A cfg and its weights from the two files of a hub folder. The config is data: it names a registered model."""
-    for path in (config, file):
-        if not path.is_file():
-            raise WeightsNotFoundError(
-                f"{name}: {path} is not there; a model's folder holds config.json and model.safetensors"
-            )
+def _read_config(path: Path, name: str, **place: str | None) -> Source:
+    """The cfg in a hub folder's config.json, its weights where the folder is. Data: it names a registered model."""
+    if not path.is_file():
+        raise WeightsNotFoundError(
+            f"{name}: {path} is not there; a model's folder holds config.json and model.safetensors"
+        )
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         architecture = content["architecture"]
         model_args = dict(content.get("model_args", {}))
         cfg = PretrainedCfg.from_dict(content["pretrained_cfg"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(
-            f"{name}: {config.name} is not a brainfm config ({type(error).__name__}: {error})"
-        ) from error
+        raise WeightsError(f"{name}: {path.name} is not a brainfm config ({type(error).__name__}: {error})") from error
     if not isinstance(architecture, str) or not is_model(architecture):
         raise WeightsError(
-            f"{name}: {config.name} asks for the architecture {architecture!r}, which is not registered here; "
+            f"{name}: {path.name} asks for the architecture {architecture!r}, which is not registered here; "
             "a config can only name a registered model"
         )
-    return Source(replace(cfg, architecture=architecture), model_args, file, name)
+    # The hash in such a config is that of the model.safetensors beside it.
+    cfg = replace(cfg, architecture=architecture).overlay({"sha256": cfg.sha256, **place})
+    return Source(cfg, model_args, is_place=True)

@@ -36,7 +36,7 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> nn.Mo
     fast = fast.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if kind is not torch.float32:
         fast = fast.to(kind)
-        fast.register_forward_pre_hook(partial(_cast_input, kind))
+        fast.register_forward_pre_hook(partial(_cast_input, kind), with_kwargs=True)
         fast.register_forward_hook(_cast_output)
     return fast
 
@@ -50,8 +50,10 @@ def resolve_dtype(dtype: DTypeName | torch.dtype) -> torch.dtype:
     return kind
 
 
-def _cast_input(dtype: torch.dtype, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.to(dtype) for x in inputs)
+def _cast_input(
+    dtype: torch.dtype, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    return tuple(x.to(dtype) for x in inputs), {name: x.to(dtype) for name, x in named.items()}
 
 
 def _cast_output(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:

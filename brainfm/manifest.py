@@ -86,7 +86,9 @@ def _from_path(path: Path) -> list[ScanRecord]:
         return _from_folder(path)
     if path.suffix.lower() in (".csv", ".tsv"):
         return read_manifest(path)
-    return [_record(path)]
+    if not path.exists() and not path.name.endswith(_IMAGE_SUFFIXES):
+        raise ScanError(f"{path}: no such file or folder; check the path")
+    return [_record(path)]  # a missing image is one bad scan of the batch
 
 
 def read_manifest(path: Path) -> list[ScanRecord]:
@@ -123,9 +125,10 @@ def read_manifest(path: Path) -> list[ScanRecord]:
         mask = values.pop("mask_path", "")
         if not image:
             raise ScanError(f"{path}, line {line}: image_path is empty")
-        if (image, mask) in seen:
-            raise ScanError(f"{path}, line {line}: {image} is already in line {seen[image, mask]}; remove one of them")
-        seen[image, mask] = line
+        same = (os.path.normpath(image), os.path.normpath(mask))
+        if same in seen:
+            raise ScanError(f"{path}, line {line}: {image} is already in line {seen[same]}; remove one of them")
+        seen[same] = line
         patient, scan = values.pop("patient_id", ""), values.pop("scan_id", "")
         records.append(ScanRecord(path.parent / image, path.parent / mask if mask else None, patient, scan, values))
     return records
@@ -192,10 +195,21 @@ def _resolution(path: Path) -> tuple[int, str]:
 
 
 def _bids_ids(image: Any) -> tuple[str, str]:
-    """Patient and scan from the BIDS entities `sub-` and `ses-`, `run-`, … in a path; empty where it has none."""
+    """Patient and scan from the BIDS entities in a file's name, or in the folders right above it; empty without any.
+
+    Only `anat` and `ses-…` may stand between a file and its `sub-…` folder: a folder further up is no patient.
+    """
     if not isinstance(image, str | os.PathLike):
         return "", ""
-    text = Path(image).as_posix()
-    subject = re.findall(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", text)
-    others = [re.findall(rf"(?:^|[/_])({entity}-[A-Za-z0-9]+)", text) for entity in ("ses", "acq", "run")]
-    return (subject[-1] if subject else ""), "_".join(found[-1] for found in others if found)
+    path = Path(image)
+    names = [path.name]
+    for folder in path.parents:
+        names.append(folder.name)
+        if folder.name != "anat" and not folder.name.startswith("ses-"):
+            break
+    found = {}
+    for entity in ("sub", "ses", "acq", "run"):
+        hits = (re.search(rf"(?:^|_)({entity}-[A-Za-z0-9]+)", name) for name in names)
+        found[entity] = next((hit.group(1) for hit in hits if hit), "")
+    patient = found.pop("sub")
+    return patient, "_".join(value for value in found.values() if value)

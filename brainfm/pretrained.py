@@ -150,7 +150,7 @@ def describe(spec: InputSpec) -> str:
 
 
 @dataclass(frozen=True)
-class Cohort:
+class Cohort(Checked):
     """A data set that a weight was pretrained on: its name, its numbers of patients and scans, and their conditions."""
 
     name: str
@@ -160,7 +160,7 @@ class Cohort:
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Checked):
     """A published result: `value` ± `sd` of `metric` on `task`, reached by using the encoder as `mode` says."""
 
     task: str
@@ -172,7 +172,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class PretrainedCfg:
+class PretrainedCfg(Checked):
     """What a weight is, where it lives, and the input it expects.
 
     Attributes:

@@ -10,12 +10,14 @@ import argparse
 import hashlib
 import json
 import logging
+import lzma
 import os
 import pickle
 import re
+import secrets
 import tarfile
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.errors import WeightsError, WeightsNotFoundError
+from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
 
 logger = logging.getLogger("brainfm")
@@ -70,7 +73,7 @@ class WeightsReport:
 def default_cache_dir() -> Path:
     """`$BRAINFM_CACHE`, else `brainfm` in `$XDG_CACHE_HOME`, else `~/.cache/brainfm`. The Hub keeps its own cache."""
     if os.environ.get("BRAINFM_CACHE"):
-        return Path(os.environ["BRAINFM_CACHE"])
+        return Path(os.environ["BRAINFM_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brainfm"
 
 
@@ -91,14 +94,16 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise WeightsNotFoundError(f"{path}: {what}")
     if _is_safetensors(path):
         return _read_safetensors(path)
-    if tarfile.is_tarfile(path):  # before zip: a tar that ends with a zip looks like one
+    if _is_tar(path):  # before zip: a tar that ends with a zip looks like one
         return _read_tar(path)
     if zipfile.is_zipfile(path):
-        return _unwrap(_torch_load(path, str(path), mmap=True), str(path))
+        return _unwrap(_torch_load(path, str(path)), str(path))
     with path.open("rb") as file:
         head = file.read(64)
     if head[:1] == b"\x80":  # a pickle: torch.save's format before 1.6
         return _unwrap(_torch_load(path, str(path)), str(path))
+    if head.startswith(b"PK\x03\x04"):
+        raise WeightsError(f"{path}: an incomplete PyTorch checkpoint: its end is missing; fetch or copy it again")
     found = "is empty" if not head else f"begins with {head[:16]!r}"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         found = "is a web page: the download went to a login or an error page"
@@ -123,6 +128,13 @@ def _read_safetensors(path: Path) -> Checkpoint:
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path}: damaged safetensors file ({error}); fetch or copy it again") from error
     return Checkpoint(_stripped(state), (), metadata)
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise WeightsError(f"{path}: damaged compressed archive ({_one_line(error)}); fetch it again") from error
 
 
 def _read_tar(path: Path) -> Checkpoint:
@@ -155,13 +167,20 @@ def _read_tar(path: Path) -> Checkpoint:
                 return Checkpoint(_stripped(load(file.read())))
             except SafetensorError as error:
                 raise WeightsError(f"{name}: damaged safetensors file ({error})") from error
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise WeightsError(f"{path}: damaged tar archive ({error}); fetch it again") from error
 
 
-def _torch_load(file: Path | IO[bytes], name: str, mmap: bool = False) -> Any:
-    """`torch.load(weights_only=True)` with its long answers made one line."""
+def _torch_load(file: Path | IO[bytes], name: str) -> Any:
+    """`torch.load(weights_only=True)`, after the checksums that it does not look at, its long answers made one line."""
     try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if (member := archive.testzip()) is not None:
+                    raise WeightsError(f"{name}: damaged: {member} does not match its checksum; fetch or copy it again")
+        if not isinstance(file, Path):
+            file.seek(0)
+        mmap = isinstance(file, Path) and zipfile.is_zipfile(file)
         with _plain_namespaces():
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as error:
@@ -173,7 +192,16 @@ def _torch_load(file: Path | IO[bytes], name: str, mmap: bool = False) -> Any:
                 "ask its authors for safetensors or a plain state dict"
             ) from error
         raise WeightsError(f"{name}: not a PyTorch checkpoint, or a damaged one; fetch or copy it again") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise WeightsError(
             f"{name}: not a PyTorch checkpoint, or a damaged one ({_one_line(error)}); fetch or copy it again"
         ) from error
@@ -227,6 +255,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str 
     family_filter = getattr(model, "filter_state_dict", None)
     if callable(family_filter):
         state = family_filter(state)
+    _match_head(model, state)
     _check_fit(model, state, str(path))
     model.load_state_dict(state, strict=True)
     unused = sorted(
@@ -236,6 +265,16 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str 
     if report.dropped:
         logger.info("%s: left out %s", path, ", ".join(report.dropped))
     return report
+
+
+def _match_head(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give an encoder the classifier that the file has, or none, so that the rest can be loaded strictly."""
+    if not isinstance(model, Encoder):
+        return
+    weight = state.get(f"{model.classifier}.weight")
+    classes = len(weight) if weight is not None and weight.ndim == 2 else 0
+    if classes != model.num_classes:
+        model.reset_classifier(classes)
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
@@ -316,7 +355,7 @@ def check_hash(path: Path, cfg: PretrainedCfg) -> None:
     """Raises WeightsError where the file's sha256 is not the cfg's."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-    if digest != cfg.sha256:
+    if cfg.sha256 is not None and digest != cfg.sha256.lower():
         raise WeightsError(
             f"{path}: sha256 is {digest}, and {cfg.name} expects {cfg.sha256}; the file is damaged or "
             'not the published one. If you trust it, pass pretrained_cfg_overlay={"sha256": None}'
@@ -357,6 +396,8 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
     from filelock import FileLock
 
     converted, downloaded = _cache_paths(cfg, cache_dir)
+    if converted.is_file():  # before the lock: a shared cache may be read-only
+        return converted
     converted.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(converted.with_suffix(".lock")):
         if converted.is_file():
@@ -375,29 +416,42 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
 
 
 def _cache_paths(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> tuple[Path, Path]:
-    """Where a URL's weights are kept: the converted copy, and the file as downloaded."""
-    folder = Path(cache_dir) if cache_dir else default_cache_dir()
+    """Where a URL's weights are kept, in a folder of its own: the converted copy, and the file as downloaded."""
     url = str(cfg.url)
     key = hashlib.sha256(f"{url} {cfg.sha256}".encode()).hexdigest()[:12]
-    return folder / f"{cfg.name}-{key}.safetensors", folder / url.rsplit("/", 1)[-1].partition("?")[0]
+    folder = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / f"{cfg.name}-{key}"
+    return folder / HUB_WEIGHTS, folder / (url.rsplit("/", 1)[-1].partition("?")[0] or "download")
 
 
 def _download(cfg: PretrainedCfg, target: Path) -> None:
-    from huggingface_hub.file_download import http_get
-
+    """Download to a `.part` file, going on where an earlier call stopped, and rename it when it is whole."""
     url = str(cfg.url)
     partial = target.with_name(target.name + ".part")
     try:
-        with partial.open("ab") as file:
-            http_get(url, file, resume_size=file.tell(), displayed_filename=target.name)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            _fetch(url, partial)
+        except Exception as error:
+            if getattr(getattr(error, "response", None), "status_code", None) != 416:
+                raise
+            partial.unlink()  # a leftover as long as the file, or longer: nothing can be added to it
+            _fetch(url, partial)
     except Exception as error:  # httpx's, requests' or the Hub's errors, by version of huggingface_hub
+        if partial.is_file() and partial.stat().st_size == 0:
+            partial.unlink()
         raise WeightsNotFoundError(
             f"cannot download {url} ({_one_line(error)}). On a machine with a network: curl -LO {url} ; then put "
             f"the file at {target}, or pass it as checkpoint_path="
         ) from error
     partial.replace(target)
+
+
+def _fetch(url: str, partial: Path) -> None:
+    from huggingface_hub.file_download import http_get
+
+    with partial.open("ab") as file:
+        http_get(url, file, resume_size=file.tell(), displayed_filename=partial.stem)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
@@ -426,16 +480,11 @@ def save_state(
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; moved there, synced, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Scans and models that the tests share. No test needs a network: caches are empty folders, and the Hub is offline."""
+"""Scans and models that the tests share. No test needs a network, and caches are empty folders."""
 
 from __future__ import annotations
 

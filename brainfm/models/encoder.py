@@ -91,12 +91,7 @@ class Encoder(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, D, H, W] → [B, num_features], or [B, num_classes] where a head was asked for."""
-        if self._frozen:
-            with torch.no_grad():
-                x = self.forward_features(x)
-        else:
-            x = self.forward_features(x)
-        return self.forward_head(x)
+        return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
         """The last layer: a Linear, or an Identity where there are no classes."""
@@ -190,6 +185,7 @@ def adapt_input_weight(weight: Tensor, in_chans: int) -> Tensor:
     image in every channel give what it gave alone.
     """
     have = weight.shape[1]
+    weight = weight.float()
     if in_chans == 1:
         return weight.sum(dim=1, keepdim=True)
     repeats = -(-in_chans // have)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from brainfm.errors import ScanError
 from brainfm.operations import CropBox, CropCenter, Reorient, Transpose, Volume, not_zero
 from brainfm.pretrained import InputSpec
-from brainfm.scan.grid import TOLERANCE_MM, on_grid
+from brainfm.scan.grid import TOLERANCE_MM, corner_distance, on_grid
 from brainfm.scan.placement import measure
 from brainfm.scan.read import ImageLike, StoredImage, read_image
 
@@ -102,9 +102,7 @@ def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
             f"{names} has {stored.array.shape} voxels and the scan {image.array.shape}; "
             "use the mask made from this scan, or resample it to the scan's grid"
         )
-    if np.abs((stored.affine - image.affine) @ [*image.array.shape, 1]).max() > TOLERANCE_MM or not np.allclose(
-        stored.affine, image.affine, atol=TOLERANCE_MM
-    ):
+    if corner_distance(stored.affine, image.affine, stored.array.shape) > TOLERANCE_MM:
         raise ScanError(f"{names} lies elsewhere: its affine is not the scan's; resample it to the scan's grid")
     values, step = stored.array, 0.0
     if (stored.slope, stored.inter) != (1.0, 0.0):

@@ -39,7 +39,7 @@ def on_grid(volume: Volume, spec: InputSpec, on_mismatch: str, source: str) -> t
     if spec.grid is None:
         return volume, ""
     target = spec.grid.affine(spec.orientation or "RAS")
-    if volume.shape == spec.grid.shape and _corner_distance(volume.affine, target, volume.shape) <= TOLERANCE_MM:
+    if volume.shape == spec.grid.shape and corner_distance(volume.affine, target, volume.shape) <= TOLERANCE_MM:
         return replace(volume, affine=target), ""
     _refuse_other_spaces(volume, spec.grid, target, on_mismatch, source)
     # Both grids are axis-aligned and turned the same way: one start and one step along each axis say it all.
@@ -124,7 +124,8 @@ def _contract(image: NDArray[np.float32], weights: list[NDArray[np.float32]]) ->
     return image
 
 
-def _corner_distance(a: NDArray[np.float64], b: NDArray[np.float64], shape: Triple) -> float:
+def corner_distance(a: NDArray[np.float64], b: NDArray[np.float64], shape: tuple[int, ...]) -> float:
+    """The largest distance in mm along an axis, at any corner of a volume, between two affines."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], [1.0], indexing="ij")).reshape(4, -1)
     return float(np.abs((a - b) @ corners).max())
 

@@ -23,6 +23,8 @@ class SimCLR(nn.Module):
 
     def __init__(self, encoder: Encoder, projection_dim: int = 64) -> None:
         super().__init__()
+        if encoder.num_classes:
+            raise ValueError("SimCLR takes an encoder without a classifier: reset_classifier(0)")
         width = encoder.num_features
         self.encoder = encoder
         self.projector = nn.Sequential(

@@ -1,0 +1,491 @@
+"""What cannot give the right tensor is refused: in one line that names it, says what is wrong and what to do."""
+
+import gzip
+import logging
+import re
+import struct
+import zlib
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.affines import from_matvec
+
+import brainfm
+from brainfm import ScanError
+from brainfm.cli import main
+
+# What a helpful message asks for; see brainfm/errors.py.
+ADVICE = re.compile(
+    r"\b(pass|use|give|register|convert|copy|check|run|get|make|threshold|resample|name|strip|replace|start again|"
+    r"find out|set|rename|is the mask the scan's own)\b",
+    re.IGNORECASE,
+)
+CASES = {}
+
+
+def bad(fragment):
+    """Register a builder (folder, brain) → image, or [image, mask], that is refused with `fragment` in the message."""
+
+    def register(build):
+        name = build.__name__.strip("_").replace("_", " ")
+        assert name not in CASES
+        CASES[name] = build, fragment
+        return build
+
+    return register
+
+
+def parts(folder, brain, image=None, affine=None):
+    """A path to write to, and the voxels and affine, the brain's where none are given."""
+    return folder / "scan.nii", brain[0] if image is None else image, brain[2] if affine is None else affine
+
+
+def nifti(folder, brain, image=None, affine=None, name="scan.nii"):
+    path, image, affine = parts(folder, brain, image, affine)
+    nib.Nifti1Image(image, affine).to_filename(path.with_name(name))
+    return path.with_name(name)
+
+
+def masked(folder, brain, mask, affine=None):
+    return [nifti(folder, brain), nifti(folder, brain, mask, affine, "mask.nii")]
+
+
+def patched(folder, brain, offset, layout, *values):
+    """A NIfTI file with some bytes of its header overwritten."""
+    path = nifti(folder, brain)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<" + layout, content, offset, *values)
+    path.write_bytes(content)
+    return path
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@bad("no such file")
+def missing_file(folder, brain):
+    return folder / "scan.nii.gz"
+
+
+@bad("link leads nowhere")
+def broken_symlink(folder, brain):
+    (folder / "scan.nii.gz").symlink_to(folder / ".git/annex/objects/x.nii.gz")
+    return folder / "scan.nii.gz"
+
+
+@bad("the file is empty")
+def empty_file(folder, brain):
+    return written(folder / "scan.nii.gz", b"")
+
+
+@bad("damaged or incomplete")
+def truncated_nii_gz(folder, brain):
+    content = nifti(folder, brain, name="scan.nii.gz").read_bytes()
+    return written(folder / "scan.nii.gz", content[: len(content) // 2])
+
+
+@bad("damaged or incomplete")
+def truncated_nii(folder, brain):
+    content = nifti(folder, brain).read_bytes()
+    return written(folder / "scan.nii", content[: len(content) // 2])
+
+
+@bad("")
+def nii_cut_in_its_header(folder, brain):
+    return written(folder / "scan.nii", nifti(folder, brain).read_bytes()[:200])
+
+
+@bad("damaged or incomplete")
+def gz_with_a_flipped_byte(folder, brain):
+    content = bytearray(nifti(folder, brain, name="scan.nii.gz").read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    return written(folder / "scan.nii.gz", content)
+
+
+@bad("damaged or incomplete")
+def gz_with_a_wrong_checksum(folder, brain):
+    content = bytearray(nifti(folder, brain, name="scan.nii.gz").read_bytes())
+    content[-8:-4] = struct.pack("<I", zlib.crc32(b"another file"))
+    return written(folder / "scan.nii.gz", content)
+
+
+@bad("neither NIfTI nor MGZ")
+def text_named_nii(folder, brain):
+    return written(folder / "scan.nii", b"subject,age\nsub-01,71\n" * 50)
+
+
+@bad("neither NIfTI nor MGZ")
+def compressed_text_named_nii_gz(folder, brain):
+    return written(folder / "scan.nii.gz", gzip.compress(b"subject,age\nsub-01,71\n" * 50))
+
+
+@bad("git lfs pull")
+def git_lfs_pointer(folder, brain):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    return written(folder / "scan.nii.gz", pointer)
+
+
+@bad("DICOM")
+def dicom_file(folder, brain):
+    return written(folder / "scan.dcm", bytes(128) + b"DICM" + bytes(1000))
+
+
+@bad("DICOM")
+def folder_of_dicom(folder, brain):
+    (folder / "series").mkdir()
+    for n in range(3):
+        written(folder / "series" / f"{n:04}", bytes(128) + b"DICM" + bytes(1000))
+    return folder / "series"
+
+
+@bad("a folder, not a scan")
+def folder_of_images(folder, brain):
+    nifti(folder, brain)
+    return folder
+
+
+@bad("")
+def uncompressed_file_named_nii_gz(folder, brain):
+    return nifti(folder, brain).rename(folder / "scan.nii.gz")
+
+
+@bad("damaged")
+def header_with_an_unknown_voxel_type(folder, brain):
+    return patched(folder, brain, 70, "h", 99)
+
+
+@bad("damaged")
+def header_with_a_negative_size(folder, brain):
+    return patched(folder, brain, 42, "h", -193)
+
+
+@bad("damaged")
+def header_with_a_size_beyond_any_memory(folder, brain):
+    return patched(folder, brain, 42, "3h", 32000, 32000, 32000)
+
+
+@bad("damaged")
+def header_with_a_slope_but_no_intercept(folder, brain):
+    return patched(folder, brain, 112, "2f", 2.0, np.nan)
+
+
+# --- Wrong objects --------------------------------------------------------------------------------
+
+
+@bad("cannot read a scan from a")
+def wrong_python_type(folder, brain):
+    return 42
+
+
+@bad("cannot read a scan from a")
+def none(folder, brain):
+    return None
+
+
+@bad("array, affine")
+def array_without_its_affine(folder, brain):
+    return brain[0]
+
+
+@bad("")
+def pair_of_paths_as_one_image(folder, brain):
+    return (str(nifti(folder, brain)), str(nifti(folder, brain, name="mask.nii")))
+
+
+@bad("affine")
+def affine_that_is_no_matrix(folder, brain):
+    return (brain[0], [[1, 2], [3]])
+
+
+# --- Voxels ---------------------------------------------------------------------------------------
+
+
+@bad("4-D")
+def series_of_volumes(folder, brain):
+    return nifti(folder, brain, np.stack([brain[0][::4, ::4, ::4]] * 3, axis=-1))
+
+
+@bad("2-D")
+def one_slice(folder, brain):
+    return nifti(folder, brain, np.ascontiguousarray(brain[0][:, :, 90]))
+
+
+@bad("same value")
+def all_zero(folder, brain):
+    return nifti(folder, brain, np.zeros_like(brain[0]))
+
+
+@bad("same value")
+def constant(folder, brain):
+    return nifti(folder, brain, np.full_like(brain[0], 7))
+
+
+def with_one(brain, value):
+    image = brain[0].astype(np.float32)
+    image[96, 110, 80] = value
+    return image
+
+
+@bad("NaN or infinite")
+def nan_in_the_brain(folder, brain):
+    return nifti(folder, brain, with_one(brain, np.nan))
+
+
+@bad("NaN or infinite")
+def inf_in_the_brain(folder, brain):
+    return nifti(folder, brain, with_one(brain, -np.inf))
+
+
+@bad("NaN or infinite")
+def nan_background(folder, brain):
+    return nifti(folder, brain, np.where(brain[1] > 0, brain[0], np.float32(np.nan)))
+
+
+@bad("not grey values")
+def rgb_voxels(folder, brain):
+    rgb = np.dtype([(channel, np.uint8) for channel in "RGB"])
+    return nifti(folder, brain, np.ascontiguousarray(brain[0][..., None].repeat(3, axis=-1)).view(rgb)[..., 0])
+
+
+@bad("not grey values")
+def complex_voxels(folder, brain):
+    return nifti(folder, brain, brain[0].astype(np.complex64))
+
+
+@bad("not skull-stripped")
+def whole_head(folder, brain):
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in brain[0].shape), indexing="ij")
+    scalp = (x**2 + y**2 + z**2 < 0.95) & (brain[0] == 0)
+    return nifti(folder, brain, np.where(scalp, 200, brain[0]).astype(np.uint8))
+
+
+@bad("background is not 0")
+def background_not_zero(folder, brain):
+    return nifti(folder, brain, brain[0].astype(np.int16) - 1000)
+
+
+@bad("do not follow a T1w image")
+def t2_like_contrast(folder, brain):
+    return nifti(folder, brain, np.where(brain[0] > 0, 300 - brain[0].astype(np.int16), 0).astype(np.int16))
+
+
+@bad("do not follow a T1w image")
+def brain_mask_as_the_image(folder, brain):
+    return nifti(folder, brain, np.where(brain[1] > 0, 1, 0).astype(np.uint8))
+
+
+@bad("register it to the template")
+def slab(folder, brain):
+    image = brain[0].copy()
+    image[:, :, :80] = image[:, :, 110:] = 0
+    return nifti(folder, brain, image)
+
+
+@bad("register it to the template")
+def brain_of_a_macaque(folder, brain):
+    small = np.zeros_like(brain[0])
+    small[58:135, 70:162, 58:135] = brain[0][::5, ::5, ::5].repeat(2, 0).repeat(2, 1).repeat(2, 2)[:77, :92, :77]
+    return nifti(folder, brain, small)
+
+
+# --- Where the scan lies --------------------------------------------------------------------------
+
+
+def rotation(degrees):
+    angle = np.radians(degrees)
+    return np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+
+
+@bad("register it to the template")
+def native_space_rotated(folder, brain):
+    return nifti(folder, brain, affine=from_matvec(rotation(12), (-90.0, -120.0, -80.0)))
+
+
+@bad("register it to the template")
+def native_space_with_its_origin_at_the_image_centre(folder, brain):
+    return nifti(folder, brain, affine=from_matvec(np.eye(3), -(np.array(brain[0].shape) - 1) / 2))
+
+
+@bad("register it to the template")
+def native_space_shifted_by_30_mm(folder, brain):
+    return nifti(folder, brain, affine=from_matvec(np.eye(3), (-96.0, -102.0, -78.0)))
+
+
+@bad("field of view")
+def scan_far_from_the_template(folder, brain):
+    return nifti(folder, brain, affine=from_matvec(np.eye(3), (1000.0, 0.0, 0.0)))
+
+
+@bad("coarser than the contract's")
+def two_millimetre_scan(folder, brain):
+    affine = brain[2] @ np.diag([2.0, 2.0, 2.0, 1.0])
+    return nifti(folder, brain, np.ascontiguousarray(brain[0][::2, ::2, ::2]), affine)
+
+
+@bad("codes are 0")
+def header_without_orientation(folder, brain):
+    path, image, affine = parts(folder, brain)
+    scan = nib.Nifti1Image(image, affine)
+    scan.set_sform(affine, 0)
+    scan.set_qform(affine, 0)
+    scan.to_filename(path)
+    return path
+
+
+@bad("disagree on left and right")
+def sform_and_qform_of_opposite_handedness(folder, brain):
+    path, image, affine = parts(folder, brain)
+    scan = nib.Nifti1Image(image, affine)
+    scan.set_sform(affine, 1)
+    scan.set_qform(affine @ np.diag([-1, 1, 1, 1]), 1)
+    scan.to_filename(path)
+    return path
+
+
+@bad("the affine")
+def singular_affine(folder, brain):
+    return (brain[0], np.diag([1.0, 0.0, 1.0, 1.0]))
+
+
+@bad("the affine")
+def singular_sform(folder, brain):
+    return patched(folder, brain, 280, "4f", 0, 0, 0, 0)
+
+
+@bad("the affine")
+def nan_affine(folder, brain):
+    return patched(folder, brain, 280, "f", np.nan)
+
+
+@bad("the affine")
+def affine_of_two_dimensions(folder, brain):
+    return (brain[0], np.eye(3))
+
+
+@bad("the affine")
+def affine_whose_last_row_is_wrong(folder, brain):
+    return (brain[0], brain[2] + np.array([*np.zeros((3, 4)), [1, 0, 0, 0]]))
+
+
+# --- Masks ----------------------------------------------------------------------------------------
+
+
+@bad("no such file")
+def missing_mask(folder, brain):
+    return [nifti(folder, brain), folder / "mask.nii"]
+
+
+@bad("resample it to the scan's grid")
+def mask_of_another_shape(folder, brain):
+    return masked(folder, brain, np.ascontiguousarray(brain[1][:-1]))
+
+
+@bad("lies elsewhere")
+def mask_with_another_affine(folder, brain):
+    return masked(folder, brain, brain[1], brain[2] + np.array([[0, 0, 0, 1], *np.zeros((3, 4))]))
+
+
+@bad("lies elsewhere")
+def mask_with_other_axes(folder, brain):
+    return masked(folder, brain, brain[1], from_matvec(np.diag([-1.0, 1.0, 1.0]), (96.0, -132.0, -78.0)))
+
+
+@bad("is empty")
+def empty_mask(folder, brain):
+    return masked(folder, brain, np.zeros_like(brain[1]))
+
+
+@bad("field of view")
+def mask_outside_the_crop(folder, brain):
+    mask = np.zeros_like(brain[1])
+    mask[:, :, :10] = 1
+    return masked(folder, brain, mask)
+
+
+@bad("probability map")
+def probability_mask(folder, brain):
+    return masked(folder, brain, (brain[0] / 255).astype(np.float32))
+
+
+@bad("probability map")
+def probability_mask_in_scaled_integers(folder, brain):
+    image = nib.Nifti1Image((brain[0] / 255).astype(np.float32), brain[2])
+    image.set_data_dtype(np.uint8)
+    image.to_filename(folder / "mask.nii")
+    return [nifti(folder, brain), folder / "mask.nii"]
+
+
+@bad("negative")
+def negative_mask(folder, brain):
+    return masked(folder, brain, brain[1].astype(np.int16) - 1)
+
+
+@bad("NaN")
+def nan_mask(folder, brain):
+    return masked(folder, brain, np.where(brain[1] > 0, 1, np.nan).astype(np.float32))
+
+
+@bad("4-D")
+def mask_of_two_volumes(folder, brain):
+    return masked(folder, brain, np.stack([brain[1]] * 2, axis=-1))
+
+
+@bad("cannot read a mask from a")
+def mask_of_a_wrong_python_type(folder, brain):
+    return [nifti(folder, brain), 42]
+
+
+@bad("too little for a whole")
+def mask_of_a_tumour(folder, brain):
+    mask = np.zeros_like(brain[1])
+    mask[80:110, 100:130, 80:110] = 1
+    return masked(folder, brain, mask)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:nibabel")
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_in_one_line_that_helps(case, tmp_path, brain, spec):
+    build, fragment = CASES[case]
+    given = build(tmp_path, brain)
+    image, mask = given if isinstance(given, list) else (given, None)
+    with pytest.raises(ScanError) as caught:
+        brainfm.create_transform(spec)(image, mask)
+    message = str(caught.value)
+    assert fragment in message
+    assert "\n" not in message
+    assert str(tmp_path) in message or "array" in message
+    assert ADVICE.search(message.replace(str(tmp_path), "")), f"no advice: {message}"
+
+
+def test_unreadable_qform_beside_a_good_sform_does_no_harm(tmp_path, brain, spec):
+    """nibabel takes the sform where both are set."""
+    path = patched(tmp_path, brain, 252, "2h3f", 1, 2, 1.0, 1.0, 1.0)  # quaternion longer than 1
+    transform = brainfm.create_transform(spec)
+    assert transform(path).equal(transform((brain[0], brain[2])))
+
+
+def test_whole_head_with_its_brain_mask_is_no_bad_input(tmp_path, brain, spec):
+    transform = brainfm.create_transform(spec)
+    image, mask, affine = brain
+    assert transform(whole_head(tmp_path, brain), mask).equal(transform((image, affine), mask))
+
+
+@pytest.mark.parametrize("case", ["missing file", "text named nii", "whole head", "truncated nii gz"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_command_line_says_it_in_one_line(case, strict, tmp_path, brain, capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("brainfm"), "handlers", [])  # those of this test go with its stderr
+    image = CASES[case][0](tmp_path, brain)
+    arguments = ["embed", str(image), "--model", "test_resnet_3d", "-o", str(tmp_path / "out.csv")]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--strict"] if strict else arguments)
+    assert caught.value.code == 1
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"ScanError: {image}: ")
+    assert not any(line.startswith(("ScanError", "Traceback")) for line in others)
+    assert not (tmp_path / "out.csv").exists()

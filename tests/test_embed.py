@@ -1,0 +1,557 @@
+"""Many scans → a table: whole, in order, with the bad ones listed, and none done twice after an interruption."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import brainfm
+from brainfm import ScanError
+from brainfm.embed import Embeddings
+from brainfm.manifest import ScanRecord
+
+
+class Pooled(nn.Module):
+    """An encoder for this file: means over 2×2×2 blocks of the tensor, with a weight. Counts and fails on demand."""
+
+    seen: list[int] = []  # noqa: RUF012 - of the class, since `embed` runs a copy
+    interrupt_at: int | None = None
+    num_features = 8
+
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+        self.pretrained_cfg = brainfm.get_pretrained_cfg("test_resnet_3d")
+
+    def forward(self, x):
+        if self.interrupt_at is not None and sum(self.seen) >= self.interrupt_at:
+            raise KeyboardInterrupt
+        self.seen.append(len(x))
+        return F.adaptive_avg_pool3d(x, 2).flatten(1) * self.weight
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch):
+    """Forwards of `Pooled`, as the numbers of scans in each, counted afresh in each test."""
+    monkeypatch.setattr(Pooled, "seen", [])
+    monkeypatch.setattr(Pooled, "interrupt_at", None)
+    return lambda: sum(Pooled.seen)
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory, small_sample):
+    """Six brains of other contrasts, and their mask."""
+    folder = tmp_path_factory.mktemp("cohort")
+    image = nib.load(small_sample[0])
+    voxels = np.asarray(image.dataobj)
+    paths = [folder / f"sub-{n:02}_T1w.nii" for n in range(1, 7)]
+    for n, path in enumerate(paths):
+        contrast = (voxels / voxels.max()) ** (0.7 + 0.15 * n)
+        nib.Nifti1Image(contrast.astype(np.float32), image.affine).to_filename(path)
+    return paths, small_sample[1]
+
+
+@pytest.fixture
+def pairs(originals):
+    paths, mask = originals
+    return [(path, mask) for path in paths]
+
+
+@pytest.fixture
+def bad(tmp_path_factory, small_sample):
+    """Three scans that fail for different reasons."""
+    folder = tmp_path_factory.mktemp("bad")
+    image = nib.load(small_sample[0])
+    nib.Nifti1Image(np.asarray(image.dataobj)[:, :, ::-1], image.affine).to_filename(folder / "upside_down.nii")
+    (folder / "notes.nii").write_text("not an image, but long enough to hold a header of 348 bytes" * 10)
+    return [folder / "upside_down.nii", folder / "missing.nii", folder / "notes.nii"]
+
+
+def rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(path, width=8):
+    return np.array([[np.float32(row[f"e{n}"]) for n in range(width)] for row in rows(path)])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def test_each_vector_is_the_models_on_the_transforms_tensor(pairs):
+    model = Pooled()
+    table = brainfm.embed(pairs, model)
+    transform = brainfm.create_transform(model)
+    for pair, vector in zip(pairs, table.vectors, strict=True):
+        np.testing.assert_array_equal(vector, model(transform(*pair)[None])[0].detach().numpy())
+    assert table.vectors.dtype == np.float32
+    assert table.errors == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_rows_keep_the_order_of_the_scans(pairs, num_workers):
+    order = [4, 0, 5, 2, 1, 3, 0]
+    forward = brainfm.embed(pairs, Pooled()).vectors
+    table = brainfm.embed([pairs[n] for n in order], Pooled(), batch_size=2, num_workers=num_workers)
+    assert [record.image for record in table.records] == [pairs[n][0] for n in order]
+    np.testing.assert_array_equal(table.vectors, forward[order])
+    assert len(np.unique(forward, axis=0)) == len(pairs)
+
+
+def test_batch_size_and_workers_change_vectors_by_rounding_only(pairs, small_model):
+    alone = brainfm.embed(pairs[:3], small_model, batch_size=1, num_workers=0).vectors
+    for batch_size, num_workers in ((2, 2), (3, 1)):
+        found = brainfm.embed(pairs[:3], small_model, batch_size=batch_size, num_workers=num_workers).vectors
+        assert np.linalg.norm(found - alone) <= 1e-6 * np.linalg.norm(alone)
+
+
+def test_batches_are_full_but_for_the_last(pairs):
+    brainfm.embed(pairs[:5], Pooled(), batch_size=2)
+    assert Pooled.seen == [2, 2, 1]
+
+
+def test_model_may_be_named(small_sample, small_model):
+    table = brainfm.embed([small_sample], "test_resnet_3d")
+    expected = brainfm.embed([small_sample], small_model)
+    np.testing.assert_array_equal(table.vectors, expected.vectors)
+
+
+def test_models_own_mode_and_weights_stay_as_they_are(pairs):
+    model = Pooled().train()
+    brainfm.embed(pairs[:1], model)
+    assert model.training
+    assert model.weight.requires_grad
+
+
+def test_table_is_an_array_to_numpy(pairs):
+    table = brainfm.embed(pairs[:2], Pooled())
+    assert len(table) == 2
+    assert np.asarray(table).shape == (2, 8)
+    assert np.asarray(table, dtype=np.float64).dtype == np.float64
+
+
+def test_images_in_memory_are_embedded(pairs):
+    image, mask = (nib.load(path) for path in pairs[0])
+    array = (np.asarray(image.dataobj), image.affine)
+    table = brainfm.embed([(image, mask), (array, mask), array], Pooled())
+    from_file = brainfm.embed([pairs[0], pairs[0][0]], Pooled())
+    np.testing.assert_array_equal(table.vectors, from_file.vectors[[0, 0, 1]])
+    assert table.columns()["image_path"] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"num_workers": -1}, {"on_error": "ignore"}, {"dtype": "float8"}]
+)
+def test_wrong_options_are_value_errors_before_any_work(options, pairs, counted):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        brainfm.embed(pairs, Pooled(), **options)
+    assert counted() == 0
+
+
+def test_unknown_table_format_is_refused_before_any_work(pairs, tmp_path, counted):
+    with pytest.raises(ScanError, match=r"out\.xlsx: a table is written as \.csv, \.parquet, \.npz"):
+        brainfm.embed(pairs, Pooled(), output=tmp_path / "out.xlsx")
+    assert counted() == 0
+
+
+def test_output_that_is_a_folder_is_refused_before_any_work(pairs, tmp_path, counted):
+    (tmp_path / "out.csv").mkdir()
+    with pytest.raises((ScanError, OSError), match=r"out\.csv"):
+        brainfm.embed(pairs, Pooled(), output=tmp_path / "out.csv")
+    assert counted() == 0
+
+
+def test_model_without_a_contract_is_refused(pairs):
+    with pytest.raises(ValueError, match="no input contract"):
+        brainfm.embed(pairs, nn.Flatten())
+
+
+# --- Bad scans ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (2, 2), (4, 1)])
+def test_bad_scans_are_listed_and_all_good_ones_embedded(pairs, bad, batch_size, num_workers):
+    mixed = [bad[0], pairs[0], pairs[1], bad[1], bad[2], pairs[2], pairs[3]]
+    table = brainfm.embed(mixed, Pooled(), batch_size=batch_size, num_workers=num_workers)
+    np.testing.assert_array_equal(table.vectors, brainfm.embed(pairs[:4], Pooled()).vectors)
+    assert [record.image for record in table.records] == [path for path, _ in pairs[:4]]
+    assert [record.image for record, _ in table.errors] == bad
+    for path, (_, message) in zip(bad, table.errors, strict=True):
+        assert message.startswith(str(path))
+
+
+def test_on_error_raise_stops_at_the_bad_scan(pairs, bad):
+    with pytest.raises(ScanError, match="upside_down"):
+        brainfm.embed([*pairs[:2], bad[0], *pairs[2:]], Pooled(), on_error="raise")
+
+
+def test_an_error_that_nobody_foresaw_does_not_stop_the_others(pairs):
+    class Broken:
+        @property
+        def dataobj(self):
+            raise RuntimeError("disk on fire")
+
+    table = brainfm.embed([pairs[0], Broken(), pairs[1]], Pooled())
+    assert len(table) == 2
+    assert "disk on fire" in table.errors[0][1]
+
+
+def test_errors_are_written_beside_the_table_and_removed_by_a_clean_run(pairs, bad, tmp_path):
+    output = tmp_path / "out.csv"
+    brainfm.embed([pairs[0], *bad], Pooled(), output=output)
+    assert names(tmp_path) == ["out.csv", "out.errors.csv"]
+    listed = rows(tmp_path / "out.errors.csv")
+    assert [row["image_path"] for row in listed] == [str(path) for path in bad]
+    assert "no such file" in listed[1]["error"]
+    brainfm.embed(pairs[:1], Pooled(), output=output)
+    assert names(tmp_path) == ["out.csv"]
+
+
+def test_all_scans_bad_gives_no_table_but_a_list(bad, tmp_path):
+    table = brainfm.embed(bad, Pooled(), output=tmp_path / "out.npz")
+    assert names(tmp_path) == ["out.errors.csv"]
+    assert table.vectors.shape == (0, 8)
+
+
+def test_all_scans_bad_leaves_no_table_of_an_earlier_run(pairs, bad, tmp_path):
+    output = tmp_path / "out.csv"
+    brainfm.embed(pairs[:1], Pooled(), output=output)
+    brainfm.embed(bad, Pooled(), output=output)
+    assert names(tmp_path) == ["out.errors.csv"]
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records(pairs):
+    extra = [{"site": "Zürich, CH", "note": 'a "quote"'}, {"site": "two\nlines"}, {"label": "1"}]
+    return [
+        ScanRecord(path, mask, f"p{n}", "s1", more)
+        for n, ((path, mask), more) in enumerate(zip(pairs[:3], extra, strict=True))
+    ]
+
+
+def read_csv(path):
+    table = rows(path)
+    return numbers(path), {key: [row[key] for row in table] for key in table[0] if not key[1:].isdigit()}
+
+
+def read_npz(path):
+    with np.load(path) as file:
+        return file["embeddings"], {key: file[key].tolist() for key in file.files if key != "embeddings"}
+
+
+def read_parquet(path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = parquet.read_table(path).to_pydict()
+    vectors = np.array([columns.pop(f"e{n}") for n in range(8)], dtype=np.float32).T
+    return vectors, columns
+
+
+READERS = {".csv": read_csv, ".npz": read_npz, ".parquet": read_parquet}
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_table_reads_back_exactly(suffix, records, tmp_path):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    table = brainfm.embed(records, Pooled(), output=tmp_path / f"out{suffix}")
+    vectors, texts = READERS[suffix](tmp_path / f"out{suffix}")
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, table.vectors)
+    assert texts == table.columns()
+    assert texts["site"] == ["Zürich, CH", "two\nlines", ""]
+    assert texts["patient_id"] == ["p0", "p1", "p2"]
+    assert names(tmp_path) == [f"out{suffix}"]
+
+
+def test_any_float32_survives_the_csv(tmp_path):
+    info = np.finfo(np.float32)
+    values = [info.max, info.tiny, info.smallest_subnormal, -0.1, 1 / 3, 16777217, np.nextafter(np.float32(1), 2), 0]
+    vectors = np.array([values], dtype=np.float32)
+    Embeddings(vectors, [ScanRecord("a.nii")]).save(tmp_path / "out.csv")
+    np.testing.assert_array_equal(numbers(tmp_path / "out.csv"), vectors)
+
+
+def test_output_folder_is_made(pairs, tmp_path):
+    brainfm.embed(pairs[:1], Pooled(), output=tmp_path / "new" / "folder" / "out.csv")
+    assert names(tmp_path / "new" / "folder") == ["out.csv"]
+
+
+def test_failed_write_leaves_the_old_table_and_nothing_else(pairs, tmp_path, monkeypatch):
+    output = tmp_path / "out.npz"
+    brainfm.embed(pairs[:1], Pooled(), output=output)
+    before = output.read_bytes()
+
+    def disk_full(*arguments, **arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        brainfm.embed(pairs, Pooled(), output=output)
+    assert output.read_bytes() == before
+    assert [name for name in names(tmp_path) if not name.endswith(".journal")] == ["out.npz"]
+
+
+def test_tables_are_readable_by_others_as_the_umask_says(pairs, tmp_path):
+    brainfm.embed(pairs[:1], Pooled(), output=tmp_path / "out.csv")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "out.csv").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@pytest.mark.parametrize(
+    ("column", "suffix"), [("e0", ".csv"), ("e0", ".parquet"), ("embeddings", ".npz"), ("file", ".npz")]
+)
+def test_column_of_the_manifest_that_clashes_with_the_tables_is_refused_before_any_work(
+    column, suffix, pairs, tmp_path, counted
+):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    record = ScanRecord(*pairs[0], extra={column: "text"})
+    with pytest.raises(ScanError, match=column):
+        brainfm.embed([record], Pooled(), output=tmp_path / f"out{suffix}")
+    assert counted() == 0
+
+
+# --- Going on after an interruption ---------------------------------------------------------------
+
+
+def interrupted(pairs, output, after=3, **options):
+    """A run that is interrupted after some scans, and its model."""
+    model = Pooled()
+    Pooled.interrupt_at = after
+    with pytest.raises(KeyboardInterrupt):
+        brainfm.embed(pairs, model, output=output, **options)
+    Pooled.interrupt_at = None
+    Pooled.seen.clear()
+    return model
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npz"])
+def test_interrupted_run_does_the_rest_only_and_gives_the_same_table(suffix, pairs, bad, tmp_path, counted):
+    scans = [bad[0], *pairs]
+    output, whole = tmp_path / f"out{suffix}", tmp_path / "whole" / f"out{suffix}"
+    model = interrupted(scans, output)
+    assert not output.exists()
+    brainfm.embed(scans, model, output=output)
+    assert counted() == len(pairs) - 3
+    brainfm.embed(scans, model, output=whole)
+    assert output.read_bytes() == whole.read_bytes()
+    assert names(tmp_path) == sorted(["out.errors.csv", f"out{suffix}", "whole"])
+
+
+def test_finished_run_leaves_nothing_to_go_on_from(pairs, tmp_path, counted):
+    for _ in range(2):
+        brainfm.embed(pairs[:2], Pooled(), output=tmp_path / "out.csv")
+    assert counted() == 4
+
+
+def test_twice_interrupted_run_goes_on(pairs, tmp_path, counted):
+    output = tmp_path / "out.csv"
+    interrupted(pairs, output, after=2)
+    model = interrupted(pairs, output, after=2)
+    brainfm.embed(pairs, model, output=output)
+    assert counted() == 2
+
+
+def test_added_scans_are_done_beside_those_of_an_interrupted_run(pairs, tmp_path, counted):
+    model = interrupted(pairs[1:4], tmp_path / "out.csv", after=2)
+    table = brainfm.embed(pairs, model, output=tmp_path / "out.csv")
+    assert counted() == 4
+    assert [record.image for record in table.records] == [path for path, _ in pairs]
+
+
+def test_run_stopped_by_a_bad_scan_goes_on_from_there(pairs, bad, tmp_path, counted):
+    model = Pooled()
+    with pytest.raises(ScanError):
+        brainfm.embed([*pairs[:2], bad[0]], model, output=tmp_path / "out.csv", on_error="raise")
+    brainfm.embed(pairs, model, output=tmp_path / "out.csv", on_error="raise")
+    assert counted() == len(pairs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda: (Pooled(2.0), {}), lambda: (Pooled(), {"dtype": "bfloat16"})],
+    ids=["weights", "dtype"],
+)
+def test_another_model_does_not_go_on_from_the_rows_of_the_first(change, pairs, tmp_path, counted):
+    interrupted(pairs, tmp_path / "out.csv")
+    model, options = change()
+    table = brainfm.embed(pairs, model, output=tmp_path / "out.csv", **options)
+    assert counted() == len(pairs)
+    np.testing.assert_array_equal(table.vectors, brainfm.embed(pairs, model, **options).vectors)
+
+
+def test_another_contract_does_not_go_on_from_the_rows_of_the_first(pairs, tmp_path, counted):
+    from brainfm.operations import ZScore
+
+    model = interrupted(pairs, tmp_path / "out.csv")
+    spec = model.pretrained_cfg.input_spec.with_operation(ZScore, eps=0.5)
+    model.pretrained_cfg = model.pretrained_cfg.overlay({"input_spec": spec})
+    brainfm.embed(pairs, model, output=tmp_path / "out.csv")
+    assert counted() == len(pairs)
+
+
+def test_scan_whose_file_changed_is_done_again(pairs, tmp_path, counted):
+    copies = [tmp_path / path.name for path, _ in pairs]
+    for (path, _), copy in zip(pairs, copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    model = interrupted(copies, tmp_path / "out.csv")
+    copies[0].write_bytes(pairs[5][0].read_bytes())
+    table = brainfm.embed(copies, model, output=tmp_path / "out.csv")
+    assert counted() == 1 + len(pairs) - 3
+    np.testing.assert_array_equal(table.vectors[0], table.vectors[5])
+
+
+def test_scan_whose_mask_changed_is_done_again(originals, tmp_path, counted):
+    paths, mask = originals
+    copy = tmp_path / "mask.nii.gz"
+    copy.write_bytes(mask.read_bytes())
+    model = interrupted([(path, copy) for path in paths], tmp_path / "out.csv")
+    image = nib.load(mask)
+    smaller = np.asarray(image.dataobj) * (np.arange(image.shape[0]) > 5)[:, None, None]
+    nib.Nifti1Image(smaller.astype(np.uint8), image.affine).to_filename(copy)
+    brainfm.embed([(path, copy) for path in paths], model, output=tmp_path / "out.csv")
+    assert counted() == len(paths)
+
+
+def test_image_in_memory_that_changed_is_done_again(pairs, tmp_path):
+    image = nib.load(pairs[0][0])
+    array = np.asarray(image.dataobj).copy()
+    scans = [(array, image.affine), pairs[1]]
+    model = interrupted(scans, tmp_path / "out.csv", after=1)
+    array[:] = nib.load(pairs[5][0]).dataobj
+    table = brainfm.embed(scans, model, output=tmp_path / "out.csv")
+    np.testing.assert_array_equal(table.vectors, brainfm.embed(scans, model).vectors)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 150])
+def test_torn_last_line_of_the_journal_costs_one_scan(cut, pairs, tmp_path, counted):
+    output = tmp_path / "out.csv"
+    model = interrupted(pairs, output)
+    (journal,) = tmp_path.glob(".out.csv*")
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    Pooled.interrupt_at = 1  # again, so that lines are added behind the torn one
+    with pytest.raises(KeyboardInterrupt):
+        brainfm.embed(pairs, model, output=output)
+    Pooled.interrupt_at = None
+    table = brainfm.embed(pairs, model, output=output)
+    assert counted() == len(pairs) - 2
+    np.testing.assert_array_equal(table.vectors, brainfm.embed(pairs, model).vectors)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '"text"', '{"model": 1}', "\x00\xff\n\n{}"])
+def test_journal_of_something_else_is_ignored(content, pairs, tmp_path, counted):
+    (tmp_path / ".out.csv.rank0.journal").write_text(content, encoding="latin-1")
+    brainfm.embed(pairs[:2], Pooled(), output=tmp_path / "out.csv")
+    assert counted() == 2
+    assert names(tmp_path) == ["out.csv"]
+
+
+def test_table_whose_name_holds_wildcards_goes_on_and_leaves_nothing(pairs, tmp_path, counted):
+    output = tmp_path / "out[1].csv"
+    model = interrupted(pairs, output)
+    brainfm.embed(pairs, model, output=output)
+    assert counted() == len(pairs) - 3
+    assert names(tmp_path) == ["out[1].csv"]
+
+
+def test_two_tables_in_one_folder_do_not_mix(pairs, tmp_path, counted):
+    model = interrupted(pairs, tmp_path / "a.csv")
+    brainfm.embed(pairs, model, output=tmp_path / "b.csv")
+    assert counted() == len(pairs)
+    brainfm.embed(pairs, model, output=tmp_path / "a.csv")
+    assert counted() == 2 * len(pairs) - 3
+
+
+def run_python(code, *arguments, launcher=()):
+    """A new interpreter that can import this file."""
+    paths = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(brainfm.__file__).parents[1])!r}]\n"
+    script = Path(arguments[-1]).with_name("run.py")
+    script.write_text(paths + code, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, *launcher, str(script), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+KILLED = """
+import os, signal, brainfm, test_embed
+
+class Pooled(test_embed.Pooled):
+    def forward(self, x):
+        if sum(self.seen) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+*paths, mask, output = sys.argv[1:]
+brainfm.embed([(path, mask or None) for path in paths], Pooled(), output=output)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.parametrize("masked", [True, False])
+def test_killed_process_keeps_what_it_finished(masked, originals, tmp_path, counted):
+    paths, mask = originals
+    scans = [(path, mask if masked else None) for path in paths]
+    output = tmp_path / "out.csv"
+    result = run_python(KILLED, *paths, mask if masked else "", output)
+    assert result.returncode == -9, result.stderr
+    table = brainfm.embed(scans, Pooled(), output=output)
+    assert counted() == len(scans) - 3
+    np.testing.assert_array_equal(table.vectors, brainfm.embed(scans, Pooled()).vectors)
+
+
+SHARED = """
+import brainfm, test_embed
+
+*paths, mask, forwards, output = sys.argv[1:]
+table = brainfm.embed([(path, mask) for path in paths], test_embed.Pooled(), batch_size=2, output=output)
+assert len(table) == 6, (len(table), table.errors)
+assert sum(test_embed.Pooled.seen) == int(forwards), test_embed.Pooled.seen
+"""
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_scans_and_write_the_table_of_one(originals, bad, tmp_path):
+    paths, mask = originals
+    scans = [*paths[:4], bad[2], *paths[4:]]
+    whole = tmp_path / "one" / "out.csv"
+    brainfm.embed([(scan, mask) for scan in scans], Pooled(), output=whole)
+    output = tmp_path / "two" / "out.csv"
+    output.parent.mkdir()
+    result = run_python(SHARED, *scans, mask, 3, output, launcher=TWO)
+    assert result.returncode == 0, result.stderr
+    assert output.read_bytes() == whole.read_bytes()
+    assert names(output.parent) == ["out.csv", "out.errors.csv", "run.py"]
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_one(originals, pairs, tmp_path):
+    paths, mask = originals
+    output = tmp_path / "out.csv"
+    interrupted(pairs, output, after=2)
+    result = run_python(SHARED, *paths, mask, 2, output, launcher=TWO)
+    assert result.returncode == 0, result.stderr
+    assert names(tmp_path) == ["out.csv", "run.py"]

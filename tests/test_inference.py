@@ -1,0 +1,124 @@
+"""`optimize`: the same embeddings from a faster copy."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import brainfm
+
+SIZES = {"simclr_resnet18_3d": (32, 40, 40), "simclr_resnet50_3d": (32, 40, 40)}
+
+
+def build(name: str) -> nn.Module:
+    """An encoder whose BatchNorm statistics and scales, and every bias, show when they are lost or misplaced."""
+    torch.manual_seed(0)
+    model = brainfm.create_model(name)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.ndim == 1:
+                value.copy_(torch.rand_like(value) + 0.5)
+    return model
+
+
+def volume(name: str) -> torch.Tensor:
+    return torch.randn(2, 1, *SIZES.get(name, (40, 48, 48)), generator=torch.Generator().manual_seed(0))
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("test_resnet_3d", "auto"),
+        ("test_resnet_3d", "float32"),
+        ("test_resnet_3d", torch.float32),
+        ("simclr_resnet18_3d", "auto"),
+        ("simclr_resnet50_3d", "auto"),
+    ],
+)
+def test_resnet_gives_the_same_embeddings_without_batch_norm(name, dtype):
+    model, x = build(name), volume(name)
+    fast = brainfm.optimize(model, dtype)
+    assert not any(isinstance(module, nn.BatchNorm3d) for module in fast.modules())
+    with torch.inference_mode():
+        assert relative(fast(x), model(x)) < 1e-5
+
+
+def test_resnet_keeps_what_is_done_with_an_encoder():
+    model, x = build("test_resnet_3d"), volume("test_resnet_3d")
+    fast = brainfm.optimize(model)
+    assert fast.pretrained_cfg == model.pretrained_cfg
+    assert fast.num_features == model.num_features
+    with torch.inference_mode():
+        for found, wanted in zip(fast.forward_intermediates(x)[1], model.forward_intermediates(x)[1], strict=True):
+            assert relative(found, wanted) < 1e-5
+
+
+def test_vit_is_unchanged():
+    model, x = build("test_vit_3d"), volume("test_vit_3d")
+    fast = brainfm.optimize(model)
+    assert fast.state_dict().keys() == model.state_dict().keys()
+    with torch.inference_mode():
+        assert relative(fast(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_original_is_not_changed(name, dtype):
+    model, x = build(name).train(), volume(name)
+    before = copy.deepcopy(model.state_dict())
+    needed_gradients = {key: p.requires_grad for key, p in model.named_parameters()}
+    brainfm.optimize(model, dtype)
+    assert model.training
+    assert {key: p.requires_grad for key, p in model.named_parameters()} == needed_gradients
+    assert model.state_dict().keys() == before.keys()
+    for key, value in model.state_dict().items():
+        assert value.dtype == before[key].dtype
+        assert value.stride() == before[key].stride()
+        assert torch.equal(value, before[key]), key
+    assert model(x).requires_grad
+
+
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "float16"])
+def test_half_precision_speaks_float32_and_stays_close(name, dtype):
+    model, x = build(name), volume(name)
+    fast = brainfm.optimize(model, dtype)
+    with torch.inference_mode():
+        z, wanted = fast(x), model(x)
+    assert z.dtype == torch.float32
+    assert {p.dtype for p in fast.parameters()} == {brainfm.inference.resolve_dtype(dtype)}
+    assert torch.cosine_similarity(z, wanted).min() >= 0.9999
+
+
+def test_half_precision_keeps_what_is_done_with_an_encoder():
+    model = build("test_resnet_3d")
+    fast = brainfm.optimize(model, "bfloat16")
+    assert fast.pretrained_cfg == model.pretrained_cfg
+    assert fast.num_features == model.num_features
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_copy_is_for_inference_only(dtype):
+    fast = brainfm.optimize(build("test_resnet_3d").train(), dtype)
+    assert not any(module.training for module in fast.modules())
+    assert not any(p.requires_grad for p in fast.parameters())
+
+
+def test_logits_are_the_same_too():
+    model = brainfm.create_model("test_resnet_3d", pretrained=True, num_classes=3)
+    x = volume("test_resnet_3d")
+    with torch.inference_mode():
+        assert relative(brainfm.optimize(model)(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16", "", torch.int8, torch.complex64])
+def test_type_that_no_encoder_computes_in_is_refused(dtype):
+    with pytest.raises(ValueError, match="dtype"):
+        brainfm.optimize(build("test_resnet_3d"), dtype)

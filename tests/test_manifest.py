@@ -1,0 +1,287 @@
+"""Lists of scans: files, manifests, TurboPrep folders and BIDS derivatives; what cannot be one is refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainfm import ScanError
+from brainfm.manifest import ScanRecord, list_scans
+
+DICOM = bytes(128) + b"DICM" + bytes(500)
+
+
+def touch(*paths, content=b"x"):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return paths[0]
+
+
+def manifest(folder, text, name="scans.csv", encoding="utf-8"):
+    path = folder / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+# --- Files and lists ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii", "scan.mgz"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_image_file_is_one_scan(name, kind, tmp_path):
+    path = touch(tmp_path / name)
+    assert list_scans(kind(path)) == [ScanRecord(path)]
+
+
+def test_list_of_paths_pairs_and_records_keeps_its_order():
+    record = ScanRecord("c.nii", "m.nii", "p3", extra={"age": "71"})
+    assert list_scans(["b.nii", ("a.nii", Path("a_mask.nii")), record, ("d.nii", None)]) == [
+        ScanRecord("b.nii"),
+        ScanRecord("a.nii", Path("a_mask.nii")),
+        record,
+        ScanRecord("d.nii"),
+    ]
+
+
+def test_array_with_its_affine_is_one_image_not_an_image_and_a_mask():
+    image, affine = np.zeros((5, 6, 7)), np.eye(4)
+    bare, masked = list_scans([(image, affine), ((image, affine), image > 0)])
+    assert bare.image[0] is image
+    assert bare.mask is None
+    assert masked.image[1] is affine
+    assert masked.mask.dtype == bool
+
+
+def test_bids_names_in_a_path_give_patient_and_scan():
+    path = "/data/sub-01/ses-02/anat/sub-01_ses-02_acq-mprage_run-1_T1w.nii.gz"
+    assert list_scans([path]) == [ScanRecord(path, None, "sub-01", "ses-02_acq-mprage_run-1")]
+
+
+def test_generator_of_paths_is_a_list_too():
+    assert len(list_scans(name for name in ("a.nii", "b.nii"))) == 2
+
+
+@pytest.mark.parametrize("given", [42, None, ScanRecord("a.nii")])
+def test_what_is_no_list_is_refused(given):
+    with pytest.raises(ScanError, match=f"not one {type(given).__name__}; put it in a list"):
+        list_scans(given)
+
+
+@pytest.mark.parametrize("name", ["missing_folder", "missing.csv"])
+def test_folder_or_manifest_that_is_not_there_is_refused(name, tmp_path):
+    with pytest.raises(ScanError, match=f"{name}: no such"):
+        list_scans(tmp_path / name)
+
+
+# --- Manifests ------------------------------------------------------------------------------------
+
+
+def test_manifest_paths_are_relative_to_it_and_other_columns_are_kept(tmp_path):
+    text = (
+        "image_path,mask_path,patient_id,scan_id,label,site\n"
+        "a/scan.nii.gz,a/mask.nii.gz,p1,s1,AD,London\n"
+        "/abs/b.nii.gz,,p2,,CN,\n"
+    )
+    assert list_scans(manifest(tmp_path, text)) == [
+        ScanRecord(
+            tmp_path / "a/scan.nii.gz", tmp_path / "a/mask.nii.gz", "p1", "s1", {"label": "AD", "site": "London"}
+        ),
+        ScanRecord(Path("/abs/b.nii.gz"), None, "p2", "", {"label": "CN", "site": ""}),
+    ]
+
+
+def test_manifest_needs_no_other_column_than_image_path(tmp_path):
+    assert list_scans(manifest(tmp_path, "image_path\na.nii\n")) == [ScanRecord(tmp_path / "a.nii")]
+
+
+def test_columns_may_come_in_any_order(tmp_path):
+    records = list_scans(manifest(tmp_path, "label,mask_path,image_path\nAD,m.nii,a.nii\n"))
+    assert records == [ScanRecord(tmp_path / "a.nii", tmp_path / "m.nii", extra={"label": "AD"})]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "encoding"),
+    [
+        ("image_path,mask_path\na.nii,m.nii\n", "scans.csv", "utf-8-sig"),
+        ("image_path , mask_path\n a.nii , m.nii \n", "scans.csv", "utf-8"),
+        ("image_path\tmask_path\na.nii\tm.nii\n", "scans.tsv", "utf-8"),
+        ("image_path,mask_path\r\na.nii,m.nii\r\n", "scans.csv", "utf-8"),
+        ("image_path,mask_path\n\na.nii,m.nii\n,\n\n", "scans.csv", "utf-8"),
+        ('"image_path","mask_path"\n"a.nii","m.nii"', "SCANS.CSV", "utf-8"),
+    ],
+    ids=["byte order mark", "spaces", "tsv", "windows", "blank lines", "quotes and capitals"],
+)
+def test_manifest_as_programs_write_it(text, name, encoding, tmp_path):
+    records = list_scans(manifest(tmp_path, text, name, encoding))
+    assert records == [ScanRecord(tmp_path / "a.nii", tmp_path / "m.nii")]
+
+
+def test_quoted_field_may_hold_a_comma_and_names_may_hold_any_letter(tmp_path):
+    records = list_scans(manifest(tmp_path, 'image_path,note\nMüller/сcan ü.nii,"left, frontal"\n'))
+    assert records == [ScanRecord(tmp_path / "Müller/сcan ü.nii", extra={"note": "left, frontal"})]
+
+
+def test_one_scan_with_two_masks_is_two_rows(tmp_path):
+    records = list_scans(manifest(tmp_path, "image_path,mask_path\na.nii,m.nii\na.nii,n.nii\n"))
+    assert [record.mask.name for record in records] == ["m.nii", "n.nii"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the manifest is empty; it needs a header line with image_path"),
+        ("\n\n", "the manifest is empty; it needs a header line with image_path"),
+        ("image_path,mask_path\n", "a header but no rows"),
+        ("image_path,mask_path\n,\n", "a header but no rows"),
+        ("path,mask_path\na.nii,m.nii\n", r"no column image_path \(it has path, mask_path\)"),
+        ("a.nii,m.nii\nb.nii,n.nii\n", "no column image_path"),
+        ("image_path;mask_path\na.nii;m.nii\n", "no column image_path"),
+        ("image_path,mask_path\na.nii,m.nii\nb.nii,\na.nii,m.nii\n", "line 4: a.nii is already in line 2; remove one"),
+        ("image_path\na.nii\n./a.nii\n", "line 3: ./a.nii is already in line 2"),
+        ("image_path,label,label\na.nii,1,2\n", "the column label twice"),
+        ("image_path,label\na.nii,AD,London\n", "line 2: more fields than the header has; quote fields"),
+        ("image_path,label\na.nii,AD\n,CN\n", "line 3: image_path is empty"),
+    ],
+)
+def test_bad_manifest_is_refused_with_the_line(text, message, tmp_path):
+    path = manifest(tmp_path, text)
+    with pytest.raises(ScanError, match=message) as caught:
+        list_scans(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_spreadsheet_saved_as_csv_by_name_only_is_refused(tmp_path):
+    path = touch(tmp_path / "scans.csv", content=b"PK\x03\x04\xff\xfe\x00" * 50)
+    with pytest.raises(ScanError, match="not a readable CSV manifest"):
+        list_scans(path)
+
+
+# --- TurboPrep folders ----------------------------------------------------------------------------
+
+
+def turboprep(*folders):
+    for folder in folders:
+        touch(folder / "normalized.nii.gz", folder / "mask.nii.gz", folder / "segm.nii.gz")
+
+
+def test_turboprep_folder_of_one_scan(tmp_path):
+    folder = tmp_path / "patient7"
+    turboprep(folder)
+    assert list_scans(folder) == [ScanRecord(folder / "normalized.nii.gz", folder / "mask.nii.gz", "patient7")]
+
+
+def test_turboprep_folder_without_a_mask(tmp_path):
+    image = touch(tmp_path / "p1" / "normalized.nii.gz")
+    assert list_scans(tmp_path) == [ScanRecord(image, None, "p1")]
+
+
+def test_nested_turboprep_folders_give_patient_and_scan(tmp_path):
+    turboprep(tmp_path / "p2" / "baseline", tmp_path / "p1" / "month12" / "again", tmp_path / "p1" / "baseline")
+    records = list_scans(str(tmp_path))
+    assert [(record.patient_id, record.scan_id) for record in records] == [
+        ("p1", "baseline"),
+        ("p1", "month12_again"),
+        ("p2", "baseline"),
+    ]
+    assert all(record.mask == record.image.with_name("mask.nii.gz") for record in records)
+
+
+def test_turboprep_folders_with_bids_names(tmp_path):
+    turboprep(tmp_path / "sub-02" / "ses-1", tmp_path / "sub-01" / "ses-2", tmp_path / "sub-01" / "ses-1")
+    found = [(record.patient_id, record.scan_id) for record in list_scans(tmp_path)]
+    assert found == [("sub-01", "ses-1"), ("sub-01", "ses-2"), ("sub-02", "ses-1")]
+
+
+def test_names_of_folders_above_the_given_one_are_not_patients(tmp_path):
+    folder = tmp_path / "sub-study" / "ses-final" / "prepared"
+    turboprep(folder / "p1", folder / "p2")
+    assert [(record.patient_id, record.scan_id) for record in list_scans(folder)] == [("p1", ""), ("p2", "")]
+
+
+# --- BIDS derivatives -----------------------------------------------------------------------------
+
+
+def derivative(folder, subject, space="_space-MNI152NLin2009cAsym_res-1", session="", mask=True):
+    """fMRIPrep's names of one preprocessed T1w image and its mask."""
+    anat = folder / f"sub-{subject}" / (f"ses-{session}" if session else "") / "anat"
+    stem = f"sub-{subject}" + (f"_ses-{session}" if session else "") + space
+    touch(anat / f"{stem}_desc-preproc_T1w.nii.gz", anat / f"{stem}_desc-preproc_T1w.json")
+    if mask:
+        touch(anat / f"{stem}_desc-brain_mask.nii.gz")
+    touch(anat / f"{stem}_label-GM_probseg.nii.gz")
+    return anat / f"{stem}_desc-preproc_T1w.nii.gz"
+
+
+def test_fmriprep_folder_gives_each_template_space_image_with_its_mask(tmp_path):
+    derivative(tmp_path, "01", space="")  # in the scanner's space
+    image = derivative(tmp_path, "01")
+    other = derivative(tmp_path, "02", mask=False)
+    mask = image.with_name("sub-01_space-MNI152NLin2009cAsym_res-1_desc-brain_mask.nii.gz")
+    assert list_scans(tmp_path) == [ScanRecord(image, mask, "sub-01"), ScanRecord(other, None, "sub-02")]
+
+
+def test_the_finest_resolution_of_a_scan_is_taken(tmp_path):
+    image = derivative(tmp_path, "01", space="_space-MNI152NLin2009cAsym_res-1")
+    derivative(tmp_path, "01", space="_space-MNI152NLin2009cAsym_res-2")
+    coarse = derivative(tmp_path, "02", space="_space-MNI152NLin2009cAsym_res-02")
+    assert [record.image for record in list_scans(tmp_path)] == [image, coarse]
+
+
+def test_image_without_a_resolution_is_the_template_s_own(tmp_path):
+    image = derivative(tmp_path, "01", space="_space-MNI152NLin2009cAsym")
+    derivative(tmp_path, "01", space="_space-MNI152NLin2009cAsym_res-2")
+    assert [record.image for record in list_scans(tmp_path)] == [image]
+
+
+def test_sessions_are_scans_of_one_patient(tmp_path):
+    derivative(tmp_path, "01", session="b")
+    derivative(tmp_path, "01", session="a")
+    found = [(record.patient_id, record.scan_id) for record in list_scans(tmp_path)]
+    assert found == [("sub-01", "ses-a"), ("sub-01", "ses-b")]
+    assert all("ses-" in str(record.mask) for record in list_scans(tmp_path))
+
+
+# --- Folders that are neither ---------------------------------------------------------------------
+
+
+def test_folder_of_dicom_is_refused(tmp_path):
+    touch(tmp_path / "series" / "0001", tmp_path / "series" / "0002", content=DICOM)
+    with pytest.raises(ScanError, match="DICOM files; convert them first"):
+        list_scans(tmp_path)
+
+
+def test_raw_bids_folder_is_refused_with_the_way_to_prepare_it(tmp_path):
+    touch(tmp_path / "dataset_description.json", tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii.gz")
+    with pytest.raises(ScanError, match=r"no T1w image in MNI152 space.*--output-spaces"):
+        list_scans(tmp_path)
+
+
+def test_derivatives_in_the_scanner_s_space_alone_are_refused(tmp_path):
+    derivative(tmp_path, "01", space="")
+    with pytest.raises(ScanError, match="no T1w image in MNI152 space"):
+        list_scans(tmp_path)
+
+
+def test_folder_of_loose_images_is_refused_with_their_number(tmp_path):
+    touch(tmp_path / "a.nii.gz", tmp_path / "more" / "b.mgz", tmp_path / "notes.txt")
+    with pytest.raises(ScanError, match="name its 2 image files one by one, or list them in a manifest"):
+        list_scans(tmp_path)
+
+
+def test_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ScanError, match=r"no scans in this folder"):
+        list_scans(tmp_path)
+
+
+def test_record_as_a_row_of_text():
+    record = ScanRecord(Path("a.nii"), None, "p1", "s1", {"label": "AD"})
+    assert record.columns() == {
+        "image_path": "a.nii",
+        "mask_path": "",
+        "patient_id": "p1",
+        "scan_id": "s1",
+        "label": "AD",
+    }
+    assert ScanRecord((np.zeros(1), np.eye(4))).columns()["image_path"] == ""
