@@ -564,7 +564,7 @@ def test_model_from_a_url_gives_the_embeddings_of_its_weights(server, cfg, small
 
 def test_cache_is_where_the_environment_says(server, cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("BRAINFM_CACHE", str(tmp_path / "one"))
-    assert find_weights(cfg).parent == tmp_path / "one"
+    assert find_weights(cfg).parent.parent == tmp_path / "one"
     monkeypatch.delenv("BRAINFM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
     assert default_cache_dir() == tmp_path / "two" / "brainfm"
