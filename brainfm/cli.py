@@ -41,6 +41,7 @@ def main(debug: bool) -> None:
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
+    logging.getLogger("brainfm.scan").setLevel(logging.DEBUG if debug else logging.WARNING)  # else a line a scan
     if not debug:  # each retry of a download is no news; what fails in the end is said once
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ from brainfm.scan.placement import measure
 from brainfm.scan.read import ImageLike, StoredImage, read_image
 
 __all__ = ["ImageLike", "Scan", "load_scan"]
+
+logger = logging.getLogger("brainfm.scan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,8 @@ def load_scan(
     volume = Volume(stored.array[None], brain, stored.affine, stored.slope, stored.inter)
     volume, note = on_grid(volume, spec, on_mismatch, stored.source)
     _check_content(volume, spec, stored.source)
+    if note:
+        logger.info("%s: %s", stored.source, note)
     return Scan(
         volume.stored, volume.mask, volume.affine, volume.slope, volume.inter, stored.source, (note,) if note else ()
     )
