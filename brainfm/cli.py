@@ -190,9 +190,8 @@ def embed(
     if len(table):
         click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each)")
     if table.errors:
-        click.echo(
-            f"{len(table.errors)} of {len(records)} scans failed; they are listed in {errors_path(path)}", err=True
-        )
+        if len(records) > 1:
+            click.echo(f"{len(table.errors)} of {len(records)} scans failed; see {errors_path(path)}", err=True)
         sys.exit(1)
 
 

@@ -51,7 +51,7 @@ class Embeddings:
         return len(self.records)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.vectors, dtype=dtype, copy=True if copy else None)
+        return np.array(self.vectors, dtype=dtype) if copy else np.asarray(self.vectors, dtype=dtype)
 
     def columns(self) -> dict[str, list[str]]:
         """The text columns: image_path, mask_path, patient_id, scan_id and the manifest's own."""

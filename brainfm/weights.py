@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import http.client
 import json
 import logging
 import lzma
@@ -16,6 +17,9 @@ import pickle
 import re
 import secrets
 import tarfile
+import time
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -38,6 +42,8 @@ HUB_CONFIG = "config.json"
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _STATE_KEYS = ("model_state_dict", "state_dict", "model")  # where checkpoints keep the network
+
+_TRIES, _TIMEOUT_S = 5, 30  # of a download: tries without progress, seconds of silence
 
 
 @dataclass(frozen=True)
@@ -428,14 +434,8 @@ def _download(cfg: PretrainedCfg, target: Path) -> None:
     url = str(cfg.url)
     partial = target.with_name(target.name + ".part")
     try:
-        try:
-            _fetch(url, partial)
-        except Exception as error:
-            if getattr(getattr(error, "response", None), "status_code", None) != 416:
-                raise
-            partial.unlink()  # a leftover as long as the file, or longer: nothing can be added to it
-            _fetch(url, partial)
-    except Exception as error:  # httpx's, requests' or the Hub's errors, by version of huggingface_hub
+        _fetch(url, partial)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if partial.is_file() and partial.stat().st_size == 0:
             partial.unlink()
         raise WeightsNotFoundError(
@@ -446,12 +446,46 @@ def _download(cfg: PretrainedCfg, target: Path) -> None:
 
 
 def _fetch(url: str, partial: Path) -> None:
-    from huggingface_hub.file_download import http_get
+    """Fetch what a partial file lacks, trying again after a fault that may pass, as long as there is some progress."""
+    tries = 0
+    while True:
+        have = partial.stat().st_size if partial.is_file() else 0
+        try:
+            return _fetch_rest(url, partial, have)
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and have:  # a leftover as long as the file, or longer: nothing can be added to it
+                partial.unlink()
+                continue
+            if error.code < 500 and error.code not in (408, 429):
+                raise
+            fault: Exception = error
+        except (OSError, http.client.HTTPException) as error:
+            fault = error
+        grown = partial.is_file() and partial.stat().st_size > have
+        tries = 0 if grown else tries + 1
+        if tries == _TRIES:
+            raise fault
+        logger.debug("%s: %s; trying again", url, _one_line(fault))
+        time.sleep(1)
 
-    with partial.open("ab") as file:
-        http_get(url, file, resume_size=file.tell(), displayed_filename=partial.stem)
-        file.flush()
-        os.fsync(file.fileno())
+
+def _fetch_rest(url: str, partial: Path, have: int) -> None:
+    from tqdm import tqdm
+
+    headers = {"User-Agent": "brainfm"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
+        have = have if response.status == 206 else 0  # a server that does not know ranges sends all of it again
+        length = response.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
+        shown = {"total": total, "initial": have, "unit": "B", "unit_scale": True, "desc": partial.stem}
+        with partial.open("ab" if have else "wb") as file, tqdm(**shown) as bar:
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and partial.stat().st_size != total:
+        raise ConnectionError(f"the connection broke after {partial.stat().st_size} of {total} bytes")
 
 
 def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:

@@ -135,7 +135,7 @@ def test_embed_of_a_manifest_with_good_and_bad_scans(run, tmp_path, small_sample
     assert f"2 scans → {tmp_path / 'out.csv'} (128 numbers each)" in result.out
     errors = [line for line in result.err if line.startswith("ScanError: ")]
     assert [line.split(": ")[1] for line in errors] == [str(notes), str(tmp_path / "missing.nii")]
-    assert result.err[-1] == f"2 of 4 scans failed; they are listed in {tmp_path / 'out.errors.csv'}"
+    assert result.err[-1] == f"2 of 4 scans failed; see {tmp_path / 'out.errors.csv'}"
     assert [row["label"] for row in rows(tmp_path / "out.csv")] == ["first", "third"]
     assert [row["label"] for row in rows(tmp_path / "out.errors.csv")] == ["second", "fourth"]
     expected = brainfm.embed([small_sample], small_model).vectors[0]
