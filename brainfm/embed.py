@@ -137,6 +137,8 @@ def embed(
 
     Raises:
         ScanError: The list itself is wrong, or with on_error="raise" a scan.
+        BrainfmError: The device cannot be used.
+        ValueError: The model has a classifier, or an argument is out of range.
 
     Example:
         >>> table = brainfm.embed("turboprep_output/", "simclr_resnet18_3d", output="embeddings.csv")
@@ -154,6 +156,8 @@ def embed(
     if path is not None:
         check_output(path, records)
     encoder = create_model(model, pretrained=True) if isinstance(model, str) else model
+    if getattr(encoder, "num_classes", 0):
+        raise ValueError("this model ends in a classifier and gives logits; call model.reset_classifier(0) first")
     transform = create_transform(encoder)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = _device(device)
@@ -168,25 +172,19 @@ def embed(
         if done:
             logger.info("%s: %d scans were done by an earlier run", path, len(done))
     todo = [n for n in mine if n not in done]
+    prepared = _prepared(records, todo, transform, num_workers, batch_size)
     try:
         with _progress_bar(len(mine), len(done), progress and rank == 0) as bar:
-            for numbers, tensors in _batches(_prepared(records, todo, transform, num_workers, batch_size), batch_size):
-                good = [(n, tensor) for n, tensor in zip(numbers, tensors, strict=True) if isinstance(tensor, Tensor)]
-                for n, outcome in zip(numbers, tensors, strict=True):
-                    if isinstance(outcome, ScanError):
-                        if on_error == "raise":
-                            raise outcome
-                        failed[n] = str(outcome)
-                if good:
-                    vectors = _forward(fast, torch.stack([tensor for _, tensor in good]), place)
-                    for (n, _), vector in zip(good, vectors, strict=True):
-                        if not np.isfinite(vector).all():
-                            failed[n] = "the embedding is not finite: an overflow; use dtype float32"
-                            continue
-                        done[n] = vector
-                        if journal is not None:
-                            journal.add(records[n], vector)
-                bar.update(len(numbers))
+            for n, outcome in _embedded(fast, _batches(prepared, batch_size), place):
+                if isinstance(outcome, ScanError):
+                    if on_error == "raise":
+                        raise outcome
+                    failed[n] = str(outcome)
+                else:
+                    done[n] = outcome
+                    if journal is not None:
+                        journal.add(records[n], outcome)
+                bar.update()
     finally:
         if journal is not None:
             journal.close()
@@ -199,10 +197,24 @@ def embed(
     return table
 
 
-def _forward(model: nn.Module, batch: Tensor, device: torch.device) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        vectors: NDArray[np.float32] = model(batch.to(device, non_blocking=True)).float().cpu().numpy()
-    return vectors
+def _embedded(
+    model: nn.Module, batches: Iterator[tuple[list[int], list[Tensor | ScanError]]], device: torch.device
+) -> Iterator[tuple[int, NDArray[np.float32] | ScanError]]:
+    """A vector, or the reason why there is none, for each scan of the batches."""
+    for numbers, outcomes in batches:
+        tensors = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
+        vectors: list[NDArray[np.float32]] = []
+        if tensors:
+            with torch.inference_mode():
+                vectors = list(model(torch.stack(tensors).to(device, non_blocking=True)).float().cpu().numpy())
+        remaining = iter(vectors)
+        for n, outcome in zip(numbers, outcomes, strict=True):
+            if isinstance(outcome, ScanError):
+                yield n, outcome
+                continue
+            vector = next(remaining)
+            finite = np.isfinite(vector).all()
+            yield n, vector if finite else ScanError("the embedding is not finite: an overflow; use dtype float32")
 
 
 def _table(

@@ -555,3 +555,9 @@ def test_two_processes_go_on_from_one(originals, pairs, tmp_path):
     result = run_python(SHARED, *paths, mask, 2, output, launcher=TWO)
     assert result.returncode == 0, result.stderr
     assert names(tmp_path) == ["out.csv", "run.py"]
+
+
+def test_model_with_a_classifier_is_refused(small_sample):
+    model = brainfm.create_model("test_resnet_3d", pretrained=True, num_classes=2)
+    with pytest.raises(ValueError, match=r"reset_classifier\(0\)"):
+        brainfm.embed([small_sample], model)
