@@ -52,8 +52,7 @@ def create_model(
         checkpoint_path: A weight file to load instead of the published ones.
         cache_dir: Where fetched weights are kept; by default the Hub's cache, and `$BRAINFM_CACHE` for URLs.
         num_classes: Outputs of a new classifier; 0 gives the embedding.
-        in_chans: Input channels; pretrained weights are summed or repeated to fit, by timm's rule. For a name that is a
-            place, the default 1 stands for the channels that its model has.
+        in_chans: Input channels; pretrained weights are summed or repeated to fit, by timm's rule.
         global_pool: How features become a vector; "avg" for ResNets, "token" or "avg" for ViTs.
         drop_rate: Dropout before the classifier, in training.
         **kwargs: Passed to the constructor, such as `img_size` for a ViT.
@@ -81,8 +80,6 @@ def create_model(
     elif pretrained or source.is_place:
         wanted = weights.find_weights(cfg, cache_dir)
 
-    if source.is_place and in_chans == 1:
-        in_chans = cfg.in_chans
     entrypoint = model_entrypoint(cfg.architecture)
     args = {**source.model_args, **kwargs}
     head = {"num_classes": num_classes, "global_pool": global_pool, "drop_rate": drop_rate}

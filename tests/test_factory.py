@@ -428,10 +428,3 @@ def test_config_with_arguments_that_the_constructor_does_not_take_is_refused(mod
     (folder / "config.json").write_text(json.dumps(config | {"model_args": model_args}))
     with pytest.raises(WeightsError, match=next(iter(model_args))):
         create_model(f"local-dir:{folder}")
-
-
-def test_model_of_several_channels_keeps_them_when_it_is_named_by_its_place(tmp_path):
-    model = create_model("test_resnet_3d", pretrained=True, in_chans=2)
-    folder = write_folder(tmp_path / "two", model, in_chans=2)
-    x = torch.randn(1, 2, 40, 48, 48)
-    assert torch.equal(create_model(f"local-dir:{folder}")(x), model(x))
