@@ -359,20 +359,16 @@ def cached_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None 
 
 def check_hash(path: Path, cfg: PretrainedCfg) -> None:
     """Raises WeightsError where the file's sha256 is not the cfg's."""
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+        for block in iter(lambda: file.read(1 << 20), b""):
+            sha256.update(block)
+    digest = sha256.hexdigest()
     if cfg.sha256 is not None and digest != cfg.sha256.lower():
         raise WeightsError(
             f"{path}: sha256 is {digest}, and {cfg.name} expects {cfg.sha256}; the file is damaged or "
             'not the published one. If you trust it, pass pretrained_cfg_overlay={"sha256": None}'
         )
-
-
-def _sha256(file: IO[bytes]) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    for block in iter(lambda: file.read(1 << 20), b""):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def hub_file(

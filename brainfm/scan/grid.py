@@ -31,8 +31,7 @@ def on_grid(volume: Volume, spec: InputSpec, on_mismatch: str, source: str) -> t
 
     Raises:
         ScanError: The scan's axes are rotated, its voxels are coarser than the contract's, or `on_mismatch` is "raise"
-            and
-            the grids differ.
+            and the grids differ.
     """
     if spec.orientation is not None:
         volume = Reorient(spec.orientation)(volume)
