@@ -3,6 +3,7 @@
 python .ci/make_assets.py DATA_FOLDER
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import brainfm
+from brainfm.hub.fingerprint import compute
 from brainfm.models.contracts import ASSETS, TURBOPREP_4MM
 from brainfm.operations import Volume
 from brainfm.registry import model_entrypoint
@@ -42,6 +44,14 @@ def make_test_weights() -> None:
         save_file(half, ASSETS / f"{name}.safetensors", metadata={"made_by": f"brainfm {brainfm.__version__}, seed 0"})
 
 
+def make_fingerprints() -> None:
+    """Embed the sample scan with the packaged weights, for `brainfm verify`."""
+    names = brainfm.list_pretrained("test_*")
+    prints = {name: compute(brainfm.create_model(name, pretrained=True)) for name in names}
+    (ASSETS / "fingerprints.json").write_text(json.dumps(prints, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     make_scan_and_template(Path(sys.argv[1]))
     make_test_weights()
+    make_fingerprints()

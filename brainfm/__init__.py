@@ -19,7 +19,9 @@ from brainfm.errors import (
     WeightsNotFoundError,
 )
 from brainfm.factory import create_model
+from brainfm.hub import push_to_hub, save_for_hub, verify
 from brainfm.inference import optimize
+from brainfm.overlap import pretraining_overlap
 from brainfm.pretrained import Cohort, Grid, InputSpec, PretrainedCfg, Score, describe
 from brainfm.registry import (
     get_pretrained_cfg,
@@ -59,5 +61,9 @@ __all__ = [
     "load_scan",
     "model_entrypoint",
     "optimize",
+    "pretraining_overlap",
+    "push_to_hub",
     "register_model",
+    "save_for_hub",
+    "verify",
 ]

@@ -63,13 +63,23 @@ def list_command(pattern: str, pretrained: bool) -> None:
 
 @main.command()
 @click.argument("model")
-def info(model: str) -> None:
-    """Say what MODEL is: weights, input contract, cohorts, licence, citation."""
+@click.argument("datasets", nargs=-1)
+@click.option("--overlap", is_flag=True, help="Say which of DATASETS were in the pretraining data.")
+def info(model: str, datasets: tuple[str, ...], overlap: bool) -> None:
+    """Say what MODEL is: weights, input contract, cohorts, licence, citation.
+
+    With --overlap, say which of DATASETS were in its pretraining data: brainfm info MODEL --overlap IXI ADNI my_study
+    """
     from brainfm.factory import resolve
     from brainfm.pretrained import describe
     from brainfm.weights import cached_weights
 
+    if overlap != bool(datasets):
+        raise click.UsageError("data sets are named behind --overlap: brainfm info MODEL --overlap IXI ADNI")
     cfg = resolve(model).cfg
+    if overlap:
+        _say_overlap(cfg, datasets)
+        return
     here = cached_weights(cfg) if cfg.has_weights else None
     facts = {
         "model": cfg.name,
@@ -103,17 +113,116 @@ def info(model: str) -> None:
         click.echo("\nCitation\n" + _indented(cfg.citation))
 
 
+def _say_overlap(cfg: Any, datasets: tuple[str, ...]) -> None:
+    import brainfm
+
+    for dataset in datasets:
+        found = brainfm.pretraining_overlap(cfg, dataset)
+        for overlap in found:
+            click.echo(overlap)
+        if not found:
+            unknown = "not among the pretraining cohorts by any name known here"
+            click.echo(f"{dataset}: {unknown if cfg.cohorts else f'{cfg.name} records no pretraining cohorts'}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--to", metavar="DIR", help="A folder for a machine without a network: 'local-dir:DIR' loads it there.")
+@click.option("--cache-dir", help="Where to keep the weights instead of the usual cache.")
+def fetch(model: str, to: str | None, cache_dir: str | None) -> None:
+    """Bring the weights of MODEL to this machine ahead of time; afterwards no network is needed."""
+    from brainfm import hub
+
+    path = hub.fetch(model, to, cache_dir)
+    click.echo(f"{model} → {path}" + (f" (load it as local-dir:{path})" if to else ""))
+
+
+@main.command()
+@click.argument("source")
+@click.argument("folder", metavar="DIR")
+@click.option("--model", required=True, help="The registered model that SOURCE holds the weights of.")
+@click.option(
+    "--cfg", "cfg_file", type=click.File(), help="JSON with fields of the cfg to set: licence, cohorts, notes…"
+)
+def convert(source: str, folder: str, model: str, cfg_file: Any) -> None:
+    """Turn SOURCE, a checkpoint of any kind, into a model's folder, ready for local-dir: and 'brainfm push'.
+
+    SOURCE is the authors' file, a SimCLR or MAE checkpoint, a state dict, or a folder with one of them. With
+    --model NAME.TAG it must be the published file, by its hash.
+    """
+    import json
+
+    import brainfm
+    from brainfm import hub
+    from brainfm.factory import resolve
+
+    try:
+        overlay = json.load(cfg_file) if cfg_file else {}
+        path = hub.convert(source, folder, model, pretrained_cfg_overlay=overlay)
+    except (ValueError, TypeError) as error:
+        if not cfg_file or isinstance(error, brainfm.BrainfmError):
+            raise
+        raise brainfm.BrainfmError(f"{cfg_file.name}: {error}") from error
+    cfg = resolve(f"local-dir:{path}").cfg
+    click.echo(f"{path}: {cfg.name}, {cfg.num_features} numbers; sha256 {cfg.sha256}")
+    click.echo(cfg.notes)
+    if not cfg.cohorts or not cfg.licence:
+        click.echo("No cohorts or no licence are stated on its card; say what you know of the weights with --cfg.")
+
+
+@main.command()
+@click.argument("folder", metavar="DIR")
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", help="The branch to commit to, made where there is none.")
+def push(folder: str, repository: str, private: bool, revision: str | None) -> None:
+    """Upload DIR, a model's folder, to the Hugging Face Hub as ORG/NAME. HF_TOKEN must have the right to write."""
+    import brainfm
+    from brainfm.factory import resolve
+
+    name = brainfm.push_to_hub(folder, repository, private=private, revision=revision)
+    pinned = resolve(f"local-dir:{folder}").cfg.sha256
+    click.echo(f"{name}\nsha256 {pinned}: with the commit above, what a cfg must pin")
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default=["float32", "bfloat16"],
+    show_default=True,
+    help="What 'brainfm.optimize' computes in; repeat it.",
+)
+@click.option("--device", default="cpu", show_default=True)
+def verify(model: str, dtypes: tuple[Any, ...], device: str) -> None:
+    """Check that this machine gives the published features: embed the packaged scan, compare with the fingerprint.
+
+    The exit code is 1 where an error is beyond what rounding explains.
+    """
+    import brainfm
+
+    checks = brainfm.verify(model, dtypes, device)
+    for check in checks:
+        verdict = "ok" if check.ok else "OFF"
+        click.echo(f"{check.computation:22} relative error {check.error:.1e}   {verdict} (at most {check.tolerance:g})")
+    if not all(check.ok for check in checks):
+        click.echo(f"these are not the features of {model}; the input, the weights or the arithmetic differ", err=True)
+        sys.exit(1)
+
+
 @main.command()
 @click.option("--model", help="The model; by default the published one if its weights are here, else the test model.")
 @click.option("-o", "--output", default="brainfm_demo", show_default=True, help="Folder for the two files it writes.")
 def demo(model: str | None, output: str) -> None:
     """Embed the packaged sample scan, and draw the tensor that the encoder saw."""
     from brainfm import demo as job
+    from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
 
     name = model or job.default_model()
-    click.echo(
-        f"scan       {job.SAMPLE_SCAN}\nmask       {job.SAMPLE_MASK}\n           (MNI152 2009a: 152 brains averaged)"
-    )
+    click.echo(f"scan       {SAMPLE_SCAN}\nmask       {SAMPLE_MASK}\n           (MNI152 2009a: 152 brains averaged)")
     result = job.run(name, output)
     click.echo(f"model      {result.model_name}: {result.notes}")
     click.echo(

@@ -15,13 +15,11 @@ from brainfm.embed import Embeddings
 from brainfm.factory import create_model
 from brainfm.inference import optimize
 from brainfm.manifest import ScanRecord
-from brainfm.models.contracts import ASSETS
+from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.registry import get_pretrained_cfg
 from brainfm.transforms import create_transform
 from brainfm.weights import atomic_path, cached_weights
 
-SAMPLE_SCAN = ASSETS / "sample_T1w_brain.nii.gz"
-SAMPLE_MASK = ASSETS / "sample_brain_mask.nii.gz"
 REAL_MODEL, TEST_MODEL = "simclr_resnet18_3d", "test_resnet_3d"
 
 

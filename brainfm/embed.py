@@ -25,6 +25,7 @@ from brainfm.errors import BrainfmError, MissingExtraError, ScanError
 from brainfm.factory import create_model
 from brainfm.inference import DTypeName, optimize, resolve_dtype
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
+from brainfm.overlap import overlap_of_scans
 from brainfm.transforms import InputTransform, create_transform
 from brainfm.weights import atomic_path
 
@@ -159,6 +160,8 @@ def embed(
     if getattr(encoder, "num_classes", 0):
         raise ValueError("this model ends in a classifier and gives logits; call model.reset_classifier(0) first")
     transform = create_transform(encoder)
+    for overlap in overlap_of_scans(encoder, records):
+        logger.warning("%s: an evaluation on it is one on training data", overlap)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = _device(device)
     fast = optimize(encoder, dtype).to(place)

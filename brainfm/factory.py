@@ -15,16 +15,26 @@ from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import get_pretrained_cfg, is_model, model_entrypoint
 
+CONFIG_FORMAT = 1  # of the config.json beside a model's weights; a higher number is for a later brainfm to read
+
 _SCHEMES = ("hf-hub", "local-dir")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a model name stands for: cfg, arguments of the constructor, and whether the name itself asks for weights."""
+    """What a model name stands for.
+
+    Attributes:
+        cfg: What the weights are and expect.
+        model_args: Arguments of the constructor.
+        is_place: Whether the name itself asks for weights: it says where a folder with a config.json is.
+        config: The content of that config.json.
+    """
 
     cfg: PretrainedCfg
     model_args: dict[str, Any] = field(default_factory=dict)
     is_place: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def create_model(
@@ -36,7 +46,7 @@ def create_model(
     checkpoint_path: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     num_classes: int = 0,
-    in_chans: int = 1,
+    in_chans: int | None = None,
     global_pool: str | None = None,
     drop_rate: float = 0.0,
     **kwargs: Any,
@@ -52,8 +62,10 @@ def create_model(
         checkpoint_path: A weight file to load instead of the published ones.
         cache_dir: Where fetched weights are kept; by default the Hub's cache, and `$BRAINFM_CACHE` for URLs.
         num_classes: Outputs of a new classifier; 0 gives the embedding.
-        in_chans: Input channels; pretrained weights are summed or repeated to fit, by timm's rule.
-        global_pool: How features become a vector; "avg" for ResNets, "token" or "avg" for ViTs.
+        in_chans: Input channels; pretrained weights are summed or repeated to fit, by timm's rule. None is what the
+            cfg says: 1 for every model of this package.
+        global_pool: How features become a vector; "avg" for ResNets, "token" or "avg" for ViTs. None is what the
+            model was saved with, else the family's first.
         drop_rate: Dropout before the classifier, in training.
         **kwargs: Passed to the constructor, such as `img_size` for a ViT.
 
@@ -72,7 +84,8 @@ def create_model(
         >>> z.shape
         torch.Size([1, 512])
     """
-    source = resolve(name, pretrained_cfg, pretrained_cfg_overlay, cache_dir)
+    fetch = pretrained and checkpoint_path is None
+    source = resolve(name, pretrained_cfg, pretrained_cfg_overlay, cache_dir, mirror=hub_mirror() if fetch else None)
     cfg = source.cfg
     wanted: Path | None = None
     if checkpoint_path is not None:
@@ -82,14 +95,17 @@ def create_model(
 
     entrypoint = model_entrypoint(cfg.architecture)
     args = {**source.model_args, **kwargs}
-    head = {"num_classes": num_classes, "global_pool": global_pool, "drop_rate": drop_rate}
+    if global_pool is not None:
+        args["global_pool"] = global_pool
+    channels = cfg.in_chans if in_chans is None else in_chans
     try:
-        model: Encoder = entrypoint(in_chans=in_chans, **head, **args)
+        model: Encoder = entrypoint(num_classes=num_classes, in_chans=channels, drop_rate=drop_rate, **args)
     except TypeError as error:
         if not source.model_args:
             raise
         raise WeightsError(f"{name}: its config's model_args do not fit {cfg.architecture}: {error}") from error
     model.pretrained_cfg = replace(cfg, num_features=getattr(model, "num_features", cfg.num_features))
+    model.model_args = args
     if wanted is not None:
         place = str(wanted) if checkpoint_path is not None else cfg.source
         model.weights_report = weights.load_checkpoint(model, wanted, place)
@@ -103,21 +119,61 @@ def resolve(
     pretrained_cfg: str | Mapping[str, Any] | PretrainedCfg | None = None,
     overlay: Mapping[str, Any] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    mirror: str | None = None,
 ) -> Source:
-    """What a model name stands for; fetches a Hub repository's files. Raises as `create_model` does."""
+    """What a model name stands for; fetches the config of one on the Hub. Raises as `create_model` does.
+
+    Where `mirror` is given, an organisation on the Hub that has the registered models under their full names, what it
+    has is taken instead of the published source, unless the weights are in this package or the arguments name a source.
+    """
     scheme, place = parse_name(name)
     if scheme == "local-dir":
         folder = Path(place).expanduser()
         source = _read_config(folder / weights.HUB_CONFIG, name, file=str(folder / weights.HUB_WEIGHTS))
     elif scheme == "hf-hub":
-        repo, _, revision = place.partition("@")
-        config = weights.hub_file(repo, weights.HUB_CONFIG, revision or None, cache_dir)
-        source = _read_config(config, name, hub_id=repo, hub_revision=revision or None)
+        source = _on_the_hub(place, name, cache_dir)
     else:
         source = Source(get_pretrained_cfg(name))
+        if mirror and not source.cfg.file and pretrained_cfg is None and not _names_a_source(overlay or {}):
+            source = _mirrored(source.cfg, mirror, cache_dir)
     if pretrained_cfg is not None:
         source = replace(source, cfg=_replaced(source.cfg, pretrained_cfg))
     return replace(source, cfg=source.cfg.overlay(overlay or {}))
+
+
+def hub_mirror() -> str | None:
+    """The organisation on the Hub that `$BRAINFM_HUB_ORG` names, to fetch registered models from."""
+    return os.environ.get("BRAINFM_HUB_ORG") or None
+
+
+def _on_the_hub(place: str, name: str, cache_dir: str | os.PathLike[str] | None) -> Source:
+    """The cfg in a Hub repository. Its weights are taken at the same commit, whatever is pushed in between."""
+    repo, _, revision = place.partition("@")
+    config = weights.hub_file(repo, weights.HUB_CONFIG, revision or None, cache_dir)
+    in_snapshot = config.parent.parent.name == "snapshots"
+    return _read_config(config, name, hub_id=repo, hub_revision=config.parent.name if in_snapshot else revision or None)
+
+
+def _mirrored(published: PretrainedCfg, organisation: str, cache_dir: str | os.PathLike[str] | None) -> Source:
+    """A registered model as an organisation on the Hub has it, converted from what was published."""
+    place = f"{organisation}/{published.name}"
+    name = f"hf-hub:{place} (by BRAINFM_HUB_ORG)"
+    source = _on_the_hub(place, name, cache_dir)
+    if source.cfg.name != published.name:
+        raise WeightsError(
+            f"{name}: holds {source.cfg.name}, not {published.name}; load it by its own name, hf-hub:{place}"
+        )
+    origin = source.config.get("source_sha256")
+    if published.sha256 and origin != published.sha256:
+        raise WeightsError(
+            f"{name}: was converted from a file with sha256 {origin}, and the published one has {published.sha256}; "
+            f"if you trust it, load it by its own name, hf-hub:{place}"
+        )
+    return replace(source, is_place=False)
+
+
+def _names_a_source(changes: Mapping[str, Any]) -> bool:
+    return any(changes.get(source) for source in ("file", "hub_id", "url"))
 
 
 def _replaced(cfg: PretrainedCfg, given: str | Mapping[str, Any] | PretrainedCfg) -> PretrainedCfg:
@@ -160,9 +216,15 @@ def _read_config(path: Path, name: str, **place: str | None) -> Source:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("format", CONFIG_FORMAT) > CONFIG_FORMAT:
+            raise WeightsError(
+                f"{name}: written by brainfm {content.get('brainfm_version')}, in a format that is newer than this "
+                "installation; update brainfm"
+            )
         architecture = content["architecture"]
-        model_args = dict(content.get("model_args", {}))
+        model_args = {key: _tuples(value) for key, value in dict(content.get("model_args", {})).items()}
         cfg = PretrainedCfg.from_dict(content["pretrained_cfg"])
+        dict(content.get("provenance", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{name}: {path.name} is not a brainfm config ({type(error).__name__}: {error})") from error
     if not isinstance(architecture, str) or not is_model(architecture):
@@ -172,4 +234,9 @@ def _read_config(path: Path, name: str, **place: str | None) -> Source:
         )
     # The hash in such a config is that of the model.safetensors beside it.
     cfg = replace(cfg, architecture=architecture).overlay({"sha256": cfg.sha256, **place})
-    return Source(cfg, model_args, is_place=True)
+    return Source(cfg, model_args, is_place=True, config=content)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

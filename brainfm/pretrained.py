@@ -194,6 +194,7 @@ class PretrainedCfg(Checked):
         paper: Where they were published.
         repository: The authors' code.
         citation: BibTeX.
+        recipe: The recipe of `brainfm.train` that makes such weights.
         notes: What a user should know.
         scores: Published results.
     """
@@ -216,6 +217,7 @@ class PretrainedCfg(Checked):
     paper: str | None = None
     repository: str | None = None
     citation: str | None = None
+    recipe: str | None = None
     notes: str = ""
     scores: tuple[Score, ...] = ()
 

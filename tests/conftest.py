@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
 
+from loopback_hub import LoopbackHub
+
 _CACHES = tempfile.TemporaryDirectory(prefix="brainfm-tests-")
+_HUB = LoopbackHub()
 os.environ |= {  # before huggingface_hub is imported: it reads them once
     "BRAINFM_CACHE": f"{_CACHES.name}/brainfm",
     "HF_HOME": f"{_CACHES.name}/huggingface",
+    "HF_ENDPOINT": _HUB.url,
+    "HF_HUB_ETAG_TIMEOUT": "2",
+    "HF_HUB_DOWNLOAD_TIMEOUT": "2",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",  # the loopback Hub takes uploads the plain way
 }
 
 import nibabel as nib
@@ -22,7 +31,7 @@ import pytest
 import torch
 
 import brainfm
-from brainfm.demo import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +77,29 @@ def small_sample(tmp_path_factory, small_spec) -> tuple[Path, Path]:
 def small_model() -> torch.nn.Module:
     """The packaged test ResNet. Shared: make another one to change it."""
     return brainfm.create_model("test_resnet_3d", pretrained=True)
+
+
+@pytest.fixture
+def hub(monkeypatch) -> LoopbackHub:
+    """The Hugging Face Hub of all tests: on the loopback, empty, without faults. Give cache_dir=tmp_path."""
+    for variable in ("HF_TOKEN", "BRAINFM_HUB_ORG"):
+        monkeypatch.delenv(variable, raising=False)
+    _HUB.reset()
+    return _HUB
+
+
+@pytest.fixture
+def elsewhere(hub, tmp_path):
+    """A function (arguments of python, environment) → a finished process, on a machine whose caches are empty."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        machine = {"HF_HOME": str(tmp_path / "huggingface"), "BRAINFM_CACHE": str(tmp_path / "brainfm")}
+        command = [sys.executable, *arguments]
+        return subprocess.run(
+            command, env=os.environ | machine | environment, capture_output=True, text=True, timeout=120
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from brainfm.operations import CropBox, Transpose, ZScore
 from brainfm.pretrained import Cohort, Grid, InputSpec
 
 ASSETS = Path(__file__).parent.parent / "assets"
+SAMPLE_SCAN = ASSETS / "sample_T1w_brain.nii.gz"
+SAMPLE_MASK = ASSETS / "sample_brain_mask.nii.gz"
 
 _PREPARATION = ("N4", "SynthStrip", "rigid registration", "SynthSeg mask", "WhiteStripe (cancels in the z-score)")
 

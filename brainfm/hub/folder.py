@@ -1,0 +1,302 @@
+"""A model as a folder: weights, config, model card. Only of published weights is said what is published of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from brainfm.errors import BrainfmError, ScanError, WeightsNotFoundError
+from brainfm.factory import CONFIG_FORMAT, create_model, hub_mirror, resolve
+from brainfm.hub import fingerprint
+from brainfm.hub.card import model_card
+from brainfm.models.encoder import Encoder
+from brainfm.pretrained import PretrainedCfg
+from brainfm.registry import get_pretrained_cfg, is_model
+from brainfm.weights import (
+    HUB_CONFIG,
+    HUB_WEIGHTS,
+    Checkpoint,
+    WeightsReport,
+    check_hash,
+    file_sha256,
+    find_weights,
+    hub_file,
+    load_checkpoint,
+    read_checkpoint,
+    save_state,
+)
+
+logger = logging.getLogger("brainfm")
+
+CARD = "README.md"
+
+_WEIGHT_FILES = (".safetensors", ".tar", ".pt", ".pth", ".ckpt", ".bin")
+
+
+def save_for_hub(
+    model: nn.Module, folder: str | os.PathLike[str], *, pretrained_cfg_overlay: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a model as a folder that `local-dir:` reads and `push_to_hub` uploads.
+
+    The folder is read back as a user would read it, and the embedding of the packaged sample scan is kept in its config
+    as a fingerprint, for `verify`.
+
+    Cohorts, scores, licence and citation of the model's cfg are written only for weights that are, to the bit, the ones
+    the cfg describes. Of weights trained further, only where they came from is kept; of others, nothing. Say what you
+    know of yours in `pretrained_cfg_overlay`.
+
+    Args:
+        model: An encoder of `create_model`.
+        folder: A new or empty folder, or one that holds a model already, which is replaced.
+        pretrained_cfg_overlay: Fields of the cfg to set, such as {"licence": "CC-BY-4.0", "notes": "…"}.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BrainfmError: The model is not one of `create_model`, or the folder holds something else.
+        WeightsError: The weights are not finite, or cannot be loaded back (those of `optimize` cannot).
+
+    Example:
+        >>> model = brainfm.create_model("simclr_resnet18_3d", pretrained=True)
+        >>> brainfm.save_for_hub(model, "simclr_resnet18_3d")
+    """
+    if not isinstance(model, Encoder) or not is_model(model.pretrained_cfg.architecture):
+        raise BrainfmError(
+            f"a {type(model).__name__} cannot be saved for the Hub: it takes an encoder of brainfm.create_model, "
+            "unwrapped (of DistributedDataParallel the .module, of SimCLR the .encoder)"
+        )
+    cfg, provenance = _described(model)
+    cfg = cfg.overlay(pretrained_cfg_overlay or {})
+    from brainfm import __version__
+
+    with _whole_folder(Path(folder)) as temporary:
+        metadata = {"format": "pt", "architecture": cfg.architecture} | provenance
+        save_state(model.state_dict(), temporary / HUB_WEIGHTS, metadata)
+        sources = {"file": None, "url": None, "hub_id": None, "hub_revision": None, "hub_filename": HUB_WEIGHTS}
+        shape = {"num_features": model.num_features, "num_classes": model.num_classes, "in_chans": model.in_chans}
+        cfg = cfg.overlay(sources | shape | {"sha256": file_sha256(temporary / HUB_WEIGHTS)})
+        config = {
+            "library_name": "brainfm",
+            "brainfm_version": __version__,
+            "format": CONFIG_FORMAT,
+            "architecture": cfg.architecture,
+            "model_args": _json_ready(model.model_args | {"global_pool": model.global_pool}, cfg.architecture),
+            "pretrained_cfg": cfg.to_dict(),
+            "provenance": provenance,
+        }
+        _write_json(temporary / HUB_CONFIG, config)
+        again = create_model(f"local-dir:{temporary}")
+        config["fingerprint"] = _fingerprint(again)
+        _write_json(temporary / HUB_CONFIG, config)
+        (temporary / CARD).write_text(model_card(again, config), encoding="utf-8")
+    return Path(folder)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    model_name: str,
+    *,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+) -> Path:
+    """Turn a checkpoint into a model's folder; see `save_for_hub`.
+
+    Args:
+        source: The authors' file, a checkpoint of SimCLR (its encoder is taken) or of an MAE (its decoder is left out),
+            a state dict of the encoder, or a folder with one such file, or with a model already.
+        folder: Where to write.
+        model_name: The registered model it holds. With a tag, the file must be the published one, by its hash; without,
+            it is recognised by that, and else nothing is claimed of it.
+        pretrained_cfg_overlay: Fields of the cfg to set.
+
+    Raises:
+        ModelNameError: There is no such model.
+        WeightsError: The file is not what it should be, or not the one the tag names.
+        BrainfmError: The folder holds something else.
+    """
+    cfg = get_pretrained_cfg(model_name)
+    path = _weight_file(Path(source))
+    if "." in model_name:
+        check_hash(path, cfg)
+    checkpoint = read_checkpoint(path)
+    model = create_model(model_name)
+    model = create_model(model_name, in_chans=_input_channels(model, checkpoint))
+    model.weights_report = load_checkpoint(model, path, path.name)  # with its classifier, where it has one
+    return save_for_hub(model, folder, pretrained_cfg_overlay=pretrained_cfg_overlay)
+
+
+def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Bring a model's weights to this machine ahead of time, to the cache or to a folder that `local-dir:` reads.
+
+    Args:
+        name: A model with weights, by any name that `create_model` takes.
+        to: A folder to write, for a machine without a network; see `save_for_hub`. None fills the cache.
+        cache_dir: As for `create_model`.
+
+    Returns:
+        The weight file in the cache, or the folder.
+
+    Raises:
+        ModelNameError, WeightsNotFoundError, WeightsError: As `create_model`.
+    """
+    source = resolve(name, cache_dir=cache_dir, mirror=hub_mirror())
+    weights = find_weights(source.cfg, cache_dir)
+    if to is None:
+        return weights
+    if not source.config:  # no folder yet: a file in this package or behind a URL
+        return save_for_hub(create_model(name, pretrained=True, cache_dir=cache_dir), to)
+    with _whole_folder(Path(to)) as temporary:
+        shutil.copyfile(weights, temporary / HUB_WEIGHTS)
+        _write_json(temporary / HUB_CONFIG, source.config)
+        try:
+            shutil.copyfile(_beside(source.cfg, CARD, cache_dir), temporary / CARD)
+        except (WeightsNotFoundError, FileNotFoundError):
+            logger.info("%s: has no model card", name)
+    return Path(to)
+
+
+# --- What may be said of weights ------------------------------------------------------------------
+
+
+def _described(model: Encoder) -> tuple[PretrainedCfg, dict[str, str]]:
+    """The cfg of a model's weights as they are now, and where they came from."""
+    from brainfm import __version__
+
+    cfg, report = model.pretrained_cfg, model.weights_report
+    provenance = {"brainfm_version": __version__, "torch_version": torch.__version__}
+    if not isinstance(report, WeightsReport):
+        notes = "From no weight file: initial values, or trained by whoever saved them."
+        return replace(_unclaimed(cfg, notes), ssl_method=None), provenance
+    checkpoint = read_checkpoint(report.file)
+    digest = file_sha256(Path(report.file))
+    origin = {"source": Path(report.file).name, "source_sha256": digest, "left_out": json.dumps(report.dropped)}
+    # A file that brainfm wrote says where it came from.
+    origin |= {key: checkpoint.metadata[key] for key in origin if checkpoint.metadata.get(key)}
+    provenance |= origin
+    is_published = _is_published(cfg, report, digest)
+    if not _holds(model, checkpoint):
+        notes = f"Trained further from {cfg.name if is_published else origin['source']}."
+        if is_published:
+            return replace(cfg, tag="", scores=(), notes=notes), provenance
+        return _unclaimed(cfg, notes), provenance
+    if is_published:
+        return cfg, provenance
+    notes = f"Converted from {origin['source']} (sha256 {digest}), of which nothing else was said."
+    return _unclaimed(cfg, notes), provenance
+
+
+def _is_published(cfg: PretrainedCfg, report: WeightsReport, digest: str) -> bool:
+    """Whether a file is the one its cfg describes: by its hash, or because it was checked as it came from the URL."""
+    if cfg.sha256:
+        return digest == cfg.sha256.lower() or (report.source == cfg.url)
+    return cfg.file is not None and digest == file_sha256(Path(cfg.file))
+
+
+def _holds(model: Encoder, checkpoint: Checkpoint) -> bool:
+    """Whether a model's values are those of the checkpoint, a classifier that one of them lacks aside."""
+    state = model.filter_state_dict(checkpoint.state)
+    now = model.state_dict()
+    head = (f"{model.classifier}.weight", f"{model.classifier}.bias")
+    return all(
+        key in state and torch.equal(value.cpu(), state[key].to(value.dtype))
+        for key, value in now.items()
+        if key not in head or model.num_classes
+    )
+
+
+def _unclaimed(cfg: PretrainedCfg, notes: str) -> PretrainedCfg:
+    """A cfg without what was said of other weights."""
+    return replace(
+        cfg, tag="", cohorts=(), scores=(), licence=None, paper=None, repository=None, citation=None, notes=notes
+    )
+
+
+def _fingerprint(model: Encoder) -> dict[str, Any] | None:
+    try:
+        return fingerprint.compute(model)
+    except (ScanError, ValueError, RuntimeError) as error:  # another contract than a T1w brain in MNI152 space
+        logger.warning("no fingerprint: the packaged sample scan is no input of this model (%s)", error)
+        return None
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder, whose files are moved to `folder` when the block ends without an error.
+
+    The config comes last: until it is there, a new weight file does not have the hash of an old config, and is refused.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise BrainfmError(f"{folder}: a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
+        raise BrainfmError(f"{folder}: not empty, and no model's folder; name a new one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        folder.mkdir(exist_ok=True)
+        for name in (CARD, HUB_WEIGHTS, HUB_CONFIG):
+            if (temporary / name).is_file():
+                with (temporary / name).open("rb") as file:
+                    os.fsync(file.fileno())
+                (temporary / name).replace(folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        return "pretrained_cfg" in json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _weight_file(source: Path) -> Path:
+    """The one weight file that a path names."""
+    if not source.is_dir():
+        return source
+    found = sorted(path for path in source.iterdir() if path.suffix in _WEIGHT_FILES and path.is_file())
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise WeightsNotFoundError(f"{source}: a folder must hold one weight file ({names} found); name the file in it")
+    return found[0]
+
+
+def _beside(cfg: PretrainedCfg, filename: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Another file of the folder or repository that a cfg's weights are in."""
+    if cfg.hub_id:
+        return hub_file(cfg.hub_id, filename, cfg.hub_revision, cache_dir)
+    return Path(str(cfg.file)).with_name(filename)
+
+
+def _input_channels(model: Encoder, checkpoint: Checkpoint) -> int:
+    for key, value in checkpoint.state.items():
+        if key.endswith(f"{model.first_conv}.weight") and value.ndim == 5:
+            return value.shape[1]
+    return model.in_chans
+
+
+def _json_ready(args: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    try:
+        ready: dict[str, Any] = json.loads(json.dumps(dict(args)))
+    except TypeError as error:
+        raise BrainfmError(f"{architecture}: its arguments cannot be written as JSON ({error})") from error
+    return ready
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

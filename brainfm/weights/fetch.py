@@ -1,0 +1,238 @@
+"""Find the file of a cfg's weights: on this machine, on the Hugging Face Hub, or behind a URL.
+
+The Hub's files stay in the Hub's own cache, fetched by its own client. A file from a URL is checked against its hash
+and converted once to safetensors in the cache; the download itself is not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+from pathlib import Path
+
+from brainfm.errors import WeightsError, WeightsNotFoundError
+from brainfm.pretrained import PretrainedCfg
+from brainfm.weights.checkpoint import read_checkpoint
+from brainfm.weights.files import file_sha256, one_line, save_state
+from brainfm.weights.url import download
+
+logger = logging.getLogger("brainfm")
+
+HUB_WEIGHTS = "model.safetensors"
+HUB_CONFIG = "config.json"
+
+_PATIENCE_S = 15  # how long a fault of the Hub that may pass is given, beyond what its client does by itself
+
+
+def default_cache_dir() -> Path:
+    """`$BRAINFM_CACHE`, else `brainfm` in `$XDG_CACHE_HOME`, else `~/.cache/brainfm`. The Hub keeps its own cache."""
+    if os.environ.get("BRAINFM_CACHE"):
+        return Path(os.environ["BRAINFM_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brainfm"
+
+
+def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The local file of a cfg's weights, fetched first where it is not here yet.
+
+    Raises:
+        WeightsNotFoundError: The cfg names no source, or the source cannot be reached; the message says what to do.
+        WeightsError: The file at the source is not the one the cfg describes.
+    """
+    if cfg.file:
+        path = Path(cfg.file)
+        if not path.is_file():
+            raise WeightsNotFoundError(f"{cfg.name}: its weight file {path} is not there")
+        check_hash(path, cfg)
+        return path
+    if cfg.hub_id:
+        return _from_hub(cfg, cache_dir)
+    if cfg.url:
+        return _from_url(cfg, cache_dir)
+    from brainfm.registry import list_pretrained
+
+    known = ", ".join(list_pretrained()) or "none"
+    recipe = f"The recipe that trains it is {cfg.recipe}. " if cfg.recipe else ""
+    raise WeightsNotFoundError(
+        f"no weights of {cfg.name or 'this model'} are published; models that have some: {known}. {recipe}"
+        "Give your own with checkpoint_path=, or leave out pretrained=True for initial ones"
+    )
+
+
+def cached_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """The local file of a cfg's weights if it is here already, without any network."""
+    if cfg.file:
+        return Path(cfg.file) if Path(cfg.file).is_file() else None
+    if cfg.hub_id:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(cfg.hub_id, cfg.hub_filename, _path(cache_dir), cfg.hub_revision)
+        return Path(found) if isinstance(found, str) else None
+    converted, downloaded = _cache_paths(cfg, cache_dir)
+    return next((path for path in (converted, downloaded) if path.is_file()), None) if cfg.url else None
+
+
+def check_hash(path: Path, cfg: PretrainedCfg) -> None:
+    """Raises WeightsError where the file's sha256 is not the cfg's; a cfg without one has nothing to check."""
+    if cfg.sha256 is not None and (digest := file_sha256(path)) != cfg.sha256.lower():
+        raise WeightsError(
+            f"{path}: sha256 is {digest}, and {cfg.name} expects {cfg.sha256}; the file is damaged or "
+            'not the published one. If you trust it, pass pretrained_cfg_overlay={"sha256": None}'
+        )
+
+
+# --- The Hub --------------------------------------------------------------------------------------
+
+
+def _from_hub(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The file in the Hub's cache, whole and the one the cfg names; a damaged copy is fetched anew."""
+    place = (str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
+    path = hub_file(*place)
+    if _is_damaged(path):
+        logger.warning("%s: damaged in the cache; fetching it again", path)
+        path = hub_file(*place, force=True)
+        if _is_damaged(path):
+            path.resolve().unlink()
+            raise WeightsError(
+                f"{cfg.source}: {cfg.hub_filename} does not arrive as the Hub announces it; try again later"
+            )
+    check_hash(path, cfg)
+    return path
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file in the Hub's cache is not what it was announced to be: a large one is kept under its sha256."""
+    announced = path.resolve().name
+    return re.fullmatch(r"[0-9a-f]{64}", announced) is not None and file_sha256(path) != announced
+
+
+def hub_file(
+    repo: str,
+    filename: str,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
+) -> Path:
+    """One file of a Hub repository, from the Hub's own cache where it is there (and not `force`).
+
+    Raises:
+        WeightsNotFoundError: No such repository, revision or file, no access, or no network; the message says which.
+    """
+    from huggingface_hub import hf_hub_download
+
+    patience = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return Path(
+                hf_hub_download(repo, filename, revision=revision, cache_dir=_path(cache_dir), force_download=force)
+            )
+        except Exception as error:  # what breaks on the way is another class in each version of the client
+            if not _may_pass(error) or time.monotonic() > patience:
+                place = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
+                raise WeightsNotFoundError(f"{place}: cannot get {filename}: {hub_reason(error)}") from error
+        time.sleep(1)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError):  # the client could not ask; its cause says why
+        cause = error.__cause__
+        return isinstance(cause, HfHubHTTPError) and _may_pass(cause)
+    if isinstance(error, HfHubHTTPError):
+        return error.response is not None and (error.response.status_code >= 500 or error.response.status_code == 408)
+    # A connection that broke: an error of the HTTP library, or a length that is wrong. A full disk is neither.
+    return not isinstance(error, ValueError) and getattr(error, "errno", None) is None
+
+
+def hub_reason(error: Exception) -> str:
+    """What an error of the Hub's client means, and what to do next, in one line."""
+    from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    elsewhere = "on a machine with a network, 'brainfm fetch NAME --to FOLDER', then 'local-dir:FOLDER' here"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+    if isinstance(error, GatedRepoError):
+        meaning = f"the repository is gated; ask for access at {ENDPOINT}, then set HF_TOKEN to a token of that account"
+    elif isinstance(error, RepositoryNotFoundError):
+        meaning = "no such repository, or a private one; check the name, and for a private one set HF_TOKEN"
+    elif isinstance(error, RevisionNotFoundError):
+        meaning = "the repository has no such branch, tag or commit"
+    elif isinstance(error, LocalEntryNotFoundError) and HF_HUB_OFFLINE:
+        meaning = f"it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; {elsewhere}"
+    elif isinstance(error, LocalEntryNotFoundError):
+        meaning = f"{ENDPOINT} cannot be reached ({one_line(error.__cause__ or error)}); {elsewhere}"
+    elif isinstance(error, EntryNotFoundError):
+        meaning = "the repository has no such file; 'brainfm convert' and 'brainfm push' make a model's repository"
+    elif isinstance(error, HFValidationError):
+        meaning = f"not a repository's name ({one_line(error)})"
+    elif status in (401, 403):
+        meaning = f"the token was refused ({status}); check HF_TOKEN and what it may do"
+    elif status:
+        meaning = f"{ENDPOINT} answers {status} ({one_line(error)}); try again later"
+    else:
+        meaning = f"the download broke ({one_line(error)}); the same command goes on from there"
+    return f"{meaning} ({type(error).__name__})"
+
+
+# --- A URL ----------------------------------------------------------------------------------------
+
+
+def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The converted copy of a file behind a URL; downloaded, checked and converted once, by one process."""
+    from filelock import FileLock
+
+    converted, downloaded = _cache_paths(cfg, cache_dir)
+    if converted.is_file():  # before the lock: a shared cache may be read-only
+        return converted
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(converted.with_suffix(".lock")):
+        if converted.is_file():
+            return converted
+        brought_by_user = downloaded.is_file()
+        if not brought_by_user:
+            download(str(cfg.url), downloaded)
+        try:
+            check_hash(downloaded, cfg)
+            _convert(downloaded, converted, cfg)
+        finally:
+            if not brought_by_user:  # neither a wrong file nor a gigabyte of optimiser state is worth keeping
+                downloaded.unlink(missing_ok=True)
+    return converted
+
+
+def _cache_paths(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> tuple[Path, Path]:
+    """Where a URL's weights are kept, in a folder of its own: the converted copy, and the file as downloaded."""
+    url = str(cfg.url)
+    key = hashlib.sha256(f"{url} {cfg.sha256}".encode()).hexdigest()[:12]
+    folder = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / f"{cfg.name}-{key}"
+    return folder / HUB_WEIGHTS, folder / (url.rsplit("/", 1)[-1].partition("?")[0] or "download")
+
+
+def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
+    """Write the network's tensors as safetensors, whole: the encoder is taken out of them at each load."""
+    checkpoint = read_checkpoint(source)
+    metadata = {
+        "source": cfg.url or str(source),
+        "source_sha256": cfg.sha256 or "",
+        "left_out": json.dumps(checkpoint.dropped),
+    }
+    save_state(checkpoint.state, target, metadata)
+    logger.info("%s: converted to %s, left out %s", source.name, target, ", ".join(checkpoint.dropped) or "nothing")
+
+
+def _path(value: str | os.PathLike[str] | None) -> Path | None:
+    return None if value is None else Path(value)

@@ -1,0 +1,85 @@
+"""Download a file, going on where an earlier try stopped."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from brainfm.errors import WeightsNotFoundError
+from brainfm.weights.files import one_line
+
+logger = logging.getLogger("brainfm")
+
+_TRIES, _TIMEOUT_S = 5, 30  # tries without progress, seconds of silence
+_BY_HAND = "On a machine with a network: curl -LO {url} ; then put the file at {target}, or pass it as checkpoint_path="
+
+
+def download(url: str, target: Path) -> None:
+    """Download to a `.part` file, going on where an earlier call stopped, and rename it when it is whole.
+
+    Raises:
+        WeightsNotFoundError: The network, the server, or HF_HUB_OFFLINE does not let it be.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        by_hand = _BY_HAND.format(url=url, target=target)
+        raise WeightsNotFoundError(f"{url} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it. {by_hand}")
+    partial = target.with_name(target.name + ".part")
+    try:
+        _fetch(url, partial)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if partial.is_file() and partial.stat().st_size == 0:
+            partial.unlink()
+        raise WeightsNotFoundError(
+            f"cannot download {url} ({one_line(error)}). {_BY_HAND.format(url=url, target=target)}"
+        ) from error
+    partial.replace(target)
+
+
+def _fetch(url: str, partial: Path) -> None:
+    """Fetch what a partial file lacks, trying again after a fault that may pass, as long as there is some progress."""
+    tries = 0
+    while True:
+        have = partial.stat().st_size if partial.is_file() else 0
+        try:
+            return _fetch_rest(url, partial, have)
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and have:  # a leftover as long as the file, or longer: nothing can be added to it
+                partial.unlink()
+                continue
+            if error.code < 500 and error.code not in (408, 429):
+                raise
+            fault: Exception = error
+        except (OSError, http.client.HTTPException) as error:
+            fault = error
+        grown = partial.is_file() and partial.stat().st_size > have
+        tries = 0 if grown else tries + 1
+        if tries == _TRIES:
+            raise fault
+        logger.debug("%s: %s; trying again", url, one_line(fault))
+        time.sleep(1)
+
+
+def _fetch_rest(url: str, partial: Path, have: int) -> None:
+    from tqdm import tqdm
+
+    headers = {"User-Agent": "brainfm"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
+        have = have if response.status == 206 else 0  # a server that does not know ranges sends all of it again
+        length = response.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
+        shown = {"total": total, "initial": have, "unit": "B", "unit_scale": True, "desc": partial.stem}
+        with partial.open("ab" if have else "wb") as file, tqdm(**shown) as bar:
+            while block := response.read(1 << 20):
+                file.write(block)
+                bar.update(len(block))
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and partial.stat().st_size != total:
+        raise ConnectionError(f"the connection broke after {partial.stat().st_size} of {total} bytes")

@@ -1,0 +1,150 @@
+"""convert → push → an empty cache elsewhere → `create_model`: the same embedding to the bit, by every way in."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import brainfm
+from brainfm import BrainfmError, WeightsError, push_to_hub
+from brainfm.hub import convert
+
+ROOT = Path(__file__).parents[2]
+
+EMBED = """
+import sys, torch, brainfm
+model = brainfm.create_model(sys.argv[1], pretrained=True)
+torch.manual_seed(0)
+with torch.inference_mode():
+    print([value.hex() for value in model(torch.randn(1, 1, 40, 48, 48))[0].tolist()])
+"""
+
+TORCH_HUB = """
+import sys, torch
+model = torch.hub.load(sys.argv[1], "test_resnet_3d", source="local", pretrained=True, pretrained_cfg_overlay={
+    "hub_id": "lab/tiny"})
+torch.manual_seed(0)
+with torch.inference_mode():
+    print([value.hex() for value in model(torch.randn(1, 1, 40, 48, 48))[0].tolist()])
+"""
+
+
+@pytest.fixture
+def checkpoint(tmp_path, small_model):
+    """A pretraining checkpoint as the released one is: a DDP network with its projector, and an optimiser's state."""
+    torch.manual_seed(3)
+    encoder = brainfm.create_model("test_resnet_3d")
+    state = {f"module.encoder.{key}": value for key, value in encoder.state_dict().items()}
+    state |= {"module.projector.0.weight": torch.ones(2, 2)}
+    torch.save({"epoch": 7, "model_state_dict": state, "optimizer_state_dict": {}}, tmp_path / "released.tar")
+    return tmp_path / "released.tar", encoder
+
+
+@pytest.fixture
+def folder(tmp_path, checkpoint):
+    return convert(checkpoint[0], tmp_path / "folder", "test_resnet_3d")
+
+
+def bits(process):
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def wanted(checkpoint):
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        return str([value.hex() for value in checkpoint[1](torch.randn(1, 1, 40, 48, 48))[0].tolist()])
+
+
+def push(elsewhere, folder, *options, token="write-token"):
+    return elsewhere("-m", "brainfm", "push", str(folder), "lab/tiny", *options, HF_TOKEN=token)
+
+
+def test_round_trip_gives_the_same_embedding_to_the_bit_by_every_way_in(elsewhere, hub, folder, wanted, tmp_path):
+    pushed = push(elsewhere, folder)
+    assert pushed.returncode == 0, pushed.stderr
+    name = pushed.stdout.split()[0]
+    commit = hub.repositories["lab/tiny"].branches["main"]
+    assert name == f"hf-hub:lab/tiny@{commit}"
+    assert bits(elsewhere("-c", EMBED, "hf-hub:lab/tiny")) == wanted
+    hub.asked.clear()
+    assert bits(elsewhere("-c", EMBED, "hf-hub:lab/tiny", HF_HUB_OFFLINE="1")) == wanted
+    assert hub.asked == []
+    elsewhere_again = {"HF_HOME": str(tmp_path / "cold")}
+    assert bits(elsewhere("-c", EMBED, name, **elsewhere_again)) == wanted
+    assert bits(elsewhere("-c", EMBED, f"local-dir:{folder}", **elsewhere_again)) == wanted
+    assert bits(elsewhere("-c", TORCH_HUB, str(ROOT), **elsewhere_again)) == wanted
+
+
+def test_everything_is_uploaded_in_one_commit_and_the_card_names_the_repository(elsewhere, hub, folder):
+    assert push(elsewhere, folder).returncode == 0
+    repository = hub.repositories["lab/tiny"]
+    assert len(repository.commits) == 2  # the one that made it, and ours
+    files = repository.commits[repository.branches["main"]]
+    assert {"README.md", "config.json", "model.safetensors"} < set(files)
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert b'create_model("hf-hub:lab/tiny")' in files["README.md"]
+    assert json.loads(files["config.json"])["pretrained_cfg"]["sha256"] in push(elsewhere, folder).stdout
+
+
+def test_private_repository_is_for_those_with_a_token(elsewhere, hub, folder, wanted):
+    assert push(elsewhere, folder, "--private").returncode == 0
+    assert hub.repositories["lab/tiny"].private
+    refused = elsewhere("-m", "brainfm", "fetch", "hf-hub:lab/tiny")
+    assert refused.returncode == 1
+    assert "no such repository, or a private one" in refused.stderr
+    assert "HF_TOKEN" in refused.stderr
+    assert bits(elsewhere("-c", EMBED, "hf-hub:lab/tiny", HF_TOKEN="read-token")) == wanted
+
+
+def test_revision_is_a_branch_of_its_own(elsewhere, hub, folder, wanted):
+    assert push(elsewhere, folder, "--revision", "v1").returncode == 0
+    assert bits(elsewhere("-c", EMBED, "hf-hub:lab/tiny@v1")) == wanted
+    refused = elsewhere("-m", "brainfm", "fetch", "hf-hub:lab/tiny")
+    assert "the repository has no such file" in refused.stderr
+
+
+def test_model_can_be_pushed_without_a_folder(elsewhere, hub):
+    script = "import brainfm; print(brainfm.push_to_hub(brainfm.create_model('test_resnet_3d', True), 'lab/direct'))"
+    pushed = elsewhere("-c", script, HF_TOKEN="write-token")
+    assert pushed.returncode == 0, pushed.stderr
+    assert bits(elsewhere("-c", EMBED, pushed.stdout.split()[-1])) == bits(elsewhere("-c", EMBED, "test_resnet_3d"))
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"), [("read-token", r"refused \(403\)"), ("", r"refused \(401\)"), ("bad", r"refused \(401\)")]
+)
+def test_push_without_the_right_to_write_is_refused(token, reason, hub, folder):
+    with pytest.raises(BrainfmError, match=f"hf-hub:lab/tiny: not uploaded: the token was {reason}"):
+        push_to_hub(folder, "lab/tiny", token=token or False)
+    assert hub.repositories == {}
+
+
+def test_folder_that_does_not_load_is_not_uploaded(hub, folder):
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(WeightsError, match="sha256"):
+        push_to_hub(folder, "lab/tiny", token="write-token")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["tiny", "lab/", "a/b/c", "lab/ti ny", "/tiny"])
+def test_name_that_is_none_is_refused(name, hub, folder):
+    with pytest.raises(BrainfmError, match=f"'{name}'"):
+        push_to_hub(folder, name, token="write-token")
+    assert hub.repositories == {}
+
+
+def test_eight_processes_on_a_cold_cache_make_one_download(hub, folder, wanted, tmp_path):
+    hub.add("lab/tiny", {path.name: path.read_bytes() for path in folder.iterdir()})
+    command = [sys.executable, "-c", EMBED, "hf-hub:lab/tiny"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    machine = os.environ | {"HF_HOME": str(tmp_path / "cold")}
+    started = [subprocess.Popen(command, env=machine, **pipes) for _ in range(8)]
+    answers = [process.communicate(timeout=120) for process in started]
+    assert [out.strip() for out, _ in answers] == [wanted] * 8, answers[0][1]
+    assert hub.downloads == 1
