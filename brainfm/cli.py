@@ -19,6 +19,8 @@ class _Commands(click.Group):
 
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # 'brainfm list | head': click ends in silence
         except (BrainfmError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
@@ -70,7 +72,7 @@ def info(model: str, datasets: tuple[str, ...], overlap: bool) -> None:
 
     With --overlap, say which of DATASETS were in its pretraining data: brainfm info MODEL --overlap IXI ADNI my_study
     """
-    from brainfm.factory import resolve
+    from brainfm.factory import hub_mirror, parse_name, resolve
     from brainfm.pretrained import describe
     from brainfm.weights import cached_weights
 
@@ -80,11 +82,14 @@ def info(model: str, datasets: tuple[str, ...], overlap: bool) -> None:
     if overlap:
         _say_overlap(cfg, datasets)
         return
+    source = cfg.source
+    if (mirror := hub_mirror()) and parse_name(model)[0] == "" and not cfg.file:
+        source = f"hf-hub:{mirror}/{cfg.name} (by BRAINFM_HUB_ORG)"
     here = cached_weights(cfg) if cfg.has_weights else None
     facts = {
         "model": cfg.name,
         "embedding": f"{cfg.num_features}-d",
-        "weights": (cfg.source or "none published") + (f" (here: {here})" if here else ""),
+        "weights": (source or "none published") + (f" (here: {here})" if here else ""),
         "sha256": cfg.sha256,
         "pretraining": cfg.ssl_method,
         "licence": cfg.licence,
@@ -166,8 +171,9 @@ def convert(source: str, folder: str, model: str, cfg_file: Any) -> None:
     cfg = resolve(f"local-dir:{path}").cfg
     click.echo(f"{path}: {cfg.name}, {cfg.num_features} numbers; sha256 {cfg.sha256}")
     click.echo(cfg.notes)
-    if not cfg.cohorts or not cfg.licence:
-        click.echo("No cohorts or no licence are stated on its card; say what you know of the weights with --cfg.")
+    unstated = [field for field in ("cohorts", "licence") if not getattr(cfg, field)]
+    if unstated:
+        click.echo(f"Not stated on its card: {', '.join(unstated)}; say what you know of the weights with --cfg.")
 
 
 @main.command()

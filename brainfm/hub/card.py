@@ -129,7 +129,8 @@ def _scores(cfg: PretrainedCfg) -> str:
 
 def _provenance(config: Mapping[str, Any]) -> str:
     facts = config["provenance"] | {"sha256 of model.safetensors": config["pretrained_cfg"]["sha256"]}
-    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())
+    facts["left_out"] = ", ".join(facts.get("left_out", ()))
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if value)
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

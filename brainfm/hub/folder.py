@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from brainfm.errors import BrainfmError, ScanError, WeightsNotFoundError
+from brainfm.errors import BrainfmError, ScanError, WeightsError, WeightsNotFoundError
 from brainfm.factory import CONFIG_FORMAT, create_model, hub_mirror, resolve
 from brainfm.hub import fingerprint
 from brainfm.hub.card import model_card
@@ -28,7 +28,6 @@ from brainfm.weights import (
     HUB_WEIGHTS,
     Checkpoint,
     WeightsReport,
-    check_hash,
     file_sha256,
     find_weights,
     hub_file,
@@ -82,8 +81,7 @@ def save_for_hub(
     from brainfm import __version__
 
     with _whole_folder(Path(folder)) as temporary:
-        metadata = {"format": "pt", "architecture": cfg.architecture} | provenance
-        save_state(model.state_dict(), temporary / HUB_WEIGHTS, metadata)
+        save_state(model.state_dict(), temporary / HUB_WEIGHTS, {"architecture": cfg.architecture} | provenance)
         sources = {"file": None, "url": None, "hub_id": None, "hub_revision": None, "hub_filename": HUB_WEIGHTS}
         shape = {"num_features": model.num_features, "num_classes": model.num_classes, "in_chans": model.in_chans}
         cfg = cfg.overlay(sources | shape | {"sha256": file_sha256(temporary / HUB_WEIGHTS)})
@@ -94,7 +92,7 @@ def save_for_hub(
             "architecture": cfg.architecture,
             "model_args": _json_ready(model.model_args | {"global_pool": model.global_pool}, cfg.architecture),
             "pretrained_cfg": cfg.to_dict(),
-            "provenance": provenance,
+            "provenance": provenance | {"brainfm_version": __version__, "torch_version": torch.__version__},
         }
         _write_json(temporary / HUB_CONFIG, config)
         again = create_model(f"local-dir:{temporary}")
@@ -128,9 +126,13 @@ def convert(
     """
     cfg = get_pretrained_cfg(model_name)
     path = _weight_file(Path(source))
-    if "." in model_name:
-        check_hash(path, cfg)
     checkpoint = read_checkpoint(path)
+    published = _published_sha256(cfg)
+    if "." in model_name and published and (digest := file_sha256(path)) != published:
+        raise WeightsError(
+            f"{path}: sha256 is {digest}, and that of {model_name} is {published}; the file is damaged or not the "
+            f"published one. As {cfg.architecture}, without the tag, it is converted and nothing is claimed of it"
+        )
     model = create_model(model_name)
     model = create_model(model_name, in_chans=_input_channels(model, checkpoint))
     model.weights_report = load_checkpoint(model, path, path.name)  # with its classifier, where it has one
@@ -170,38 +172,38 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
 # --- What may be said of weights ------------------------------------------------------------------
 
 
-def _described(model: Encoder) -> tuple[PretrainedCfg, dict[str, str]]:
+def _described(model: Encoder) -> tuple[PretrainedCfg, dict[str, Any]]:
     """The cfg of a model's weights as they are now, and where they came from."""
-    from brainfm import __version__
-
     cfg, report = model.pretrained_cfg, model.weights_report
-    provenance = {"brainfm_version": __version__, "torch_version": torch.__version__}
     if not isinstance(report, WeightsReport):
         notes = "From no weight file: initial values, or trained by whoever saved them."
-        return replace(_unclaimed(cfg, notes), ssl_method=None), provenance
+        return replace(_unclaimed(cfg, notes), ssl_method=None), {}
     checkpoint = read_checkpoint(report.file)
     digest = file_sha256(Path(report.file))
-    origin = {"source": Path(report.file).name, "source_sha256": digest, "left_out": json.dumps(report.dropped)}
+    origin = {"source": Path(report.file).name, "source_sha256": digest, "left_out": list(report.dropped)}
     # A file that brainfm wrote says where it came from.
-    origin |= {key: checkpoint.metadata[key] for key in origin if checkpoint.metadata.get(key)}
-    provenance |= origin
+    origin |= {key: checkpoint.provenance[key] for key in origin if checkpoint.provenance.get(key)}
     is_published = _is_published(cfg, report, digest)
     if not _holds(model, checkpoint):
         notes = f"Trained further from {cfg.name if is_published else origin['source']}."
         if is_published:
-            return replace(cfg, tag="", scores=(), notes=notes), provenance
-        return _unclaimed(cfg, notes), provenance
+            return replace(cfg, tag="", scores=(), notes=notes), origin
+        return _unclaimed(cfg, notes), origin
     if is_published:
-        return cfg, provenance
+        return cfg, origin
     notes = f"Converted from {origin['source']} (sha256 {digest}), of which nothing else was said."
-    return _unclaimed(cfg, notes), provenance
+    return _unclaimed(cfg, notes), origin
 
 
 def _is_published(cfg: PretrainedCfg, report: WeightsReport, digest: str) -> bool:
     """Whether a file is the one its cfg describes: by its hash, or because it was checked as it came from the URL."""
+    return digest == _published_sha256(cfg) or (cfg.sha256 is not None and report.source == cfg.url)
+
+
+def _published_sha256(cfg: PretrainedCfg) -> str | None:
     if cfg.sha256:
-        return digest == cfg.sha256.lower() or (report.source == cfg.url)
-    return cfg.file is not None and digest == file_sha256(Path(cfg.file))
+        return cfg.sha256.lower()
+    return file_sha256(Path(cfg.file)) if cfg.file else None
 
 
 def _holds(model: Encoder, checkpoint: Checkpoint) -> bool:

@@ -247,6 +247,7 @@ def _mae_cfg(num_features: int) -> PretrainedCfg:
         paper=PAPER,
         repository=REPOSITORY,
         citation=CITATION,
+        recipe="mae_vit_tiny_3d",
         notes="The authors released no MAE weights.",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import lzma
 import os
@@ -37,12 +38,12 @@ class Checkpoint:
     Attributes:
         state: Tensors by name, the prefixes of DDP and torch.compile removed.
         dropped: What the file holds beside the network, such as "optimizer_state_dict".
-        metadata: Text that a safetensors file carries.
+        provenance: What a file that brainfm wrote says of itself: "source", "source_sha256", "left_out".
     """
 
     state: dict[str, Tensor]
     dropped: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,18 @@ def _read_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            metadata = file.metadata() or {}
+            provenance = _provenance(file.metadata())
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path}: damaged safetensors file ({error}); fetch or copy it again") from error
-    return Checkpoint(_stripped(state), (), metadata)
+    return Checkpoint(_stripped(state), (), provenance)
+
+
+def _provenance(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What `save_state` wrote, or nothing where somebody else wrote."""
+    try:
+        return dict(json.loads((metadata or {}).get("provenance", "{}")))
+    except (ValueError, TypeError):
+        return {}
 
 
 def _is_tar(path: Path) -> bool:

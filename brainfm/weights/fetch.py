@@ -7,7 +7,6 @@ and converted once to safetensors in the cache; the download itself is not kept.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -55,7 +54,7 @@ def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = 
     from brainfm.registry import list_pretrained
 
     known = ", ".join(list_pretrained()) or "none"
-    recipe = f"The recipe that trains it is {cfg.recipe}. " if cfg.recipe else ""
+    recipe = f"The recipe {cfg.recipe} of brainfm.train pretrains one. " if cfg.recipe else ""
     raise WeightsNotFoundError(
         f"no weights of {cfg.name or 'this model'} are published; models that have some: {known}. {recipe}"
         "Give your own with checkpoint_path=, or leave out pretrained=True for initial ones"
@@ -225,12 +224,8 @@ def _cache_paths(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -
 def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
     """Write the network's tensors as safetensors, whole: the encoder is taken out of them at each load."""
     checkpoint = read_checkpoint(source)
-    metadata = {
-        "source": cfg.url or str(source),
-        "source_sha256": cfg.sha256 or "",
-        "left_out": json.dumps(checkpoint.dropped),
-    }
-    save_state(checkpoint.state, target, metadata)
+    provenance = {"source": cfg.url, "source_sha256": cfg.sha256, "left_out": checkpoint.dropped}
+    save_state(checkpoint.state, target, provenance)
     logger.info("%s: converted to %s, left out %s", source.name, target, ", ".join(checkpoint.dropped) or "nothing")
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 
 def save_state(
-    state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Write tensors as safetensors, atomically, with some text beside them."""
+    """Write tensors as safetensors, atomically. The same tensors and provenance give the same file, to the bit."""
     from safetensors.torch import save_file
 
     with atomic_path(Path(path)) as temporary:
-        save_file({key: value.contiguous().clone() for key, value in state.items()}, temporary, metadata=metadata)
+        tensors = {key: value.contiguous().clone() for key, value in state.items()}
+        # One entry, because safetensors writes several in an order that changes.
+        save_file(tensors, temporary, metadata={"provenance": json.dumps(dict(provenance or {}), sort_keys=True)})
 
 
 @contextmanager
@@ -27,8 +31,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; moved there, synced, when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    temporary.touch()
+    mode = temporary.stat().st_mode  # as the user's umask has it, whatever the writer makes of it
     try:
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
