@@ -21,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from brainfm.errors import BrainfmError, MissingExtraError, ScanError
+from brainfm.errors import MissingExtraError, ScanError
 from brainfm.factory import create_model
-from brainfm.inference import DTypeName, optimize, resolve_dtype
+from brainfm.inference import DTypeName, optimize, resolve_device, resolve_dtype
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
 from brainfm.overlap import overlap_of_scans
 from brainfm.transforms import InputTransform, create_transform
@@ -163,7 +163,7 @@ def embed(
     for overlap in overlap_of_scans(encoder, records):
         logger.warning("%s: an evaluation on it is one on training data", overlap)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = _device(device)
+    place = resolve_device(device)
     fast = optimize(encoder, dtype).to(place)
 
     journal = _Journal(path, rank, _fingerprint(encoder, dtype)) if path is not None else None
@@ -307,17 +307,6 @@ def _progress_bar(total: int, initial: int, shown: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, initial=initial, unit="scan", desc="embedding", disable=not shown)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise BrainfmError(
-            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
-        ) from error
 
 
 def _gathered(

@@ -105,7 +105,7 @@ def create_model(
             raise
         raise WeightsError(f"{name}: its config's model_args do not fit {cfg.architecture}: {error}") from error
     model.pretrained_cfg = replace(cfg, num_features=getattr(model, "num_features", cfg.num_features))
-    model.model_args = args
+    model.model_args, model.saved_args = args, source.model_args
     if wanted is not None:
         place = str(wanted) if checkpoint_path is not None else cfg.source
         model.weights_report = weights.load_checkpoint(model, wanted, place)
@@ -163,8 +163,8 @@ def _mirrored(published: PretrainedCfg, organisation: str, cache_dir: str | os.P
         raise WeightsError(
             f"{name}: holds {source.cfg.name}, not {published.name}; load it by its own name, hf-hub:{place}"
         )
-    origin = source.config.get("source_sha256")
-    if published.sha256 and origin != published.sha256:
+    origin = str(source.config.get("provenance", {}).get("source_sha256"))
+    if published.sha256 and origin.lower() != published.sha256.lower():
         raise WeightsError(
             f"{name}: was converted from a file with sha256 {origin}, and the published one has {published.sha256}; "
             f"if you trust it, load it by its own name, hf-hub:{place}"

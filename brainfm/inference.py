@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from functools import partial
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from brainfm.errors import BrainfmError
 from brainfm.models.resnet import ResNet
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -48,6 +50,18 @@ def resolve_dtype(dtype: DTypeName | torch.dtype) -> torch.dtype:
     if kind is None or kind not in names.values():
         raise ValueError(f"dtype must be one of {', '.join(names)}, not {dtype!r}")
     return kind
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch device of a name; "auto" is a GPU where there is one. Raises BrainfmError where it cannot be used."""
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise BrainfmError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
+        ) from error
 
 
 def _cast_input(

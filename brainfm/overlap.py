@@ -27,15 +27,10 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "CoRR": {
         "CoRR holds NKI-TRT, test-retest scans of the Nathan Kline Institute's Rockland sample": (
-            *("NKI", "NKI-RS", "NKI-TRT", "NKI-Rockland", "NKI-Enhanced", "eNKI", "Rockland"),
-            "Nathan Kline Institute Rockland Sample",
+            *("NKI", "NKI1", "NKI-RS", "NKI-TRT", "NKI-Rockland", "NKI-Rockland Sample", "NKI-Enhanced", "eNKI"),
+            *("Enhanced NKI-Rockland", "Nathan Kline Institute Rockland Sample"),
         ),
-        "a site of CoRR": (
-            *("BMB1", "BNU1", "BNU2", "BNU3", "DC1", "HNU1", "IACAS", "IBATRT", "JHNU", "LMU1", "LMU2", "LMU3"),
-            *("IPCAS1", "IPCAS2", "IPCAS3", "IPCAS4", "IPCAS5", "IPCAS6", "IPCAS7", "IPCAS8", "MPG1", "MRN1"),
-            *("NYU1", "NYU2", "SWU1", "SWU2", "SWU3", "SWU4", "UPSM1", "Utah1", "Utah2", "UWM", "XHCUMS"),
-        ),
-        "CoRR's site SWU 4": ("SLIM", "Southwest University Longitudinal Imaging Multimodal"),
+        "CoRR's site SWU 4": ("Southwest University Longitudinal Imaging Multimodal",),
         "a collection that holds CoRR": ("OpenBHB", "BHB", "BHB-10K"),
         "the name in full": ("Consortium for Reliability and Reproducibility",),
     },
@@ -49,7 +44,10 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
         "the name in full": ("Brain Genomics Superstruct Project", "Genomics Superstruct Project"),
     },
     "HABS-HD": {
-        "the earlier name of HABS-HD": ("HABLE", "Health and Aging Brain among Latino Elders"),
+        "the earlier name of HABS-HD": (
+            *("HABLE", "Health and Aging Brain among Latino Elders"),
+            "Health & Aging Brain among Latino Elders",
+        ),
         "if HABS-HD is meant; the Harvard Aging Brain Study is another": ("HABS",),
         "the name in full": (
             "Health and Aging Brain Study Health Disparities",
@@ -69,6 +67,19 @@ _ALIASES: dict[str, dict[str, tuple[str, ...]]] = {
     "SOOP": {
         "SOOP on OpenNeuro": ("ds004889",),
         "the name in full": ("Stroke Outcome Optimization Project",),
+    },
+}
+
+# Names that are too short or too common to be taken from a folder: only who asks for them by name is told.
+_ALIASES_BY_NAME: dict[str, dict[str, tuple[str, ...]]] = {
+    "CoRR": {
+        "a site of CoRR": (
+            *("BMB1", "BNU1", "BNU2", "BNU3", "DC1", "HNU1", "IACAS", "IACAS1", "IBATRT", "JHNU", "JHNU1", "LMU1"),
+            *("LMU2", "LMU3", "IPCAS1", "IPCAS2", "IPCAS3", "IPCAS4", "IPCAS5", "IPCAS6", "IPCAS7", "IPCAS8", "MPG1"),
+            *("MRN", "MRN1", "SWU1", "SWU2", "SWU3", "SWU4", "UPSM1", "Utah1", "Utah2", "UWM", "XHCUMS"),
+        ),
+        "if the site of CoRR is meant; ABIDE has sites of this name too": ("NYU1", "NYU2"),
+        "CoRR's site SWU 4": ("SLIM",),
     },
 }
 
@@ -110,25 +121,28 @@ def pretraining_overlap(model: nn.Module | PretrainedCfg | str, datasets: str | 
         ['adni_3: in the pretraining data (a phase of ADNI: ADNI, 3,028 patients, 21,778 scans)']
     """
     cfg = _cfg(model)
-    names = [datasets] if isinstance(datasets, str) else list(datasets)
     return [
         Overlap(name, cohort, why)
-        for name in names
+        for name in ([datasets] if isinstance(datasets, str) else datasets)
         for cohort in cfg.cohorts
-        if (why := _relation(_plain(name), cohort.name)) is not None
+        if (why := _relation(name, cohort.name) or _alias(name, _ALIASES_BY_NAME.get(cohort.name, {})))
     ]
 
 
 def overlap_of_scans(model: nn.Module, records: Iterable[ScanRecord]) -> list[Overlap]:
     """The same for a list of scans, whose data sets are named by a column such as "dataset", or by a folder."""
-    named: dict[str, None] = {}
+    columns: dict[str, None] = {}
+    folders: dict[str, None] = {"corr": None}  # where bias-corrected scans are kept: no claim
     for record in records:
-        for column, value in record.extra.items():
-            if _plain(column) in _COLUMNS and value:
-                named[str(value)] = None
+        columns |= dict.fromkeys(value for column, value in record.extra.items() if _plain(column) in _COLUMNS)
         if isinstance(record.image, str | PurePath):
-            named |= dict.fromkeys(Path(record.image).parent.parts)
-    return pretraining_overlap(model, named)
+            folders |= dict.fromkeys(Path(record.image).parent.parts)
+    return pretraining_overlap(model, columns) + [
+        Overlap(folder, cohort, why)
+        for folder in list(folders)[1:]
+        for cohort in _cfg(model).cohorts
+        if folder not in columns and (why := _relation(folder, cohort.name))
+    ]
 
 
 def _cfg(model: nn.Module | PretrainedCfg | str) -> PretrainedCfg:
@@ -140,13 +154,17 @@ def _cfg(model: nn.Module | PretrainedCfg | str) -> PretrainedCfg:
     return cfg if isinstance(cfg, PretrainedCfg) else PretrainedCfg()
 
 
-def _relation(plain: str, cohort: str) -> str | None:
-    """What a plain name is to a cohort; None where nothing is known."""
-    if plain == _plain(cohort):
+def _relation(name: str, cohort: str) -> str | None:
+    """What a name is to a cohort; None where nothing is known."""
+    if _plain(name) and _plain(name) == _plain(cohort):
         return "the same"
-    known = _ALIASES.get(cohort, {})
-    return next((why for why, names in known.items() if plain in map(_plain, names)), None)
+    return _alias(name, _ALIASES.get(cohort, {}))
+
+
+def _alias(name: str, known: dict[str, tuple[str, ...]]) -> str | None:
+    return next((why for why, names in known.items() if _plain(name) in map(_plain, names)), None)
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.casefold())
+    """A name without case, spaces and punctuation."""
+    return re.sub(r"[\W_]+", "", name.casefold())

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and that an error is one clear line and exit code 1."""
 
 import csv
+import json
 import logging
 import re
 import socket
@@ -19,6 +20,7 @@ import brainfm
 from brainfm import demo, registry
 from brainfm.cli import main
 from brainfm.models.contracts import ASSETS
+from brainfm.weights import file_sha256, save_state
 
 SMALL = ("--model", "test_resnet_3d")
 
@@ -256,6 +258,234 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_the_way_out(run, tmp_p
     assert not (tmp_path / "out.csv").exists()
 
 
+# --- fetch, convert, push, verify, info --overlap -------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of pretraining, as SimCLR leaves it."""
+    torch.manual_seed(3)
+    state = brainfm.create_model("test_resnet_3d").state_dict()
+    network = {f"module.encoder.{key}": value for key, value in state.items()} | {"module.projector.0.weight": state}
+    network["module.projector.0.weight"] = torch.ones(2, 2)
+    torch.save({"epoch": 7, "model_state_dict": network, "optimizer_state_dict": {}}, tmp_path / "mine.tar")
+    return tmp_path / "mine.tar"
+
+
+@pytest.fixture
+def converted(run, checkpoint, tmp_path):
+    """A folder of the test model, as the command line makes it."""
+    assert run("convert", checkpoint, tmp_path / "folder", *SMALL).code == 0
+    return tmp_path / "folder"
+
+
+def test_fetch_says_where_the_weights_are(run):
+    result = run("fetch", "test_resnet_3d")
+    assert (result.code, result.err) == (0, [])
+    assert result.out == f"test_resnet_3d → {ASSETS / 'test_resnet_3d.safetensors'}\n"
+
+
+def test_fetch_to_a_folder_says_how_it_is_loaded(run, tmp_path, small_model):
+    result = run("fetch", "test_resnet_3d", "--to", tmp_path / "folder")
+    assert (result.code, result.err) == (0, [])
+    name = re.search(r"\(load it as (local-dir:.*)\)", result.out).group(1)
+    state = brainfm.create_model(name).state_dict()
+    assert all(torch.equal(state[key], value) for key, value in small_model.state_dict().items())
+
+
+def test_fetch_from_the_hub_to_a_cache_and_again_without_a_network(run, hub, converted, tmp_path):
+    hub.add("lab/tiny", {path.name: path.read_bytes() for path in converted.iterdir()})
+    results = [run("fetch", "hf-hub:lab/tiny", "--cache-dir", tmp_path / "cache") for _ in range(2)]
+    assert [result.code for result in results] == [0, 0]
+    assert f"hf-hub:lab/tiny → {tmp_path / 'cache'}" in results[0].out
+    assert hub.downloads == 1
+
+
+def test_convert_says_what_it_made_and_what_is_not_said_of_it(run, checkpoint, tmp_path):
+    result = run("convert", checkpoint, tmp_path / "folder", *SMALL)
+    assert result.code == 0
+    first, notes, unstated = result.out.splitlines()
+    assert re.fullmatch(rf"{tmp_path / 'folder'}: test_resnet_3d, 128 numbers; sha256 [0-9a-f]{{64}}", first)
+    assert notes.startswith("Converted from mine.tar (sha256 ")
+    assert "cohorts, licence" in unstated
+    assert "--cfg" in unstated
+
+
+def test_convert_takes_what_is_known_from_a_json_file(run, checkpoint, tmp_path):
+    cfg = {"licence": "CC-BY-4.0", "notes": "Unsere ä.", "cohorts": [{"name": "Lab", "patients": 2, "scans": 3}]}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg, ensure_ascii=False), encoding="utf-8")
+    result = run("convert", checkpoint, tmp_path / "folder", *SMALL, "--cfg", tmp_path / "cfg.json")
+    assert result.code == 0
+    assert "Unsere ä." in result.out
+    assert "Not stated" not in result.out
+    said = run("info", f"local-dir:{tmp_path / 'folder'}").out
+    assert "CC-BY-4.0" in said
+    assert "Pretrained on 2 patients, 3 scans" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"license": "MIT"}', "has no field 'license'; did you mean 'licence'?"),
+        ('{"licence": "MIT"', "cfg.json: "),
+        ("[1]", "cfg.json: "),
+        ("3", "cfg.json: "),
+        ('{"licence": 3}', "licence is 3, and must be"),
+        ('{"cohorts": 3}', "cfg.json: "),
+    ],
+)
+def test_convert_with_a_cfg_that_means_nothing_is_one_line(text, message, run, checkpoint, tmp_path):
+    (tmp_path / "cfg.json").write_text(text)
+    result = run("convert", checkpoint, tmp_path / "folder", *SMALL, "--cfg", tmp_path / "cfg.json")
+    assert result.code == 1
+    (line,) = [line for line in result.err if "left out" not in line]
+    assert message in line
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("convert", "none.pt", "folder", *SMALL), "WeightsNotFoundError: none.pt: no such weight file"),
+        (("convert", "mine.tar", "folder", "--model", "resnet"), "ModelNameError: unknown model 'resnet'"),
+        (("convert", "mine.tar", "folder", "--model", "test_resnet_3d.seed0"), "WeightsError: mine.tar: sha256 is"),
+        (("convert", "mine.tar", "folder", "--model", "test_vit_3d"), "do not fit this VisionTransformer"),
+        (("convert", "mine.tar", "mine.tar", *SMALL), "BrainfmError: mine.tar: a file; name a folder"),
+        (("convert", "mine.tar", ".", *SMALL), "BrainfmError: .: not empty, and no model's folder"),
+        (("fetch", "vit_tiny_3d"), "WeightsNotFoundError: no weights of vit_tiny_3d"),
+        (("fetch", "test_resnet"), "ModelNameError: unknown model 'test_resnet'"),
+        (("fetch", "hf-hub:lab/none"), "no such repository, or a private one"),
+        (("fetch", "local-dir:none", "--to", "folder"), "WeightsNotFoundError: local-dir:none"),
+        (("fetch", "test_resnet_3d", "--to", "mine.tar"), "BrainfmError: mine.tar: a file; name a folder"),
+        (("push", "none", "lab/tiny"), "WeightsNotFoundError: local-dir:none"),
+        (("push", ".", "lab/tiny"), "config.json is not there"),
+        (("push", ".", "tiny"), "BrainfmError: 'tiny' is not the name of a repository"),
+        (("verify", "vit_tiny_3d"), "WeightsNotFoundError: no weights of vit_tiny_3d"),
+        (("verify", "local-dir:none"), "WeightsNotFoundError: local-dir:none"),
+        (("verify", "test_resnet_3d", "--device", "nonsense"), "BrainfmError: device 'nonsense' cannot be used here"),
+        (("verify", "test_resnet_3d", "--device", "cuda:99"), "BrainfmError: device 'cuda:99' cannot be used here"),
+        (("info", "test_resnet", "--overlap", "ADNI"), "ModelNameError: unknown model 'test_resnet'"),
+    ],
+)
+def test_command_with_a_wrong_argument_is_one_line_and_writes_nothing(
+    arguments, message, run, hub, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.code == 1
+    (line,) = [line for line in result.err if "left out" not in line]
+    assert message in line
+    assert result.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.tar"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fetch",),
+        ("convert", "a.tar", "folder"),
+        ("convert", "a.tar", *SMALL),
+        ("convert", "a.tar", "folder", *SMALL, "--cfg", "missing.json"),
+        ("push", "folder"),
+        ("verify",),
+        ("verify", "test_resnet_3d", "--dtype", "float64"),
+        ("info", "test_resnet_3d", "--overlap"),
+        ("info", "test_resnet_3d", "ADNI"),
+    ],
+)
+def test_command_without_what_it_needs_is_a_usage_error(arguments, run):
+    result = run(*arguments)
+    assert result.code == 2
+    assert "Usage:" in result.err[0]
+
+
+def test_push_says_the_commit_and_the_hash_to_pin(run, hub, converted, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "write-token")
+    result = run("push", converted, "lab/tiny", "--private")
+    assert result.code == 0
+    repository = hub.repositories["lab/tiny"]
+    assert repository.private
+    name, pinned = result.out.splitlines()
+    assert name == f"hf-hub:lab/tiny@{repository.branches['main']}"
+    assert pinned.split()[1].rstrip(":") == brainfm.create_model(f"local-dir:{converted}").pretrained_cfg.sha256
+
+
+def test_push_without_a_token_is_one_line(run, hub, converted):
+    result = run("push", converted, "lab/tiny")
+    assert result.code == 1
+    assert len(result.err) == 1
+    assert result.err[0].startswith("BrainfmError: hf-hub:lab/tiny: not uploaded: the token was refused (401)")
+
+
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
+def test_verify_of_a_packaged_model_is_ok_in_every_dtype(name, run):
+    dtypes = ("--dtype", "float32", "--dtype", "bfloat16", "--dtype", "float16")
+    result = run("verify", name, *dtypes)
+    assert (result.code, result.err) == (0, [])
+    lines = result.out.splitlines()
+    assert [re.split(r"\s{2,}", line)[0].split(" relative")[0].strip() for line in lines] == [
+        "float32",
+        "float32, optimized",
+        "bfloat16, optimized",
+        "float16, optimized",
+    ]
+    assert all(re.search(r"relative error \d\.\de[-+]\d\d   ok \(at most [\d.e-]+\)$", line) for line in lines)
+
+
+def test_verify_of_a_converted_folder_is_ok_and_of_other_weights_is_off(run, converted):
+    result = run("verify", f"local-dir:{converted}")
+    assert result.code == 0
+    assert result.out.count(" ok ") == 3
+    model = brainfm.create_model(f"local-dir:{converted}")
+    for value in model.state_dict().values():
+        value.mul_(1.05) if value.is_floating_point() else None
+    save_state(model.state_dict(), converted / "model.safetensors")
+    config = json.loads((converted / "config.json").read_text())
+    config["pretrained_cfg"]["sha256"] = file_sha256(converted / "model.safetensors")
+    (converted / "config.json").write_text(json.dumps(config))
+    result = run("verify", f"local-dir:{converted}")
+    assert result.code == 1
+    assert result.out.count(" OFF ") == 3
+    assert result.err == [
+        f"these are not the features of local-dir:{converted}; the input, the weights or the arithmetic differ"
+    ]
+
+
+def test_verify_without_a_fingerprint_is_one_line(run, converted):
+    config = json.loads((converted / "config.json").read_text())
+    del config["fingerprint"]
+    (converted / "config.json").write_text(json.dumps(config))
+    result = run("verify", f"local-dir:{converted}")
+    assert (result.code, result.out) == (1, "")
+    assert len(result.err) == 1
+    assert "no fingerprint is known for these weights" in result.err[0]
+
+
+def test_overlap_is_said_of_every_data_set_in_its_order(run):
+    result = run("info", "simclr_resnet18_3d", "--overlap", "IXI", "ADNI", "my_study", "OpenBHB")
+    assert (result.code, result.err) == (0, [])
+    unknown = "not among the pretraining cohorts by any name known here"
+    assert result.out.splitlines() == [
+        f"IXI: {unknown}",
+        "ADNI: in the pretraining data (the same: ADNI, 3,028 patients, 21,778 scans)",
+        f"my_study: {unknown}",
+        "OpenBHB: in the pretraining data (a collection that holds CoRR: CoRR, 1,416 patients, 1,416 scans)",
+        "OpenBHB: in the pretraining data (a collection that holds GSP: GSP, 1,569 patients, 1,569 scans)",
+    ]
+
+
+def test_overlap_may_be_asked_for_in_front_and_of_a_name_with_spaces(run):
+    result = run("info", "--overlap", "simclr_resnet18_3d", "Dallas Lifespan Brain Study")
+    assert result.code == 0
+    assert result.out.startswith("Dallas Lifespan Brain Study: in the pretraining data (the name in full: DLBS")
+
+
+def test_overlap_of_a_model_without_recorded_cohorts_says_that_instead(run):
+    result = run("info", "test_resnet_3d", "--overlap", "ADNI")
+    assert result.code == 0
+    assert result.out == "ADNI: test_resnet_3d.seed0 records no pretraining cohorts\n"
+
+
 # --- demo -----------------------------------------------------------------------------------------
 
 
@@ -337,7 +567,9 @@ def test_version_is_the_packages(run):
     assert brainfm.__version__ in result.out
 
 
-@pytest.mark.parametrize("command", [(), ("list",), ("info",), ("demo",), ("embed",)])
+@pytest.mark.parametrize(
+    "command", [(), ("list",), ("info",), ("demo",), ("embed",), ("fetch",), ("convert",), ("push",), ("verify",)]
+)
 def test_help_is_there_for_every_command(command, run):
     result = run(*command, "--help")
     assert result.code == 0

@@ -561,3 +561,68 @@ def test_model_with_a_classifier_is_refused(small_sample):
     model = brainfm.create_model("test_resnet_3d", pretrained=True, num_classes=2)
     with pytest.raises(ValueError, match=r"reset_classifier\(0\)"):
         brainfm.embed([small_sample], model)
+
+
+# --- Scans that the model was pretrained on -------------------------------------------------------
+
+
+@pytest.fixture
+def pretrained_on_adni():
+    model = Pooled()
+    model.pretrained_cfg = model.pretrained_cfg.overlay({"cohorts": [{"name": "ADNI", "patients": 3, "scans": 4}]})
+    return model
+
+
+@pytest.fixture
+def manifest(tmp_path, pairs):
+    """A function (data set of every scan) → a manifest of the scans."""
+
+    def write(dataset, column="dataset"):
+        lines = [f"{image},{mask},{dataset}" for image, mask in pairs]
+        (tmp_path / "scans.csv").write_text("\n".join([f"image_path,mask_path,{column}", *lines]) + "\n")
+        return tmp_path / "scans.csv"
+
+    return write
+
+
+def overlaps(caplog):
+    return [record for record in caplog.records if "pretraining data" in record.getMessage()]
+
+
+def test_warning_names_the_pretraining_data_set_of_a_manifest_once(pretrained_on_adni, manifest, pairs, caplog):
+    table = brainfm.embed(manifest("ADNI3"), pretrained_on_adni)
+    (warning,) = overlaps(caplog)
+    assert (warning.levelname, warning.name) == ("WARNING", "brainfm")
+    assert warning.getMessage() == (
+        "ADNI3: in the pretraining data (a phase of ADNI: ADNI, 3 patients, 4 scans): "
+        "an evaluation on it is one on training data"
+    )
+    assert len(table) == len(pairs)
+    assert table.columns()["dataset"] == ["ADNI3"] * len(pairs)
+
+
+def test_warning_is_given_before_any_scan_is_embedded(pretrained_on_adni, manifest, caplog, monkeypatch):
+    monkeypatch.setattr(Pooled, "interrupt_at", 0)
+    with pytest.raises(KeyboardInterrupt):
+        brainfm.embed(manifest("ADNI"), pretrained_on_adni)
+    assert len(overlaps(caplog)) == 1
+
+
+def test_warning_is_given_for_a_folder_too(pretrained_on_adni, small_sample, tmp_path, caplog):
+    folder = tmp_path / "adni" / "sub-01"
+    folder.mkdir(parents=True)
+    for path in small_sample:
+        (folder / path.name).write_bytes(path.read_bytes())
+    brainfm.embed(tmp_path / "adni", pretrained_on_adni)
+    assert len(overlaps(caplog)) == 1
+
+
+@pytest.mark.parametrize(("dataset", "column"), [("IXI", "dataset"), ("", "dataset"), ("ADNI", "label")])
+def test_no_warning_for_other_data(dataset, column, pretrained_on_adni, manifest, caplog):
+    brainfm.embed(manifest(dataset, column), pretrained_on_adni)
+    assert overlaps(caplog) == []
+
+
+def test_no_warning_where_no_cohorts_are_recorded(small_model, manifest, caplog):
+    brainfm.embed(manifest("ADNI"), small_model)
+    assert overlaps(caplog) == []

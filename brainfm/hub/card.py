@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,10 @@ from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg, describe
 
 # The Hub's identifiers of licences are SPDX's in lower case; these are the ones weights are given.
-_HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "gpl-3.0")
+_HUB_LICENCES = (
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "openrail"),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
+)
 
 # Encoders whose network is MONAI's own, and the function that builds it there.
 _MONAI = {"simclr_resnet18_3d": "resnet18", "resnet18_3d": "resnet18", "simclr_resnet50_3d": "resnet50"}
@@ -62,12 +66,17 @@ def _front_matter(cfg: PretrainedCfg) -> str:
     }
     if cfg.licence:
         known = cfg.licence.lower() in _HUB_LICENCES
-        data |= {"license": cfg.licence.lower()} if known else {"license": "other", "license_name": cfg.licence}
+        data |= (
+            {"license": cfg.licence.lower()}
+            if known
+            else {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", cfg.licence.lower()).strip("-")}
+        )
     return ModelCardData(**data).to_yaml().strip()
 
 
 def _usage(cfg: PretrainedCfg) -> str:
     text = _fenced(
+        "import brainfm\n\n"
         f'model = brainfm.create_model("hf-hub:{PLACE}")  # or "local-dir:FOLDER"\n'
         "transform = brainfm.create_transform(model)\n"
         'z = model(transform("normalized.nii.gz", mask="mask.nii.gz")[None])',
@@ -134,8 +143,15 @@ def _provenance(config: Mapping[str, Any]) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ("---",) * len(head), *rows])
+    lines = [head, ("---",) * len(head), *(tuple(map(_one_line, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _fenced(text: str, language: str = "") -> str:
-    return f"```{language}\n{text}\n```"
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -22,7 +22,7 @@ from brainfm.hub import fingerprint
 from brainfm.hub.card import model_card
 from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
-from brainfm.registry import get_pretrained_cfg, is_model
+from brainfm.registry import get_pretrained_cfg, is_model, model_entrypoint
 from brainfm.weights import (
     HUB_CONFIG,
     HUB_WEIGHTS,
@@ -52,8 +52,8 @@ def save_for_hub(
     as a fingerprint, for `verify`.
 
     Cohorts, scores, licence and citation of the model's cfg are written only for weights that are, to the bit, the ones
-    the cfg describes. Of weights trained further, only where they came from is kept; of others, nothing. Say what you
-    know of yours in `pretrained_cfg_overlay`.
+    the cfg describes. Weights trained further keep all but the scores, and say from what; others keep nothing. Say what
+    you know of yours in `pretrained_cfg_overlay`.
 
     Args:
         model: An encoder of `create_model`.
@@ -65,6 +65,7 @@ def save_for_hub(
 
     Raises:
         BrainfmError: The model is not one of `create_model`, or the folder holds something else.
+        ValueError: The overlay has a field that a cfg has not, or a value that it cannot have.
         WeightsError: The weights are not finite, or cannot be loaded back (those of `optimize` cannot).
 
     Example:
@@ -76,11 +77,16 @@ def save_for_hub(
             f"a {type(model).__name__} cannot be saved for the Hub: it takes an encoder of brainfm.create_model, "
             "unwrapped (of DistributedDataParallel the .module, of SimCLR the .encoder)"
         )
+    _check_names(model)
     cfg, provenance = _described(model)
-    cfg = cfg.overlay(pretrained_cfg_overlay or {})
+    overlay = dict(pretrained_cfg_overlay or {})
+    if overlay.get("architecture", cfg.architecture) != cfg.architecture:
+        raise ValueError(f"this model is a {cfg.architecture}; its architecture cannot be set")
+    cfg = cfg.overlay(overlay)
     from brainfm import __version__
 
-    with _whole_folder(Path(folder)) as temporary:
+    folder = Path(folder).expanduser()
+    with _whole_folder(folder) as temporary:
         save_state(model.state_dict(), temporary / HUB_WEIGHTS, {"architecture": cfg.architecture} | provenance)
         sources = {"file": None, "url": None, "hub_id": None, "hub_revision": None, "hub_filename": HUB_WEIGHTS}
         shape = {"num_features": model.num_features, "num_classes": model.num_classes, "in_chans": model.in_chans}
@@ -99,7 +105,7 @@ def save_for_hub(
         config["fingerprint"] = _fingerprint(again)
         _write_json(temporary / HUB_CONFIG, config)
         (temporary / CARD).write_text(model_card(again, config), encoding="utf-8")
-    return Path(folder)
+    return folder
 
 
 def convert(
@@ -125,6 +131,8 @@ def convert(
         BrainfmError: The folder holds something else.
     """
     cfg = get_pretrained_cfg(model_name)
+    if _holds_model(Path(source)):
+        return _convert_folder(Path(source), folder, cfg, pretrained_cfg_overlay)
     path = _weight_file(Path(source))
     checkpoint = read_checkpoint(path)
     published = _published_sha256(cfg)
@@ -137,6 +145,17 @@ def convert(
     model = create_model(model_name, in_chans=_input_channels(model, checkpoint))
     model.weights_report = load_checkpoint(model, path, path.name)  # with its classifier, where it has one
     return save_for_hub(model, folder, pretrained_cfg_overlay=pretrained_cfg_overlay)
+
+
+def _convert_folder(
+    source: Path, folder: str | os.PathLike[str], wanted: PretrainedCfg, overlay: Mapping[str, Any] | None
+) -> Path:
+    """A model's folder written anew, with its own arguments and cfg, and its classifier."""
+    cfg = resolve(f"local-dir:{source}").cfg
+    if cfg.architecture != wanted.architecture:
+        raise WeightsError(f"{source}: holds a {cfg.architecture}, not a {wanted.architecture}")
+    model = create_model(f"local-dir:{source}", num_classes=cfg.num_classes)
+    return save_for_hub(model, folder, pretrained_cfg_overlay=overlay)
 
 
 def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -159,14 +178,28 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
         return weights
     if not source.config:  # no folder yet: a file in this package or behind a URL
         return save_for_hub(create_model(name, pretrained=True, cache_dir=cache_dir), to)
-    with _whole_folder(Path(to)) as temporary:
+    folder = Path(to).expanduser()
+    with _whole_folder(folder) as temporary:
         shutil.copyfile(weights, temporary / HUB_WEIGHTS)
         _write_json(temporary / HUB_CONFIG, source.config)
         try:
             shutil.copyfile(_beside(source.cfg, CARD, cache_dir), temporary / CARD)
         except (WeightsNotFoundError, FileNotFoundError):
             logger.info("%s: has no model card", name)
-    return Path(to)
+    return folder
+
+
+def _check_names(model: Encoder) -> None:
+    """Refuse what `optimize` made: without its BatchNorms it is no longer the network that a name stands for."""
+    with torch.device("meta"):
+        fresh = model_entrypoint(model.pretrained_cfg.architecture)(
+            num_classes=model.num_classes, in_chans=model.in_chans, **model.model_args
+        )
+    if fresh.state_dict().keys() != model.state_dict().keys():
+        raise WeightsError(
+            f"this {type(model).__name__} has other tensors than a {model.pretrained_cfg.architecture}: save the model "
+            "that create_model gave, not a copy of brainfm.optimize"
+        )
 
 
 # --- What may be said of weights ------------------------------------------------------------------
@@ -191,7 +224,7 @@ def _described(model: Encoder) -> tuple[PretrainedCfg, dict[str, Any]]:
         return _unclaimed(cfg, notes), origin
     if is_published:
         return cfg, origin
-    notes = f"Converted from {origin['source']} (sha256 {digest}), of which nothing else was said."
+    notes = f"Converted from {origin['source']} (sha256 {origin['source_sha256']}), of which nothing else was said."
     return _unclaimed(cfg, notes), origin
 
 
@@ -212,7 +245,7 @@ def _holds(model: Encoder, checkpoint: Checkpoint) -> bool:
     now = model.state_dict()
     head = (f"{model.classifier}.weight", f"{model.classifier}.bias")
     return all(
-        key in state and torch.equal(value.cpu(), state[key].to(value.dtype))
+        key in state and torch.equal(value.cpu().double(), state[key].double())
         for key, value in now.items()
         if key not in head or model.num_classes
     )
@@ -240,7 +273,7 @@ def _fingerprint(model: Encoder) -> dict[str, Any] | None:
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder, whose files are moved to `folder` when the block ends without an error.
 
-    The config comes last: until it is there, a new weight file does not have the hash of an old config, and is refused.
+    The weights come first: until their config is there, they do not have the hash of an old one, and are refused.
     """
     if folder.exists() and not folder.is_dir():
         raise BrainfmError(f"{folder}: a file; name a folder")
@@ -251,11 +284,13 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         folder.mkdir(exist_ok=True)
-        for name in (CARD, HUB_WEIGHTS, HUB_CONFIG):
+        for name in (HUB_WEIGHTS, HUB_CONFIG, CARD):
             if (temporary / name).is_file():
                 with (temporary / name).open("rb") as file:
                     os.fsync(file.fileno())
                 (temporary / name).replace(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -286,9 +321,10 @@ def _beside(cfg: PretrainedCfg, filename: str, cache_dir: str | os.PathLike[str]
 
 
 def _input_channels(model: Encoder, checkpoint: Checkpoint) -> int:
-    for key, value in checkpoint.state.items():
-        if key.endswith(f"{model.first_conv}.weight") and value.ndim == 5:
-            return value.shape[1]
+    for prefix in ("", "encoder."):
+        weight = checkpoint.state.get(f"{prefix}{model.first_conv}.weight")
+        if weight is not None and weight.ndim == 5 and weight.shape[1] > 0:
+            return weight.shape[1]
     return model.in_chans
 
 

@@ -40,6 +40,7 @@ class Encoder(nn.Module, ABC):
     feature_info: list[dict[str, Any]]
     pretrained_cfg: PretrainedCfg
     model_args: dict[str, Any]  # what `create_model` gave the constructor, beside channels, classes and dropout
+    saved_args: dict[str, Any]  # the same of the model whose weights these are, where their config says
     weights_report: object | None  # what `create_model` loaded, a `brainfm.weights.WeightsReport`
 
     def __init__(self, num_classes: int, in_chans: int, global_pool: str | None, drop_rate: float) -> None:
@@ -49,7 +50,7 @@ class Encoder(nn.Module, ABC):
         self.global_pool = self._checked_pool(global_pool or self.pools[0])
         self.head_drop = nn.Dropout(drop_rate)
         self.pretrained_cfg = PretrainedCfg()
-        self.model_args = {}
+        self.model_args, self.saved_args = {}, {}
         self.weights_report = None
         self.grad_checkpointing = False
         self._frozen = False

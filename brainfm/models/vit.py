@@ -6,6 +6,7 @@ CLS token. Nothing 3D was released; the rule for the 3D sin-cos positions is our
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -217,20 +218,23 @@ class VisionTransformer(Encoder):
     def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop an MAE's decoder, move positions stored for another input size, then as every family does.
 
-        The stored grid of patches is that of the cfg's input contract. Fixed sin-cos positions are computed anew,
-        others interpolated.
+        The stored grid of patches is that of the model that was saved, where that is known, else that of the cfg's
+        input contract. Fixed sin-cos positions are computed anew, others interpolated.
         """
         state = {key: value for key, value in state.items() if not key.startswith(("decoder_", "mask_token"))}
-        stored, spec = state.get("pos_embed"), self.pretrained_cfg.input_spec
-        if stored is not None and spec is not None and spec.output_shape is not None:
-            z, y, x = (
-                size // patch for size, patch in zip(spec.output_shape[1:], self.patch_embed.patch_size, strict=True)
-            )
-            if stored.shape == (1, 1 + z * y * x, self.num_features) and (z, y, x) != self.grid:
-                fixed = self._is_sincos(stored, (z, y, x))
-                moved = self.pos_embed.data if fixed else interpolate_positions(stored, (z, y, x), self.grid)
-                state = state | {"pos_embed": moved}
+        stored, grid = state.get("pos_embed"), self._stored_grid()
+        tokens = 1 + math.prod(grid or self.grid)
+        if grid is not None and grid != self.grid and stored is not None and stored.shape[:2] == (1, tokens):
+            fixed = self._is_sincos(stored, grid)
+            moved = self.pos_embed.data if fixed else interpolate_positions(stored, grid, self.grid)
+            state = state | {"pos_embed": moved}
         return super().filter_state_dict(state)
+
+    def _stored_grid(self) -> Triple | None:
+        spec = self.pretrained_cfg.input_spec
+        contract = spec.output_shape[1:] if spec is not None and spec.output_shape is not None else None
+        shape = self.saved_args.get("img_size", contract)
+        return None if shape is None else self.patch_embed.grid(shape)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -117,9 +117,14 @@ def _read_safetensors(path: Path) -> Checkpoint:
 def _provenance(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """What `save_state` wrote, or nothing where somebody else wrote."""
     try:
-        return dict(json.loads((metadata or {}).get("provenance", "{}")))
+        said = dict(json.loads((metadata or {}).get("provenance", "{}")))
     except (ValueError, TypeError):
         return {}
+    known = {key: said[key] for key in ("architecture", "source", "source_sha256") if isinstance(said.get(key), str)}
+    left_out = said.get("left_out")
+    if isinstance(left_out, list) and all(isinstance(item, str) for item in left_out):
+        known["left_out"] = left_out
+    return known
 
 
 def _is_tar(path: Path) -> bool:
