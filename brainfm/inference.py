@@ -55,7 +55,9 @@ def resolve_dtype(dtype: DTypeName | torch.dtype) -> torch.dtype:
 def resolve_device(device: str | torch.device) -> torch.device:
     """The torch device of a name; "auto" is a GPU where there is one. Raises BrainfmError where it cannot be used."""
     if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -1,0 +1,217 @@
+"""Scans for pretraining: which ones an epoch takes, in which order, and the views of each.
+
+Everything drawn is a pure function of (seed, epoch, patient, view): the number of workers, of processes, and a run
+resumed in between change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from brainfm.errors import BrainfmError, ScanError
+from brainfm.manifest import ScanRecord
+from brainfm.operations import Triple
+from brainfm.pretrained import InputSpec
+from brainfm.train.augment import Augmentation, draw_view, make_view
+from brainfm.train.cache import ScanCache, key_of, read_brain
+
+_DRAWS = 20  # of a view whose mask is empty, before its scan is given up
+_REPLACEMENTS = 10  # patients tried in place of one whose scan cannot be read
+
+_ORDER, _SCAN, _REPLACEMENT, _VIEW = range(4)  # what a random stream is for
+
+
+def stream(seed: int, epoch: int, purpose: int, *names: int) -> np.random.Generator:
+    """The random numbers of one decision; no two decisions share any."""
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, purpose, *names)))
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The views of one scan, and the scans that could not be read before it was found.
+
+    Attributes:
+        views: [views, 1, z, y, x] float32.
+        scan: Which scan of the list they show.
+        failed: Which scans could not be read, and why.
+    """
+
+    views: Tensor
+    scan: int
+    failed: tuple[tuple[int, str], ...] = ()
+
+
+class PretrainingData(Dataset[Sample]):
+    """Views of scans by (epoch, item); an item is a patient, or with `every_scan` a scan.
+
+    Args:
+        records: The scans. Those without a patient_id are patients of their own.
+        spec: The input contract; the views keep its shape unless `shape` is another.
+        augmentation: What views are drawn from.
+        views: How many of each scan.
+        seed: Of everything that is drawn.
+        cache: A folder of `build_cache`; None reads the scans themselves.
+        root: The manifest's folder, for the cache's keys.
+        every_scan: Take every scan once an epoch, as the released code does, instead of every patient.
+        shape: Voxels of the views.
+
+    Raises:
+        BrainfmError: The contract cannot be pretrained on, the cache is another contract's, or there are no scans.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ScanRecord],
+        spec: InputSpec,
+        augmentation: Augmentation,
+        *,
+        views: int = 2,
+        seed: int = 0,
+        cache: str | os.PathLike[str] | None = None,
+        root: str | os.PathLike[str] = ".",
+        every_scan: bool = False,
+        shape: Triple | None = None,
+    ) -> None:
+        if spec.output_shape is None:
+            raise BrainfmError("pretraining needs an input contract of a fixed shape")
+        self.records, self.spec, self.augmentation = list(records), spec, augmentation
+        self.views, self.seed = views, seed
+        self.stored_shape: Triple = spec.output_shape[1:]
+        self.shape = shape or self.stored_shape
+        self.cache = ScanCache(cache, spec) if cache is not None else None
+        self.root = root
+        self.items = [[n] for n in range(len(self.records))] if every_scan else _by_patient(self.records)
+        if not self.items:
+            raise BrainfmError("there are no scans to pretrain on")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The views of item `key[1]` in epoch `key[0]`; of another item where none of its scans can be read.
+
+        Raises:
+            ScanError: No scan could be read in a row of items.
+        """
+        epoch, item = key
+        failed: list[tuple[int, str]] = []
+        instead = stream(self.seed, epoch, _REPLACEMENT, item)
+        for _ in range(1 + _REPLACEMENTS):
+            order = stream(self.seed, epoch, _SCAN, self._name(item)).permutation(self.items[item])
+            for scan in map(int, order):
+                try:
+                    return Sample(self._views(scan, epoch, self._name(item)), scan, tuple(failed))
+                except (ScanError, OSError, ValueError) as error:
+                    failed.append((scan, str(error)))
+            item = int(instead.integers(len(self.items)))
+        raise ScanError(f"{len(failed)} scans in a row cannot be read; the last: {failed[-1][1]}")
+
+    def _name(self, item: int) -> int:
+        """A number for the patient that does not depend on the rest of the list."""
+        record = self.records[self.items[item][0]]
+        return zlib.crc32((record.patient_id or key_of(record, self.root)).encode())
+
+    def _views(self, scan: int, epoch: int, name: int) -> Tensor:
+        record = self.records[scan]
+        if self.cache is None:
+            image, mask = (torch.from_numpy(array) for array in read_brain(record, self.spec))
+        views = []
+        for number in range(self.views):
+            draws = stream(self.seed, epoch, _VIEW, name, number)
+            for attempt in range(_DRAWS):
+                view = draw_view(draws, self.stored_shape, self.augmentation)
+                if self.cache is not None:
+                    crop, brain = self.cache.read(self._cache_key(record), view.box)
+                else:
+                    crop, brain = image[view.box], mask[view.box]
+                try:
+                    views.append(make_view(crop, brain, view, self.shape))
+                    break
+                except ValueError:  # no brain in the crop
+                    if attempt == _DRAWS - 1:
+                        raise
+        return torch.stack(views)
+
+    def _cache_key(self, record: ScanRecord) -> str:
+        assert self.cache is not None
+        key = key_of(record, self.root)
+        if key not in self.cache:
+            raise ScanError(self.cache.errors.get(key, f"{record.image}: not in the cache {self.cache.folder}"))
+        return key
+
+
+def _by_patient(records: Sequence[ScanRecord]) -> list[list[int]]:
+    patients: dict[str, list[int]] = {}
+    for n, record in enumerate(records):
+        patients.setdefault(record.patient_id or f"\0{n}", []).append(n)
+    return list(patients.values())
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """This process's items of an epoch, as (epoch, item); every process gets as many, in whole batches.
+
+    The order is drawn for the joined batch: with W processes of batch B, or one of batch W·B, step n has the same
+    items. What does not fill a joined batch is left out, and another part each epoch.
+
+    Args:
+        items: How many there are.
+        batch_size: Of one process.
+        rank: Of this process.
+        world: Processes.
+        seed: Of the order.
+    """
+
+    def __init__(self, items: int, batch_size: int, *, rank: int = 0, world: int = 1, seed: int = 0) -> None:
+        if items < batch_size * world:
+            raise BrainfmError(
+                f"{items} patients do not fill one batch of {batch_size} on {world} processes; make batch_size smaller"
+            )
+        self.items, self.batch_size, self.rank, self.world, self.seed = items, batch_size, rank, world, seed
+        self.epoch, self.first_step = 0, 0
+
+    @property
+    def steps(self) -> int:
+        """Steps of a whole epoch."""
+        return self.items // (self.batch_size * self.world)
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = stream(self.seed, self.epoch, _ORDER).permutation(self.items)
+        joined = order[: self.steps * self.batch_size * self.world].reshape(self.steps, self.world, self.batch_size)
+        mine = joined[self.first_step :, self.rank].ravel()
+        return ((self.epoch, int(item)) for item in mine)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples side by side.
+
+    Attributes:
+        views: [views, B, 1, z, y, x] float32.
+        scans: Which scans they show.
+        failed: Scans that could not be read, and why.
+    """
+
+    views: Tensor
+    scans: list[int]
+    failed: dict[int, str]
+
+    def pin_memory(self) -> Batch:
+        """The same with page-locked views, for the loader."""
+        return Batch(self.views.pin_memory(), self.scans, self.failed)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples → a batch, views first."""
+    failed = {scan: reason for sample in samples for scan, reason in sample.failed}
+    return Batch(torch.stack([sample.views for sample in samples], dim=1), [s.scan for s in samples], failed)

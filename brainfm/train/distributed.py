@@ -1,0 +1,116 @@
+"""Processes: who we are under torchrun, what all have in common, and BatchNorm over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from brainfm.inference import resolve_device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all, as torchrun set it.
+
+    Attributes:
+        rank: Of this process.
+        world: How many there are.
+        device: What this one computes on.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over all processes, name by name."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        if dist.get_backend() == "nccl":
+            total = total.to(self.device)
+        dist.all_reduce(total)
+        return dict(zip(values, (total / self.world).tolist(), strict=True))
+
+    def gather(self, item: Any) -> list[Any]:
+        """What each process has, on every one."""
+        if self.world == 1:
+            return [item]
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item)
+        return items
+
+
+@contextmanager
+def processes(device: str = "auto") -> Iterator[Processes]:
+    """Join the other processes that torchrun started, if any, and leave them again.
+
+    Raises:
+        BrainfmError: The device cannot be used here.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    place = resolve_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    ours = world > 1 and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, world, place)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def synchronise_batch_norm(network: nn.Module, place: torch.device) -> nn.Module:
+    """Let every BatchNorm take its statistics over all processes; torch's own does that on GPUs only."""
+    if place.type != "cpu":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        return converted
+    for module in network.modules():
+        if type(module) is nn.BatchNorm3d:
+            module.__class__ = _SyncBatchNormCPU  # the same parameters, buffers and names
+    return network
+
+
+class _SyncBatchNormCPU(nn.BatchNorm3d):
+    """BatchNorm over the joined batch of all processes, which have equal shares; gradients pass between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce
+
+        world = dist.get_world_size()
+        axes = (0, 2, 3, 4)
+        mean: Tensor = all_reduce(x.mean(dim=axes)) / world  # type: ignore[no-untyped-call]
+        centred = x - mean[None, :, None, None, None]
+        variance: Tensor = all_reduce(centred.square().mean(dim=axes)) / world  # type: ignore[no-untyped-call]
+        count = x.numel() // x.shape[1] * world
+        with torch.no_grad():
+            _update(self, mean, variance * count / (count - 1))
+        scale = (variance + self.eps).rsqrt() * self.weight
+        return centred * scale[None, :, None, None, None] + self.bias[None, :, None, None, None]
+
+
+def _update(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.num_batches_tracked += 1
+    norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+    norm.running_var.lerp_(variance.to(norm.running_var), norm.momentum)

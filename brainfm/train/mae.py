@@ -1,0 +1,138 @@
+"""A masked autoencoder on 3D patches: He et al. 2022 (arXiv 2111.06377) as Kaczmarek et al. 2025 use it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from brainfm.models.vit import Block, VisionTransformer, sincos_positions
+from brainfm.operations import Triple
+
+
+class MaskedAutoencoder(nn.Module):
+    """A ViT that sees a quarter of the patches, and a decoder that fills in the rest.
+
+    The encoder's modules are taken over under their own names, and the decoder's have those of `facebookresearch/mae`,
+    so that checkpoints of that family load strictly. The encoder given stays what `create_model` made, and learns.
+
+    Args:
+        encoder: A ViT without a classifier; its `img_size` is that of the volumes.
+        decoder_dim: Width of the decoder; 512, as its depth and heads, in the paper's code for photographs.
+        decoder_depth: Its blocks.
+        decoder_heads: Its attention heads.
+        norm_pix_loss: Compare with patches that are each normalised (unbiased variance, 1e-6), instead of as they are.
+
+    Example:
+        >>> network = MaskedAutoencoder(brainfm.create_model("mae_vit_tiny_3d"))
+        >>> loss, prediction, mask = network(volumes)  # volumes [B, 1, 150, 192, 192]
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        norm_pix_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        if encoder.num_classes:
+            raise ValueError("MaskedAutoencoder takes an encoder without a classifier: reset_classifier(0)")
+        self.norm_pix_loss = norm_pix_loss
+        self.grid = encoder.grid
+        self.patch_embed = encoder.patch_embed
+        self.cls_token = encoder.cls_token
+        self.pos_embed = encoder.pos_embed
+        self.blocks = encoder.blocks
+        self.norm = encoder.norm
+
+        dim, voxels = encoder.num_features, encoder.in_chans * _product(encoder.patch_embed.patch_size)
+        self.decoder_embed = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_dim, self.grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_dim, voxels)
+        for module in (self.decoder_embed, *self.decoder_blocks.modules(), self.decoder_pred):
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, volumes: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hide patches, and predict their voxels.
+
+        Args:
+            volumes: [B, C, D, H, W] of the encoder's `img_size`.
+            mask_ratio: Share of patches to hide.
+            noise: [B, patches]; the patches of lowest noise are kept. None draws it from torch's generator.
+
+        Returns:
+            The mean squared error of the hidden patches' voxels; the prediction [B, patches, voxels a patch]; the mask
+            [B, patches], 1 where a patch was hidden.
+        """
+        if self.patch_embed.grid(volumes.shape[2:]) != self.grid:
+            raise ValueError(f"expected volumes of {self.grid} patches, got {list(volumes.shape)}")
+        if noise is None:
+            noise = torch.rand(len(volumes), _product(self.grid), device=volumes.device)
+        latent, mask, order = self.encode(volumes, mask_ratio, noise)
+        prediction = self.decode(latent, order)
+        return self.loss(volumes, prediction, mask), prediction, mask
+
+    def encode(self, volumes: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The visible patches' tokens [B, 1 + kept, dim] behind the CLS token, the mask, and where each patch went."""
+        tokens = self.patch_embed(volumes) + self.pos_embed[:, 1:]
+        shuffle = noise.argsort(dim=1)
+        order = shuffle.argsort(dim=1)
+        kept = int(tokens.shape[1] * (1 - mask_ratio))
+        visible = tokens.gather(1, shuffle[:, :kept, None].expand(-1, -1, tokens.shape[2]))
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([cls_token, visible], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens), (order >= kept).to(volumes.dtype), order
+
+    def decode(self, latent: Tensor, order: Tensor) -> Tensor:
+        """Tokens of the visible patches → the voxels of all, [B, patches, voxels a patch]."""
+        tokens = self.decoder_embed(latent)
+        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), order.shape[1] + 1 - tokens.shape[1], -1)
+        patches = torch.cat([tokens[:, 1:], hidden], dim=1)
+        patches = patches.gather(1, order[:, :, None].expand(-1, -1, patches.shape[2]))
+        tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            tokens = block(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]  # type: ignore[no-any-return]
+
+    def loss(self, volumes: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error over the hidden patches."""
+        target = patchify(volumes, self.patch_embed.patch_size)
+        if self.norm_pix_loss:
+            target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        error = (prediction.to(target.dtype) - target).square().mean(dim=-1)
+        return (error * mask).sum() / mask.sum()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone, beside biases and norms."""
+        return {"pos_embed", "cls_token", "decoder_pos_embed", "mask_token"}
+
+
+def patchify(volumes: Tensor, patch_size: Triple) -> Tensor:
+    """[B, C, D, H, W] → [B, patches, voxels a patch]: patches z slowest, in each z, y, x, then channels."""
+    batch, channels = volumes.shape[:2]
+    z, y, x = (size // patch for size, patch in zip(volumes.shape[2:], patch_size, strict=True))
+    split = volumes.reshape(batch, channels, z, patch_size[0], y, patch_size[1], x, patch_size[2])
+    return split.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(batch, z * y * x, -1)
+
+
+def unpatchify(patches: Tensor, patch_size: Triple, grid: Triple) -> Tensor:
+    """The volumes [B, C, D, H, W] that `patchify` cut up."""
+    batch, channels = len(patches), patches.shape[2] // _product(patch_size)
+    split = patches.reshape(batch, *grid, *patch_size, channels)
+    shape = [patch * count for patch, count in zip(patch_size, grid, strict=True)]
+    return split.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, channels, *shape)
+
+
+def _product(triple: Triple) -> int:
+    return triple[0] * triple[1] * triple[2]

@@ -1,0 +1,213 @@
+"""Recipes: everything a run depends on, from a YAML file and `key=value` overrides, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from brainfm.errors import RecipeError
+from brainfm.operations import Checked, Triple
+from brainfm.train.augment import Augmentation
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe(Checked):
+    """A pretraining run.
+
+    Attributes:
+        method: "simclr" or "mae".
+        model: The registered encoder to train, from initial weights.
+        manifest: CSV of scans: image_path, mask_path, optional patient_id.
+        output: The run's folder.
+        seed: Of initial weights, order and views.
+        epochs: Passes over the patients.
+        batch_size: Scans a step, on one process.
+        batch_chunk: SimCLR: scans of the batch that are in memory at a time; the gradient is that of the whole batch,
+            BatchNorm's statistics are those of each chunk. None is all.
+        every_scan: An epoch takes every scan once, instead of every patient.
+        input_size: Voxels of the views; None is the input contract's.
+        augmentation: What views are drawn from.
+        workers: Processes that read scans, for each training process.
+        cache: A folder of 'brainfm cache build'; None reads the scans themselves.
+        max_bad_share: Stop when more than this share of the scans tried cannot be read.
+        temperature, projection_dim, gradient: Of SimCLR; see `nt_xent_loss`.
+        mask_ratio, norm_pix_loss, decoder_dim, decoder_depth, decoder_heads: Of the MAE.
+        optimiser: "adam", "adamw" or "lars".
+        lr: Learning rate.
+        scale_lr: Multiply lr by the joined batch / 256.
+        betas: Of Adam and AdamW.
+        momentum: Of LARS.
+        weight_decay: Not on biases, norms and tokens.
+        schedule: "constant", or "cosine": half a cosine to 0 over the run. Stepped every iteration.
+        warmup_epochs: A linear rise before.
+        clip_grad: Largest norm of the gradient; None leaves it.
+        device: "auto", "cpu", "cuda".
+        precision: "float32", or "bfloat16" by autocast; "float64" to compare runs.
+        tf32: Let CUDA multiply in TF32.
+        channels_last: Memory layout.
+        grad_checkpointing: Recompute activations in the backward pass.
+        sync_bn: BatchNorm statistics over all processes.
+        save_every: Keep a checkpoint every so many epochs, beside the last and the best.
+        resume: Go on with the run in `output` where there is one.
+    """
+
+    method: Literal["simclr", "mae"]
+    model: str
+    manifest: str = ""
+    output: str = ""
+    seed: int = 0
+    epochs: int = 150
+    batch_size: int = 6
+    batch_chunk: int | None = None
+    every_scan: bool = False
+    input_size: Triple | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    workers: int = 2
+    cache: str | None = None
+    max_bad_share: float = 0.01
+    temperature: float = 0.5
+    projection_dim: int = 64
+    gradient: Literal["exact", "upstream"] = "exact"
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = False
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    optimiser: Literal["adam", "adamw", "lars"] = "adam"
+    lr: float = 3e-4
+    scale_lr: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: float = 0
+    clip_grad: float | None = None
+    device: str = "auto"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    tf32: bool = True
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    sync_bn: bool = True
+    save_every: int = 10
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least = {"epochs": 1, "batch_size": 1, "workers": 0, "projection_dim": 1, "save_every": 1, "seed": 0}
+        at_least |= {"decoder_dim": 6, "decoder_depth": 1, "decoder_heads": 1, "warmup_epochs": 0, "weight_decay": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least {least}")
+        for name in ("lr", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be above 0")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {self.mask_ratio}, and must be between 0 and 1")
+        if self.batch_chunk is not None and not 0 < self.batch_chunk <= self.batch_size:
+            raise ValueError(f"batch_chunk is {self.batch_chunk}, and must be between 1 and batch_size")
+        if self.batch_chunk is not None and self.method == "mae":
+            raise ValueError("batch_chunk is for SimCLR, whose loss compares scans; for an MAE make batch_size smaller")
+        if self.method == "simclr" and self.batch_size < 2:
+            raise ValueError("SimCLR compares scans with one another: batch_size must be at least 2")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, more than all {self.epochs} epochs")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON-ready data."""
+        data = asdict(self)
+        data["augmentation"] = {key: _plain(value) for key, value in data["augmentation"].items()}
+        return {key: _plain(value) for key, value in data.items()}
+
+
+def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a published run, or of a YAML file, with fields replaced.
+
+    Args:
+        name: Such as "simclr_resnet18_3d", or a path that ends in .yaml.
+        overrides: Such as "batch_size=12" or "augmentation.flip=0"; values are YAML.
+
+    Raises:
+        RecipeError: No such recipe, an unknown key, or a value that cannot be; the message says which.
+    """
+    text = str(name)
+    path = Path(text) if text.endswith((".yaml", ".yml")) else RECIPES / f"{text}.yaml"
+    known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
+    if not path.is_file():
+        near = difflib.get_close_matches(text, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"no recipe {text!r}; {hint}Known: {', '.join(known)}, or the path of a .yaml file")
+    values = _yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a list of 'key: value' lines")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"{override!r} is not key=value")
+        group, dot, inner = key.strip().partition(".")
+        parsed = _yaml(value, override)
+        if dot:
+            values[group] = dict(values.get(group) or {}) | {inner: parsed}
+        else:
+            values[group] = parsed
+    return recipe_from_dict(values, str(path))
+
+
+def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """The recipe that `to_dict` described. Raises RecipeError as `load_recipe` does."""
+    values = dict(values)
+    try:
+        _check_keys(values, Recipe, "")
+        augmentation = values.get("augmentation", {})
+        if not isinstance(augmentation, Mapping):
+            raise ValueError("augmentation is a group: write augmentation.KEY=VALUE")
+        _check_keys(augmentation, Augmentation, "augmentation.")
+        values["augmentation"] = Augmentation(**{k: _number(v) for k, v in augmentation.items()})
+        return Recipe(**{key: _number(value) for key, value in values.items()})
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{where}: {error}") from error
+
+
+def with_fields(recipe: Recipe, **changes: Any) -> Recipe:
+    """The same recipe with some fields replaced. Raises RecipeError for a value that cannot be."""
+    try:
+        return replace(recipe, **changes)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _check_keys(values: Mapping[str, Any], cls: type[Any], prefix: str) -> None:
+    names = [item.name for item in fields(cls)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
+            raise ValueError(f"unknown key {prefix}{key}; {hint}")
+
+
+def _yaml(text: str, where: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 3e-4 for a word, since it has no point."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,116 @@
+"""Views against MONAI's transforms, which the released code uses, for the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.transforms import AdjustContrast, Resize, Rotate
+
+from brainfm.operations import Volume, ZScore
+from brainfm.train.augment import (
+    Augmentation,
+    View,
+    adjust_contrast,
+    draw_view,
+    make_view,
+    masked_zscore,
+    resize,
+    rotate,
+)
+
+SHAPE = (30, 38, 44)
+
+
+@pytest.fixture
+def volume():
+    noise = torch.randn(1, 1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.avg_pool3d(noise, 3, 1, 1)[0, 0] * 10 + 20
+
+
+@pytest.fixture
+def brain():
+    z, y, x = (torch.linspace(-1, 1, size) for size in SHAPE)
+    return z[:, None, None] ** 2 + y[None, :, None] ** 2 + x**2 < 0.8
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, -0.785])
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_rotation_is_that_of_monai_in_three_dimensions(angle, mode, volume):
+    theirs = Rotate((angle, 0, 0), keep_size=True, mode=mode, padding_mode="border")(volume[None])[0]
+    assert torch.allclose(rotate(volume, angle, mode), theirs, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["trilinear", "nearest"])
+@pytest.mark.parametrize("shape", [(41, 50, 60), (20, 38, 50)])
+def test_resizing_is_that_of_monai(shape, mode, volume):
+    assert torch.equal(resize(volume, shape, mode), Resize(shape, mode=mode)(volume[None])[0].as_tensor())
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5])
+def test_contrast_is_that_of_monai(gamma, volume):
+    theirs = AdjustContrast(gamma)(volume[None])[0].as_tensor()
+    assert torch.allclose(adjust_contrast(volume, gamma), theirs, atol=1e-5)
+
+
+def test_zscore_is_that_of_the_input_contract(volume, brain):
+    operation = ZScore(region="mask", eps=1e-12, eps_rule="under_root", background="zero")
+    wanted = operation(Volume(volume.numpy()[None], brain.numpy(), np.eye(4))).image[0]
+    assert np.abs(masked_zscore(volume, brain).numpy() - wanted).max() < 1e-5
+
+
+def test_whole_view_is_that_of_the_released_pipeline(volume, brain):
+    """Crop, resize, flip, rotate, shift, contrast, masked z-score, by MONAI's deterministic transforms."""
+    view = View((3, 5, 2), (20, 30, 33), True, 0.4, 0.3, 0.7)
+    image, mask = volume[view.box][None], brain[view.box][None].float()
+    image, mask = Resize(SHAPE, mode="trilinear")(image), Resize(SHAPE, mode="nearest")(mask)
+    image, mask = image.flip(-1), mask.flip(-1)
+    turn = {"angle": (0.4, 0, 0), "keep_size": True, "padding_mode": "border"}
+    image, mask = Rotate(mode="bilinear", **turn)(image), Rotate(mode="nearest", **turn)(mask)
+    image = AdjustContrast(0.7)(image + 0.3).as_tensor().double()
+    inside = image[mask > 0]
+    wanted = torch.where(mask.as_tensor() > 0, (image - inside.mean()) / inside.std(correction=0), 0)
+    found = make_view(volume[view.box], brain[view.box], view, SHAPE)
+    assert found.shape == (1, *SHAPE)
+    assert (found - wanted).abs().max() < 1e-3
+
+
+def test_draws_have_the_published_distributions():
+    rng = np.random.default_rng(0)
+    full = (150, 192, 192)
+    views = [draw_view(rng, full, Augmentation()) for _ in range(4000)]
+    sizes, starts = np.array([v.size for v in views]), np.array([v.start for v in views])
+    assert (sizes.min(axis=0) >= (30, 40, 40)).all()
+    assert (sizes.max(axis=0) == full).all()
+    assert np.abs(sizes.mean(axis=0) - [90, 116, 116]).max() < 2.5
+    assert ((starts + sizes) <= full).all()
+    assert starts.min() == 0
+    for share, wanted in (
+        (np.mean([v.flip for v in views]), 0.5),
+        (np.mean([v.angle is not None for v in views]), 0.5),
+        (np.mean([v.shift is not None for v in views]), 0.8),
+        (np.mean([v.gamma is not None for v in views]), 0.8),
+    ):
+        assert share == pytest.approx(wanted, abs=0.03)
+    angles = np.array([v.angle for v in views if v.angle is not None])
+    gammas = np.array([v.gamma for v in views if v.gamma is not None])
+    assert np.abs(angles).max() <= 0.785
+    assert angles.std() == pytest.approx(0.785 / 3**0.5, rel=0.05)
+    assert gammas.min() >= 0.5
+    assert gammas.max() <= 1.5
+    assert gammas.mean() == pytest.approx(1, abs=0.02)
+
+
+def test_view_without_brain_or_with_values_that_are_not_finite_is_refused(volume, brain):
+    view = View((0, 0, 0), (4, 4, 4))
+    with pytest.raises(ValueError, match="no voxel"):
+        make_view(volume[view.box], brain[view.box], view, (8, 8, 8))
+    volume[15, 19, 22] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        masked_zscore(volume, brain)
+
+
+@pytest.mark.parametrize("fields", [{"flip": 1.5}, {"crop_min": (0, 4, 4)}, {"gamma": (1.5, 0.5)}, {"rotate": -0.1}])
+def test_ranges_that_cannot_be_are_refused(fields):
+    with pytest.raises(ValueError, match="augmentation"):
+        Augmentation(**fields)

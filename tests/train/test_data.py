@@ -1,0 +1,184 @@
+"""Which scans an epoch takes, their views, and the cache they may come from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from brainfm import BrainfmError, ScanError
+from brainfm.manifest import ScanRecord, read_manifest
+from brainfm.train.augment import Augmentation
+from brainfm.train.cache import ScanCache, build_cache, key_of, read_brain
+from brainfm.train.data import EpochSampler, PretrainingData, collate
+
+MILD = Augmentation(crop_min=(27, 32, 32))
+
+
+@pytest.fixture
+def records(cohort):
+    return read_manifest(cohort)
+
+
+@pytest.fixture
+def data(records, small_spec):
+    return PretrainingData(records, small_spec, MILD, seed=3)
+
+
+@pytest.fixture(scope="module")
+def cache(cohort, small_spec, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    report = build_cache(read_manifest(cohort), folder, small_spec, root=cohort.parent)
+    assert (report.written, report.found, report.refused) == (16, 0, {})
+    return folder
+
+
+def test_an_epoch_takes_each_patient_once_with_one_of_its_scans(data):
+    assert len(data) == 12
+    chosen = [Counter(data[epoch, item].scan for item in range(12)) for epoch in range(4)]
+    for scans in chosen:
+        assert {scan % 12 for scan in scans} == set(range(12))
+    assert len({scan for scans in chosen for scan in scans}) > 12  # not always the same one
+
+
+def test_every_scan_can_be_taken(records, small_spec):
+    assert len(PretrainingData(records, small_spec, MILD, every_scan=True)) == 16
+
+
+def test_views_are_a_function_of_seed_epoch_and_patient(records, small_spec, data):
+    again = PretrainingData(records[::-1], small_spec, MILD, seed=3)  # another order of the list
+    other_seed = PretrainingData(records, small_spec, MILD, seed=4)
+    name = data.records[data.items[5][0]].patient_id
+    item = next(n for n, scans in enumerate(again.items) if again.records[scans[0]].patient_id == name)
+    first = data[1, 5].views
+    assert torch.equal(first, again[1, item].views)
+    assert not torch.equal(first, data[2, 5].views)
+    assert not torch.equal(first, other_seed[1, 5].views)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_workers_change_nothing(data):
+    def batches(workers):
+        sampler = EpochSampler(len(data), 4, seed=3)
+        return list(DataLoader(data, 4, sampler=sampler, num_workers=workers, collate_fn=collate))
+
+    for alone, shared in zip(batches(0), batches(2), strict=True):
+        assert alone.scans == shared.scans
+        assert torch.equal(alone.views, shared.views)
+        assert alone.views.shape == (2, 4, 1, 40, 48, 48)
+
+
+def test_processes_share_the_joined_batch_and_a_resumed_epoch_goes_on():
+    joined = list(EpochSampler(23, 6, seed=1))
+    assert len(joined) == 18
+    parts = [list(EpochSampler(23, 2, rank=rank, world=3, seed=1)) for rank in range(3)]
+    steps = [[item for part in parts for item in part[2 * step : 2 * step + 2]] for step in range(3)]
+    assert [item for step in steps for item in step] == joined
+    later = EpochSampler(23, 6, seed=1)
+    later.first_step = 2
+    assert list(later) == joined[12:]
+    assert len(later) == 6
+    later.epoch = 1
+    assert list(later) != joined[12:]
+
+
+def test_too_few_patients_for_a_batch_are_refused():
+    with pytest.raises(BrainfmError, match="do not fill"):
+        EpochSampler(5, 3, world=2)
+
+
+def test_scan_that_cannot_be_read_is_replaced_and_named(records, small_spec, tmp_path):
+    records[5] = ScanRecord(tmp_path / "gone.nii.gz", None, records[5].patient_id)
+    data = PretrainingData(records, small_spec, MILD)
+    item = next(n for n, scans in enumerate(data.items) if scans == [5])
+    sample = data[0, item]
+    assert sample.scan != 5
+    assert sample.views.shape == (2, 1, 40, 48, 48)
+    assert [scan for scan, _ in sample.failed] == [5]
+    assert "gone.nii.gz" in sample.failed[0][1]
+    assert collate([sample, data[0, 0]]).failed.keys() == {5}
+
+
+def test_list_without_one_readable_scan_ends_in_an_error(small_spec, tmp_path):
+    data = PretrainingData([ScanRecord(tmp_path / f"{n}.nii.gz") for n in range(3)], small_spec, MILD)
+    with pytest.raises(ScanError, match="in a row cannot be read"):
+        data[0, 0]
+
+
+# --- The cache ------------------------------------------------------------------------------------
+
+
+def test_cache_gives_the_scans_to_half_precision_at_any_box(cache, records, cohort, small_spec):
+    stored = ScanCache(cache, small_spec)
+    for box in ((slice(0, 40), slice(0, 48), slice(0, 48)), (slice(3, 31), slice(7, 40), slice(5, 46))):
+        for record in records[:3]:
+            image, mask = read_brain(record, small_spec)
+            found, brain = stored.read(key_of(record, cohort.parent), box)
+            assert np.array_equal(brain.numpy(), mask[box])
+            assert np.abs(found.numpy() - (image / image.max())[box]).max() < 2**-11
+
+
+def test_views_from_the_cache_are_those_from_the_scans(cache, records, cohort, small_spec, data):
+    cached = PretrainingData(records, small_spec, MILD, seed=3, cache=cache, root=cohort.parent)
+    for item in range(4):
+        plain, quick = data[0, item], cached[0, item]
+        assert plain.scan == quick.scan
+        assert (plain.views - quick.views).abs().max() < 0.02
+
+
+def test_second_build_writes_nothing_and_a_changed_scan_alone_is_written_again(records, small_spec, tmp_path):
+    copies = []
+    for n, record in enumerate(records[:3]):
+        path = tmp_path / f"{n}.nii.gz"
+        path.write_bytes(Path(record.image).read_bytes())
+        copies.append(ScanRecord(path, record.mask))
+    assert build_cache(copies, tmp_path / "cache", small_spec, root=tmp_path).written == 3
+    assert build_cache(copies, tmp_path / "cache", small_spec, root=tmp_path).found == 3
+    copies[1].image.write_bytes(Path(records[7].image).read_bytes())
+    again = build_cache(copies, tmp_path / "cache", small_spec, root=tmp_path)
+    assert (again.written, again.found) == (1, 2)
+    whole = (slice(0, 40), slice(0, 48), slice(0, 48))
+    found = ScanCache(tmp_path / "cache", small_spec).read(key_of(copies[1], tmp_path), whole)[0]
+    image = read_brain(records[7], small_spec)[0]
+    assert np.abs(found.numpy() - image / image.max()).max() < 2**-11
+
+
+def test_build_that_was_killed_goes_on(records, small_spec, tmp_path, cohort):
+    build_cache(records[:2], tmp_path, small_spec, root=cohort.parent)
+    with (tmp_path / "index.jsonl").open("a") as index:
+        index.write('\n{"key": "half a li')
+    report = build_cache(records[:4], tmp_path, small_spec, root=cohort.parent, workers=2)
+    assert (report.written, report.found) == (2, 2)
+    assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 4
+
+
+def test_bad_scan_is_listed_and_the_rest_is_built(records, small_spec, tmp_path):
+    records[1] = ScanRecord(tmp_path / "gone.nii.gz", None, "x")
+    report = build_cache(records[:3], tmp_path / "cache", small_spec)
+    assert report.written == 2
+    assert list(report.refused) == [str(tmp_path / "gone.nii.gz")]
+    data = PretrainingData(records[:3], small_spec, MILD, cache=tmp_path / "cache")
+    assert "gone.nii.gz" in data[0, 1].failed[0][1]
+
+
+def test_cache_of_another_contract_no_cache_and_a_damaged_one_are_refused(cache, spec, small_spec, tmp_path, records):
+    with pytest.raises(BrainfmError, match="another input contract"):
+        ScanCache(cache, spec)
+    with pytest.raises(BrainfmError, match="another input contract"):
+        build_cache(records, cache, spec)
+    with pytest.raises(BrainfmError, match="brainfm cache build"):
+        ScanCache(tmp_path, small_spec)
+    (tmp_path / "cache.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(BrainfmError, match="damaged"):
+        ScanCache(tmp_path, small_spec)
+
+
+def test_contract_that_does_not_end_in_a_masked_zscore_is_refused(records, small_spec):
+    with pytest.raises(BrainfmError, match="z-score"):
+        read_brain(records[0], replace(small_spec, operations=small_spec.operations[:-1]))

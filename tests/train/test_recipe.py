@@ -1,0 +1,119 @@
+"""Recipes: the published numbers, overrides, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+import brainfm
+from brainfm import RecipeError
+from brainfm.train.optim import LARS, learning_rate, make_optimiser
+from brainfm.train.recipe import RECIPES, load_recipe, recipe_from_dict
+
+
+def test_published_runs_are_those_of_the_paper():
+    simclr, mae = load_recipe("simclr_resnet18_3d"), load_recipe("mae_vit_tiny_3d")
+    assert (simclr.epochs, simclr.batch_size, simclr.temperature, simclr.optimiser) == (150, 6, 0.5, "adam")
+    assert (simclr.lr, simclr.schedule, simclr.weight_decay, simclr.projection_dim) == (3e-4, "constant", 0, 64)
+    assert simclr.augmentation.crop_min == (30, 40, 40)
+    assert (mae.optimiser, mae.betas, mae.lr, mae.scale_lr) == ("adamw", (0.9, 0.95), 1.5e-4, True)
+    assert (mae.warmup_epochs, mae.weight_decay, mae.mask_ratio, mae.norm_pix_loss) == (40, 0.05, 0.75, False)
+    assert (mae.augmentation.rotate, mae.augmentation.contrast, mae.augmentation.flip) == (0, 0, 0.5)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_names_a_model_and_the_source_of_each_number(path):
+    recipe = load_recipe(path.stem)
+    assert brainfm.is_model(recipe.model)
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("#")
+
+
+def test_overrides_are_yaml_and_reach_groups():
+    recipe = load_recipe(
+        "simclr_resnet18_3d",
+        ["lr=3e-3", "batch_size=12", "input_size=[40,48,48]", "augmentation.gamma=[0.8,1.2]", "cache=null", "tf32=no"],
+    )
+    assert (recipe.lr, recipe.batch_size, recipe.input_size) == (3e-3, 12, (40, 48, 48))
+    assert (recipe.augmentation.gamma, recipe.augmentation.flip) == ((0.8, 1.2), 0.5)
+    assert (recipe.cache, recipe.tf32) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("bath_size=3", "did you mean batch_size"),
+        ("augmentation.flop=0.5", r"did you mean augmentation\.flip"),
+        ("epochs=many", "epochs is 'many', and must be int"),
+        ("epochs=0", "at least 1"),
+        ("epochs=1.5", "must be int"),
+        ("lr=-1", "lr is -1"),
+        ("lr=.nan", "lr is nan"),
+        ("temperature=0", "temperature"),
+        ("augmentation.flip=2", "probability"),
+        ("augmentation=3", "augmentation is a group"),
+        ("method=byol", "'simclr' or 'mae'"),
+        ("mask_ratio=1", "between 0 and 1"),
+        ("batch_chunk=9", "between 1 and batch_size"),
+        ("batch_size=1", "at least 2"),
+        ("warmup_epochs=151", "more than all"),
+        ("precision=fp16", "'float32' or 'bfloat16' or 'float64'"),
+        ("input_size=[40,48]", "input_size"),
+        ("epochs", "not key=value"),
+        ("epochs=[", "not YAML"),
+        ("resume=maybe", "must be bool"),
+    ],
+)
+def test_override_that_cannot_be_is_refused_with_the_reason(override, reason):
+    with pytest.raises(RecipeError, match=reason):
+        load_recipe("simclr_resnet18_3d", [override])
+
+
+def test_unknown_recipe_names_the_nearest_and_a_file_that_is_none_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean 'simclr_resnet18_3d'"):
+        load_recipe("simclr_resnet18")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match="key: value"):
+        load_recipe(tmp_path / "list.yaml")
+    (tmp_path / "half.yaml").write_text("method: simclr\n")
+    with pytest.raises(RecipeError, match="model"):
+        load_recipe(tmp_path / "half.yaml")
+
+
+def test_schedule_rises_then_falls_to_zero():
+    recipe = load_recipe("mae_vit_tiny_3d")
+    rates = [learning_rate(recipe, step, 10, 128) for step in range(1501)]
+    peak = 1.5e-4 * 128 / 256
+    assert rates[0] == 0
+    assert rates[200] == pytest.approx(peak / 2)
+    assert rates[400] == pytest.approx(peak)
+    assert rates[950] == pytest.approx(peak / 2)
+    assert rates[1500] == pytest.approx(0, abs=1e-12)
+
+
+def test_weight_decay_spares_biases_norms_and_tokens():
+    recipe = load_recipe("mae_vit_tiny_3d")
+    model = brainfm.create_model("test_vit_3d")
+    decayed, others = make_optimiser(recipe, model).param_groups
+    assert decayed["weight_decay"] == 0.05
+    assert others["weight_decay"] == 0
+    spared = {id(parameter) for parameter in others["params"]}
+    assert id(model.cls_token) in spared
+    assert id(model.blocks[0].norm1.weight) in spared
+    assert id(model.blocks[0].mlp.fc1.weight) not in spared
+    assert id(model.pos_embed) not in spared | {id(parameter) for parameter in decayed["params"]}
+
+
+def test_lars_scales_each_matrix_to_its_size():
+    import torch
+
+    weight, bias = torch.nn.Parameter(torch.full((2, 2), 3.0)), torch.nn.Parameter(torch.ones(2))
+    optimiser = LARS([{"params": [weight, bias]}], lr=1.0, momentum=0.9)
+    for _ in range(2):
+        weight.grad, bias.grad = torch.full((2, 2), 100.0), torch.full((2,), 0.5)
+        optimiser.step()
+    # Trust 1e-3 · ‖w‖ / ‖g‖ makes the step 1e-3 · 3 whatever the gradient's size; momentum adds 0.9 of it.
+    first = 3 * (1 - 1e-3)
+    velocity = 0.9 * 3e-3 + 1e-3 * first
+    assert weight[0, 0].item() == pytest.approx(first - velocity, rel=1e-6)
+    assert bias[0].item() == pytest.approx(1 - 0.5 - 0.95)

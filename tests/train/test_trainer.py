@@ -1,0 +1,314 @@
+"""Whole runs on a small cohort: across processes, interrupted, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import brainfm
+from brainfm import BrainfmError, RecipeError
+from brainfm.hub import convert
+from brainfm.train.recipe import load_recipe, recipe_from_dict, with_fields
+from brainfm.train.summary import estimated_memory, summarise
+from brainfm.train.trainer import RunInterruptedError, pretrain
+
+SIMCLR = {
+    "method": "simclr",
+    "model": "test_resnet_3d",
+    "epochs": 3,
+    "batch_size": 4,
+    "workers": 0,
+    "lr": 1e-3,
+    "augmentation": {"crop_min": [27, 32, 32]},
+    "input_size": [24, 24, 24],
+}
+MAE = SIMCLR | {
+    "method": "mae",
+    "model": "test_vit_3d",
+    "input_size": None,
+    "optimiser": "adamw",
+    "betas": [0.9, 0.95],
+    "weight_decay": 0.05,
+    "schedule": "cosine",
+    "warmup_epochs": 1,
+    "decoder_dim": 48,
+    "decoder_depth": 1,
+    "decoder_heads": 4,
+}
+
+
+@pytest.fixture
+def recipe(cohort, tmp_path):
+    """A function (fields) → a recipe on the cohort, that writes to a folder of the test."""
+
+    def make(base=SIMCLR, **fields):
+        return recipe_from_dict(base | {"manifest": str(cohort), "output": str(tmp_path / "run")} | fields)
+
+    return make
+
+
+def network(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    content = torch.load(folder / "checkpoints" / f"{name}.pt", weights_only=True)
+    return content["model_state_dict"]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("base", [SIMCLR, MAE], ids=["simclr", "mae"])
+def test_run_ends_in_a_folder_that_loads_with_what_is_known_of_it(base, recipe, tmp_path, cohort):
+    export = pretrain(recipe(base))
+    lines = log(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    wanted = {"loss", "lr", "grad_norm", "scans_per_s", "data_share", "peak_memory_gb", "epoch"}
+    wanted |= {"top1", "alignment", "uniformity"} if base is SIMCLR else set()
+    assert wanted < lines[0].keys()
+    model = brainfm.create_model(f"local-dir:{export}")
+    trained = network(tmp_path / "run")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, trained[f"encoder.{key}" if base is SIMCLR else key])
+    cfg = model.pretrained_cfg
+    assert (cfg.ssl_method, cfg.cohorts[0].patients, cfg.cohorts[0].scans) == (
+        "SimCLR" if base is SIMCLR else "MAE",
+        12,
+        16,
+    )
+    assert "16 scans of 12 patients (manifest)" in cfg.notes
+    assert cfg.licence is None
+    assert str(tmp_path) not in (export / "config.json").read_text() + (export / "README.md").read_text()
+    aside = tmp_path / "run" / ("projector.safetensors" if base is SIMCLR else "decoder.safetensors")
+    assert len(brainfm.weights.read_checkpoint(aside).state) > 1
+    again = convert(tmp_path / "run" / "checkpoints" / "last.pt", tmp_path / "again", base["model"])
+    assert same(brainfm.create_model(f"local-dir:{again}").state_dict(), model.state_dict())
+
+
+def test_mae_loss_falls_and_follows_its_schedule(recipe, tmp_path):
+    pretrain(recipe(MAE, epochs=12, lr=3e-3))
+    lines = log(tmp_path / "run")
+    rates = [line["lr"] for line in lines]
+    assert rates[0] == 0
+    assert max(rates) == pytest.approx(3e-3)
+    assert rates.index(max(rates)) == 3
+    assert rates[-1] < 1e-4
+    assert sum(line["loss"] for line in lines[-3:]) < 0.9 * sum(line["loss"] for line in lines[:3])
+
+
+STEPS = """
+import sys, json, torch
+from brainfm.train.recipe import recipe_from_dict
+from brainfm.train.trainer import pretrain
+pretrain(recipe_from_dict(json.loads(sys.argv[1])))
+"""
+
+
+def torchrun(world, fields, tmp_path):
+    (tmp_path / "steps.py").write_text(STEPS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "steps.py"), json.dumps(fields)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("base", [SIMCLR, MAE], ids=["simclr", "mae"])
+def test_two_processes_end_with_the_weights_of_one_with_the_joined_batch(base, cohort, tmp_path):
+    fields = base | {"manifest": str(cohort), "epochs": 1, "precision": "float64", "every_scan": False}
+    torchrun(2, fields | {"batch_size": 2, "output": str(tmp_path / "two")}, tmp_path)
+    pretrain(recipe_from_dict(fields | {"batch_size": 4, "output": str(tmp_path / "one")}))
+    assert len(log(tmp_path / "two")) == len(log(tmp_path / "one")) == 3
+    alone, shared = network(tmp_path / "one"), network(tmp_path / "two")
+    assert alone.keys() == shared.keys()
+    for key, value in alone.items():
+        assert (shared[key] - value).abs().max() <= 1e-9 * max(1, value.abs().max()), key
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-9)
+
+
+def test_batch_in_chunks_has_the_gradient_of_the_whole_batch(recipe):
+    """Of the loss: with BatchNorm's statistics held still, nothing else differs."""
+    from brainfm.train.method import SimCLRMethod
+
+    def gradients(chunk):
+        torch.manual_seed(0)
+        encoder = brainfm.create_model("test_resnet_3d").double()
+        method = SimCLRMethod(recipe(batch_size=7, batch_chunk=chunk), encoder)
+        method.network.double().eval()
+        views = torch.randn(2, 7, 1, 24, 24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        metrics = method.backward(method.network, views, torch.Generator(), slice(0, 7))
+        return metrics["loss"], [parameter.grad for parameter in method.network.parameters()]
+
+    loss, whole = gradients(None)
+    for chunk in (1, 3, 7):
+        chunked_loss, chunked = gradients(chunk)
+        assert chunked_loss == pytest.approx(loss, rel=1e-12)
+        for found, wanted in zip(chunked, whole, strict=True):
+            assert (found - wanted).abs().max() <= 1e-10 * wanted.abs().max()
+
+
+def test_chunks_count_each_scan_once_in_the_running_statistics(recipe):
+    from brainfm.train.method import SimCLRMethod
+
+    method = SimCLRMethod(recipe(batch_size=6, batch_chunk=2), brainfm.create_model("test_resnet_3d"))
+    method.network.train()
+    method.backward(method.network, torch.randn(2, 6, 1, 24, 24, 24), torch.Generator(), slice(0, 6))
+    assert method.encoder.bn1.num_batches_tracked == 3
+
+
+# --- Interrupted and resumed ----------------------------------------------------------------------
+
+
+def test_signal_stops_behind_a_step_and_the_same_command_ends_bit_identical(recipe, tmp_path, monkeypatch):
+    pretrain(recipe(output=str(tmp_path / "whole")))
+    from brainfm.train import trainer
+
+    step = trainer._Run._step
+
+    def stopped(self, batch):
+        metrics = step(self, batch)
+        if self._step_of_run == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return metrics
+
+    monkeypatch.setattr(trainer._Run, "_step", stopped)
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(RunInterruptedError, match="epoch 2, step 2"):
+        pretrain(recipe())
+    assert signal.getsignal(signal.SIGUSR1) is before
+    monkeypatch.undo()
+    pretrain(recipe())
+    assert same(network(tmp_path / "run"), network(tmp_path / "whole"))
+    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 10))
+    assert [line["loss"] for line in log(tmp_path / "run")] == [line["loss"] for line in log(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+def test_run_that_is_killed_five_times_ends_bit_identical(cohort, tmp_path):
+    fields = SIMCLR | {"manifest": str(cohort), "epochs": 6}
+    pretrain(recipe_from_dict(fields | {"output": str(tmp_path / "whole")}))
+    arguments = [sys.executable, "-c", STEPS, json.dumps(fields | {"output": str(tmp_path / "run")})]
+    for kill_at in (2, 5, 6, 10, 16):  # lines of the log, in the middle of epochs and at their ends
+        running = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+        path = tmp_path / "run" / "log.jsonl"
+        while running.poll() is None and (not path.is_file() or len(path.read_text().splitlines()) < kill_at):
+            time.sleep(0.005)
+        running.kill()
+        running.communicate()
+    subprocess.run(arguments, check=True, timeout=120)
+    assert same(network(tmp_path / "run"), network(tmp_path / "whole"))
+    whole = [line["loss"] for line in log(tmp_path / "whole")]
+    assert [line["loss"] for line in log(tmp_path / "run")] == whole
+
+
+def test_run_that_has_ended_is_not_run_again(recipe, tmp_path):
+    pretrain(recipe())
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    pretrain(recipe())
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lr": 2e-3}, "lr was 0.001"),
+        ({"seed": 5}, "seed was 0"),
+        ({"batch_size": 3}, "joined batch was 4 and is 3"),
+        ({"augmentation": {"crop_min": [27, 32, 32], "flip": 0}}, "augmentation was"),
+        ({"resume": False}, "resume is false"),
+    ],
+)
+def test_folder_of_another_run_is_refused(changes, reason, recipe):
+    pretrain(recipe(epochs=1))
+    with pytest.raises(RecipeError, match=reason):
+        pretrain(recipe(epochs=1, **changes))
+
+
+def test_manifest_that_lists_other_scans_is_refused_and_one_that_moved_with_them_is_not(recipe, cohort, tmp_path):
+    pretrain(recipe(epochs=1))
+    shorter = cohort.with_name("shorter.csv")
+    shorter.write_text("\n".join(cohort.read_text().splitlines()[:-1]))
+    with pytest.raises(RecipeError, match="other scans or patients"):
+        pretrain(recipe(epochs=1, manifest=str(shorter)))
+    (tmp_path / "moved").symlink_to(cohort.parent)
+    pretrain(recipe(epochs=1, manifest=str(tmp_path / "moved" / cohort.name)))
+
+
+def test_damaged_checkpoint_is_refused(recipe, tmp_path):
+    pretrain(recipe(epochs=1))
+    (tmp_path / "run" / "checkpoints" / "last.pt").write_bytes(b"PK\x03\x04 half")
+    with pytest.raises(brainfm.WeightsError, match=r"last\.pt"):
+        pretrain(recipe(epochs=1))
+
+
+# --- What goes wrong ------------------------------------------------------------------------------
+
+
+def test_loss_that_is_not_finite_stops_with_the_scans_of_the_batch(recipe, monkeypatch):
+    from brainfm.train import method
+
+    monkeypatch.setattr(method, "nt_xent_loss", lambda z_i, z_j, *rest: (z_i - z_i.detach()).sum() * float("nan"))
+    with pytest.raises(BrainfmError, match=r"the loss is nan .* epoch 1, step 1.*t1\.nii\.gz"):
+        pretrain(recipe())
+
+
+def test_too_many_bad_scans_stop_the_run_with_their_list(recipe, cohort, tmp_path):
+    rows = cohort.read_text().splitlines()
+    lines = [rows[0], *(f"{cohort.parent / row}" if n > 4 else row for n, row in enumerate(rows[1:]))]
+    lines = [line.replace(",sub-", f",{cohort.parent}/sub-", 1) if n > 5 else line for n, line in enumerate(lines)]
+    (tmp_path / "bad.csv").write_text("\n".join(lines))  # the first five are not there
+    with pytest.raises(BrainfmError, match=r"of 16 scans cannot be read, more than max_bad_share=0.01.*bad_scans\.csv"):
+        pretrain(recipe(manifest=str(tmp_path / "bad.csv")))
+    assert "no such file" in (tmp_path / "run" / "bad_scans.csv").read_text()
+    pretrain(recipe(manifest=str(tmp_path / "bad.csv"), output=str(tmp_path / "other"), max_bad_share=0.5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model": "resnet_3d"}, "unknown model"),
+        ({"method": "mae", "batch_chunk": None}, "needs a ViT"),
+        ({"manifest": ""}, "manifest="),
+        ({"manifest": "nowhere.csv"}, "no such manifest"),
+        ({"batch_size": 13}, "do not fill"),
+        ({"cache": "nowhere"}, "no cache of scans"),
+        ({"device": "quantum"}, "device 'quantum'"),
+    ],
+)
+def test_run_that_cannot_be_is_refused_before_it_starts(fields, reason, recipe, tmp_path):
+    with pytest.raises(BrainfmError, match=reason):
+        pretrain(recipe(**fields))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["simclr_resnet18_3d", "mae_vit_tiny_3d"])
+def test_dry_run_of_a_published_recipe_says_what_it_would_do(name, tmp_path):
+    rows = [f"{n}/t1.nii.gz,{n}/mask.nii.gz,p{n % 400}" for n in range(1000)]
+    (tmp_path / "many.csv").write_text("\n".join(["image_path,mask_path,patient_id", *rows]))
+    recipe = load_recipe(name, [f"manifest={tmp_path / 'many.csv'}", "output=x"])
+    text = summarise(recipe, world=4)
+    assert f"model: {name}" in text
+    assert "1,000 of 400 patients" in text
+    assert "2,000 are not there, such as" in text
+    joined = recipe.batch_size * 4
+    assert f"{400 // joined:,} an epoch of {joined}" in text
+    assert f"{400 // joined * 150:,} in all" in text
+
+
+def test_estimated_memory_is_near_what_was_measured(spec):
+    """REFERENCE of the project: forward and backward of one volume in float32 takes 5.9 GB."""
+    recipe = load_recipe("simclr_resnet18_3d", ["batch_size=2", "batch_chunk=1"])
+    assert 0.7 < estimated_memory(recipe, spec) / (2 * 5.9e9) < 1.5
+    chunked = with_fields(recipe, batch_size=72)
+    assert estimated_memory(chunked, spec) == estimated_memory(recipe, spec)
