@@ -158,12 +158,15 @@ def _mirrored(published: PretrainedCfg, organisation: str, cache_dir: str | os.P
     """A registered model as an organisation on the Hub has it, converted from what was published."""
     place = f"{organisation}/{published.name}"
     name = f"hf-hub:{place} (by BRAINFM_HUB_ORG)"
-    source = _on_the_hub(place, name, cache_dir)
+    try:
+        source = _on_the_hub(place, name, cache_dir)
+    except WeightsNotFoundError as error:
+        raise WeightsNotFoundError(f"BRAINFM_HUB_ORG is {organisation}, and {error}") from error
     if source.cfg.name != published.name:
         raise WeightsError(
             f"{name}: holds {source.cfg.name}, not {published.name}; load it by its own name, hf-hub:{place}"
         )
-    origin = str(source.config.get("provenance", {}).get("source_sha256"))
+    origin = str(dict(source.config.get("provenance", {})).get("source_sha256"))
     if published.sha256 and origin.lower() != published.sha256.lower():
         raise WeightsError(
             f"{name}: was converted from a file with sha256 {origin}, and the published one has {published.sha256}; "

@@ -8,11 +8,10 @@ import base64
 import hashlib
 import json
 import socket
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from urllib.parse import unquote
 
 LARGE = (".safetensors", ".bin", ".pt")  # kept as LFS objects, under their sha256
@@ -39,20 +38,25 @@ class Repository:
 class Fault:
     """What goes wrong with the next `times` requests whose "METHOD /path" contains `where`.
 
-    `kind` is a status code, or "truncate" (the connection breaks after `at` bytes of the body), "stall" (nothing comes
-    for `at` seconds), "corrupt" (the last bytes are others), "page" (a web page instead of the file).
+    `kind` is a status code, or "truncate" (the connection breaks after `at` bytes of the body), "hang" (nothing comes
+    after them), "stall" (nothing comes for `at` seconds), "drop" (the connection breaks without an answer), "corrupt"
+    (the last bytes are others), "page" (a web page instead of the file). `code` is the Hub's name of a status code, and
+    `met` is set when the fault has happened.
     """
 
     where: str
     kind: object
     times: int = 1
     at: float = 0
+    code: str = ""
+    met: Event = field(default_factory=Event)
 
 
 class LoopbackHub:
-    """The server. `asked` lists the requests as "METHOD /path"."""
+    """The server. `asked` lists the requests as "METHOD /path", `ranges` the Range headers for large files."""
 
     def __init__(self):
+        self.forgotten = Event()
         self.tokens = {"read-token": {"read"}, "write-token": {"read", "write"}}
         self.reset()
         self.lock = Lock()
@@ -64,11 +68,14 @@ class LoopbackHub:
         Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def reset(self):
-        """Forget everything."""
+        """Forget everything, and let go of the connections that a fault holds."""
+        self.forgotten.set()
+        self.forgotten = Event()
         self.repositories = {}
         self.objects = {}  # sha256 → bytes, uploaded
         self.faults = []
         self.asked = []
+        self.ranges = []
 
     def add(self, repo, files, branch="main", **access):
         """Commit files to a repository, made if it is not there; returns the commit."""
@@ -85,6 +92,7 @@ class LoopbackHub:
             for fault in self.faults:
                 if fault.times and fault.where in request:
                     fault.times -= 1
+                    fault.met.set()
                     return fault
         return None
 
@@ -124,9 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
             headers = headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
         part = data[start:]
+        if start and not part:
+            self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+            return
         if fault is not None and fault.kind == "corrupt":
             part = part[:-4] + bytes(255 - value for value in part[-4:])
-        if fault is not None and fault.kind == "truncate":
+        if fault is not None and fault.kind in ("truncate", "hang"):
             self.send_response(206 if start else 200)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -134,6 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(part[: int(fault.at)])
             self.wfile.flush()
+            if fault.kind == "hang":
+                self.hub.forgotten.wait(60)
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
             return
@@ -161,11 +174,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.body = self._read_chunks()
         if fault is not None:
             if fault.kind == "stall":
-                time.sleep(fault.at)
+                self.hub.forgotten.wait(fault.at)
+            elif fault.kind == "drop":
+                self.close_connection = True
+                return None
             elif fault.kind == "page":
                 return self._send(200, b"<!DOCTYPE html><title>Log in</title>", {"ETag": '"page"'}, "text/html")
             elif isinstance(fault.kind, int):
-                return self._send(fault.kind, {"error": "ordered by the test"})
+                return self._refuse(fault.kind, fault.code, "ordered by the test")
         if path.startswith("/cdn/"):
             return self._cdn(path.removeprefix("/cdn/"), fault)
         if path.startswith("/api/") or ".git/info/lfs/" in path:
@@ -208,7 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
                 404, {}, headers | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
             )
         if not file.endswith(LARGE):
-            headers |= {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+            blob = b"blob %d\0" % len(data) + data  # as git names it
+            headers |= {"ETag": f'"{hashlib.sha1(blob).hexdigest()}"'}
             if self.command == "HEAD":
                 return self._send(200, b"", headers | {"Content-Length": str(len(data))})
             return self._send_file(data, headers, fault)
@@ -222,6 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(302, b"", headers)
 
     def _cdn(self, path, fault):
+        self.hub.ranges.append(self.headers.get("Range"))
         organisation, name, commit, file = path.split("/", 3)
         data = self.hub.repositories[f"{organisation}/{name}"].commits[commit][file]
         self._send_file(data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'}, fault)

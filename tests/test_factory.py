@@ -7,13 +7,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from loopback_hub import Fault
 
 import brainfm
 from brainfm import ModelNameError, PretrainedCfg, WeightsError, WeightsNotFoundError, create_model, registry, weights
+from brainfm.hub import convert
 from brainfm.models.contracts import ASSETS
 
 ASSET = ASSETS / "test_resnet_3d.safetensors"
@@ -48,6 +48,11 @@ def write_folder(folder: Path, model, model_args: dict | None = None, **cfg) -> 
 @pytest.fixture
 def folder(tmp_path, small_model) -> Path:
     return write_folder(tmp_path / "folder", small_model)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """A folder's files, as they are put on the Hub."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -106,45 +111,24 @@ def test_local_folder_says_how_the_model_is_built(tmp_path):
     assert create_model(f"local-dir:{made}", img_size=(16, 16, 16)).grid == (2, 2, 2)  # the caller's word counts
 
 
-@pytest.mark.parametrize(("suffix", "revision"), [("", None), ("@v1.0", "v1.0")])
-def test_hub_repository_gives_bit_equal_embeddings(suffix, revision, folder, tmp_path, x, z, monkeypatch):
-    asked = []
-
-    def fake(repo, filename, *, revision=None, cache_dir=None):
-        asked.append((repo, filename, revision, cache_dir))
-        return str(folder / filename)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
-    model = create_model(f"hf-hub:lab/encoder{suffix}", cache_dir=tmp_path / "cache")
+@pytest.mark.parametrize("branch", ["main", "v1.0"])
+def test_hub_repository_gives_bit_equal_embeddings(branch, hub, folder, tmp_path, x, z):
+    commit = hub.add("lab/encoder", content(folder), branch)
+    name = "hf-hub:lab/encoder" + ("" if branch == "main" else f"@{branch}")
+    model = create_model(name, cache_dir=tmp_path / "cache")
     assert torch.equal(model(x), z)
-    assert model.weights_report.source == f"hf-hub:lab/encoder{suffix}"
-    assert asked == [
-        ("lab/encoder", filename, revision, tmp_path / "cache") for filename in ("config.json", "model.safetensors")
-    ]
+    assert model.weights_report.source == f"hf-hub:lab/encoder@{commit}"
+    assert Path(model.weights_report.file).is_relative_to(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("error", [LocalEntryNotFoundError("no network"), OSError("no route"), ValueError("bad name")])
-def test_hub_that_cannot_be_reached_is_refused_with_the_way_out(error, monkeypatch):
-    def fake(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
-    with pytest.raises(WeightsNotFoundError, match=r"hf-hub:lab/encoder@v1.*config\.json.*local-dir:FOLDER"):
-        create_model("hf-hub:lab/encoder@v1")
-
-
-def test_weights_on_the_hub_are_fetched_at_the_pinned_revision_and_checked(folder, x, z, monkeypatch):
-    def fake(repo, filename, *, revision=None, cache_dir=None):
-        assert (repo, filename, revision) == ("lab/weights", "model.safetensors", "abc123")
-        return str(folder / filename)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
-    overlay = {"hub_id": "lab/weights", "hub_revision": "abc123"}
-    model = create_model("test_resnet_3d", pretrained=True, pretrained_cfg_overlay=overlay)
-    assert torch.equal(model(x), z)
-    assert model.weights_report.source == "hf-hub:lab/weights@abc123"
-    with pytest.raises(WeightsError, match="sha256"):
-        create_model("test_resnet_3d", pretrained=True, pretrained_cfg_overlay=overlay | {"sha256": "0" * 64})
+@pytest.mark.parametrize("name", ["lab/encoder", "lab/encoder@v1"])
+def test_hub_that_cannot_be_reached_is_refused_with_the_way_out(name, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.25)
+    monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.25, raising=False)
+    hub.faults.append(Fault("", "stall", times=100, at=60))
+    with pytest.raises(WeightsNotFoundError, match=rf"hf-hub:{name}: .*config\.json.*local-dir:FOLDER"):
+        create_model(f"hf-hub:{name}", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -428,3 +412,159 @@ def test_config_with_arguments_that_the_constructor_does_not_take_is_refused(mod
     (folder / "config.json").write_text(json.dumps(config | {"model_args": model_args}))
     with pytest.raises(WeightsError, match=next(iter(model_args))):
         create_model(f"local-dir:{folder}")
+
+
+# --- A mirror on the Hub ----------------------------------------------------------------------------
+
+NOWHERE = "http://127.0.0.1:9/released.tar"  # nothing listens there
+
+
+@pytest.fixture
+def released(tmp_path, small_model, monkeypatch):
+    """A model registered for one test, whose published file nobody serves: its name, and that file."""
+    monkeypatch.setattr(registry, "_entrypoints", dict(registry._entrypoints))
+    monkeypatch.setattr(registry, "_cfgs", dict(registry._cfgs))
+    monkeypatch.setattr("brainfm.weights.url._TRIES", 1)
+    state = {f"encoder.{key}": value for key, value in small_model.state_dict().items()}
+    torch.save({"epoch": 3, "model_state_dict": state}, tmp_path / "released.tar")
+    digest = hashlib.sha256((tmp_path / "released.tar").read_bytes()).hexdigest()
+    spec = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
+
+    @brainfm.register_model(cfgs={"first": PretrainedCfg(url=NOWHERE, sha256=digest, input_spec=spec)})
+    def lab_mirrored_3d(**kwargs):
+        return registry.model_entrypoint("test_resnet_3d")(**kwargs)
+
+    return "lab_mirrored_3d", tmp_path / "released.tar"
+
+
+@pytest.fixture
+def mirror(hub, released, tmp_path, monkeypatch):
+    """The Hub, with that model converted in the organisation "mirror", which the environment names."""
+    name, file = released
+    made = convert(file, tmp_path / "converted", f"{name}.first")
+    hub.add(f"mirror/{name}.first", content(made))
+    monkeypatch.setenv("BRAINFM_HUB_ORG", "mirror")
+    return hub
+
+
+def create(name, tmp_path, pretrained=True, **kwargs):
+    return create_model(name, pretrained, cache_dir=tmp_path / "cache", **kwargs)
+
+
+@pytest.mark.parametrize("tag", ["", ".first"])
+def test_registered_model_is_taken_from_the_mirror(tag, mirror, released, tmp_path, x, z):
+    commit = mirror.repositories["mirror/lab_mirrored_3d.first"].branches["main"]
+    model = create(f"{released[0]}{tag}", tmp_path)
+    assert torch.equal(model(x), z)
+    assert model.weights_report.source == f"hf-hub:mirror/lab_mirrored_3d.first@{commit}"
+    cfg = model.pretrained_cfg
+    assert (cfg.name, cfg.hub_revision, cfg.url) == ("lab_mirrored_3d.first", commit, None)
+
+
+@pytest.mark.parametrize("organisation", [None, ""])
+def test_without_a_mirror_the_published_source_is_asked(organisation, mirror, released, tmp_path, monkeypatch):
+    monkeypatch.delenv("BRAINFM_HUB_ORG")
+    if organisation is not None:
+        monkeypatch.setenv("BRAINFM_HUB_ORG", organisation)
+    with pytest.raises(WeightsNotFoundError, match=f"cannot download {NOWHERE}"):
+        create(released[0], tmp_path)
+    assert mirror.asked == []
+
+
+def test_model_that_is_not_asked_to_be_pretrained_asks_no_mirror(mirror, released, tmp_path):
+    model = create(released[0], tmp_path, pretrained=False)
+    assert model.pretrained_cfg.url == NOWHERE
+    assert create(released[0], tmp_path, checkpoint_path=released[1]).weights_report.file == str(released[1])
+    assert mirror.asked == []
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_resnet_3d.seed0", "test_vit_3d"])
+def test_packaged_weights_are_not_taken_from_a_mirror(name, mirror, tmp_path):
+    assert create(name, tmp_path).weights_report.source == "in this package"
+    assert mirror.asked == []
+
+
+def test_place_in_a_name_comes_before_the_mirror(mirror, released, folder, tmp_path, x, z):
+    mirror.add("lab/encoder", content(folder))
+    assert create("hf-hub:lab/encoder", tmp_path).pretrained_cfg.hub_id == "lab/encoder"
+    assert torch.equal(create(f"local-dir:{folder}", tmp_path)(x), z)
+    assert not any("/mirror/" in request for request in mirror.asked)
+
+
+@pytest.mark.parametrize("kind", ["file", "hub_id", "url", "cfg", "dict", "tag"])
+def test_source_that_is_given_comes_before_the_mirror(kind, mirror, released, folder, tmp_path):
+    mirror.add("lab/encoder", content(folder))
+    given = {
+        "file": {"pretrained_cfg_overlay": {"file": ASSET}},
+        "hub_id": {"pretrained_cfg_overlay": {"hub_id": "lab/encoder"}},
+        "url": {"pretrained_cfg_overlay": {"url": NOWHERE}},
+        "cfg": {"pretrained_cfg": PretrainedCfg(file=str(ASSET))},
+        "dict": {"pretrained_cfg": {"hub_id": "lab/encoder"}},
+        "tag": {"pretrained_cfg": "first"},
+    }[kind]
+    if kind in ("url", "tag"):
+        with pytest.raises(WeightsNotFoundError, match=f"cannot download {NOWHERE}"):
+            create(released[0], tmp_path, **given)
+    else:
+        assert create(released[0], tmp_path, **given).weights_report.source in ("in this package", "hf-hub:lab/encoder")
+    assert not any("/mirror/" in request for request in mirror.asked)
+
+
+def test_overlay_that_names_no_source_keeps_the_mirror(mirror, released, tmp_path, x, z):
+    model = create(released[0], tmp_path, pretrained_cfg_overlay={"notes": "mine"})
+    assert torch.equal(model(x), z)
+    assert (model.pretrained_cfg.notes, model.pretrained_cfg.hub_id) == ("mine", "mirror/lab_mirrored_3d.first")
+
+
+def repository_with(mirror, **changes):
+    """Push the mirror's config anew, with other fields."""
+    repository = mirror.repositories["mirror/lab_mirrored_3d.first"]
+    config = json.loads(repository.commits[repository.branches["main"]]["config.json"])
+    for key, value in changes.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    repository.commit({"config.json": json.dumps(config).encode()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"provenance": {"source_sha256": "0" * 64}}, "was converted from a file with sha256 0000"),
+        ({"provenance": {"source_sha256": None}}, "was converted from a file with sha256 None"),
+        ({"provenance": {"source_sha256": ["a"]}}, "was converted from a file with sha256"),
+        ({"provenance": None}, "not a brainfm config|was converted"),
+        ({"provenance": "trust me"}, "not a brainfm config"),
+        ({"provenance": []}, "not a brainfm config|was converted"),
+        ({"pretrained_cfg": {"tag": "second"}}, r"holds lab_mirrored_3d\.second, not lab_mirrored_3d\.first"),
+        ({"architecture": "test_resnet_3d"}, r"holds test_resnet_3d\.first, not lab_mirrored_3d\.first"),
+        ({"pretrained_cfg": {"sha256": "0" * 64}}, "sha256 is .* expects 0000"),
+    ],
+    ids=["other", "none", "list", "null", "text", "empty", "tag", "architecture", "weights"],
+)
+def test_mirror_of_something_else_is_refused(changes, reason, mirror, released, tmp_path):
+    repository_with(mirror, **changes)
+    with pytest.raises(WeightsError, match=reason) as refusal:
+        create(released[0], tmp_path)
+    assert "lab_mirrored_3d.first" in str(refusal.value)
+
+
+def test_mirror_that_lacks_the_model_is_refused_and_the_variable_named(mirror, released, tmp_path, monkeypatch):
+    monkeypatch.setenv("BRAINFM_HUB_ORG", "empty")
+    with pytest.raises(WeightsNotFoundError, match=r"empty/lab_mirrored_3d\.first.*no such repository") as refusal:
+        create(released[0], tmp_path)
+    assert "BRAINFM_HUB_ORG" in str(refusal.value)
+
+
+@pytest.mark.parametrize("organisation", ["a/b", "hf-hub:mirror", "mirror/", "mir ror", "../mirror"])
+def test_mirror_whose_name_is_none_is_refused_and_not_asked_for(organisation, mirror, released, tmp_path, monkeypatch):
+    monkeypatch.setenv("BRAINFM_HUB_ORG", organisation)
+    with pytest.raises(WeightsError, match="not a repository's name"):
+        create(released[0], tmp_path)
+    assert mirror.asked == []
+
+
+def test_published_hash_in_capitals_is_that_of_the_mirror(mirror, released, tmp_path, monkeypatch, x, z):
+    name, _ = released
+    cfg = registry._cfgs[name]["first"]
+    monkeypatch.setitem(registry._cfgs, name, {"first": replace(cfg, sha256=cfg.sha256.upper())})
+    assert torch.equal(create(name, tmp_path)(x), z)

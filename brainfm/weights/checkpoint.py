@@ -12,8 +12,8 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -178,8 +178,8 @@ def _torch_load(file: Path | IO[bytes], name: str) -> Any:
         if not isinstance(file, Path):
             file.seek(0)
         mmap = isinstance(file, Path) and zipfile.is_zipfile(file)
-        with _plain_namespaces():
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap or None)
+        with _plain_namespaces(), _named_otherwise(file) as (source, mappable):
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=(mmap and mappable) or None)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)[: ]+(?:GLOBAL )?([\w.]+)", str(error))
         if asked:
@@ -202,6 +202,16 @@ def _torch_load(file: Path | IO[bytes], name: str) -> Any:
         raise WeightsError(
             f"{name}: not a PyTorch checkpoint, or a damaged one ({one_line(error)}); fetch or copy it again"
         ) from error
+
+
+@contextmanager
+def _named_otherwise(file: Path | IO[bytes]) -> Iterator[tuple[Path | IO[bytes], bool]]:
+    """The same file, without a name that would make torch (2.13) take it for safetensors; and whether it has one."""
+    if isinstance(file, Path) and file.suffix == ".safetensors":
+        with file.open("rb") as opened:
+            yield opened, False
+    else:
+        yield file, True
 
 
 def _plain_namespaces() -> AbstractContextManager[None]:

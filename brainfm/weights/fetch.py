@@ -87,66 +87,90 @@ def check_hash(path: Path, cfg: PretrainedCfg) -> None:
 
 
 def _from_hub(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The file in the Hub's cache, whole and the one the cfg names; a damaged copy is fetched anew."""
-    place = (str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
-    path = hub_file(*place)
-    if _is_damaged(path):
-        logger.warning("%s: damaged in the cache; fetching it again", path)
-        path = hub_file(*place, force=True)
-        if _is_damaged(path):
-            path.resolve().unlink()
-            raise WeightsError(
-                f"{cfg.source}: {cfg.hub_filename} does not arrive as the Hub announces it; try again later"
-            )
+    path = hub_file(str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
+    if cfg.sha256 and not path.is_symlink() and file_sha256(path) != cfg.sha256.lower():
+        path.unlink()  # a cache without links does not say what was announced: once more, then it is the Hub's
+        path = hub_file(str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
     check_hash(path, cfg)
     return path
 
 
-def _is_damaged(path: Path) -> bool:
-    """Whether a file in the Hub's cache is not what it was announced to be: a large one is kept under its sha256."""
-    announced = path.resolve().name
-    return re.fullmatch(r"[0-9a-f]{64}", announced) is not None and file_sha256(path) != announced
-
-
 def hub_file(
-    repo: str,
-    filename: str,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    *,
-    force: bool = False,
+    repo: str, filename: str, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
 ) -> Path:
-    """One file of a Hub repository, from the Hub's own cache where it is there (and not `force`).
+    """One file of a Hub repository, from the Hub's own cache where it is there; a damaged copy is fetched anew.
 
     Raises:
         WeightsNotFoundError: No such repository, revision or file, no access, or no network; the message says which.
+        WeightsError: The file does not arrive as the Hub announces it.
     """
-    from huggingface_hub import hf_hub_download
+    place = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
 
-    patience = time.monotonic() + _PATIENCE_S
-    while True:
-        try:
-            return Path(
-                hf_hub_download(repo, filename, revision=revision, cache_dir=_path(cache_dir), force_download=force)
-            )
-        except Exception as error:  # what breaks on the way is another class in each version of the client
-            if not _may_pass(error) or time.monotonic() > patience:
-                place = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
-                raise WeightsNotFoundError(f"{place}: cannot get {filename}: {hub_reason(error)}") from error
-        time.sleep(1)
+    def get(force: bool) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        patience = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return Path(
+                    hf_hub_download(repo, filename, revision=revision, cache_dir=_path(cache_dir), force_download=force)
+                )
+            except Exception as error:  # what breaks on the way is another class in each version of the client
+                if not _may_pass(error) or time.monotonic() > patience:
+                    raise WeightsNotFoundError(f"{place}: cannot get {filename}: {hub_reason(error)}") from error
+            time.sleep(1)
+
+    path = get(force=False)
+    if not _is_damaged(path):
+        return path
+    logger.warning("%s: damaged in the cache; fetching it again", path)
+    try:
+        path = get(force=True)
+    except WeightsNotFoundError as error:
+        raise WeightsError(f"{path}: damaged in the cache, and not fetched again. {error}") from error
+    if _is_damaged(path):
+        path.resolve().unlink()
+        raise WeightsError(f"{place}: {filename} does not arrive as the Hub announces it; try again later")
+    return path
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file in the Hub's cache is not what was announced: a large one is kept under its sha256, others Git's.
+
+    A cache without symbolic links has other names, and cannot say.
+    """
+    announced = path.resolve().name
+    if re.fullmatch(r"[0-9a-f]{64}", announced):
+        return file_sha256(path) != announced
+    if re.fullmatch(r"[0-9a-f]{40}", announced):
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() != announced
+    return False
 
 
 def _may_pass(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    if isinstance(error, LocalEntryNotFoundError):  # the client could not ask; its cause says why
-        cause = error.__cause__
-        return isinstance(cause, HfHubHTTPError) and _may_pass(cause)
+    error = _root(error)
+    if isinstance(error, LocalEntryNotFoundError):  # no answer, and nothing in the cache
+        return not HF_HUB_OFFLINE
     if isinstance(error, HfHubHTTPError):
-        return error.response is not None and (error.response.status_code >= 500 or error.response.status_code == 408)
+        return error.response is not None and (
+            error.response.status_code >= 500 or error.response.status_code in (408, 429)
+        )
     # A connection that broke: an error of the HTTP library, or a length that is wrong. A full disk is neither.
     return not isinstance(error, ValueError) and getattr(error, "errno", None) is None
+
+
+def _root(error: Exception) -> Exception:
+    """The Hub's answer, where the client hides it behind its own "not in the cache", or behind a forced fetch."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    hidden = isinstance(error, LocalEntryNotFoundError) or type(error) is ValueError
+    cause = error.__cause__
+    return cause if hidden and isinstance(cause, HfHubHTTPError) else error
 
 
 def hub_reason(error: Exception) -> str:
@@ -162,7 +186,9 @@ def hub_reason(error: Exception) -> str:
         RevisionNotFoundError,
     )
 
+    error = _root(error)
     elsewhere = "on a machine with a network, 'brainfm fetch NAME --to FOLDER', then 'local-dir:FOLDER' here"
+    unanswered = isinstance(error, LocalEntryNotFoundError) or type(error) is ValueError
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
     if isinstance(error, GatedRepoError):
         meaning = f"the repository is gated; ask for access at {ENDPOINT}, then set HF_TOKEN to a token of that account"
@@ -170,9 +196,10 @@ def hub_reason(error: Exception) -> str:
         meaning = "no such repository, or a private one; check the name, and for a private one set HF_TOKEN"
     elif isinstance(error, RevisionNotFoundError):
         meaning = "the repository has no such branch, tag or commit"
-    elif isinstance(error, LocalEntryNotFoundError) and HF_HUB_OFFLINE:
-        meaning = f"it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; {elsewhere}"
-    elif isinstance(error, LocalEntryNotFoundError):
+    elif unanswered and HF_HUB_OFFLINE:
+        here = "it is not in the cache, and " if isinstance(error, LocalEntryNotFoundError) else ""
+        meaning = f"{here}HF_HUB_OFFLINE forbids to fetch it; {elsewhere}"
+    elif unanswered:
         meaning = f"{ENDPOINT} cannot be reached ({one_line(error.__cause__ or error)}); {elsewhere}"
     elif isinstance(error, EntryNotFoundError):
         meaning = "the repository has no such file; 'brainfm convert' and 'brainfm push' make a model's repository"
@@ -183,7 +210,7 @@ def hub_reason(error: Exception) -> str:
     elif status:
         meaning = f"{ENDPOINT} answers {status} ({one_line(error)}); try again later"
     else:
-        meaning = f"the download broke ({one_line(error)}); the same command goes on from there"
+        meaning = f"the download broke ({one_line(error)}); try again"
     return f"{meaning} ({type(error).__name__})"
 
 
@@ -194,23 +221,38 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
     """The converted copy of a file behind a URL; downloaded, checked and converted once, by one process."""
     from filelock import FileLock
 
-    converted, downloaded = _cache_paths(cfg, cache_dir)
-    if converted.is_file():  # before the lock: a shared cache may be read-only
+    converted, by_hand = _cache_paths(cfg, cache_dir)
+    if _is_whole(converted):  # before the lock: a shared cache may be read-only
         return converted
     converted.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(converted.with_suffix(".lock")):
-        if converted.is_file():
+        if _is_whole(converted):
             return converted
-        brought_by_user = downloaded.is_file()
-        if not brought_by_user:
-            download(str(cfg.url), downloaded)
+        for leftover in converted.parent.glob(f".{converted.stem}-*"):  # of a process that was killed
+            leftover.unlink()
+        if by_hand.is_file():
+            check_hash(by_hand, cfg)
+            _convert(by_hand, converted, cfg)
+            return converted
+        partial = by_hand.with_name(by_hand.name + ".part")
+        download(str(cfg.url), partial, by_hand)
         try:
-            check_hash(downloaded, cfg)
-            _convert(downloaded, converted, cfg)
-        finally:
-            if not brought_by_user:  # neither a wrong file nor a gigabyte of optimiser state is worth keeping
-                downloaded.unlink(missing_ok=True)
+            check_hash(partial, cfg)
+            _convert(partial, converted, cfg)
+        finally:  # neither a wrong file nor a gigabyte of optimiser state is worth keeping
+            partial.unlink(missing_ok=True)
     return converted
+
+
+def _is_whole(converted: Path) -> bool:
+    """Whether a converted copy is there, as long as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(converted, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _cache_paths(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> tuple[Path, Path]:
@@ -230,4 +272,4 @@ def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
 
 
 def _path(value: str | os.PathLike[str] | None) -> Path | None:
-    return None if value is None else Path(value)
+    return None if value is None else Path(value).expanduser()

@@ -16,30 +16,27 @@ from brainfm.weights.files import one_line
 logger = logging.getLogger("brainfm")
 
 _TRIES, _TIMEOUT_S = 5, 30  # tries without progress, seconds of silence
-_BY_HAND = "On a machine with a network: curl -LO {url} ; then put the file at {target}, or pass it as checkpoint_path="
 
 
-def download(url: str, target: Path) -> None:
-    """Download to a `.part` file, going on where an earlier call stopped, and rename it when it is whole.
+def download(url: str, target: Path, by_hand: Path) -> None:
+    """Download to `target`, going on where an earlier call stopped; `by_hand` is where a user may put the file.
 
     Raises:
         WeightsNotFoundError: The network, the server, or HF_HUB_OFFLINE does not let it be.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
+    way_out = (
+        f"On a machine with a network: curl -LO {url} ; then put the file at {by_hand}, or pass it as checkpoint_path="
+    )
     if HF_HUB_OFFLINE:
-        by_hand = _BY_HAND.format(url=url, target=target)
-        raise WeightsNotFoundError(f"{url} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it. {by_hand}")
-    partial = target.with_name(target.name + ".part")
+        raise WeightsNotFoundError(f"{url} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it. {way_out}")
     try:
-        _fetch(url, partial)
+        _fetch(url, target)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if partial.is_file() and partial.stat().st_size == 0:
-            partial.unlink()
-        raise WeightsNotFoundError(
-            f"cannot download {url} ({one_line(error)}). {_BY_HAND.format(url=url, target=target)}"
-        ) from error
-    partial.replace(target)
+        if target.is_file() and target.stat().st_size == 0:
+            target.unlink()
+        raise WeightsNotFoundError(f"cannot download {url} ({one_line(error)}). {way_out}") from error
 
 
 def _fetch(url: str, partial: Path) -> None:
@@ -50,7 +47,9 @@ def _fetch(url: str, partial: Path) -> None:
         try:
             return _fetch_rest(url, partial, have)
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # a leftover as long as the file, or longer: nothing can be added to it
+            if error.code == 416 and have:  # nothing can be added to it
+                if error.headers.get("Content-Range") == f"bytes */{have}":
+                    return None  # because it is whole
                 partial.unlink()
                 continue
             if error.code < 500 and error.code not in (408, 429):

@@ -20,7 +20,7 @@ from weight_files import prefixed, same, saved, upstream_checkpoint
 
 import brainfm
 from brainfm import WeightsError, WeightsNotFoundError
-from brainfm.weights import load_checkpoint, read_checkpoint
+from brainfm.weights import load_checkpoint, read_checkpoint, save_state
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +48,25 @@ def write_tar(path: Path, files: dict[str, bytes | tarfile.TarInfo], mode: str =
 # --- Files that are read ----------------------------------------------------------------------------
 
 
-def test_safetensors_file_is_read_with_its_metadata(state, tmp_path):
-    save_file(state, tmp_path / "w.safetensors", metadata={"made_by": "a test"})
+def test_safetensors_file_is_read_with_its_provenance(state, tmp_path):
+    save_state(state, tmp_path / "w.safetensors", {"source": "a test", "left_out": ["epoch"]})
     checkpoint = read_checkpoint(tmp_path / "w.safetensors")
     assert same(checkpoint.state, state)
-    assert checkpoint.metadata == {"made_by": "a test"}
+    assert checkpoint.provenance == {"source": "a test", "left_out": ["epoch"]}
     assert checkpoint.dropped == ()
+
+
+@pytest.mark.parametrize("text", ["", "{broken", "null", "[1, 2]", "3"])
+def test_metadata_that_somebody_else_wrote_is_no_provenance(text, state, tmp_path):
+    save_file(state, tmp_path / "w.safetensors", metadata={"made_by": "a test", "provenance": text})
+    checkpoint = read_checkpoint(tmp_path / "w.safetensors")
+    assert same(checkpoint.state, state)
+    assert checkpoint.provenance == {}
 
 
 @pytest.mark.parametrize("as_text", [False, True])
 def test_name_of_the_file_does_not_matter(as_text, state, tmp_path):
-    for name, content in [("weights.tar", saved(state)), ("weights.bin", saved(state))]:
+    for name, content in [(name, saved(state)) for name in ("weights.tar", "weights.bin", "weights.safetensors")]:
         (tmp_path / name).write_bytes(content)
         assert same(read_checkpoint(str(tmp_path / name) if as_text else tmp_path / name).state, state)
     save_file(state, tmp_path / "weights.pt")

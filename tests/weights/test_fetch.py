@@ -1,5 +1,22 @@
 """Finding the file of a cfg: behind a URL, in the cache, or where the user put it."""
 
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from file_server import Server, break_off, kept, overlaid
+from weight_files import same, saved, upstream_checkpoint
+
+import brainfm
+from brainfm import PretrainedCfg, WeightsError, WeightsNotFoundError
+from brainfm.weights import cached_weights, default_cache_dir, find_weights, read_checkpoint
+
 
 def place_by_hand(server: Server, cfg: PretrainedCfg, cache: Path) -> Path:
     """Where the refusal of an unreachable server says that the file should be put."""
@@ -17,12 +34,13 @@ def test_url_is_downloaded_once_checked_and_kept_as_safetensors(server, cfg, sma
     path = find_weights(cfg, tmp_path)
     assert path.suffix == ".safetensors"
     assert kept(tmp_path) == [path.name]  # neither the download nor its optimiser's state
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    assert metadata["source"] == cfg.url
-    assert metadata["source_sha256"] == cfg.sha256
-    assert json.loads(metadata["left_out"]) == ["epoch", "optimizer_state_dict"]
-    state = read_checkpoint(path).state
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.provenance == {
+        "source": cfg.url,
+        "source_sha256": cfg.sha256,
+        "left_out": ["epoch", "optimizer_state_dict"],
+    }
+    state = checkpoint.state
     assert same({k.removeprefix("encoder."): v for k, v in state.items() if "encoder." in k}, small_model.state_dict())
     assert "projector.2.weight" in state
 
@@ -127,3 +145,52 @@ def test_conversion_that_fails_leaves_nothing(server, cfg, tmp_path, monkeypatch
             find_weights(cfg, tmp_path)
     assert kept(tmp_path) == []
     assert find_weights(cfg, tmp_path).is_file()
+
+
+# --- Offline --------------------------------------------------------------------------------------
+
+
+def test_offline_a_url_is_not_asked_and_the_refusal_says_what_to_do_by_hand(server, cfg, released, tmp_path, offline):
+    offline()
+    with pytest.raises(WeightsNotFoundError, match="is not in the cache, and HF_HUB_OFFLINE forbids") as refusal:
+        find_weights(cfg, tmp_path)
+    assert f"curl -LO {cfg.url} ;" in str(refusal.value)
+    assert "checkpoint_path=" in str(refusal.value)
+    assert server.requests == []
+    assert kept(tmp_path) == []
+    target = Path(re.search(r"put the file at (.+?), or", str(refusal.value)).group(1))
+    target.write_bytes(released)
+    assert find_weights(cfg, tmp_path).is_file()
+    assert server.requests == []
+
+
+def test_offline_the_cache_of_a_url_serves(server, cfg, small_model, tmp_path, offline):
+    path = find_weights(cfg, tmp_path)
+    server.requests.clear()
+    offline()
+    assert cached_weights(cfg, tmp_path) == find_weights(cfg, tmp_path) == path
+    model = brainfm.create_model("test_resnet_3d", pretrained=True, pretrained_cfg=cfg, cache_dir=tmp_path)
+    assert same(model.state_dict(), small_model.state_dict())
+    assert server.requests == []
+
+
+def test_offline_a_half_done_download_waits_for_the_network(server, cfg, tmp_path, monkeypatch):
+    partial = break_off(server, cfg, tmp_path, monkeypatch)
+    size = partial.stat().st_size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(WeightsNotFoundError, match="HF_HUB_OFFLINE"):
+            find_weights(cfg, tmp_path)
+    assert partial.stat().st_size == size
+    assert find_weights(cfg, tmp_path).is_file()
+    assert server.requests == [("/releases/v1/simclr.tar", f"bytes={size}-")]
+
+
+def test_converted_copy_that_is_damaged_is_refused_or_repaired_and_does_not_stay_in_the_way(
+    server, cfg, small_model, tmp_path
+):
+    find_weights(cfg, tmp_path).write_bytes(b"")
+    with contextlib.suppress(WeightsError):
+        brainfm.create_model("test_resnet_3d", pretrained=True, pretrained_cfg=cfg, cache_dir=tmp_path)
+    model = brainfm.create_model("test_resnet_3d", pretrained=True, pretrained_cfg=cfg, cache_dir=tmp_path)
+    assert same(model.state_dict(), small_model.state_dict())

@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import pytest
-from weight_files import kept, overlaid
+from file_server import break_off, kept, overlaid
 
-
-
-
-def break_off(server: Server, cfg: PretrainedCfg, cache: Path, monkeypatch) -> Path:
-    """Start a download whose connection drops midway for good; what came of it."""
-    server.drops = 1
-    with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", lambda seconds: setattr(server, "refuses", True))
-        with pytest.raises(WeightsNotFoundError, match="cannot download"):
-            find_weights(cfg, cache)
-    server.refuses, server.requests = False, []
-    [partial] = [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"]
-    return partial
+from brainfm import WeightsError, WeightsNotFoundError
+from brainfm.weights import find_weights
 
 
 def test_url_that_is_not_there_is_refused_and_nothing_is_kept(server, cfg, tmp_path):

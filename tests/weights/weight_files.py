@@ -30,12 +30,3 @@ def saved(content: object, **kwargs) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, **kwargs)
     return buffer.getvalue()
-
-
-def kept(cache: Path) -> list[str]:
-    """What a cache holds beside its locks."""
-    return sorted(p.name for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock")
-
-
-def overlaid(cfg: PretrainedCfg, **changes) -> PretrainedCfg:
-    return cfg.overlay({"url": cfg.url, "sha256": cfg.sha256} | changes)
