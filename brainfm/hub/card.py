@@ -98,9 +98,9 @@ def plain_monai(cfg: PretrainedCfg) -> str:
     )
     return _fenced(
         f"from monai.networks.nets import {name}\n"
-        "from safetensors.torch import load_file\n"
-        f"network = {name}({build}).eval()\n"
-        'network.load_state_dict(load_file("model.safetensors"))',
+        "from safetensors.torch import load_file\n\n"
+        f"net = {name}({build}).eval()\n"
+        'net.load_state_dict(load_file("model.safetensors"))',
         "python",
     )
 

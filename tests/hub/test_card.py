@@ -240,5 +240,5 @@ def test_plain_monai_lines_of_the_card_give_the_models_embedding(tmp_path, monke
     x = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = brainfm.create_model(f"local-dir:{folder}")(x)
-        assert torch.equal(names["network"](x), expected)
+        assert torch.equal(names["net"](x), expected)
         assert torch.equal(expected, model(x))
