@@ -124,6 +124,7 @@ def test_hub_repository_gives_bit_equal_embeddings(branch, hub, folder, tmp_path
 @pytest.mark.parametrize("name", ["lab/encoder", "lab/encoder@v1"])
 def test_hub_that_cannot_be_reached_is_refused_with_the_way_out(name, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("brainfm.weights.fetch._PATIENCE_S", 0)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.25)
     monkeypatch.setattr("huggingface_hub.file_download._ETAG_RETRY_TIMEOUT", 0.25, raising=False)
     hub.faults.append(Fault("", "stall", times=100, at=60))

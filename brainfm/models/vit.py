@@ -234,7 +234,10 @@ class VisionTransformer(Encoder):
         spec = self.pretrained_cfg.input_spec
         contract = spec.output_shape[1:] if spec is not None and spec.output_shape is not None else None
         shape = self.saved_args.get("img_size", contract)
-        return None if shape is None else self.patch_embed.grid(shape)
+        if shape is None:
+            return None
+        z, y, x = (size // patch for size, patch in zip(shape, self.patch_embed.patch_size, strict=True))
+        return z, y, x
 
 
 def _init_linear(module: nn.Module) -> None:
