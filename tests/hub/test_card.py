@@ -232,7 +232,8 @@ def test_plain_monai_lines_of_the_card_give_the_models_embedding(tmp_path, monke
     folder = save_for_hub(model, tmp_path / "folder")
     text = (folder / "README.md").read_text(encoding="utf-8")
     (lines,) = [code for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "monai" in code]
-    assert len(lines.splitlines()) == 4
+    assert len(lines.split("\n\n")) == 2
+    assert len(lines.replace("\n\n", "\n").splitlines()) == 4
     assert "brainfm" not in lines
     monkeypatch.chdir(folder)
     names = {}

@@ -1,6 +1,5 @@
 """convert → push → an empty cache elsewhere → `create_model`: the same embedding to the bit, by every way in."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 import brainfm
-from brainfm import BrainfmError, WeightsError, push_to_hub
+from brainfm import BrainfmError, WeightsError, WeightsNotFoundError, push_to_hub
 from brainfm.hub import convert
 
 ROOT = Path(__file__).parents[2]
@@ -81,39 +80,42 @@ def test_round_trip_gives_the_same_embedding_to_the_bit_by_every_way_in(elsewher
     assert bits(elsewhere("-c", TORCH_HUB, str(ROOT), **elsewhere_again)) == wanted
 
 
-def test_everything_is_uploaded_in_one_commit_and_the_card_names_the_repository(elsewhere, hub, folder):
-    assert push(elsewhere, folder).returncode == 0
+def embedded(name, cache):
+    model = brainfm.create_model(name, pretrained=True, cache_dir=cache)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        return str([value.hex() for value in model(torch.randn(1, 1, 40, 48, 48))[0].tolist()])
+
+
+def test_everything_is_uploaded_in_one_commit_and_the_card_names_the_repository(hub, folder):
+    push_to_hub(folder, "lab/tiny", token="write-token")
     repository = hub.repositories["lab/tiny"]
     assert len(repository.commits) == 2  # the one that made it, and ours
     files = repository.commits[repository.branches["main"]]
     assert {"README.md", "config.json", "model.safetensors"} < set(files)
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert b'create_model("hf-hub:lab/tiny")' in files["README.md"]
-    assert json.loads(files["config.json"])["pretrained_cfg"]["sha256"] in push(elsewhere, folder).stdout
 
 
-def test_private_repository_is_for_those_with_a_token(elsewhere, hub, folder, wanted):
-    assert push(elsewhere, folder, "--private").returncode == 0
+def test_private_repository_is_for_those_with_a_token(hub, folder, wanted, tmp_path, monkeypatch):
+    push_to_hub(folder, "lab/tiny", private=True, token="write-token")
     assert hub.repositories["lab/tiny"].private
-    refused = elsewhere("-m", "brainfm", "fetch", "hf-hub:lab/tiny")
-    assert refused.returncode == 1
-    assert "no such repository, or a private one" in refused.stderr
-    assert "HF_TOKEN" in refused.stderr
-    assert bits(elsewhere("-c", EMBED, "hf-hub:lab/tiny", HF_TOKEN="read-token")) == wanted
+    with pytest.raises(WeightsNotFoundError, match=r"no such repository, or a private one.*HF_TOKEN"):
+        brainfm.create_model("hf-hub:lab/tiny", cache_dir=tmp_path / "cache")
+    monkeypatch.setenv("HF_TOKEN", "read-token")
+    assert embedded("hf-hub:lab/tiny", tmp_path / "cache") == wanted
 
 
-def test_revision_is_a_branch_of_its_own(elsewhere, hub, folder, wanted):
-    assert push(elsewhere, folder, "--revision", "v1").returncode == 0
-    assert bits(elsewhere("-c", EMBED, "hf-hub:lab/tiny@v1")) == wanted
-    refused = elsewhere("-m", "brainfm", "fetch", "hf-hub:lab/tiny")
-    assert "the repository has no such file" in refused.stderr
+def test_revision_is_a_branch_of_its_own(hub, folder, wanted, tmp_path):
+    push_to_hub(folder, "lab/tiny", revision="v1", token="write-token")
+    assert embedded("hf-hub:lab/tiny@v1", tmp_path) == wanted
+    with pytest.raises(WeightsNotFoundError, match="the repository has no such file"):
+        brainfm.create_model("hf-hub:lab/tiny", cache_dir=tmp_path)
 
 
-def test_model_can_be_pushed_without_a_folder(elsewhere, hub):
-    script = "import brainfm; print(brainfm.push_to_hub(brainfm.create_model('test_resnet_3d', True), 'lab/direct'))"
-    pushed = elsewhere("-c", script, HF_TOKEN="write-token")
-    assert pushed.returncode == 0, pushed.stderr
-    assert bits(elsewhere("-c", EMBED, pushed.stdout.split()[-1])) == bits(elsewhere("-c", EMBED, "test_resnet_3d"))
+def test_model_can_be_pushed_without_a_folder(hub, tmp_path, small_model):
+    name = push_to_hub(small_model, "lab/direct", token="write-token")
+    assert embedded(name, tmp_path) == embedded("test_resnet_3d", tmp_path)
 
 
 @pytest.mark.parametrize(
