@@ -253,9 +253,9 @@ def _holds(model: Encoder, checkpoint: Checkpoint) -> bool:
 
 def _unclaimed(cfg: PretrainedCfg, notes: str) -> PretrainedCfg:
     """A cfg without what was said of other weights."""
-    return replace(
-        cfg, tag="", cohorts=(), scores=(), licence=None, paper=None, repository=None, citation=None, notes=notes
-    )
+    nothing: dict[str, Any] = {"cohorts": (), "scores": ()}
+    nothing |= dict.fromkeys(("licence", "paper", "repository", "citation", "recipe"))
+    return replace(cfg, tag="", notes=notes, **nothing)
 
 
 def _fingerprint(model: Encoder) -> dict[str, Any] | None:
