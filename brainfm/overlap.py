@@ -83,6 +83,8 @@ _ALIASES_BY_NAME: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
+_FOLDERS_OF_OTHERS = ("corr",)  # where bias-corrected scans are kept
+
 # Columns of a manifest that name the data set a scan is from, in any spelling of case and underscores.
 _COLUMNS = ("dataset", "datasetid", "datasetname", "cohort", "study", "project", "source")
 
@@ -132,16 +134,16 @@ def pretraining_overlap(model: nn.Module | PretrainedCfg | str, datasets: str | 
 def overlap_of_scans(model: nn.Module, records: Iterable[ScanRecord]) -> list[Overlap]:
     """The same for a list of scans, whose data sets are named by a column such as "dataset", or by a folder."""
     columns: dict[str, None] = {}
-    folders: dict[str, None] = {"corr": None}  # where bias-corrected scans are kept: no claim
+    folders: dict[str, None] = {}
     for record in records:
         columns |= dict.fromkeys(value for column, value in record.extra.items() if _plain(column) in _COLUMNS)
         if isinstance(record.image, str | PurePath):
             folders |= dict.fromkeys(Path(record.image).parent.parts)
     return pretraining_overlap(model, columns) + [
         Overlap(folder, cohort, why)
-        for folder in list(folders)[1:]
+        for folder in folders
         for cohort in _cfg(model).cohorts
-        if folder not in columns and (why := _relation(folder, cohort.name))
+        if folder not in columns and folder not in _FOLDERS_OF_OTHERS and (why := _relation(folder, cohort.name))
     ]
 
 

@@ -17,7 +17,7 @@ from brainfm.errors import RecipeError, WeightsError
 from brainfm.train.recipe import Recipe
 from brainfm.weights import atomic_path
 
-# What may change when a run goes on: it changes neither the data nor the steps.
+# What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_share", "save_every", "resume", "tf32", "channels_last"}
 _FREE |= {"grad_checkpointing", "manifest"}
 

@@ -88,6 +88,8 @@ def check_hash(path: Path, cfg: PretrainedCfg) -> None:
 
 def _from_hub(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> Path:
     path = hub_file(str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
+    if cfg.sha256 and path.resolve().name == cfg.sha256.lower():
+        return path  # hub_file has just held it to this name
     if cfg.sha256 and not path.is_symlink() and file_sha256(path) != cfg.sha256.lower():
         path.unlink()  # a cache without links does not say what was announced: once more, then it is the Hub's
         path = hub_file(str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
