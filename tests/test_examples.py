@@ -2,6 +2,11 @@
 
 import csv
 import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -76,3 +81,46 @@ def test_own_model_is_registered_saved_and_loaded_again(sample, tmp_path, monkey
     first, second = example.main(arguments), example.main(arguments)
     assert first.shape == (1, 64)
     assert torch.equal(first, second)
+
+
+FAKE_SLURM = {
+    "srun": '#!/bin/bash\nexec "$@"\n',
+    "scontrol": '#!/bin/bash\nif [ "$1" = show ]; then echo localhost; else echo "$@" > "$REQUEUED"; fi\n',
+}
+
+
+@pytest.mark.slow
+def test_slurm_job_that_is_stopped_saves_itself_and_goes_back_to_the_queue(two_groups, tmp_path):
+    for name, text in FAKE_SLURM.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(text)
+        program.chmod(0o755)
+    text = (EXAMPLES / "pretrain.slurm").read_text().replace(":29500", ":0")  # any free port
+    (tmp_path / "job.sh").write_text(text)
+    requeued, run = tmp_path / "requeued", tmp_path / "run"
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "PROCESSES_PER_NODE": "2"}
+    fields = ["test_resnet_3d", f"manifest={two_groups}", f"output={run}", "batch_size=4", "epochs=1000", "device=cpu"]
+    with (tmp_path / "job.log").open("w") as log:
+        job = subprocess.Popen(
+            ["bash", str(tmp_path / "job.sh"), *fields, "precision=float32"],
+            env=os.environ | slurm | {"PATH": path, "REQUEUED": str(requeued)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (run / "log.jsonl").is_file() or (run / "log.jsonl").read_text().count("\n") < 3:
+                assert job.poll() is None, (tmp_path / "job.log").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "job.log").read_text()
+                time.sleep(0.1)
+            job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1 does, to the shell alone
+            assert job.wait(60) == 0
+        finally:
+            if job.poll() is None:
+                os.killpg(job.pid, signal.SIGKILL)
+    assert requeued.read_text().split() == ["requeue", "7"]
+    last = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    assert last["progress"]["epoch"] * 2 + last["progress"]["step"] == (run / "log.jsonl").read_text().count("\n")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.operations import Triple
 from brainfm.pretrained import InputSpec
-from brainfm.train.augment import Augmentation, draw_view, make_view
+from brainfm.train.augment import Augmentation, View, draw_view, make_view
 from brainfm.train.cache import ScanCache, key_of, read_brain
 
 _DRAWS = 20  # of a view whose mask is empty, before its scan is given up
 _REPLACEMENTS = 10  # patients tried in place of one whose scan cannot be read
+
+_T = TypeVar("_T")
 
 _ORDER, _SCAN, _REPLACEMENT, _VIEW = range(4)  # what a random stream is for
 
@@ -47,6 +50,40 @@ class Sample:
     views: Tensor
     scan: int
     failed: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """What one view is made of: its voxels, [z, y, x] float32, the brain's mask, [z, y, x] bool, and what to do."""
+
+    image: Tensor
+    mask: Tensor
+    view: View
+
+    def pin_memory(self) -> Crop:
+        """The same in page-locked memory, for the loader."""
+        return Crop(self.image.pin_memory(), self.mask.pin_memory(), self.view)
+
+
+@dataclass(frozen=True, eq=False)
+class CropSample:
+    """As `Sample`, with the views still to be made: `PretrainingData.make_views` does, on any device.
+
+    Attributes:
+        key: (epoch, item).
+        crops: Of each view.
+        scan: Which scan of the list they show.
+        failed: Which scans could not be read, and why.
+    """
+
+    key: tuple[int, int]
+    crops: tuple[Crop, ...]
+    scan: int
+    failed: tuple[tuple[int, str], ...] = ()
+
+    def pin_memory(self) -> CropSample:
+        """The same in page-locked memory, for the loader."""
+        return CropSample(self.key, tuple(crop.pin_memory() for crop in self.crops), self.scan, self.failed)
 
 
 class PretrainingData(Dataset[Sample]):
@@ -101,6 +138,27 @@ class PretrainingData(Dataset[Sample]):
         Raises:
             ScanError: No scan could be read in a row of items.
         """
+        return Sample(*self._first_readable(key, self._views))
+
+    def crops(self, key: tuple[int, int]) -> CropSample:
+        """What the views of `self[key]` are made of. Raises ScanError as `self[key]` does."""
+        return CropSample(key, *self._first_readable(key, self._crops))
+
+    def make_views(self, sample: CropSample, device: torch.device) -> Sample:
+        """The views of `self[sample.key]`, made on a device. Raises ScanError as `self[key]` does."""
+        try:
+            views = [
+                make_view(crop.image.to(device), crop.mask.to(device), crop.view, self.shape) for crop in sample.crops
+            ]
+        except ValueError:  # a view without brain, or a damaged scan: found out only now, so draw again as the loader
+            again = self[sample.key]
+            return Sample(again.views.to(device), again.scan, again.failed)
+        return Sample(torch.stack(views), sample.scan, sample.failed)
+
+    def _first_readable(
+        self, key: tuple[int, int], read: Callable[[int, int, int], _T]
+    ) -> tuple[_T, int, tuple[tuple[int, str], ...]]:
+        """What `read(scan, epoch, name)` gives of the first scan it can read, that scan, and what failed before."""
         epoch, item = key
         failed: list[tuple[int, str]] = []
         instead = stream(self.seed, epoch, _REPLACEMENT, item)
@@ -108,7 +166,7 @@ class PretrainingData(Dataset[Sample]):
             order = stream(self.seed, epoch, _SCAN, self._name(item)).permutation(self.items[item])
             for scan in map(int, order):
                 try:
-                    return Sample(self._views(scan, epoch, self._name(item)), scan, tuple(failed))
+                    return read(scan, epoch, self._name(item)), scan, tuple(failed)
                 except (ScanError, OSError, ValueError) as error:
                     failed.append((scan, str(error)))
             item = int(instead.integers(len(self.items)))
@@ -120,25 +178,42 @@ class PretrainingData(Dataset[Sample]):
         return zlib.crc32((record.patient_id or key_of(record, self.root)).encode())
 
     def _views(self, scan: int, epoch: int, name: int) -> Tensor:
+        views = []
+        for attempts in self._attempts(scan, epoch, name):
+            for last, crop in attempts:
+                try:
+                    views.append(make_view(crop.image, crop.mask, crop.view, self.shape))
+                    break
+                except ValueError:  # no brain in the crop
+                    if last:
+                        raise
+        return torch.stack(views)
+
+    def _crops(self, scan: int, epoch: int, name: int) -> tuple[Crop, ...]:
+        """The first crop of each view that has brain in it, or else the last."""
+        return tuple(
+            next(crop for last, crop in attempts if last or crop.mask.any())
+            for attempts in self._attempts(scan, epoch, name)
+        )
+
+    def _attempts(self, scan: int, epoch: int, name: int) -> Iterator[Iterator[tuple[bool, Crop]]]:
+        """For each view, the crops to try, and whether it is the last."""
         record = self.records[scan]
         if self.cache is None:
             image, mask = (torch.from_numpy(array) for array in read_brain(record, self.spec))
-        views = []
-        for number in range(self.views):
-            draws = stream(self.seed, epoch, _VIEW, name, number)
+
+        def read(view: View) -> tuple[Tensor, Tensor]:
+            if self.cache is not None:
+                return self.cache.read(self._cache_key(record), view.box)
+            return image[view.box], mask[view.box]
+
+        def attempts(draws: np.random.Generator) -> Iterator[tuple[bool, Crop]]:
             for attempt in range(_DRAWS):
                 view = draw_view(draws, self.stored_shape, self.augmentation)
-                if self.cache is not None:
-                    crop, brain = self.cache.read(self._cache_key(record), view.box)
-                else:
-                    crop, brain = image[view.box], mask[view.box]
-                try:
-                    views.append(make_view(crop, brain, view, self.shape))
-                    break
-                except ValueError:  # no brain in the crop
-                    if attempt == _DRAWS - 1:
-                        raise
-        return torch.stack(views)
+                yield attempt == _DRAWS - 1, Crop(*read(view), view)
+
+        for number in range(self.views):
+            yield attempts(stream(self.seed, epoch, _VIEW, name, number))
 
     def _cache_key(self, record: ScanRecord) -> str:
         assert self.cache is not None
@@ -215,3 +290,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Samples → a batch, views first."""
     failed = {scan: reason for sample in samples for scan, reason in sample.failed}
     return Batch(torch.stack([sample.views for sample in samples], dim=1), [s.scan for s in samples], failed)
+
+
+class CropData(Dataset[CropSample]):
+    """The same items, as crops whose views are made later, on a GPU."""
+
+    def __init__(self, data: PretrainingData) -> None:
+        self.data = data
+
+    def __getitem__(self, key: tuple[int, int]) -> CropSample:
+        """`PretrainingData.crops(key)`."""
+        return self.data.crops(key)

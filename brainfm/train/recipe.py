@@ -33,6 +33,8 @@ class Recipe(Checked):
         every_scan: An epoch takes every scan once, instead of every patient.
         input_size: Voxels of the views; None is the input contract's.
         augmentation: What views are drawn from.
+        augment_on: Where views are made of their crops: by the "loader"'s workers, or on the training's "device" (for
+            few processor cores and a GPU).
         workers: Processes that read scans, for each training process.
         cache: A folder of 'brainfm cache build'; None reads the scans themselves.
         max_bad_share: Stop when more than this share of the scans tried cannot be read.
@@ -68,6 +70,7 @@ class Recipe(Checked):
     every_scan: bool = False
     input_size: Triple | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
+    augment_on: Literal["loader", "device"] = "loader"
     workers: int = 2
     cache: str | None = None
     max_bad_share: float = 0.01

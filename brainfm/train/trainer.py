@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from brainfm.factory import create_model
 from brainfm.hub import save_for_hub
 from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.models.encoder import Encoder
+from brainfm.operations import Resize, Triple
 from brainfm.pretrained import Cohort, InputSpec
 from brainfm.registry import get_pretrained_cfg
 from brainfm.train.cache import key_of
 from brainfm.train.checkpoint import Progress, read_run, save_checkpoint
-from brainfm.train.data import Batch, EpochSampler, PretrainingData, collate
+from brainfm.train.data import Batch, CropData, CropSample, EpochSampler, PretrainingData, collate
 from brainfm.train.distributed import Processes, processes, synchronise_batch_norm
 from brainfm.train.method import METHODS, Method
 from brainfm.train.optim import learning_rate, make_optimiser
@@ -37,6 +39,8 @@ from brainfm.weights import atomic_path, save_state
 logger = logging.getLogger("brainfm")
 
 INTERRUPTED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL
+
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of parameters
 
@@ -136,22 +140,25 @@ class _Run:
 
     def train(self, shown: bool) -> None:
         """Run all epochs that are left."""
-        loader = DataLoader(
-            self.data,
+        on_device = self.recipe.augment_on == "device"
+        loader: DataLoader[Any] = DataLoader(
+            CropData(self.data) if on_device else self.data,
             self.recipe.batch_size,
             sampler=self.sampler,
             num_workers=self.recipe.workers,
-            collate_fn=collate,
+            collate_fn=list if on_device else collate,
             pin_memory=self.everyone.device.type == "cuda",
             persistent_workers=self.recipe.workers > 0,
+            worker_init_fn=_deaf_to_signals,
         )
         steps = self.sampler.steps
         with _progress_bar(steps * self.recipe.epochs, self._step_of_run, shown) as bar, self._log() as log:
             while self.progress.epoch < self.recipe.epochs:
                 self.sampler.epoch, self.sampler.first_step = self.progress.epoch, self.progress.step
                 waiting = time.perf_counter()
-                for batch in loader:
+                for loaded in loader:
                     started = time.perf_counter()
+                    batch = self._with_views(loaded) if on_device else loaded
                     metrics = self._step(batch)
                     ended = time.perf_counter()
                     metrics |= {
@@ -170,6 +177,9 @@ class _Run:
                             f"{self.progress.step}; the same command goes on from there"
                         )
                 self._end_epoch()
+
+    def _with_views(self, samples: Sequence[CropSample]) -> Batch:
+        return collate([self.data.make_views(sample, self.everyone.device) for sample in samples])
 
     def _step(self, batch: Batch) -> dict[str, float]:
         recipe = self.recipe
@@ -314,6 +324,7 @@ class _Run:
         scans = len(self.data.records) - len(self.bad)
         name = Path(self.recipe.manifest).stem
         overlay = {
+            "input_spec": _resized(self.data.spec, self.recipe.input_size),
             "ssl_method": self.method.name,
             "cohorts": (Cohort(name, patients, scans),),
             "recipe": json.dumps(self.recipe.to_dict() | {"manifest": name, "output": "", "cache": None}),
@@ -328,6 +339,12 @@ class _Run:
         )
 
 
+def _deaf_to_signals(_: int) -> None:
+    """Schedulers and torchrun send their signals to loader workers too, which are needed until the step has ended."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def _signals(run: _Run) -> Iterator[None]:
     """Let SIGTERM and SIGUSR1 (a scheduler that wants its node back) stop the run behind the step that runs."""
@@ -335,12 +352,20 @@ def _signals(run: _Run) -> Iterator[None]:
     def stop(number: int, _: Any) -> None:
         run.stopped_by = number
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, stop) for number in _STOPPING}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _resized(spec: InputSpec, shape: Triple | None) -> InputSpec:
+    """The contract of an encoder that was trained on views of another shape than its contract's."""
+    if shape is None or spec.output_shape == (1, *shape):
+        return spec
+    *before, zscore = spec.operations
+    return replace(spec, operations=(*before, Resize(shape), zscore), output_shape=(1, *shape))
 
 
 def _lines(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from brainfm import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.train.augment import Augmentation
 from brainfm.train.cache import ScanCache, build_cache, key_of, read_brain
-from brainfm.train.data import EpochSampler, PretrainingData, collate
+from brainfm.train.data import CropData, EpochSampler, PretrainingData, collate
 
 MILD = Augmentation(crop_min=(27, 32, 32))
 
@@ -72,6 +72,23 @@ def test_workers_change_nothing(data):
         assert alone.scans == shared.scans
         assert torch.equal(alone.views, shared.views)
         assert alone.views.shape == (2, 4, 1, 40, 48, 48)
+
+
+@pytest.mark.parametrize("smallest", [(27, 32, 32), (2, 2, 2)], ids=["crops", "crops_without_brain"])
+def test_views_made_on_a_device_are_those_of_the_loader(records, small_spec, smallest):
+    data = PretrainingData(records, small_spec, replace(MILD, crop_min=smallest), seed=3)
+    samples = DataLoader(CropData(data), 4, sampler=EpochSampler(len(data), 4, seed=3), num_workers=1, collate_fn=list)
+    for sample in (sample for batch in samples for sample in batch):
+        made, wanted = data.make_views(sample, torch.device("cpu")), data[sample.key]
+        assert (made.scan, made.failed) == (wanted.scan, wanted.failed)
+        assert torch.equal(made.views, wanted.views)
+
+
+def test_damaged_scan_found_out_on_the_device_is_replaced_and_named(records, small_spec, tmp_path):
+    data = PretrainingData(records[:2], small_spec, MILD, seed=3)
+    sample = data.crops((0, 0))
+    broken = replace(sample, crops=tuple(replace(crop, image=crop.image / 0) for crop in sample.crops))
+    assert torch.equal(data.make_views(broken, torch.device("cpu")).views, data[0, 0].views)
 
 
 def test_processes_share_the_joined_batch_and_a_resumed_epoch_goes_on():

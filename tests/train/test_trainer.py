@@ -16,6 +16,7 @@ import torch
 import brainfm
 from brainfm import BrainfmError, RecipeError
 from brainfm.hub import convert
+from brainfm.operations import Resize
 from brainfm.train.recipe import load_recipe, recipe_from_dict, with_fields
 from brainfm.train.summary import estimated_memory, summarise
 from brainfm.train.trainer import RunInterruptedError, pretrain
@@ -93,6 +94,25 @@ def test_run_ends_in_a_folder_that_loads_with_what_is_known_of_it(base, recipe, 
     assert len(brainfm.weights.read_checkpoint(aside).state) > 1
     again = convert(tmp_path / "run" / "checkpoints" / "last.pt", tmp_path / "again", base["model"])
     assert same(brainfm.create_model(f"local-dir:{again}").state_dict(), model.state_dict())
+
+
+def test_views_made_on_the_device_give_the_same_run(recipe, tmp_path):
+    for place in ("loader", "device"):
+        pretrain(recipe(epochs=1, augment_on=place, output=str(tmp_path / place)))
+    assert same(network(tmp_path / "loader"), network(tmp_path / "device"))
+
+
+@pytest.mark.parametrize("base", [SIMCLR, MAE], ids=["simclr", "mae"])
+def test_run_on_smaller_views_states_their_size_in_its_contract(base, recipe, small_sample):
+    shape = (24, 24, 24) if base is SIMCLR else (16, 24, 24)
+    model = brainfm.create_model(f"local-dir:{pretrain(recipe(base, epochs=1, input_size=shape))}")
+    transform = brainfm.create_transform(model)
+    volume = transform(*small_sample)
+    assert volume.shape == model.pretrained_cfg.input_spec.output_shape == (1, *shape)
+    assert Resize(shape) in model.pretrained_cfg.input_spec.operations
+    inside = volume[volume != 0]
+    assert (float(inside.mean()), float(inside.std())) == pytest.approx((0, 1), abs=1e-3)
+    assert model(volume[None]).isfinite().all()
 
 
 def test_mae_loss_falls_and_follows_its_schedule(recipe, tmp_path):
