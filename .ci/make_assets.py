@@ -1,6 +1,8 @@
 """Make the files of brainfm/assets from the folder of sample data.
 
-python .ci/make_assets.py DATA_FOLDER
+python .ci/make_assets.py DATA_FOLDER RUNS_FOLDER
+
+RUNS_FOLDER holds the runs `test_resnet_3d` and `test_vit_3d`, made as the heads of their recipes say.
 """
 
 import json
@@ -10,14 +12,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import brainfm
 from brainfm.hub.fingerprint import compute
 from brainfm.models.contracts import ASSETS, TURBOPREP_4MM
 from brainfm.operations import Volume
-from brainfm.registry import model_entrypoint
 from brainfm.scan.grid import on_grid
 
 
@@ -35,13 +35,16 @@ def make_scan_and_template(data: Path) -> None:
     nib.Nifti1Image(template, coarse.affine).to_filename(ASSETS / "mni152_brain_4mm.nii.gz")
 
 
-def make_test_weights() -> None:
-    """Write seeded initial weights of the tiny test models, halved to float16."""
+def make_test_weights(runs: Path) -> None:
+    """Halve the weights of the tiny test models to float16, and keep the logs of their runs."""
     for name in ("test_resnet_3d", "test_vit_3d"):
-        torch.manual_seed(0)
-        state = model_entrypoint(name)().state_dict()
+        state = load_file(runs / name / "export" / "model.safetensors")
         half = {k: v.half() if v.is_floating_point() and k != "pos_embed" else v for k, v in state.items()}
-        save_file(half, ASSETS / f"{name}.safetensors", metadata={"made_by": f"brainfm {brainfm.__version__}, seed 0"})
+        made_by = f"brainfm {brainfm.__version__}, recipe {name}, on phantoms"
+        save_file(half, ASSETS / f"{name}.safetensors", metadata={"made_by": made_by})
+        lines = (runs / name / "log.jsonl").read_text().splitlines()
+        short = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in json.loads(x).items()} for x in lines]
+        (ASSETS / f"{name}.log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in short))
 
 
 def make_fingerprints() -> None:
@@ -53,5 +56,5 @@ def make_fingerprints() -> None:
 
 if __name__ == "__main__":
     make_scan_and_template(Path(sys.argv[1]))
-    make_test_weights()
+    make_test_weights(Path(sys.argv[2]))
     make_fingerprints()

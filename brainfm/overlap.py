@@ -131,7 +131,7 @@ def pretraining_overlap(model: nn.Module | PretrainedCfg | str, datasets: str | 
     ]
 
 
-def overlap_of_scans(model: nn.Module, records: Iterable[ScanRecord]) -> list[Overlap]:
+def overlap_of_scans(model: nn.Module | PretrainedCfg | str, records: Iterable[ScanRecord]) -> list[Overlap]:
     """The same for a list of scans, whose data sets are named by a column such as "dataset", or by a folder."""
     columns: dict[str, None] = {}
     folders: dict[str, None] = {}

@@ -76,7 +76,7 @@ def test_list_pretrained_gives_full_names_and_where_the_weights_are(run):
     lines = run("list", "--pretrained").out.splitlines()
     assert [line.split()[0] for line in lines] == brainfm.list_pretrained()
     assert all("no published weights" not in line for line in lines)
-    assert any(line.startswith("test_resnet_3d.seed0") and "in this package" in line for line in lines)
+    assert any(line.startswith("test_resnet_3d.phantoms") and "in this package" in line for line in lines)
 
 
 def test_list_of_nothing_is_an_error(run):
@@ -348,7 +348,7 @@ def test_convert_with_a_cfg_that_means_nothing_is_one_line(text, message, run, c
     [
         (("convert", "none.pt", "folder", *SMALL), "WeightsNotFoundError: none.pt: no such weight file"),
         (("convert", "mine.tar", "folder", "--model", "resnet"), "ModelNameError: unknown model 'resnet'"),
-        (("convert", "mine.tar", "folder", "--model", "test_resnet_3d.seed0"), "WeightsError: mine.tar: sha256 is"),
+        (("convert", "mine.tar", "folder", "--model", "test_resnet_3d.phantoms"), "WeightsError: mine.tar: sha256 is"),
         (("convert", "mine.tar", "folder", "--model", "test_vit_3d"), "do not fit this VisionTransformer"),
         (("convert", "mine.tar", "mine.tar", *SMALL), "BrainfmError: mine.tar: a file; name a folder"),
         (("convert", "mine.tar", ".", *SMALL), "BrainfmError: .: not empty, and no model's folder"),
@@ -481,9 +481,9 @@ def test_overlap_may_be_asked_for_in_front_and_of_a_name_with_spaces(run):
 
 
 def test_overlap_of_a_model_without_recorded_cohorts_says_that_instead(run):
-    result = run("info", "test_resnet_3d", "--overlap", "ADNI")
+    result = run("info", "vit_tiny_3d", "--overlap", "ADNI")
     assert result.code == 0
-    assert result.out == "ADNI: test_resnet_3d.seed0 records no pretraining cohorts\n"
+    assert result.out == "ADNI: vit_tiny_3d records no pretraining cohorts\n"
 
 
 # --- demo -----------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def two_tags(monkeypatch) -> str:
 
 def test_architecture_alone_has_initial_weights_and_its_default_cfg(x, z):
     model = create_model("test_resnet_3d")
-    assert model.pretrained_cfg == brainfm.get_pretrained_cfg("test_resnet_3d.seed0")
+    assert model.pretrained_cfg == brainfm.get_pretrained_cfg("test_resnet_3d.phantoms")
     assert model.weights_report is None
     assert not torch.equal(embed(model, x), z)
 
@@ -190,7 +190,7 @@ def test_pretrained_without_weights_is_an_error_that_lists_those_that_have_some(
     with pytest.raises(WeightsNotFoundError, match=f"no weights of {name} are published") as refusal:
         create_model(name, pretrained=True)
     known = brainfm.list_pretrained()
-    assert known == ["simclr_resnet18_3d.kaczmarek2025", "test_resnet_3d.seed0", "test_vit_3d.seed0"]
+    assert known == ["simclr_resnet18_3d.kaczmarek2025", "test_resnet_3d.phantoms", "test_vit_3d.phantoms"]
     assert ", ".join(known) in str(refusal.value)
     assert "checkpoint_path" in str(refusal.value)
 
@@ -480,7 +480,7 @@ def test_model_that_is_not_asked_to_be_pretrained_asks_no_mirror(mirror, release
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ["test_resnet_3d", "test_resnet_3d.seed0", "test_vit_3d"])
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_resnet_3d.phantoms", "test_vit_3d"])
 def test_packaged_weights_are_not_taken_from_a_mirror(name, mirror, tmp_path):
     assert create(name, tmp_path).weights_report.source == "in this package"
     assert mirror.asked == []

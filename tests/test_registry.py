@@ -9,7 +9,7 @@ from brainfm import ModelNameError, PretrainedCfg, registry
 
 RESNETS = ["resnet18_3d", "simclr_resnet18_3d", "simclr_resnet50_3d", "test_resnet_3d"]
 VITS = ["mae_vit_base_3d", "mae_vit_large_3d", "mae_vit_tiny_3d", "test_vit_3d", "vit_tiny_3d"]
-TRAINED = ["simclr_resnet18_3d.kaczmarek2025", "test_resnet_3d.seed0", "test_vit_3d.seed0"]
+TRAINED = ["simclr_resnet18_3d.kaczmarek2025", "test_resnet_3d.phantoms", "test_vit_3d.phantoms"]
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_only_models_with_weights_are_listed_as_pretrained_with_their_tags():
         ("test_*", TRAINED[1:]),
         ("*.kaczmarek2025", TRAINED[:1]),
         ("simclr_resnet18_3d", TRAINED[:1]),
-        (["*.seed0", "simclr*"], TRAINED),
+        (["*.phantoms", "simclr*"], TRAINED),
         ("mae*", []),
     ],
 )
@@ -80,7 +80,7 @@ def test_models_are_listed_by_module(module, names):
 
 
 def test_module_wildcard_and_pretrained_go_together():
-    assert brainfm.list_models("test*", module="vit", pretrained=True) == ["test_vit_3d.seed0"]
+    assert brainfm.list_models("test*", module="vit", pretrained=True) == ["test_vit_3d.phantoms"]
 
 
 # --- Looking up -----------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_is_model_knows_names_with_and_without_tags(name, known):
     assert brainfm.is_model(name) is known
 
 
-@pytest.mark.parametrize("name", ["test_resnet_3d", "test_resnet_3d.seed0"])
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_resnet_3d.phantoms"])
 def test_the_constructor_is_found_with_and_without_a_tag(name):
     assert brainfm.model_entrypoint(name).__name__ == "test_resnet_3d"
 
@@ -126,7 +126,7 @@ def test_a_cfg_knows_its_own_name(name):
     [
         ("simclr_resnet18", "simclr_resnet18_3d"),
         ("mae_vit_small_3d", "mae_vit_tiny_3d"),
-        ("resnet_18_3d.seed0", "resnet18_3d"),
+        ("resnet_18_3d.phantoms", "resnet18_3d"),
     ],
 )
 def test_an_unknown_name_suggests_the_nearest(look_up, name, nearest):

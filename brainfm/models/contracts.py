@@ -66,6 +66,13 @@ NEURO_SIMCLR_COHORTS = (
     Cohort("SOOP", 1102, 1102, ("H", "S")),
 )
 
+# What the tiny test models were pretrained on: synthetic scans, see brainfm.phantom.
+PHANTOMS = Cohort("brainfm phantoms of seed 0", 600, 1200)
+PHANTOMS_NOTE = (
+    "A tiny test model, pretrained on phantoms (synthetic scans), not on people: not a brain encoder. "
+    "It shows that code works; what its embeddings say holds of phantoms only."
+)
+
 PAPER = "https://arxiv.org/abs/2509.10620"
 REPOSITORY = "https://github.com/emilykaczmarek/3D-Neuro-SimCLR"
 CITATION = """\

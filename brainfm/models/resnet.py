@@ -16,6 +16,8 @@ from brainfm.models.contracts import (
     CITATION,
     NEURO_SIMCLR_COHORTS,
     PAPER,
+    PHANTOMS,
+    PHANTOMS_NOTE,
     REPOSITORY,
     TURBOPREP_1MM,
     TURBOPREP_4MM,
@@ -196,12 +198,15 @@ def resnet18_3d(**kwargs: Any) -> ResNet:
 
 @register_model(
     cfgs={
-        "seed0": PretrainedCfg(
+        "phantoms": PretrainedCfg(
             file=str(ASSETS / "test_resnet_3d.safetensors"),
             input_spec=TURBOPREP_4MM,
             num_features=128,
+            ssl_method="SimCLR",
+            cohorts=(PHANTOMS,),
+            recipe="test_resnet_3d",
             licence="Apache-2.0",
-            notes="A tiny test model with seeded initial weights: not a brain encoder. Its embeddings mean nothing.",
+            notes=PHANTOMS_NOTE,
         )
     }
 )

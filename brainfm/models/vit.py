@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.models.contracts import ASSETS, CITATION, PAPER, REPOSITORY, TURBOPREP_1MM, TURBOPREP_4MM
+from brainfm.models.contracts import (
+    ASSETS,
+    CITATION,
+    PAPER,
+    PHANTOMS,
+    PHANTOMS_NOTE,
+    REPOSITORY,
+    TURBOPREP_1MM,
+    TURBOPREP_4MM,
+)
 from brainfm.models.encoder import Encoder, chosen_stages
 from brainfm.operations import Triple
 from brainfm.pretrained import PretrainedCfg
@@ -296,12 +305,15 @@ def vit_tiny_3d(**kwargs: Any) -> VisionTransformer:
 
 @register_model(
     cfgs={
-        "seed0": PretrainedCfg(
+        "phantoms": PretrainedCfg(
             file=str(ASSETS / "test_vit_3d.safetensors"),
             input_spec=TURBOPREP_4MM,
             num_features=96,
+            ssl_method="MAE",
+            cohorts=(PHANTOMS,),
+            recipe="test_vit_3d",
             licence="Apache-2.0",
-            notes="A tiny test model with seeded initial weights: not a brain encoder. Its embeddings mean nothing.",
+            notes=PHANTOMS_NOTE,
         )
     }
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 from brainfm.operations import Checked, Triple
 
 _GAMMA_EPS = 1e-7  # MONAI's AdjustContrast
+_TINY = 1e-30  # in place of 0, whose logarithm is slow to compute with
 _ZSCORE_EPS = 1e-12  # under the root, as in the input contract
 
 
@@ -121,19 +122,36 @@ def make_view(image: Tensor, mask: Tensor, view: View, shape: Triple) -> Tensor:
         image, mask = image.flip(-1), mask.flip(-1)
     if view.angle is not None:
         image, mask = rotate(image, view.angle, "bilinear"), rotate(mask, view.angle, "nearest")
+    # The image is new memory by now. What follows is done in it: at full size, new memory costs more than the sums.
     if view.shift is not None:
-        image = image + view.shift
+        image += view.shift
     if view.gamma is not None:
-        image = adjust_contrast(image, view.gamma)
-    return masked_zscore(image, mask > 0)[None]
+        adjust_contrast_(image, view.gamma)
+    return masked_zscore_(image, mask)[None]
 
 
 def resize(volume: Tensor, shape: Triple, mode: str) -> Tensor:
-    """[z, y, x] → [*shape], as MONAI's Resize: voxels as areas (align_corners=False), no smoothing."""
+    """[z, y, x] → new [*shape], as MONAI's Resize: voxels as areas (align_corners=False), no smoothing.
+
+    Args:
+        volume: [z, y, x] float32.
+        shape: Voxels of the result.
+        mode: "trilinear", computed within planes and then between them, or "nearest".
+    """
     if volume.shape == shape:
-        return volume
-    corners = None if mode == "nearest" else False
-    return F.interpolate(volume[None, None], size=shape, mode=mode, align_corners=corners)[0, 0]
+        return volume.clone()
+    if mode == "nearest":
+        return F.interpolate(volume[None, None], size=shape, mode=mode)[0, 0]
+    planes = F.interpolate(volume[None], size=shape[1:], mode="bilinear", align_corners=False)[0]
+    if len(planes) == shape[0]:
+        return planes
+    resized = planes.new_empty(shape)
+    last = len(planes) - 1
+    for n, plane in enumerate(resized):
+        place = min(max((n + 0.5) * len(planes) / shape[0] - 0.5, 0), last)
+        below = int(place)
+        torch.lerp(planes[below], planes[min(below + 1, last)], place - below, out=plane)
+    return resized
 
 
 def rotate(volume: Tensor, angle: float, mode: str) -> Tensor:
@@ -141,38 +159,54 @@ def rotate(volume: Tensor, angle: float, mode: str) -> Tensor:
 
     A rotation about the first axis moves no voxel to another plane, so that planes are interpolated as the channels of
     one image: the same as MONAI's three-dimensional Rotate, at a fraction of its cost.
+
+    Args:
+        volume: [z, y, x] float32.
+        angle: Radians.
+        mode: "bilinear" or "nearest".
     """
     _, height, width = volume.shape
     y = torch.arange(height, device=volume.device, dtype=torch.float32) - (height - 1) / 2
     x = torch.arange(width, device=volume.device, dtype=torch.float32) - (width - 1) / 2
     y, x = torch.meshgrid(y, x, indexing="ij")
     cos, sin = math.cos(angle), math.sin(angle)
-    grid = torch.stack([(sin * y + cos * x) * (2 / width), (cos * y - sin * x) * (2 / height)], dim=-1)
+    y, x = cos * y - sin * x, sin * y + cos * x
+    if mode == "nearest":
+        row = (y + (height - 1) / 2).round().clamp(0, height - 1)
+        column = (x + (width - 1) / 2).round().clamp(0, width - 1)
+        return volume.flatten(1).index_select(1, (row * width + column).long().flatten()).view(volume.shape)
+    grid = torch.stack([x * (2 / width), y * (2 / height)], dim=-1)
     return F.grid_sample(volume[None], grid[None], mode=mode, padding_mode="border", align_corners=False)[0]
 
 
-def adjust_contrast(volume: Tensor, gamma: float) -> Tensor:
-    """A gamma curve between the smallest and the largest intensity, as MONAI's AdjustContrast."""
+def adjust_contrast_(volume: Tensor, gamma: float) -> Tensor:
+    """A gamma curve between the smallest and the largest intensity, as MONAI's AdjustContrast; in place."""
     low, high = volume.aminmax()
     span = high - low
-    return ((volume - low) / (span + _GAMMA_EPS)).pow(gamma) * span + low
+    # The power as exp and log, which are twice as fast as pow where there is no infinity.
+    share = volume.sub_(low).div_(span + _GAMMA_EPS).clamp_(min=_TINY)
+    return share.log_().mul_(gamma).exp_().mul_(span).add_(low)
 
 
-def masked_zscore(volume: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and spread 1 (population, 1e-12 under the root) inside the mask, 0 outside, as in the input contract.
+def masked_zscore_(volume: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and spread 1 (population, 1e-12 under the root) inside, 0 outside, as in the input contract; in place.
+
+    Args:
+        volume: [z, y, x].
+        mask: [z, y, x] of the same type, 1 inside and 0 outside.
 
     Raises:
         ValueError: The mask is empty, or a voxel inside is not finite.
     """
-    weight = mask.to(volume.dtype)  # products and sums: many times faster than taking voxels out by a mask
-    count = _total(weight)
+    count = _total(mask)  # sums and products: many times faster than taking voxels out by a mask
     if not count:
         raise ValueError("no voxel of the brain mask is in the view")
-    centred = (volume - _total(volume * weight) / count).mul_(weight)
-    spread = _total(centred.square()) / count
+    volume.mul_(mask)
+    volume.sub_(_total(volume) / count).mul_(mask)
+    spread = torch.linalg.vector_norm(volume, dim=(1, 2)).square().sum() / count
     if not spread.isfinite():
         raise ValueError("the view has voxels that are not finite")
-    return centred.div_((spread + _ZSCORE_EPS).sqrt())
+    return volume.div_((spread + _ZSCORE_EPS).sqrt())
 
 
 def _total(volume: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from brainfm.errors import RecipeError, WeightsError
-from brainfm.train.recipe import Recipe
+from brainfm.train.recipe import Training
 from brainfm.weights import atomic_path
 
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_share", "save_every", "resume", "tf32", "channels_last"}
-_FREE |= {"grad_checkpointing", "manifest"}
+_FREE |= {"grad_checkpointing", "manifest", "augment_on"}
 
 
 @dataclass
@@ -44,7 +44,7 @@ def save_checkpoint(
     network: dict[str, Tensor],
     optimiser: dict[str, Any],
     progress: Progress,
-    recipe: Recipe,
+    settings: Training,
     data: str,
     joined_batch: int,
 ) -> None:
@@ -55,7 +55,7 @@ def save_checkpoint(
         "optimiser": optimiser,
         "progress": {"epoch": progress.epoch, "step": progress.step, "best": progress.best},
         "losses": list(progress.losses),
-        "recipe": recipe.to_dict(),
+        "recipe": settings.to_dict(),
         "data": data,
         "joined_batch": joined_batch,
     }
@@ -63,7 +63,7 @@ def save_checkpoint(
         torch.save(content, temporary)
 
 
-def read_run(path: str | os.PathLike[str], recipe: Recipe, data: str, joined_batch: int) -> dict[str, Any]:
+def read_run(path: str | os.PathLike[str], settings: Training, data: str, joined_batch: int) -> dict[str, Any]:
     """A checkpoint of this very run.
 
     Raises:
@@ -72,7 +72,7 @@ def read_run(path: str | os.PathLike[str], recipe: Recipe, data: str, joined_bat
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, ours = content["recipe"], recipe.to_dict()
+        theirs, ours = content["recipe"], settings.to_dict()
         progress = content["progress"]
         content["progress"] = Progress(
             int(progress["epoch"]), int(progress["step"]), float(progress["best"]), tuple(content["losses"])

@@ -22,9 +22,10 @@ def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> 
     goes on with a run that stopped. Exit code 75: a signal stopped the run, and it can go on. Under torchrun, write
     'torchrun … -m brainfm.train RECIPE …'.
     """
+    from brainfm.train.pretraining import pretrain
     from brainfm.train.recipe import load_recipe
     from brainfm.train.summary import summarise
-    from brainfm.train.trainer import INTERRUPTED, RunInterruptedError, pretrain
+    from brainfm.train.trainer import INTERRUPTED, RunInterruptedError
 
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -86,7 +87,34 @@ class CropSample:
         return CropSample(self.key, tuple(crop.pin_memory() for crop in self.crops), self.scan, self.failed)
 
 
-class PretrainingData(Dataset[Sample]):
+class TrainingData(Dataset[Any]):
+    """What a run is trained on, item by item.
+
+    Attributes:
+        records: The scans.
+    """
+
+    records: list[ScanRecord]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many items an epoch has."""
+
+    @abstractmethod
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        """Item `key[1]` in epoch `key[0]`: a function of the two."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """Items side by side, in a worker of the loader."""
+
+    def batch(self, loaded: Any, device: torch.device) -> Batch:  # noqa: ARG002 - for those that finish it there
+        """The batch of what the loader gives."""
+        batch: Batch = loaded
+        return batch
+
+
+class PretrainingData(TrainingData):
     """Views of scans by (epoch, item); an item is a patient, or with `every_scan` a scan.
 
     Args:
@@ -99,6 +127,7 @@ class PretrainingData(Dataset[Sample]):
         root: The manifest's folder, for the cache's keys.
         every_scan: Take every scan once an epoch, as the released code does, instead of every patient.
         shape: Voxels of the views.
+        on_device: Leave the views to `batch`, which makes them on the training's device.
 
     Raises:
         BrainfmError: The contract cannot be pretrained on, the cache is another contract's, or there are no scans.
@@ -116,6 +145,7 @@ class PretrainingData(Dataset[Sample]):
         root: str | os.PathLike[str] = ".",
         every_scan: bool = False,
         shape: Triple | None = None,
+        on_device: bool = False,
     ) -> None:
         if spec.output_shape is None:
             raise BrainfmError("pretraining needs an input contract of a fixed shape")
@@ -124,7 +154,7 @@ class PretrainingData(Dataset[Sample]):
         self.stored_shape: Triple = spec.output_shape[1:]
         self.shape = shape or self.stored_shape
         self.cache = ScanCache(cache, spec) if cache is not None else None
-        self.root = root
+        self.root, self.on_device = root, on_device
         self.items = [[n] for n in range(len(self.records))] if every_scan else _by_patient(self.records)
         if not self.items:
             raise BrainfmError("there are no scans to pretrain on")
@@ -132,7 +162,19 @@ class PretrainingData(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        """`self.sample(key)`, or with on_device `self.crops(key)`."""
+        return self.crops(key) if self.on_device else self.sample(key)
+
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """A batch of samples; crops stay a list."""
+        return list(samples) if self.on_device else collate(samples)
+
+    def batch(self, loaded: Any, device: torch.device) -> Batch:
+        """The loader's batch, or that of its crops, made on the device."""
+        return collate([self.make_views(sample, device) for sample in loaded]) if self.on_device else loaded
+
+    def sample(self, key: tuple[int, int]) -> Sample:
         """The views of item `key[1]` in epoch `key[0]`; of another item where none of its scans can be read.
 
         Raises:
@@ -141,17 +183,17 @@ class PretrainingData(Dataset[Sample]):
         return Sample(*self._first_readable(key, self._views))
 
     def crops(self, key: tuple[int, int]) -> CropSample:
-        """What the views of `self[key]` are made of. Raises ScanError as `self[key]` does."""
+        """What the views of `sample(key)` are made of. Raises ScanError as that does."""
         return CropSample(key, *self._first_readable(key, self._crops))
 
     def make_views(self, sample: CropSample, device: torch.device) -> Sample:
-        """The views of `self[sample.key]`, made on a device. Raises ScanError as `self[key]` does."""
+        """The views of `self.sample(sample.key)`, made on a device. Raises ScanError as that does."""
         try:
             views = [
                 make_view(crop.image.to(device), crop.mask.to(device), crop.view, self.shape) for crop in sample.crops
             ]
         except ValueError:  # a view without brain, or a damaged scan: found out only now, so draw again as the loader
-            again = self[sample.key]
+            again = self.sample(sample.key)
             return Sample(again.views.to(device), again.scan, again.failed)
         return Sample(torch.stack(views), sample.scan, sample.failed)
 
@@ -223,6 +265,11 @@ class PretrainingData(Dataset[Sample]):
         return key
 
 
+def count_patients(records: Sequence[ScanRecord]) -> int:
+    """How many patients a list has; a scan without a patient_id is a patient of its own."""
+    return len(_by_patient(records))
+
+
 def _by_patient(records: Sequence[ScanRecord]) -> list[list[int]]:
     patients: dict[str, list[int]] = {}
     for n, record in enumerate(records):
@@ -275,29 +322,28 @@ class Batch:
         views: [views, B, 1, z, y, x] float32.
         scans: Which scans they show.
         failed: Scans that could not be read, and why.
+        targets: [B] what is to be predicted, where something is.
     """
 
     views: Tensor
     scans: list[int]
-    failed: dict[int, str]
+    failed: dict[int, str] = field(default_factory=dict)
+    targets: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        """The same on a device."""
+        targets = self.targets
+        if targets is not None:
+            targets = targets.to(device, dtype if targets.is_floating_point() else None, non_blocking=True)
+        return replace(self, views=self.views.to(device, dtype, non_blocking=True), targets=targets)
 
     def pin_memory(self) -> Batch:
         """The same with page-locked views, for the loader."""
-        return Batch(self.views.pin_memory(), self.scans, self.failed)
+        targets = None if self.targets is None else self.targets.pin_memory()
+        return replace(self, views=self.views.pin_memory(), targets=targets)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples → a batch, views first."""
     failed = {scan: reason for sample in samples for scan, reason in sample.failed}
     return Batch(torch.stack([sample.views for sample in samples], dim=1), [s.scan for s in samples], failed)
-
-
-class CropData(Dataset[CropSample]):
-    """The same items, as crops whose views are made later, on a GPU."""
-
-    def __init__(self, data: PretrainingData) -> None:
-        self.data = data
-
-    def __getitem__(self, key: tuple[int, int]) -> CropSample:
-        """`PretrainingData.crops(key)`."""
-        return self.data.crops(key)

@@ -13,39 +13,37 @@ from torch.nn.parallel import DistributedDataParallel
 from brainfm.errors import RecipeError
 from brainfm.models.encoder import Encoder
 from brainfm.models.vit import VisionTransformer
+from brainfm.train.data import Batch
+from brainfm.train.distributed import Processes
 from brainfm.train.losses import contrastive_metrics, nt_xent_loss
 from brainfm.train.mae import MaskedAutoencoder
-from brainfm.train.recipe import Recipe
+from brainfm.train.recipe import Recipe, Training
 from brainfm.train.simclr import SimCLR
 
 
 class Method(ABC):
-    """A way to pretrain an encoder.
+    """A way to train an encoder.
 
     Attributes:
-        name: As it is written, "SimCLR".
-        views: Of each scan.
+        settings: How it is trained.
         encoder: What is learned.
-        network: The encoder and what it is trained with; what it has beside the encoder is kept aside as
-        aside: this, by the prefixes of its names.
+        network: The encoder and what it is trained with.
+        layer_decay: See `make_optimiser`.
     """
 
-    name: ClassVar[str]
-    views: ClassVar[int]
-    aside: ClassVar[tuple[str, tuple[str, ...]]]
-    encoder: Encoder
     network: nn.Module
+    layer_decay: float | None = None
 
-    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
-        self.recipe, self.encoder = recipe, encoder
+    def __init__(self, settings: Training, encoder: Encoder) -> None:
+        self.settings, self.encoder = settings, encoder
 
     @abstractmethod
-    def backward(self, network: nn.Module, views: Tensor, generator: torch.Generator, share: slice) -> dict[str, float]:
+    def backward(self, network: nn.Module, batch: Batch, generator: torch.Generator, share: slice) -> dict[str, float]:
         """Add a batch's gradient to the parameters.
 
         Args:
             network: `self.network`, or that inside DistributedDataParallel.
-            views: [views, B, 1, z, y, x].
+            batch: On the training's device.
             generator: Of this step, the same on every process.
             share: Which rows of the joined batch these are.
 
@@ -53,11 +51,33 @@ class Method(ABC):
             "loss" and what else is logged.
         """
 
-    def _autocast(self, views: Tensor) -> Any:
-        return torch.autocast(views.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
+    def end_epoch(self, everyone: Processes) -> dict[str, float]:  # noqa: ARG002 - for those that look at other scans
+        """What is to be logged of an epoch, on every process; the epoch with the smallest "score" is the best."""
+        return {}
+
+    def _autocast(self, images: Tensor) -> Any:
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
 
-class SimCLRMethod(Method):
+class PretrainingMethod(Method):
+    """A way to pretrain an encoder.
+
+    Attributes:
+        name: As it is written, "SimCLR".
+        views: Of each scan.
+        aside: What the network has beside the encoder is kept as this, by the prefixes of its names.
+    """
+
+    name: ClassVar[str]
+    views: ClassVar[int]
+    aside: ClassVar[tuple[str, tuple[str, ...]]]
+
+    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
+        super().__init__(recipe, encoder)
+        self.recipe = recipe
+
+
+class SimCLRMethod(PretrainingMethod):
     """Two views a scan, told apart from all other scans of the joined batch."""
 
     name, views, aside = "SimCLR", 2, ("projector", ("projector.",))
@@ -69,12 +89,12 @@ class SimCLRMethod(Method):
     def backward(
         self,
         network: nn.Module,
-        views: Tensor,
+        batch: Batch,
         generator: torch.Generator,  # noqa: ARG002 - nothing is drawn here
         share: slice,  # noqa: ARG002
     ) -> dict[str, float]:
         """As `Method.backward`; logs the loss, top-1, alignment and uniformity."""
-        chunk = self.recipe.batch_chunk
+        views, chunk = batch.views, self.recipe.batch_chunk
         if chunk is not None and chunk < views.shape[1]:
             return self._backward_in_chunks(network, views, chunk)
         with self._autocast(views):
@@ -110,7 +130,7 @@ class SimCLRMethod(Method):
         return torch.stack(projections.chunk(2))
 
 
-class MAEMethod(Method):
+class MAEMethod(PretrainingMethod):
     """One view a scan, most of its patches hidden and filled in."""
 
     name, views, aside = "MAE", 1, ("decoder", ("decoder_", "mask_token"))
@@ -124,14 +144,15 @@ class MAEMethod(Method):
         )
         self._patches = encoder.pos_embed.shape[1] - 1
 
-    def backward(self, network: nn.Module, views: Tensor, generator: torch.Generator, share: slice) -> dict[str, float]:
+    def backward(self, network: nn.Module, batch: Batch, generator: torch.Generator, share: slice) -> dict[str, float]:
         """As `Method.backward`; logs the loss."""
         # Drawn for the joined batch, so that the number of processes changes nothing.
+        views = batch.views[0]
         noise = torch.rand(share.stop, self._patches, generator=generator)[share].to(views.device)
         with self._autocast(views):
-            loss = network(views[0], self.recipe.mask_ratio, noise)[0]
+            loss = network(views, self.recipe.mask_ratio, noise)[0]
         loss.backward()
         return {"loss": float(loss.detach())}
 
 
-METHODS: dict[str, type[Method]] = {"simclr": SimCLRMethod, "mae": MAEMethod}
+METHODS: dict[str, type[PretrainingMethod]] = {"simclr": SimCLRMethod, "mae": MAEMethod}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,36 +11,60 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
-from brainfm.train.recipe import Recipe
+from brainfm.train.recipe import Training
 
 _TRUST = 1e-3  # LARS's coefficient, as in SimCLR (Chen et al. 2020)
 
 
-def make_optimiser(recipe: Recipe, network: nn.Module) -> Optimizer:
-    """The recipe's optimiser. Weight decay leaves biases, norms and what the network names alone."""
+def make_optimiser(settings: Training, network: nn.Module, layer_decay: float | None = None) -> Optimizer:
+    """The optimiser of the settings. Weight decay leaves biases, norms and what the network names alone.
+
+    With `layer_decay`, a group's "lr_scale" is this to the power of its distance from the head, by the network's
+    `group_matcher`.
+    """
     spared = set(getattr(network, "no_weight_decay", set)())
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    depths = _depths(network) if layer_decay is not None else {}
+    deepest = max(depths.values(), default=0)
+    groups: dict[tuple[bool, int], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            (others if parameter.ndim <= 1 or name in spared else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimiser == "lars":
-        return LARS(groups, recipe.lr, recipe.momentum)
-    kind = Adam if recipe.optimiser == "adam" else AdamW
-    return kind(groups, lr=recipe.lr, betas=recipe.betas)
+            decayed, depth = parameter.ndim > 1 and name not in spared, depths.get(name, 0)
+            group = groups.setdefault((not decayed, depth), {"params": [], "weight_decay": 0.0})
+            group["params"].append(parameter)
+            if decayed:
+                group["weight_decay"] = settings.weight_decay
+            if layer_decay is not None:
+                group["lr_scale"] = layer_decay ** (deepest - depth)
+    ordered = [groups[key] for key in sorted(groups)]
+    if settings.optimiser == "lars":
+        return LARS(ordered, settings.lr, settings.momentum)
+    kind = Adam if settings.optimiser == "adam" else AdamW
+    return kind(ordered, lr=settings.lr, betas=settings.betas)
 
 
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, joined_batch: int) -> float:
+def _depths(network: nn.Module) -> dict[str, int]:
+    """How many layers lie below each parameter's, by an encoder's `group_matcher`; the head is the last."""
+    matcher: dict[str, Any] = network.group_matcher()  # type: ignore[operator]
+    blocks = matcher["blocks"]
+    patterns = [blocks] if isinstance(blocks, str) else [pattern for pattern, fixed in blocks if fixed is None]
+    places: dict[str, tuple[int, ...]] = {}
+    for name, _ in network.named_parameters():
+        found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)
+        stem = re.match(matcher["stem"], name) is not None
+        places[name] = tuple(map(int, found.groups())) if found else (-1,) if stem else (math.inf,)  # type: ignore[assignment]
+    ranks = {place: n for n, place in enumerate(sorted(set(places.values())))}
+    return {name: ranks[place] for name, place in places.items()}
+
+
+def learning_rate(settings: Training, step: int, steps_per_epoch: int, joined_batch: int) -> float:
     """The learning rate of a step, counted from 0 over the whole run. Nothing of it needs to be saved."""
-    peak = recipe.lr * joined_batch / 256 if recipe.scale_lr else recipe.lr
+    peak = settings.lr * joined_batch / 256 if settings.scale_lr else settings.lr
     epoch = step / steps_per_epoch
-    if epoch < recipe.warmup_epochs:
-        return peak * epoch / recipe.warmup_epochs
-    if recipe.schedule == "constant":
+    if epoch < settings.warmup_epochs:
+        return peak * epoch / settings.warmup_epochs
+    if settings.schedule == "constant":
         return peak
-    done = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
+    done = (epoch - settings.warmup_epochs) / (settings.epochs - settings.warmup_epochs)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

@@ -16,30 +16,17 @@ from brainfm.train.augment import Augmentation
 RECIPES = Path(__file__).parent / "recipes"
 
 
-@dataclass(frozen=True)
-class Recipe(Checked):
-    """A pretraining run.
+@dataclass(frozen=True, kw_only=True)
+class Training(Checked):
+    """How a network is trained, whatever it learns.
 
     Attributes:
-        method: "simclr" or "mae".
-        model: The registered encoder to train, from initial weights.
-        manifest: CSV of scans: image_path, mask_path, optional patient_id.
         output: The run's folder.
         seed: Of initial weights, order and views.
         epochs: Passes over the patients.
         batch_size: Scans a step, on one process.
-        batch_chunk: SimCLR: scans of the batch that are in memory at a time; the gradient is that of the whole batch,
-            BatchNorm's statistics are those of each chunk. None is all.
-        every_scan: An epoch takes every scan once, instead of every patient.
-        input_size: Voxels of the views; None is the input contract's.
-        augmentation: What views are drawn from.
-        augment_on: Where views are made of their crops: by the "loader"'s workers, or on the training's "device" (for
-            few processor cores and a GPU).
         workers: Processes that read scans, for each training process.
-        cache: A folder of 'brainfm cache build'; None reads the scans themselves.
         max_bad_share: Stop when more than this share of the scans tried cannot be read.
-        temperature, projection_dim, gradient: Of SimCLR; see `nt_xent_loss`.
-        mask_ratio, norm_pix_loss, decoder_dim, decoder_depth, decoder_heads: Of the MAE.
         optimiser: "adam", "adamw" or "lars".
         lr: Learning rate.
         scale_lr: Multiply lr by the joined batch / 256.
@@ -59,29 +46,12 @@ class Recipe(Checked):
         resume: Go on with the run in `output` where there is one.
     """
 
-    method: Literal["simclr", "mae"]
-    model: str
-    manifest: str = ""
     output: str = ""
     seed: int = 0
     epochs: int = 150
     batch_size: int = 6
-    batch_chunk: int | None = None
-    every_scan: bool = False
-    input_size: Triple | None = None
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    augment_on: Literal["loader", "device"] = "loader"
     workers: int = 2
-    cache: str | None = None
     max_bad_share: float = 0.01
-    temperature: float = 0.5
-    projection_dim: int = 64
-    gradient: Literal["exact", "upstream"] = "exact"
-    mask_ratio: float = 0.75
-    norm_pix_loss: bool = False
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
     optimiser: Literal["adam", "adamw", "lars"] = "adam"
     lr: float = 3e-4
     scale_lr: bool = False
@@ -102,14 +72,65 @@ class Recipe(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least = {"epochs": 1, "batch_size": 1, "workers": 0, "projection_dim": 1, "save_every": 1, "seed": 0}
-        at_least |= {"decoder_dim": 6, "decoder_depth": 1, "decoder_heads": 1, "warmup_epochs": 0, "weight_decay": 0}
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least {least}")
-        for name in ("lr", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be above 0")
+        self._check_least(epochs=1, batch_size=1, workers=0, save_every=1, seed=0, warmup_epochs=0, weight_decay=0)
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}, and must be above 0")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, more than all {self.epochs} epochs")
+
+    def _check_least(self, **least: float) -> None:
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least {value}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready data."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Training):
+    """A pretraining run: as `Training`, and what is learned of which scans.
+
+    Attributes:
+        method: "simclr" or "mae".
+        model: The registered encoder to train, from initial weights.
+        manifest: CSV of scans: image_path, mask_path, optional patient_id.
+        batch_chunk: SimCLR: scans of the batch that are in memory at a time; the gradient is that of the whole batch,
+            BatchNorm's statistics are those of each chunk. None is all.
+        every_scan: An epoch takes every scan once, instead of every patient.
+        input_size: Voxels of the views; None is the input contract's.
+        augmentation: What views are drawn from.
+        augment_on: Where views are made of their crops: by the "loader"'s workers, or on the training's "device" (for
+            few processor cores and a GPU).
+        cache: A folder of 'brainfm cache build'; None reads the scans themselves.
+        temperature, projection_dim, gradient: Of SimCLR; see `nt_xent_loss`.
+        mask_ratio, norm_pix_loss, decoder_dim, decoder_depth, decoder_heads: Of the MAE.
+    """
+
+    method: Literal["simclr", "mae"]
+    model: str
+    manifest: str = ""
+    batch_chunk: int | None = None
+    every_scan: bool = False
+    input_size: Triple | None = None
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    augment_on: Literal["loader", "device"] = "loader"
+    cache: str | None = None
+    temperature: float = 0.5
+    projection_dim: int = 64
+    gradient: Literal["exact", "upstream"] = "exact"
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = False
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(projection_dim=1, decoder_dim=6, decoder_depth=1, decoder_heads=1)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}, and must be above 0")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}, and must be between 0 and 1")
         if self.batch_chunk is not None and not 0 < self.batch_chunk <= self.batch_size:
@@ -118,14 +139,12 @@ class Recipe(Checked):
             raise ValueError("batch_chunk is for SimCLR, whose loss compares scans; for an MAE make batch_size smaller")
         if self.method == "simclr" and self.batch_size < 2:
             raise ValueError("SimCLR compares scans with one another: batch_size must be at least 2")
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs}, more than all {self.epochs} epochs")
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON-ready data."""
-        data = asdict(self)
+        """The recipe as JSON-ready data, what is learned first."""
+        data = super().to_dict()
         data["augmentation"] = {key: _plain(value) for key, value in data["augmentation"].items()}
-        return {key: _plain(value) for key, value in data.items()}
+        return {name: data.pop(name) for name in ("method", "model", "manifest", "output")} | data
 
 
 def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -145,31 +164,37 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         near = difflib.get_close_matches(text, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(f"no recipe {text!r}; {hint}Known: {', '.join(known)}, or the path of a .yaml file")
-    values = _yaml(path.read_text(encoding="utf-8"), str(path))
+    values = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a list of 'key: value' lines")
+    return recipe_from_dict(read_overrides(values, overrides), str(path))
+
+
+def read_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values with those of "key=value" or "group.key=value" in their place. Raises RecipeError."""
+    replaced = dict(values)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise RecipeError(f"{override!r} is not key=value")
         group, dot, inner = key.strip().partition(".")
-        parsed = _yaml(value, override)
+        parsed = _number(read_yaml(value, override))
         if dot:
-            values[group] = dict(values.get(group) or {}) | {inner: parsed}
+            replaced[group] = dict(replaced.get(group) or {}) | {inner: parsed}
         else:
-            values[group] = parsed
-    return recipe_from_dict(values, str(path))
+            replaced[group] = parsed
+    return replaced
 
 
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """The recipe that `to_dict` described. Raises RecipeError as `load_recipe` does."""
     values = dict(values)
     try:
-        _check_keys(values, Recipe, "")
+        check_keys(values, Recipe, "")
         augmentation = values.get("augmentation", {})
         if not isinstance(augmentation, Mapping):
             raise ValueError("augmentation is a group: write augmentation.KEY=VALUE")
-        _check_keys(augmentation, Augmentation, "augmentation.")
+        check_keys(augmentation, Augmentation, "augmentation.")
         values["augmentation"] = Augmentation(**{k: _number(v) for k, v in augmentation.items()})
         return Recipe(**{key: _number(value) for key, value in values.items()})
     except (ValueError, TypeError) as error:
@@ -184,7 +209,8 @@ def with_fields(recipe: Recipe, **changes: Any) -> Recipe:
         raise RecipeError(str(error)) from error
 
 
-def _check_keys(values: Mapping[str, Any], cls: type[Any], prefix: str) -> None:
+def check_keys(values: Mapping[str, Any], cls: type[Any], prefix: str) -> None:
+    """Raise ValueError for a key that is no field of a dataclass, with the nearest one."""
     names = [item.name for item in fields(cls)]
     for key in values:
         if key not in names:
@@ -193,7 +219,8 @@ def _check_keys(values: Mapping[str, Any], cls: type[Any], prefix: str) -> None:
             raise ValueError(f"unknown key {prefix}{key}; {hint}")
 
 
-def _yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
+    """What a YAML text says, as plain data. Raises RecipeError."""
     import yaml
 
     try:

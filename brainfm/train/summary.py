@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from brainfm.errors import RecipeError
 from brainfm.pretrained import InputSpec
+from brainfm.train.data import count_patients
+from brainfm.train.pretraining import make_method, read_data
 from brainfm.train.recipe import Recipe
-from brainfm.train.trainer import make_method, read_data
 
 
 def summarise(recipe: Recipe, world: int = 1) -> str:
@@ -24,7 +25,7 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
     import yaml
 
     records, spec = read_data(recipe)
-    patients = len({record.patient_id or str(n) for n, record in enumerate(records)})
+    patients = count_patients(records)
     items, joined = len(records) if recipe.every_scan else patients, recipe.batch_size * world
     steps = items // joined
     if not steps:

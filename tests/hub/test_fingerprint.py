@@ -65,7 +65,7 @@ def test_fingerprint_is_of_the_embedding_even_where_the_model_has_a_classifier(t
 # --- ok -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d", "test_vit_3d.seed0"])
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d", "test_vit_3d.phantoms"])
 def test_packaged_models_give_the_published_features_in_every_dtype(name):
     checks = verify(name, ("float32", "bfloat16", "float16"))
     assert oks(checks) == {

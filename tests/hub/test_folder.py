@@ -98,7 +98,7 @@ def test_cfg_goes_whole_into_the_config_and_back(small_model, tmp_path):
     assert said(folder) == expected
     again = load(folder).pretrained_cfg
     assert again.input_spec == small_model.pretrained_cfg.input_spec
-    assert again.name == "test_resnet_3d.seed0"
+    assert again.name == "test_resnet_3d.phantoms"
 
 
 def test_weights_and_config_say_where_they_came_from(small_model, tmp_path):
@@ -423,9 +423,9 @@ def _nan():
 @pytest.mark.parametrize(
     ("state", "name", "error", "reason"),
     [
-        (lambda: new().state_dict(), "test_resnet_3d.seed0", WeightsError, "sha256 is [0-9a-f]{64}, and that of"),
+        (lambda: new().state_dict(), "test_resnet_3d.phantoms", WeightsError, "sha256 is [0-9a-f]{64}, and that of"),
         (lambda: new().state_dict(), "test_resnet", ModelNameError, "did you mean test_resnet_3d"),
-        (lambda: new().state_dict(), "test_resnet_3d.v2", ModelNameError, "'v2'; known: test_resnet_3d.seed0"),
+        (lambda: new().state_dict(), "test_resnet_3d.v2", ModelNameError, "'v2'; known: test_resnet_3d.phantoms"),
         (lambda: new("test_vit_3d").state_dict(), "test_resnet_3d", WeightsError, "do not fit this ResNet"),
         (lambda: new().state_dict(), "test_vit_3d", WeightsError, "do not fit this VisionTransformer"),
         (lambda: new().state_dict(), "resnet18_3d", WeightsError, "of another shape"),
@@ -459,8 +459,8 @@ def test_file_whose_provenance_somebody_else_wrote_is_converted(provenance, tmp_
 
 
 def test_packaged_file_is_the_published_one_of_its_tag(small_model, tmp_path):
-    folder = convert(ASSET, tmp_path / "folder", "test_resnet_3d.seed0")
-    assert said(folder).name == "test_resnet_3d.seed0"
+    folder = convert(ASSET, tmp_path / "folder", "test_resnet_3d.phantoms")
+    assert said(folder).name == "test_resnet_3d.phantoms"
     assert torch.equal(embed(load(folder)), embed(small_model))
 
 
@@ -834,7 +834,7 @@ def test_fetch_of_a_packaged_model_gives_its_file_or_a_folder(small_model, tmp_p
     folder = fetch("test_resnet_3d", tmp_path / "folder")
     assert folder == tmp_path / "folder"
     assert sorted(path.name for path in folder.iterdir()) == FILES
-    assert said(folder).name == "test_resnet_3d.seed0"
+    assert said(folder).name == "test_resnet_3d.phantoms"
     assert torch.equal(embed(load(folder)), embed(small_model))
 
 
@@ -860,7 +860,7 @@ def test_fetch_from_the_hub_works_without_a_card(hub, repository, tmp_path, capl
     hub.add("lab/tiny", {name: data for name, data in repository.items() if name != "README.md"})
     folder = fetch("hf-hub:lab/tiny", tmp_path / "folder", tmp_path / "cache")
     assert sorted(path.name for path in folder.iterdir()) == FILES[1:]
-    assert load(folder).pretrained_cfg.name == "test_resnet_3d.seed0"
+    assert load(folder).pretrained_cfg.name == "test_resnet_3d.phantoms"
 
 
 def test_fetch_without_a_card_does_not_leave_the_card_of_another_model(hub, repository, tmp_path):

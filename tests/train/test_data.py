@@ -16,7 +16,7 @@ from brainfm import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.train.augment import Augmentation
 from brainfm.train.cache import ScanCache, build_cache, key_of, read_brain
-from brainfm.train.data import CropData, EpochSampler, PretrainingData, collate
+from brainfm.train.data import EpochSampler, PretrainingData, collate, count_patients
 
 MILD = Augmentation(crop_min=(27, 32, 32))
 
@@ -45,6 +45,11 @@ def test_an_epoch_takes_each_patient_once_with_one_of_its_scans(data):
     for scans in chosen:
         assert {scan % 12 for scan in scans} == set(range(12))
     assert len({scan for scans in chosen for scan in scans}) > 12  # not always the same one
+
+
+def test_scan_without_a_patient_is_one_of_its_own():
+    records = [ScanRecord("a.nii", patient_id=name) for name in ("1", "", "1", "")]
+    assert count_patients(records) == 3
 
 
 def test_every_scan_can_be_taken(records, small_spec):
@@ -76,11 +81,15 @@ def test_workers_change_nothing(data):
 
 @pytest.mark.parametrize("smallest", [(27, 32, 32), (2, 2, 2)], ids=["crops", "crops_without_brain"])
 def test_views_made_on_a_device_are_those_of_the_loader(records, small_spec, smallest):
-    data = PretrainingData(records, small_spec, replace(MILD, crop_min=smallest), seed=3)
-    samples = DataLoader(CropData(data), 4, sampler=EpochSampler(len(data), 4, seed=3), num_workers=1, collate_fn=list)
-    for sample in (sample for batch in samples for sample in batch):
-        made, wanted = data.make_views(sample, torch.device("cpu")), data[sample.key]
-        assert (made.scan, made.failed) == (wanted.scan, wanted.failed)
+    sampler, cpu = EpochSampler(12, 4, seed=3), torch.device("cpu")
+
+    def batches(on_device):
+        data = PretrainingData(records, small_spec, replace(MILD, crop_min=smallest), seed=3, on_device=on_device)
+        loader = DataLoader(data, 4, sampler=sampler, num_workers=1, collate_fn=data.collate)
+        return [data.batch(loaded, cpu) for loaded in loader]
+
+    for made, wanted in zip(batches(True), batches(False), strict=True):
+        assert (made.scans, made.failed) == (wanted.scans, wanted.failed)
         assert torch.equal(made.views, wanted.views)
 
 

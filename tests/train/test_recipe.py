@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 import brainfm
 from brainfm import RecipeError
+from brainfm.train.method import METHODS
 from brainfm.train.optim import LARS, learning_rate, make_optimiser
 from brainfm.train.recipe import RECIPES, load_recipe, recipe_from_dict
 
@@ -117,3 +122,18 @@ def test_lars_scales_each_matrix_to_its_size():
     velocity = 0.9 * 3e-3 + 1e-3 * first
     assert weight[0, 0].item() == pytest.approx(first - velocity, rel=1e-6)
     assert bias[0].item() == pytest.approx(1 - 0.5 - 0.95)
+
+
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
+def test_packaged_weights_say_the_recipe_they_were_made_by_and_come_with_its_log(name):
+    cfg = brainfm.get_pretrained_cfg(name)
+    recipe = load_recipe(cfg.recipe)
+    assert (recipe.model, METHODS[recipe.method].name) == (name, cfg.ssl_method)
+    assert "phantoms" in cfg.notes
+    lines = [json.loads(line) for line in Path(cfg.file).with_suffix(".log.jsonl").read_text().splitlines()]
+    assert lines[-1]["epoch"] == recipe.epochs
+    assert lines[-1]["step"] == len(lines) == recipe.epochs * (600 // recipe.batch_size)
+    ends = lines[:12], lines[-12:]
+    first, last = ({key: np.mean([line[key] for line in part]) for key in lines[0]} for part in ends)
+    assert last["loss"] < 0.7 * first["loss"]
+    assert last.get("top1", 1) > 0.5  # by chance 0.01

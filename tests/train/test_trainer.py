@@ -17,9 +17,11 @@ import brainfm
 from brainfm import BrainfmError, RecipeError
 from brainfm.hub import convert
 from brainfm.operations import Resize
+from brainfm.train.data import Batch
+from brainfm.train.pretraining import pretrain
 from brainfm.train.recipe import load_recipe, recipe_from_dict, with_fields
 from brainfm.train.summary import estimated_memory, summarise
-from brainfm.train.trainer import RunInterruptedError, pretrain
+from brainfm.train.trainer import RunInterruptedError
 
 SIMCLR = {
     "method": "simclr",
@@ -129,7 +131,7 @@ def test_mae_loss_falls_and_follows_its_schedule(recipe, tmp_path):
 STEPS = """
 import sys, json, torch
 from brainfm.train.recipe import recipe_from_dict
-from brainfm.train.trainer import pretrain
+from brainfm.train.pretraining import pretrain
 pretrain(recipe_from_dict(json.loads(sys.argv[1])))
 """
 
@@ -167,7 +169,7 @@ def test_batch_in_chunks_has_the_gradient_of_the_whole_batch(recipe):
         method = SimCLRMethod(recipe(batch_size=7, batch_chunk=chunk), encoder)
         method.network.double().eval()
         views = torch.randn(2, 7, 1, 24, 24, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        metrics = method.backward(method.network, views, torch.Generator(), slice(0, 7))
+        metrics = method.backward(method.network, Batch(views, []), torch.Generator(), slice(0, 7))
         return metrics["loss"], [parameter.grad for parameter in method.network.parameters()]
 
     loss, whole = gradients(None)
@@ -183,7 +185,7 @@ def test_chunks_count_each_scan_once_in_the_running_statistics(recipe):
 
     method = SimCLRMethod(recipe(batch_size=6, batch_chunk=2), brainfm.create_model("test_resnet_3d"))
     method.network.train()
-    method.backward(method.network, torch.randn(2, 6, 1, 24, 24, 24), torch.Generator(), slice(0, 6))
+    method.backward(method.network, Batch(torch.randn(2, 6, 1, 24, 24, 24), []), torch.Generator(), slice(0, 6))
     assert method.encoder.bn1.num_batches_tracked == 3
 
 

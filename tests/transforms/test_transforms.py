@@ -41,7 +41,7 @@ def expected(small_spec, small_sample):
 
 def test_transform_comes_from_a_model_its_name_its_cfg_or_its_spec(small_model, small_spec):
     cfg = brainfm.get_pretrained_cfg("test_resnet_3d")
-    for given in (small_model, "test_resnet_3d", "test_resnet_3d.seed0", cfg, small_spec):
+    for given in (small_model, "test_resnet_3d", "test_resnet_3d.phantoms", cfg, small_spec):
         transform = create_transform(given)
         assert transform.spec == small_spec
         assert transform.augment is None
