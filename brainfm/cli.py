@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from brainfm.downstream.command import benchmark_command, finetune_command, probe_command
+
 EPILOG = "Documentation: README.md. Every refusal says what to do next."
 
 
@@ -376,6 +378,11 @@ def pretrain(arguments: tuple[str, ...]) -> None:
     from brainfm.train.command import pretrain_command
 
     pretrain_command.main(list(arguments), prog_name="brainfm pretrain")
+
+
+main.add_command(probe_command)
+main.add_command(finetune_command)
+main.add_command(benchmark_command)
 
 
 def _indented(text: str) -> str:

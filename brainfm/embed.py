@@ -166,7 +166,7 @@ def embed(
     place = resolve_device(device)
     fast = optimize(encoder, dtype).to(place)
 
-    journal = _Journal(path, rank, _fingerprint(encoder, dtype)) if path is not None else None
+    journal = _Journal(path, rank, fingerprint(encoder, dtype)) if path is not None else None
     mine = range(rank, len(records), world)
     done: dict[int, NDArray[np.float32]] = {}
     failed: dict[int, str] = {}
@@ -328,7 +328,7 @@ def _gathered(
 # --- The journal ----------------------------------------------------------------------------------
 
 
-def _fingerprint(model: nn.Module, dtype: DTypeName | torch.dtype) -> str:
+def fingerprint(model: nn.Module, dtype: DTypeName | torch.dtype) -> str:
     """Which features these are: architecture, every weight, input contract and dtype."""
     digest = hashlib.sha256(
         f"{type(model).__name__} {resolve_dtype(dtype)} {getattr(model, 'global_pool', '')}".encode()

@@ -13,6 +13,8 @@ from typing import Any
 
 from loopback_hub import LoopbackHub
 
+if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch is imported: share the cores
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(processes)))
 _CACHES = tempfile.TemporaryDirectory(prefix="brainfm-tests-")
 _HUB = LoopbackHub()
 os.environ |= {  # before huggingface_hub is imported: it reads them once

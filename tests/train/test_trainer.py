@@ -196,7 +196,7 @@ def test_signal_stops_behind_a_step_and_the_same_command_ends_bit_identical(reci
     pretrain(recipe(output=str(tmp_path / "whole")))
     from brainfm.train import trainer
 
-    step = trainer._Run._step
+    step = trainer.Trainer._step
 
     def stopped(self, batch):
         metrics = step(self, batch)
@@ -204,7 +204,7 @@ def test_signal_stops_behind_a_step_and_the_same_command_ends_bit_identical(reci
             os.kill(os.getpid(), signal.SIGUSR1)
         return metrics
 
-    monkeypatch.setattr(trainer._Run, "_step", stopped)
+    monkeypatch.setattr(trainer.Trainer, "_step", stopped)
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(RunInterruptedError, match="epoch 2, step 2"):
         pretrain(recipe())

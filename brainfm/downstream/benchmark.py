@@ -1,0 +1,555 @@
+"""A grid of evaluations: tasks × models × modes × seeds, resumable run by run, ending in tables, figures and a page."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import brainfm
+from brainfm.downstream import report
+from brainfm.downstream.features import head_sizes, read_features, table_of
+from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
+from brainfm.downstream.probe import AdamProbe, fit_probe, predict_probe
+from brainfm.downstream.split import save_split, subsample
+from brainfm.downstream.statistics import (
+    AgeBiasCorrection,
+    age_bias_correction,
+    bootstrap_interval,
+    delong_test,
+    metrics,
+    paired_bootstrap_test,
+)
+from brainfm.downstream.task import Task, TaskData, TaskError
+from brainfm.errors import BrainfmError, RecipeError, WeightsNotFoundError
+from brainfm.factory import create_model, resolve
+from brainfm.overlap import overlap_of_scans, pretraining_overlap
+from brainfm.pretrained import PretrainedCfg
+from brainfm.train.distributed import Processes, processes
+from brainfm.train.recipe import check_keys, read_overrides
+from brainfm.weights import atomic_path
+
+logger = logging.getLogger("brainfm")
+
+Mode = Literal["probe", "probe_adam", "finetune", "scratch"]
+MODES: dict[str, str] = {
+    "probe": "linear probe",
+    "probe_adam": "linear probe (Adam)",
+    "finetune": "fine-tuned",
+    "scratch": "from scratch",
+}
+_TRAINED = ("finetune", "scratch")
+EPOCHS = {"probe_adam": 100, "finetune": 100, "scratch": 300}  # paper
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        models: Names of `create_model`. One without weights is trained from scratch only; one with weights is probed
+            and fine-tuned, and trained from scratch where no model without weights is in the list.
+        modes: Of `MODES`.
+        seeds: Runs of each; the paper has five.
+        fractions: Shares of the training patients, for curves of label efficiency; those below 1 are run with one seed.
+        epochs_scale: Times the paper's epochs; at least one is run.
+        settings: Fields of `Finetuning` in place of the paper's.
+        controls: Add the same encoders untrained, and covariates alone.
+    """
+
+    models: tuple[str, ...]
+    modes: tuple[str, ...] = ("probe", "finetune", "scratch")
+    seeds: int = 5
+    fractions: tuple[float, ...] = (1.0,)
+    epochs_scale: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        if strange := [mode for mode in self.modes if mode not in MODES]:
+            raise BrainfmError(f"unknown mode {strange[0]!r}; known: {', '.join(MODES)}")
+        if self.seeds < 1 or self.epochs_scale <= 0 or not all(0 < share <= 1 for share in self.fractions):
+            raise BrainfmError("seeds must be 1 or more, epochs_scale above 0, and fractions above 0 and at most 1")
+
+    def epochs(self, mode: str) -> int:
+        """Epochs of a mode that has them."""
+        return max(1, round(EPOCHS[mode] * self.epochs_scale))
+
+
+def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Fields of `Finetuning` from texts such as "lr=1e-3". Raises RecipeError for an unknown one or a wrong value."""
+    values = read_overrides({}, overrides)
+    for ours in ("seed", "output", "epochs"):
+        if ours in values:
+            raise RecipeError(f"{ours} is not set here; see --seeds, --output and --epochs-scale")
+    try:
+        check_keys(values, Finetuning, "")
+        Finetuning(**values)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return values
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One run of the grid."""
+
+    data: TaskData
+    row: report.Row
+    fraction: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        plain = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in self.row.model)
+        digest = hashlib.sha256(self.row.model.encode()).hexdigest()[:6]
+        return f"{self.data.task.name}.{plain[:40]}-{digest}.{self.row.mode}.{self.fraction:g}.{self.seed}"
+
+
+def benchmark(
+    data: Sequence[TaskData],
+    plan: Plan,
+    output: str | os.PathLike[str],
+    *,
+    on_overlap: Literal["mark", "refuse"] = "mark",
+    progress: bool = False,
+) -> Path:
+    """Run a grid of evaluations, or what is left of it, and write its report.
+
+    Every run has its own file in `output/runs`, so that nothing is done twice; one that was made with other data or
+    settings is done again. The test part of a split is looked at once a run, after everything is chosen.
+
+    Args:
+        data: The tasks' scans and labels.
+        plan: What is run.
+        output: Where `results.csv`, `predictions.csv`, `table.md`, `table.tex`, `index.html`, `figures/` are written,
+            and `embeddings/`, `splits/` and `runs/` kept.
+        on_overlap: What is done with a model whose pretraining data hold a task's: "mark" its cells, or "refuse".
+        progress: Show a progress bar.
+
+    Returns:
+        The page, `index.html`.
+
+    Raises:
+        WeightsNotFoundError: A model that was pretrained has no weights here.
+        TaskError: A task cannot be run.
+        BrainfmError: A model was pretrained on a task's data, with on_overlap="refuse"; or scans cannot be read.
+    """
+    output = Path(output)
+    names = [one.task.name for one in data]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise TaskError(f"the task {', '.join(twice)} is given twice")
+    cfgs = {model: resolve(model).cfg for model in plan.models}
+    rows, controls = _rows(cfgs, plan), _controls(cfgs, plan)
+    notes = _overlaps(data, plan.models, on_overlap)
+    cells = list(_cells(data, rows, controls, plan))
+    grid = _grid(data, rows, controls, notes, plan, cfgs, len(cells))
+    with processes(str(plan.settings.get("device", "auto"))) as everyone:
+        if everyone.is_first:
+            _keep_splits(data, plan, output)
+        with _progress_bar(len(cells), progress and everyone.is_first) as bar:
+            for cell in cells:
+                bar.set_postfix_str(f"{cell.data.task.name} {cell.row.title}")
+                _run(cell, plan, cfgs, output, everyone)
+                bar.update()
+        if everyone.is_first:
+            results = {cell: _read_result(cell, output) for cell in cells}
+            _write_tables(results, output)
+            grid = replace(grid, tests=tuple(_tests(results, rows, controls)))
+            _write_json(output / "grid.json", _json_of(grid))
+            return report.write_report(output)
+    return output / "index.html"
+
+
+# --- What is run ----------------------------------------------------------------------------------
+
+
+def _rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[report.Row]:
+    baselines = [model for model, cfg in cfgs.items() if not cfg.has_weights and cfg.ssl_method is None]
+    rows = []
+    for model, cfg in cfgs.items():
+        modes = [mode for mode in plan.modes if mode != "scratch" or model in baselines or not baselines]
+        if model in baselines:
+            modes = [mode for mode in modes if mode == "scratch"]
+        elif not cfg.has_weights and modes != ["scratch"]:
+            raise WeightsNotFoundError(
+                f"no weights of {model} were published; pretrain it ('brainfm pretrain') and give local-dir:FOLDER, "
+                "or leave it out"
+            )
+        rows += [report.Row(model, mode, f"{_short(model)}, {MODES[mode]}") for mode in modes]
+    if not rows:
+        raise BrainfmError(f"nothing to run: none of {', '.join(cfgs)} is run in {', '.join(plan.modes)}")
+    return rows
+
+
+def _controls(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[report.Row]:
+    if not plan.controls:
+        return []
+    probed = {cfg.architecture for cfg in cfgs.values() if cfg.has_weights}
+    untrained = [report.Row(name, "untrained", f"{name}, untrained, linear probe") for name in sorted(probed)]
+    return [*untrained, report.Row("covariates", "covariates", "covariates alone, no image")]
+
+
+def _short(model: str) -> str:
+    """A model's name without its scheme and folders."""
+    _, colon, place = model.partition(":")
+    parts = Path(place).parts if colon else ()
+    useful = [part for part in parts if part not in ("export", ".", "/")]
+    return useful[-1] if useful else model
+
+
+def _cells(
+    data: Sequence[TaskData], rows: Sequence[report.Row], controls: Sequence[report.Row], plan: Plan
+) -> Iterator[_Cell]:
+    """Cheap runs first: something to look at soon."""
+    order = {"covariates": 0, "untrained": 1, "probe": 2, "probe_adam": 3, "finetune": 4, "scratch": 5}
+    for row in sorted([*controls, *rows], key=lambda row: order[row.mode]):
+        for one in data:
+            if row.mode == "covariates" and not one.has_covariates:
+                continue
+            for fraction in sorted({1.0, *plan.fractions}, reverse=True):
+                if fraction < 1 and row in controls:
+                    continue
+                for seed in range(plan.seeds if fraction == 1 else 1):
+                    yield _Cell(one, row, fraction, seed)
+
+
+def _overlaps(
+    data: Sequence[TaskData], models: Sequence[str], on_overlap: Literal["mark", "refuse"]
+) -> list[report.Note]:
+    notes = []
+    for one in data:
+        for model in models:
+            found = pretraining_overlap(model, one.task.cohorts) + overlap_of_scans(model, one.records)
+            if found and on_overlap == "refuse":
+                raise BrainfmError(f"{model} and {one.task.name}: {found[0]}; evaluate it on other data")
+            if found:
+                cohorts = ", ".join(dict.fromkeys(overlap.cohort.name for overlap in found))
+                notes.append(report.Note(one.task.name, model, f"pretrained on this task's data ({cohorts})"))
+    return notes
+
+
+# --- One run --------------------------------------------------------------------------------------
+
+
+def _run(cell: _Cell, plan: Plan, cfgs: Mapping[str, PretrainedCfg], output: Path, everyone: Processes) -> None:
+    path = output / "runs" / f"{cell.name}.json"
+    digest = _digest(cell, plan, cfgs)
+    if everyone.gather(_is_done(path, digest))[0]:
+        return
+    training = cell.row.mode in _TRAINED
+    if not (training or everyone.is_first):
+        return
+    task, splits = cell.data.task, cell.data.split(cell.seed)
+    train = subsample(cell.data.records, cell.data.labels, splits, cell.fraction, kind=task.kind, seed=cell.seed)
+    val, test = ([n for n, part in enumerate(splits) if part == name] for name in ("val", "test"))
+    if training:
+        predict = _trained(cell, plan, cfgs[cell.row.model], train, val, output / "runs" / cell.name)
+    else:
+        predict = _probed(cell, plan, train, val, output)
+    correct = _correction(cell.data, predict, val)
+    kept, predictions = predict(test)  # everything is chosen: the one look at the test part
+    if correct is not None:
+        predictions = correct(predictions, cell.data.labels[kept])
+    if not everyone.is_first:
+        return
+    labels, patients = cell.data.labels[kept], [cell.data.patients[n] for n in kept]
+    values = metrics(labels, predictions, task.kind)
+    intervals = {
+        name: bootstrap_interval(labels, predictions, task.kind, name, groups=patients, n=_RESAMPLES, seed=cell.seed)
+        for name, value in values.items()
+        if np.isfinite(value)
+    }
+    content = {
+        "digest": digest,
+        "metrics": {name: [value, *intervals.get(name, (None, None))] for name, value in values.items()},
+        "n_train": len(train),
+        "n_test": len(kept),
+        "patients": patients,
+        "labels": labels.tolist(),
+        "predictions": predictions.tolist(),
+    }
+    _write_json(path, content)
+    shutil.rmtree(output / "runs" / cell.name, ignore_errors=True)
+
+
+# Rows → those whose scan can be read, and their predictions.
+Predict: TypeAlias = Callable[[Sequence[int]], tuple[list[int], NDArray[np.float64]]]
+
+
+def _probed(cell: _Cell, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> Predict:
+    """A linear model on embeddings, or on covariates."""
+    row, task, labels = cell.row, cell.data.task, cell.data.labels
+    features: NDArray[Any]
+    if row.mode == "covariates":
+        features = table_of(cell.data, head_sizes(cell.data, output / "embeddings" / f"{task.name}.head_size.json"))
+    else:
+        if row.mode == "untrained":
+            torch.manual_seed(cell.seed)
+            model, name = create_model(row.model), f"{row.model}.untrained{cell.seed}"
+        else:
+            model, name = create_model(row.model, pretrained=True), row.model
+        device = str(plan.settings.get("device", "auto"))
+        features = read_features(cell.data.records, model, output / "embeddings", name, device=device)
+    readable = set(np.flatnonzero(np.isfinite(features).all(axis=1)).tolist())
+    train, val = ([n for n in rows if n in readable] for rows in (train, val))
+    if not val or len(set(labels[train].tolist())) < 2:
+        raise BrainfmError(f"{task.name}: too few scans can be read; see the warnings above")
+    if row.mode == "probe_adam":
+        sign = -1 if task.higher_is_better else 1
+        fitted: Any = AdamProbe(plan.epochs("probe_adam"), **_only(plan.settings, ("lr", "batch_size"))).fit(
+            (features[train], labels[train]),
+            (features[val], labels[val]),
+            task.kind,
+            lambda truth, guess: sign * metrics(truth, guess, task.kind)[task.metric],
+            seed=cell.seed,
+        )
+    else:
+        patients = [cell.data.patients[n] for n in train]
+        fitted = fit_probe(features[train], labels[train], task.kind, patients=patients, seed=cell.seed)
+
+    def predict(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
+        kept = [n for n in rows if n in readable]
+        return kept, predict_probe(fitted, features[kept], task.kind)
+
+    return predict
+
+
+def _trained(
+    cell: _Cell, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val: Sequence[int], work: Path
+) -> Predict:
+    """An encoder trained with a head, pretrained or from scratch."""
+    task, scratch, records = cell.data.task, cell.row.mode == "scratch", cell.data.records
+    torch.manual_seed(cell.seed)
+    encoder = create_model(cfg.architecture if scratch else cell.row.model, pretrained=not scratch)
+    settings = _settings(cell, plan, cfg, len(train), str(work))
+    learned, chosen_by = (Labelled([records[n] for n in rows], cell.data.labels[list(rows)]) for rows in (train, val))
+    model = finetune(encoder, learned, chosen_by, task.kind, settings)
+
+    def predict(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
+        predictions, failed = model.predict([records[n] for n in rows])
+        return [n for place, n in enumerate(rows) if place not in failed], predictions
+
+    return predict
+
+
+def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBiasCorrection | None:
+    """The task's correction of age bias, learned on the validation part."""
+    if data.task.age_bias == "keep":
+        return None
+    kept, predictions = predict(val)
+    return age_bias_correction(data.labels[kept], predictions, rule=data.task.age_bias)
+
+
+def _settings(cell: _Cell, plan: Plan, cfg: PretrainedCfg, scans: int, work: str) -> Finetuning:
+    """The paper's settings for a mode, with the plan's in their place."""
+    task, scratch = cell.data.task, cell.row.mode == "scratch"
+    values: dict[str, Any] = {
+        "epochs": plan.epochs(cell.row.mode),
+        "augment": scratch or cfg.ssl_method == "MAE",  # paper: no augmentation for SimCLR
+        "global_pool": "avg",  # of a ResNet the only one; of a ViT the MAE authors' choice for fine-tuning
+        "selection": task.metric if task.selection == "metric" else "loss",
+    } | dict(plan.settings)
+    values["batch_size"] = min(values.get("batch_size", Finetuning.batch_size), scans)
+    return Finetuning(**values, seed=cell.seed, output=work)
+
+
+def _digest(cell: _Cell, plan: Plan, cfgs: Mapping[str, PretrainedCfg]) -> str:
+    """Says what a run was made of."""
+    cfg = cfgs.get(cell.row.model)
+    task = asdict(cell.data.task) | {"published": None, "title": None, "manifest": None}
+    scans = [f"{r.image} {r.mask} {label}" for r, label in zip(cell.data.records, cell.data.labels, strict=True)]
+    content: list[Any] = [task, scans, cell.data.given_split, cell.row.mode, cell.row.model, cell.fraction, cell.seed]
+    content.append(None if cfg is None else [cfg.sha256, cfg.source])
+    if cell.row.mode in EPOCHS:
+        content += [plan.epochs(cell.row.mode), dict(plan.settings)]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def _is_done(path: Path, digest: str) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["digest"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if found != digest:
+        logger.info("%s: made with other data or settings; done again", path)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+    return bool(found == digest)
+
+
+def _only(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
+
+
+# --- What is written ------------------------------------------------------------------------------
+
+
+def _keep_splits(data: Sequence[TaskData], plan: Plan, output: Path) -> None:
+    for one in data:
+        for seed in range(1 if one.given_split is not None else plan.seeds):
+            save_split(output / "splits" / f"{one.task.name}.{seed}.csv", one.records, one.split(seed))
+
+
+def _read_result(cell: _Cell, output: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / "runs" / f"{cell.name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def _write_tables(results: Mapping[_Cell, dict[str, Any]], output: Path) -> None:
+    scores, guesses = [], []
+    for cell, result in results.items():
+        key = [cell.data.task.name, cell.row.model, cell.row.mode, f"{cell.fraction:g}", cell.seed]
+        for name, numbers in result["metrics"].items():
+            scores.append([*key, name, *map(_text, numbers), result["n_train"], result["n_test"]])
+        for patient, label, guess in zip(result["patients"], result["labels"], result["predictions"], strict=True):
+            shown = guess[int(label)] if isinstance(guess, list) else guess
+            guesses.append([*key, patient, f"{label:.9g}", f"{shown:.9g}"])
+    key_names = ["task", "model", "mode", "fraction", "seed"]
+    _write_csv(
+        output / "results.csv", [*key_names, "metric", "value", "ci_low", "ci_high", "n_train", "n_test"], scores
+    )
+    _write_csv(output / "predictions.csv", [*key_names, "patient_id", "label", "prediction"], guesses)
+
+
+def _tests(
+    results: Mapping[_Cell, dict[str, Any]], rows: Sequence[report.Row], controls: Sequence[report.Row]
+) -> Iterator[report.PairedTest]:
+    """Each row that was pretrained against each baseline and control, on the same patients, of seed 0."""
+    found = {(c.data.task.name, c.row.key): (c, r) for c, r in results.items() if c.fraction == 1 and c.seed == 0}
+    tasks = {cell.data.task.name: cell.data.task for cell in results}
+    firsts = [row for row in rows if row.mode != "scratch"]
+    seconds = [row for row in rows if row.mode == "scratch"] + list(controls)
+    for task in tasks.values():
+        for one in firsts:
+            for other in seconds:
+                if (task.name, one.key) in found and (task.name, other.key) in found:
+                    yield _paired(task, one, other, found[task.name, one.key][1], found[task.name, other.key][1])
+
+
+def _paired(
+    task: Task, one: report.Row, other: report.Row, first: Mapping[str, Any], second: Mapping[str, Any]
+) -> report.PairedTest:
+    both = set(first["patients"]) & set(second["patients"])  # a scan that one could not read is left out
+    places = [[n for n, patient in enumerate(r["patients"]) if patient in both] for r in (first, second)]
+    labels = np.array(first["labels"])[places[0]]
+    ours, theirs = (np.array(r["predictions"])[place] for r, place in zip((first, second), places, strict=True))
+    if task.kind == "binary" and task.metric == "auc":
+        areas = delong_test(labels, ours, theirs)
+        numbers = (areas.difference, areas.ci_low, areas.ci_high, areas.p_value)
+        return report.PairedTest(task.name, one.key, other.key, "DeLong", *map(_finite, numbers))
+    patients = [first["patients"][n] for n in places[0]]
+    pair = paired_bootstrap_test(labels, ours, theirs, task.kind, task.metric, groups=patients, n=_RESAMPLES)
+    numbers = (pair.difference, pair.ci_low, pair.ci_high, pair.p_value)
+    return report.PairedTest(task.name, one.key, other.key, "paired bootstrap", *map(_finite, numbers))
+
+
+def _grid(
+    data: Sequence[TaskData],
+    rows: Sequence[report.Row],
+    controls: Sequence[report.Row],
+    notes: Sequence[report.Note],
+    plan: Plan,
+    cfgs: Mapping[str, PretrainedCfg],
+    runs: int,
+) -> report.Grid:
+    return report.Grid(
+        title="Evaluation of pretrained encoders",
+        tasks=tuple(
+            report.Task(
+                one.task.name,
+                one.task.title,
+                one.task.kind,
+                one.task.metric,
+                one.task.unit,
+                one.task.label,
+                _published(one.task, rows, cfgs),
+                one.task.published_source,
+            )
+            for one in data
+        ),
+        rows=tuple(rows),
+        controls=tuple(row for row in controls if row.mode != "covariates" or any(one.has_covariates for one in data)),
+        seeds=plan.seeds,
+        runs=runs,
+        made_by=f"brainfm {brainfm.__version__}, torch {torch.__version__}",
+        date=datetime.date.today().isoformat(),
+        command=" ".join(["brainfm", *sys.argv[1:]]),
+        fractions=tuple(sorted({1.0, *plan.fractions})),
+        notes=tuple(notes),
+        statements=tuple(_statements(data, plan)),
+    )
+
+
+def _published(
+    task: Task, rows: Sequence[report.Row], cfgs: Mapping[str, PretrainedCfg]
+) -> tuple[report.Published, ...]:
+    """The published numbers of the rows' architectures, wherever their weights are from."""
+    names = {row.key: f"{cfgs[row.model].architecture}/{row.mode}" for row in rows}
+    return tuple(report.Published(key, *task.published[name]) for key, name in names.items() if name in task.published)
+
+
+def _statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
+    if plan.epochs_scale != 1:
+        epochs = ", ".join(f"{plan.epochs(m)} instead of {EPOCHS[m]} ({MODES[m]})" for m in plan.modes if m in EPOCHS)
+        yield f"Epochs are scaled by {plan.epochs_scale:g}: {epochs}."
+    if plan.settings:
+        yield "In place of the paper's settings: " + ", ".join(f"{k}={v}" for k, v in plan.settings.items()) + "."
+    yield f"Intervals: 95 %, bootstrap over patients ({_RESAMPLES:,} resamples). Paired tests are of seed 0."
+    for one in data:
+        patients, labels = len(set(one.patients)), one.task.label
+        drawn = "the manifest's split" if one.given_split is not None else "a split of its own for each seed"
+        left_out = f", {one.dropped} rows without {labels} left out" if one.dropped else ""
+        yield f"{one.task.title}: {len(one.records):,} scans of {patients:,} patients, {drawn}{left_out}."
+        if any("phantom" in part for part in Path(str(one.records[0].image)).parts) or _says_phantoms(one):
+            yield f"{one.task.title}: phantoms, not people; the numbers say that code works, and nothing of patients."
+
+
+def _says_phantoms(data: TaskData) -> bool:
+    folders = list(Path(str(data.records[0].image)).parents)[:4]
+    readmes = [folder / "README.txt" for folder in folders]
+    return any(path.is_file() and "phantoms" in path.read_text(errors="replace")[:200] for path in readmes)
+
+
+def _json_of(grid: report.Grid) -> dict[str, Any]:
+    content = asdict(grid)
+    for task in content["tasks"]:
+        task["published"] = {one.pop("row"): one for one in task["published"]}
+    return content
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.9g}"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def _progress_bar(total: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="run", desc="benchmark", disable=not shown)

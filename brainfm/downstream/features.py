@@ -1,0 +1,133 @@
+"""What a linear model is given: embeddings, kept on disk, or covariates without an image."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.downstream.task import TaskData, TaskError
+from brainfm.embed import embed, fingerprint
+from brainfm.manifest import ScanRecord
+from brainfm.models.encoder import Encoder
+from brainfm.scan.read import read_image
+from brainfm.weights import atomic_path
+
+logger = logging.getLogger("brainfm")
+
+
+def read_features(
+    records: Sequence[ScanRecord],
+    model: Encoder,
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    device: str = "auto",
+    batch_size: int = 1,
+) -> NDArray[np.float32]:
+    """Embeddings of scans: those that are in a folder from before, and the others computed and added.
+
+    Args:
+        records: The scans.
+        model: The encoder.
+        folder: Where one table a model is kept.
+        name: Of the model, for the table's name.
+        device: See `brainfm.embed`.
+        batch_size: See `brainfm.embed`.
+
+    Returns:
+        [n, num_features]; a row of NaN where a scan cannot be read (they are listed beside the table).
+    """
+    plain = re.sub(r"[^\w.-]+", "-", name)[-60:]
+    path = Path(folder) / f"{plain}.{fingerprint(model, 'auto')[:12]}.npz"
+    known = _read(path)
+    todo = [record for record in records if _name(record) not in known]
+    if todo:
+        part = path.with_name(f"new.{path.name}")
+        table = embed(todo, model, output=part, device=device, batch_size=batch_size)
+        if table.errors:
+            logger.warning("%s: %d scans cannot be read, such as %s", path, len(table.errors), table.errors[0][1])
+        known |= {_name(record): vector for record, vector in zip(table.records, table.vectors, strict=True)}
+        _write(path, known)
+        part.unlink(missing_ok=True)
+    missing = np.full(model.num_features, np.nan, dtype=np.float32)
+    return np.stack([known.get(_name(record), missing) for record in records])
+
+
+def _name(record: ScanRecord) -> str:
+    """A scan as it is now: paths, sizes and times of its files."""
+    parts = [Path(str(item)) for item in (record.image, record.mask) if item is not None]
+    return " ".join(f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" if p.exists() else str(p) for p in parts)
+
+
+def _read(path: Path) -> dict[str, NDArray[np.float32]]:
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as content:
+        return dict(zip(content["scans"].tolist(), content["embeddings"], strict=True))
+
+
+def _write(path: Path, known: dict[str, NDArray[np.float32]]) -> None:
+    if known:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, scans=np.array(list(known)), embeddings=np.stack(list(known.values())))
+
+
+def head_sizes(data: TaskData, path: Path) -> list[float | None]:
+    """The volume of each scan's brain mask in ml, kept in a file; None where there is no mask, or it cannot be read."""
+    known: dict[str, float | None] = json.loads(path.read_text()) if path.is_file() else {}
+    names = [_name(record) for record in data.records]
+    for name, record in zip(names, data.records, strict=True):
+        if name not in known:
+            known[name] = _volume(record)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(known))
+    return [known[name] for name in names]
+
+
+def _volume(record: ScanRecord) -> float | None:
+    if record.mask is None:
+        return None
+    try:
+        mask = read_image(record.mask, "mask")
+        return float(np.count_nonzero(mask.array) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000)
+    except Exception:  # a scan that cannot be read has no size
+        return None
+
+
+def table_of(data: TaskData, sizes: Sequence[float | None]) -> NDArray[np.float64]:
+    """The task's covariates and head sizes as numbers [n, d]: words one-hot; a value that is missing is the mean.
+
+    Raises:
+        TaskError: No covariate has a value.
+    """
+    columns: list[NDArray[np.float64]] = []
+    for name in data.task.covariates:
+        columns += _encoded([record.extra.get(name, "") for record in data.records])
+    numbers = np.array([np.nan if size is None else size for size in sizes])
+    if np.isfinite(numbers).any():
+        columns.append(numbers)
+    filled = [np.where(np.isfinite(column), column, np.nanmean(column)) for column in columns]
+    if not filled:
+        raise TaskError(f"{data.task.name}: its covariates {', '.join(data.task.covariates)} are empty")
+    return np.stack(filled, axis=1)
+
+
+def _encoded(texts: Sequence[str]) -> list[NDArray[np.float64]]:
+    values: list[Any] = []
+    for text in texts:
+        try:
+            values.append(float(text))
+        except ValueError:
+            values.append(None)
+    if all(value is not None or not text for value, text in zip(values, texts, strict=True)):
+        column = np.array([np.nan if value is None else value for value in values])
+        return [column] if np.isfinite(column).any() else []
+    return [np.array([float(text == word) for text in texts]) for word in sorted(set(texts))[1:]]

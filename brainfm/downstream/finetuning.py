@@ -1,0 +1,261 @@
+"""Fine-tuning and supervised training of an encoder with a linear head, on the trainer of `brainfm.train`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from brainfm.downstream.lora import add_lora
+from brainfm.downstream.probe import LinearHead
+from brainfm.downstream.split import Kind
+from brainfm.downstream.statistics import HIGHER_IS_BETTER, metrics
+from brainfm.errors import BrainfmError, ScanError
+from brainfm.manifest import ScanRecord
+from brainfm.models.encoder import Encoder
+from brainfm.train.data import Batch, TrainingData, stream
+from brainfm.train.distributed import Processes, processes
+from brainfm.train.method import Method
+from brainfm.train.recipe import Training
+from brainfm.train.trainer import Trainer
+from brainfm.transforms import InputTransform, create_transform
+from brainfm.transforms.supervised import SupervisedAugmentation
+
+_INSTEAD, _VIEW = 10, 11  # what a random stream is for; brainfm.train.data has its own numbers
+_REPLACEMENTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuning(Training):
+    """How an encoder is fine-tuned; the defaults are the paper's (Kaczmarek et al. 2025, arXiv 2509.10620).
+
+    Attributes:
+        epochs: 100 in the paper, 300 from scratch.
+        batch_size: 6 in the paper.
+        lr: 1e-4 in the paper, Adam, constant.
+        augment: The paper's augmentation: for supervised training and the MAE, not for SimCLR.
+        trained: "all", the "head" alone, or "lora": the head and low-rank changes of a ViT's attention.
+        drifting: With trained="head", leave BatchNorm in training mode, as the released code's linear probe does: the
+            frozen encoder's running statistics drift, and each embedding depends on its batch. Default: eval mode.
+        layer_decay: Multiply the learning rate by this for each layer further from the head; None is the same for all.
+        lora_rank: Of the low-rank changes.
+        selection: The best epoch is chosen on val by this metric, or by "loss".
+        global_pool: Pooling before the head; None is the encoder's. The MAE's authors fine-tune a ViT with "avg".
+    """
+
+    epochs: int = 100
+    lr: float = 1e-4
+    save_every: int = 1_000_000  # the last and the best are kept
+    augment: bool = False
+    trained: Literal["all", "head", "lora"] = "all"
+    drifting: bool = False
+    layer_decay: float | None = None
+    lora_rank: int = 8
+    selection: str = "loss"
+    global_pool: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}, and must be above 0 and at most 1")
+        if self.drifting and self.trained != "head":
+            raise ValueError("drifting is of a frozen encoder: trained must be 'head'")
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Scans with their labels; `labels` are classes from 0, or numbers."""
+
+    records: list[ScanRecord]
+    labels: NDArray[Any]
+
+
+def finetune(
+    encoder: Encoder, train: Labelled, val: Labelled, kind: Kind, settings: Finetuning, *, progress: bool = False
+) -> FinetunedModel:
+    """Train an encoder with a new head, or go on with the run in `settings.output`.
+
+    Test scans are no argument: what is chosen is chosen on `val`.
+
+    Args:
+        encoder: An encoder; it is changed in place.
+        train: What is learned from.
+        val: What the best epoch is chosen by.
+        kind: What the labels are.
+        settings: How; its output is the run's folder.
+        progress: Show a progress bar.
+
+    Returns:
+        The model of the best epoch.
+
+    Raises:
+        RecipeError: The folder holds another run.
+        BrainfmError: As `Trainer.train`.
+    """
+    torch.manual_seed(settings.seed)
+    head = LinearHead(kind, train.labels)
+    encoder.reset_classifier(head.outputs, settings.global_pool)
+    transform = create_transform(encoder)
+    _choose_trained(encoder, settings)
+    with processes(settings.device) as everyone:
+        data = _LabelledData(train, head, transform, settings)
+        method = _Supervised(settings, encoder, head, val, transform)
+        digest = hashlib.sha256(
+            "\n".join(
+                f"{r.image} {r.mask} {y}" for s in (train, val) for r, y in zip(s.records, s.labels, strict=True)
+            ).encode()
+        ).hexdigest()
+        trainer = Trainer(settings, method, data, everyone, digest)
+        trainer.train(progress and everyone.is_first)
+        best = torch.load(trainer.folder / "checkpoints" / "best.pt", weights_only=True, map_location="cpu")
+        encoder.load_state_dict(best["model_state_dict"])
+        encoder.eval()
+        return FinetunedModel(encoder, head, transform, everyone.device, best["progress"]["epoch"])
+
+
+@dataclass(frozen=True, eq=False)
+class FinetunedModel:
+    """An encoder with its trained head.
+
+    Attributes:
+        encoder: With the head, in eval mode.
+        head: What its outputs mean.
+        transform: What it takes scans by.
+        device: Where it is.
+        epoch: The one that was chosen, counted from 1.
+    """
+
+    encoder: Encoder
+    head: LinearHead
+    transform: InputTransform
+    device: torch.device
+    epoch: int
+
+    def predict(self, records: Sequence[ScanRecord], batch_size: int = 1) -> tuple[NDArray[np.float64], dict[int, str]]:
+        """Predictions of the scans that can be read, in order, and the reason for each that cannot."""
+        tensors: list[Tensor] = []
+        outputs: list[Tensor] = []
+        failed: dict[int, str] = {}
+        self.encoder.eval()
+        with torch.inference_mode():
+            for n, record in enumerate(records):
+                try:
+                    tensors.append(self.transform(record.image, record.mask))
+                except ScanError as error:
+                    failed[n] = str(error)
+                if tensors and (len(tensors) == batch_size or n == len(records) - 1):
+                    outputs.append(self.encoder(torch.stack(tensors).to(self.device)).float().cpu())
+                    tensors = []
+            if tensors:
+                outputs.append(self.encoder(torch.stack(tensors).to(self.device)).float().cpu())
+        if not outputs:
+            raise BrainfmError(f"none of {len(records)} scans can be read; one: {next(iter(failed.values()))}")
+        return self.head.predictions(torch.cat(outputs)), failed
+
+
+def _choose_trained(encoder: Encoder, settings: Finetuning) -> None:
+    if settings.trained == "lora":
+        add_lora(encoder, settings.lora_rank)
+    elif settings.trained == "head" and settings.drifting:
+        encoder.requires_grad_(False)
+        encoder.get_classifier().requires_grad_(True)
+    elif settings.trained == "head":
+        encoder.freeze()
+
+
+class _LabelledData(TrainingData):
+    """Scans as their contract's tensors, augmented where that is asked for; an item is a scan."""
+
+    def __init__(self, scans: Labelled, head: LinearHead, transform: InputTransform, settings: Finetuning) -> None:
+        self.records, self.targets = scans.records, head.targets(scans.labels)
+        self.transform, self.seed = transform, settings.seed
+        self.augment = SupervisedAugmentation(transform.spec) if settings.augment else None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, dict[int, str]]:
+        epoch, item = key
+        failed: dict[int, str] = {}
+        instead = stream(self.seed, epoch, _INSTEAD, item)
+        for _ in range(1 + _REPLACEMENTS):
+            try:
+                tensor = self.transform(self.records[item].image, self.records[item].mask)
+                return self._view(tensor, epoch, item), item, failed
+            except ScanError as error:
+                failed[item] = str(error)
+                item = int(instead.integers(len(self.records)))
+        raise ScanError(f"{len(failed)} scans in a row cannot be read; the last: {list(failed.values())[-1]}")
+
+    def _view(self, tensor: Tensor, epoch: int, item: int) -> Tensor:
+        if self.augment is None:
+            return tensor
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(stream(self.seed, epoch, _VIEW, item).integers(2**63)))
+            return self.augment(tensor)
+
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        """Tensors side by side, with their targets."""
+        tensors, items, failed = zip(*samples, strict=True)
+        bad = {n: reason for part in failed for n, reason in part.items()}
+        return Batch(torch.stack(tensors)[None], list(items), bad, self.targets[list(items)])
+
+
+class _Supervised(Method):
+    """A loss on labels, and each epoch a look at the validation scans."""
+
+    def __init__(
+        self, settings: Finetuning, encoder: Encoder, head: LinearHead, val: Labelled, transform: InputTransform
+    ) -> None:
+        super().__init__(settings, encoder)
+        self.network, self.head, self.val, self.transform = encoder, head, val, transform
+        self.selection, self.layer_decay = settings.selection, settings.layer_decay
+
+    def backward(
+        self,
+        network: nn.Module,
+        batch: Batch,
+        generator: torch.Generator,  # noqa: ARG002 - nothing is drawn here
+        share: slice,  # noqa: ARG002
+    ) -> dict[str, float]:
+        """As `Method.backward`; logs the loss."""
+        assert batch.targets is not None
+        with self._autocast(batch.views):
+            outputs = network(batch.views[0])
+        loss = self.head.loss(outputs.to(batch.views.dtype), batch.targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"loss": float(loss.detach())}
+
+    def end_epoch(self, everyone: Processes) -> dict[str, float]:
+        """The metrics of the validation scans; each process looks at its share of them."""
+        mine = range(everyone.rank, len(self.val.records), everyone.world)
+        outputs: dict[int, Tensor] = {}
+        mode = self.encoder.training
+        self.encoder.eval()
+        with torch.no_grad():
+            for n in mine:
+                record = self.val.records[n]
+                try:
+                    tensor = self.transform(record.image, record.mask)
+                except ScanError:
+                    continue
+                like = next(self.encoder.parameters())
+                with self._autocast(tensor.to(like.device)):
+                    outputs[n] = self.encoder(tensor[None].to(like)).float().cpu()[0]
+        self.encoder.train(mode)
+        everything = {n: output for part in everyone.gather(outputs) for n, output in part.items()}
+        if not everything:
+            raise BrainfmError(f"none of the {len(self.val.records)} validation scans can be read")
+        rows = sorted(everything)
+        stacked, labels = torch.stack([everything[n] for n in rows]), self.val.labels[rows]
+        values = metrics(labels, self.head.predictions(stacked), self.head.kind)
+        values["loss"] = float(self.head.loss(stacked, self.head.targets(labels)))
+        chosen = values[self.selection]
+        score = -chosen if HIGHER_IS_BETTER.get(self.selection, False) else chosen
+        return {f"val_{name}": value for name, value in values.items()} | {"score": score}

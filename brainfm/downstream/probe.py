@@ -1,0 +1,182 @@
+"""Linear probes: what a linear model reads from embeddings of an encoder that stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from brainfm.downstream.split import Kind
+from brainfm.errors import MissingExtraError
+
+# Strengths of regularisation that the inner cross-validation tries: C of the logistic, alpha of the ridge regression.
+# Ours: wide enough that the ends are seldom chosen, for features of mean 0 and spread 1.
+LOGISTIC_C = tuple(10.0**n for n in range(-4, 3))
+RIDGE_ALPHA = tuple(10.0 ** (n / 2) for n in range(-4, 11))
+_FOLDS = 5
+
+
+def fit_probe(
+    features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, patients: list[str] | None = None, seed: int = 0
+) -> Any:
+    """A linear model on standardised features: logistic or ridge regression, its strength by inner cross-validation.
+
+    Args:
+        features: [n, d] of the training scans.
+        labels: [n] classes from 0, or numbers.
+        kind: What the labels are.
+        patients: Whose the scans are; a patient is in one fold only.
+        seed: Of the folds.
+
+    Returns:
+        A fitted scikit-learn estimator for `predict_probe`.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression, Ridge
+        from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedGroupKFold
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+        from threadpoolctl import threadpool_limits
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("scikit-learn", "eval") from error
+    groups = np.unique(patients if patients is not None else np.arange(len(labels)).astype(str), return_inverse=True)[1]
+    if kind == "regression":
+        model = make_pipeline(StandardScaler(), Ridge())
+        grid, scoring = {"ridge__alpha": RIDGE_ALPHA}, "neg_mean_squared_error"
+        folds = GroupKFold(min(_FOLDS, len(set(groups))), shuffle=True, random_state=seed)
+    else:
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+        grid, scoring = {"logisticregression__C": LOGISTIC_C}, "neg_log_loss"
+        rarest = min(len(set(groups[labels == label])) for label in np.unique(labels))
+        if rarest < 2:
+            return model.fit(features, labels)  # one patient of a class: nothing to choose by
+        folds = StratifiedGroupKFold(min(_FOLDS, rarest), shuffle=True, random_state=seed)
+    with threadpool_limits(1):  # many small fits: threads cost more than they bring, and change the last digits
+        search = GridSearchCV(model, grid, cv=folds, scoring=scoring, error_score="raise")
+        return search.fit(features.astype(np.float64), labels, groups=groups).best_estimator_
+
+
+def predict_probe(probe: Any, features: NDArray[Any], kind: Kind) -> NDArray[np.float64]:
+    """Predictions for [n, d] features: [n] numbers or probabilities of class 1, or [n, classes] probabilities."""
+    if isinstance(probe, FittedHead):
+        with torch.no_grad():
+            return probe.head.predictions(probe.layer(torch.from_numpy(features.astype(np.float32))))
+    features = features.astype(np.float64)
+    if kind == "regression":
+        numbers: NDArray[np.float64] = probe.predict(features)
+        return numbers
+    probabilities: NDArray[np.float64] = probe.predict_proba(features)
+    return probabilities[:, 1] if kind == "binary" else probabilities
+
+
+@dataclass(frozen=True)
+class AdamProbe:
+    """The paper's own linear probe: one linear layer, Adam, no regularisation, the best epoch by validation.
+
+    Attributes:
+        epochs: 100 in the paper.
+        lr: 1e-4 in the paper.
+        batch_size: 6 in the paper.
+    """
+
+    epochs: int = 100
+    lr: float = 1e-4
+    batch_size: int = 6
+
+    def fit(
+        self,
+        train: tuple[NDArray[Any], NDArray[Any]],
+        val: tuple[NDArray[Any], NDArray[Any]],
+        kind: Kind,
+        score: Callable[[NDArray[Any], NDArray[np.float64]], float],
+        *,
+        seed: int = 0,
+    ) -> FittedHead:
+        """Train on (features, labels), and keep the epoch that is best on val.
+
+        Args:
+            train: Features [n, d] and labels [n].
+            val: As train.
+            kind: What the labels are.
+            score: A function (labels, predictions) of which the smallest is the best.
+            seed: Of initial weights and order.
+        """
+        draws = torch.Generator().manual_seed(seed)
+        head = LinearHead(kind, train[1])
+        layer = nn.Linear(train[0].shape[1], head.outputs)
+        with torch.no_grad():
+            layer.weight.copy_(0.01 * torch.randn(layer.weight.shape, generator=draws))
+            layer.bias.zero_()
+        fitted = FittedHead(layer, head)
+        features, targets = torch.from_numpy(train[0].astype(np.float32)), head.targets(train[1])
+        optimiser = torch.optim.Adam(layer.parameters(), lr=self.lr)
+        best, kept = math.inf, copy.deepcopy(layer.state_dict())
+        for _ in range(self.epochs):
+            for rows in torch.split(torch.randperm(len(features), generator=draws), self.batch_size):
+                optimiser.zero_grad()
+                head.loss(layer(features[rows]), targets[rows]).backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+            value = score(val[1], predict_probe(fitted, val[0], kind))
+            if value < best:
+                best, kept = value, copy.deepcopy(layer.state_dict())
+        layer.load_state_dict(kept)
+        return fitted
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """A trained linear layer and what its outputs mean; `predict_probe` takes it."""
+
+    layer: nn.Linear
+    head: LinearHead
+
+
+class LinearHead:
+    """What the outputs of a last linear layer mean: the loss they have, and the predictions they are.
+
+    Numbers are learned with the training labels' mean 0 and spread 1, and given back as they were.
+
+    Args:
+        kind: What the labels are.
+        labels: Of the training scans.
+
+    Attributes:
+        outputs: How many there are.
+    """
+
+    def __init__(self, kind: Kind, labels: NDArray[Any]) -> None:
+        self.kind = kind
+        self.outputs = int(labels.max()) + 1 if kind == "multiclass" else 1
+        self.mean, self.spread = 0.0, 1.0
+        if kind == "regression":
+            self.mean, self.spread = float(labels.mean()), float(labels.std()) or 1.0
+
+    def targets(self, labels: NDArray[Any]) -> Tensor:
+        """[n] labels as what `loss` takes."""
+        if self.kind == "multiclass":
+            return torch.from_numpy(labels.astype(np.int64))
+        return torch.from_numpy(((labels - self.mean) / self.spread).astype(np.float32))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, or the mean square, of outputs [n, outputs]."""
+        if self.kind == "multiclass":
+            return nn.functional.cross_entropy(outputs, targets)
+        if self.kind == "binary":
+            return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], targets)
+        return nn.functional.mse_loss(outputs[:, 0], targets)
+
+    def predictions(self, outputs: Tensor) -> NDArray[np.float64]:
+        """[n] numbers or probabilities of class 1, or [n, classes] probabilities."""
+        outputs = outputs.detach().double().cpu()
+        if self.kind == "multiclass":
+            return outputs.softmax(dim=1).numpy()
+        if self.kind == "binary":
+            return outputs[:, 0].sigmoid().numpy()
+        return (outputs[:, 0] * self.spread + self.mean).numpy()

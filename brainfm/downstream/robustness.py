@@ -1,0 +1,113 @@
+"""How much of a score is left when scans are spoilt: one curve a corruption, by a probe fitted on clean scans."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainfm.downstream.corruptions import CORRUPTIONS, corrupted
+from brainfm.downstream.features import read_features
+from brainfm.downstream.probe import fit_probe, predict_probe
+from brainfm.downstream.statistics import metrics
+from brainfm.downstream.task import TaskData
+from brainfm.embed import embed
+from brainfm.errors import BrainfmError
+from brainfm.factory import create_model
+from brainfm.transforms import create_transform
+from brainfm.weights import atomic_path
+
+COLUMNS = ("task", "model", "mode", "corruption", "unit", "strength", "metric", "value", "n_test")
+
+
+def robustness(
+    data: Sequence[TaskData],
+    models: Sequence[str],
+    output: str | os.PathLike[str],
+    *,
+    names: Sequence[str] = tuple(CORRUPTIONS),
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = False,
+) -> Path:
+    """Probe each model on clean training scans, and test it on test scans that are spoilt more and more.
+
+    A curve has the scans that can be read at each of its strengths; a run that was interrupted goes on.
+
+    Args:
+        data: Tasks, which may share scans.
+        models: Names of `create_model`.
+        output: A folder; its `embeddings` are used and added to.
+        names: Of `CORRUPTIONS`.
+        seed: Of the split and of the corruptions.
+        device: See `brainfm.embed`.
+        progress: Show a progress bar.
+
+    Returns:
+        `output/robustness.csv`: a row a task, model, corruption and strength.
+
+    Raises:
+        BrainfmError: No test scan can be read at all strengths of a corruption.
+    """
+    from tqdm import tqdm
+
+    output = Path(output)
+    path = output / "robustness.csv"
+    done = _read(path)
+    rows = list(done.values())
+    jobs = [(one, model, name) for one in data for model in models for name in names]
+    for one, model_name, name in tqdm(jobs, unit="curve", desc="robustness", disable=not progress):
+        if (one.task.name, model_name, name) in {key[:3] for key in done}:
+            continue
+        rows += _curve(one, model_name, name, output, seed, device)
+        _write(path, rows)
+    return path
+
+
+def _curve(data: TaskData, model_name: str, name: str, output: Path, seed: int, device: str) -> list[dict[str, Any]]:
+    model = create_model(model_name, pretrained=True)
+    spec = create_transform(model).spec
+    clean = read_features(data.records, model, output / "embeddings", model_name, device=device)
+    readable = set(np.flatnonzero(np.isfinite(clean).all(axis=1)).tolist())
+    splits = data.split(seed)
+    train = [n for n, part in enumerate(splits) if part == "train" and n in readable]
+    test = [n for n, part in enumerate(splits) if part == "test" and n in readable]
+    patients = [data.patients[n] for n in train]
+    probe = fit_probe(clean[train], data.labels[train], data.task.kind, patients=patients, seed=seed)
+    levels = CORRUPTIONS[name].levels
+    found: dict[float, dict[int, Any]] = {levels[0]: {n: clean[n] for n in test}}
+    records = [data.records[n] for n in test]
+    for strength in levels[1:]:
+        spoilt = corrupted(records, name, strength, spec=spec, seed=seed)
+        table = embed(spoilt, model, device=device)
+        places = {id(record): n for record, n in zip(spoilt, test, strict=True)}
+        found[strength] = {places[id(r)]: vector for r, vector in zip(table.records, table.vectors, strict=True)}
+    common = sorted(set.intersection(*(set(part) for part in found.values())))
+    if not common:
+        raise BrainfmError(f"{data.task.name}: no test scan can be read at every strength of {name}")
+    rows = []
+    for strength, vectors in found.items():
+        predictions = predict_probe(probe, np.stack([vectors[n] for n in common]), data.task.kind)
+        value = metrics(data.labels[common], predictions, data.task.kind)[data.task.metric]
+        numbers = (CORRUPTIONS[name].unit, strength, data.task.metric, value, len(common))
+        rows.append(dict(zip(COLUMNS, (data.task.name, model_name, "probe", name, *numbers), strict=True)))
+    return rows
+
+
+def _read(path: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {(row["task"], row["model"], row["corruption"], row["strength"]): row for row in rows}
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)

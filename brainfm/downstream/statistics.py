@@ -1,0 +1,597 @@
+"""Statistics of a downstream task: metrics, intervals and tests that respect patients, age-bias correction, ICC.
+
+A metric here is a function of weighted cases, of many weightings at once: one of ones is the metric itself, and the
+counts of a bootstrap resample are another. So a thousand resamples cost a few array operations, and the number in a
+table and its interval come from the same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from brainfm.errors import MissingExtraError
+
+Kind = Literal["binary", "multiclass", "regression"]
+AgeBiasRule = Literal["cole", "beheshti"]
+
+_Array: TypeAlias = NDArray[np.float64]
+_Metric: TypeAlias = Callable[[_Array, _Array, _Array], _Array]  # labels, predictions, weights [r, n] → values [r]
+
+HIGHER_IS_BETTER = {
+    "auc": True,
+    "balanced_accuracy": True,
+    "accuracy": True,
+    "brier": False,
+    "ece": False,
+    "mae": False,
+    "rmse": False,
+    "r2": True,
+    "pearson": True,
+}
+
+THRESHOLD = 0.5  # a probability of this or more is a guess of class 1
+ECE_BINS = 10  # [0, 0.1), [0.1, 0.2), … [0.9, 1]
+
+_PROBABILITY_TOLERANCE = 1e-3  # rows of half-precision softmax sum to 1 within this
+_CONSTANT = 1e-12  # a variance below this share of the mean square is rounding
+_LEAST_SLOPE = 1e-6  # of predicted on true age; below, it is that of a constant, up to rounding
+_CHUNK = 4_000_000  # weights held at a time, 32 MB
+
+
+def metrics(labels: ArrayLike, predictions: ArrayLike, kind: Kind) -> dict[str, float]:
+    """Every metric of a kind of task, by name; `HIGHER_IS_BETTER` has their directions.
+
+    - "binary": auc; balanced_accuracy and accuracy at `THRESHOLD`; brier; ece.
+    - "multiclass": auc, the plain mean over classes of each one against the rest; balanced_accuracy, the mean recall;
+      accuracy; brier, the squared distance from the one-hot label, 0 to 2; ece of the likeliest class.
+    - "regression": mae and rmse, in the labels' unit; r2, the share of variance explained, below 0 where guessing the
+      mean is better; pearson.
+
+    ece is the expected calibration error of Guo et al. 2017 (arXiv 1706.04599): cases are put in `ECE_BINS` bins of
+    equal width by their confidence, and the gaps between a bin's mean confidence and its share of successes are
+    averaged, weighted by the bin's cases. Confidence is of the likeliest class, and success that it is right; for
+    "binary" they are of class 1.
+
+    Args:
+        labels: [n]: 0 and 1; class numbers from 0; or values.
+        predictions: [n] probabilities of class 1; [n, classes] probabilities; or [n] values.
+        kind: "binary", "multiclass" or "regression".
+
+    Returns:
+        Name → value. What is undefined is nan: auc and balanced accuracy where a class has no case, r2 and pearson
+        where the labels are all one value, pearson where the predictions are.
+
+    Raises:
+        ValueError: Lengths differ, a number is not finite, a label is no class, or a probability none; never because a
+            metric is undefined.
+    """
+    labels, predictions = _checked(labels, predictions, kind)
+    once = np.ones((1, len(labels)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {name: float(metric(labels, predictions, once)[0]) for name, metric in _METRICS[kind].items()}
+
+
+def summarise(values: ArrayLike) -> tuple[float, float]:
+    """Mean and sample standard deviation (n − 1) over seeds; the deviation of one seed is nan.
+
+    Raises:
+        ValueError: There are no values.
+    """
+    array = np.asarray(values, dtype=np.float64).ravel()
+    if not len(array):
+        raise ValueError("no values to summarise")
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else float("nan")
+
+
+# --- Metrics of weighted cases --------------------------------------------------------------------
+
+
+def _mean(values: NDArray[Any], weights: _Array) -> _Array:
+    """[r]: the mean under each weighting; nan where all weights are 0."""
+    mean: _Array = weights @ values / weights.sum(axis=1)
+    return mean
+
+
+def _auc(positive: NDArray[np.bool_], scores: _Array, weights: _Array) -> _Array:
+    """The share of pairs (positive, negative) in which the positive scores higher; equal scores are half a pair."""
+    order = np.argsort(scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of the runs of equal scores
+    positives = np.add.reduceat((weights * positive)[:, order], starts, axis=1)
+    negatives = np.add.reduceat((weights * ~positive)[:, order], starts, axis=1)
+    won = (positives * (np.cumsum(negatives, axis=1) - negatives / 2)).sum(axis=1)
+    auc: _Array = won / (positives.sum(axis=1) * negatives.sum(axis=1))
+    return auc
+
+
+def _mean_recall(labels: _Array, guesses: NDArray[Any], weights: _Array, classes: int) -> _Array:
+    members = [labels == number for number in range(classes)]
+    recalls = [_mean(guesses[member] == labels[member], weights[:, member]) for member in members]
+    mean: _Array = np.stack(recalls).mean(axis=0)
+    return mean
+
+
+def _calibration_error(confidence: _Array, success: NDArray[np.bool_], weights: _Array) -> _Array:
+    bins = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = np.where(bins[:, None] == np.arange(ECE_BINS), (confidence - success)[:, None], 0)
+    error: _Array = np.abs(weights @ gaps).sum(axis=1) / weights.sum(axis=1)
+    return error
+
+
+def _variance(values: _Array, weights: _Array) -> _Array:
+    """The variance under each weighting; nan where there is none. `values` are centred, or digits would be lost."""
+    square = _mean(values**2, weights)
+    variance = square - _mean(values, weights) ** 2
+    return np.where(variance > _CONSTANT * square, variance, np.nan)
+
+
+def _centred(values: _Array) -> _Array:
+    from_first: _Array = values - values[0]  # exactly 0 for equal values
+    centred: _Array = from_first - from_first.mean()
+    return centred
+
+
+def _r2(labels: _Array, predictions: _Array, weights: _Array) -> _Array:
+    r2: _Array = 1 - _mean((predictions - labels) ** 2, weights) / _variance(_centred(labels), weights)
+    return r2
+
+
+def _pearson(labels: _Array, predictions: _Array, weights: _Array) -> _Array:
+    x, y = _centred(labels), _centred(predictions)
+    covariance = _mean(x * y, weights) - _mean(x, weights) * _mean(y, weights)
+    pearson: _Array = covariance / np.sqrt(_variance(x, weights) * _variance(y, weights))
+    return pearson
+
+
+def _one_hot(labels: _Array, classes: int) -> NDArray[np.bool_]:
+    one_hot: NDArray[np.bool_] = labels[:, None] == np.arange(classes)
+    return one_hot
+
+
+_METRICS: dict[Kind, dict[str, _Metric]] = {
+    "binary": {
+        "auc": lambda y, p, w: _auc(y == 1, p, w),
+        "balanced_accuracy": lambda y, p, w: _mean_recall(y, p >= THRESHOLD, w, 2),
+        "accuracy": lambda y, p, w: _mean((p >= THRESHOLD) == y, w),
+        "brier": lambda y, p, w: _mean((p - y) ** 2, w),
+        "ece": lambda y, p, w: _calibration_error(p, y == 1, w),
+    },
+    "multiclass": {
+        "auc": lambda y, p, w: np.stack([_auc(y == k, p[:, k], w) for k in range(p.shape[1])]).mean(axis=0),
+        "balanced_accuracy": lambda y, p, w: _mean_recall(y, p.argmax(axis=1), w, p.shape[1]),
+        "accuracy": lambda y, p, w: _mean(p.argmax(axis=1) == y, w),
+        "brier": lambda y, p, w: _mean(((p - _one_hot(y, p.shape[1])) ** 2).sum(axis=1), w),
+        "ece": lambda y, p, w: _calibration_error(p.max(axis=1), p.argmax(axis=1) == y, w),
+    },
+    "regression": {
+        "mae": lambda y, p, w: _mean(np.abs(p - y), w),
+        "rmse": lambda y, p, w: np.sqrt(_mean((p - y) ** 2, w)),
+        "r2": _r2,
+        "pearson": _pearson,
+    },
+}
+
+
+# --- Bootstrap over patients ----------------------------------------------------------------------
+
+
+def bootstrap_interval(
+    labels: ArrayLike,
+    predictions: ArrayLike,
+    kind: Kind,
+    metric: str,
+    *,
+    groups: ArrayLike | None = None,
+    n: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of a metric.
+
+    Patients are drawn with replacement, each with all of their scans: scans of one patient are not independent, and
+    drawing them one by one gives intervals that are too short. For classification, patients are drawn within strata,
+    the sets of classes that their scans have, so that every resample has every class. A stratum of one patient does not
+    vary, and the interval is too short by what another patient would have changed.
+
+    Args:
+        labels: As of `metrics`.
+        predictions: As of `metrics`.
+        kind: As of `metrics`.
+        metric: One of the kind's.
+        groups: [n] the patient of each case; None if each is a patient of their own.
+        n: Resamples. The same seed gives the same ones.
+        level: Of confidence.
+        seed: Of the resamples.
+
+    Returns:
+        Low and high. Resamples in which the metric is undefined are left out; nan and nan where all are.
+
+    Raises:
+        ValueError: As of `metrics`; or the metric is unknown, or `groups` does not fit.
+    """
+    labels, predictions = _checked(labels, predictions, kind)
+    function = _metric(kind, metric)
+    resamples = _resamples(labels, kind, groups, n, seed)
+    return _percentiles(_over(resamples, partial(function, labels, predictions)), level)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A metric of a first model minus that of a second on the same cases.
+
+    Attributes:
+        difference: First minus second, whatever the metric's direction.
+        ci_low, ci_high: The percentile bootstrap interval of the difference.
+        p_value: Two-sided.
+    """
+
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+
+
+def paired_bootstrap_test(
+    labels: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    kind: Kind,
+    metric: str,
+    *,
+    groups: ArrayLike | None = None,
+    n: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> PairedDifference:
+    """Compare two models on the same cases, drawn for both alike and as `bootstrap_interval` draws them.
+
+    The p-value is twice the smaller of the shares of resamples whose difference is at most 0 and at least 0, 1 at the
+    most: the level at which the interval touches 0. One is added to the counts and to the number of resamples
+    (Davison & Hinkley 1997, section 4.2.3), so that p is never below 2 / (n + 1), let alone 0.
+
+    Args:
+        labels: As of `metrics`.
+        first: The predictions of one model.
+        second: The predictions of the other.
+        kind: As of `metrics`.
+        metric: One of the kind's.
+        groups: [n] the patient of each case; None if each is a patient of their own.
+        n: Resamples.
+        level: Of confidence.
+        seed: Of the resamples.
+
+    Raises:
+        ValueError: As of `bootstrap_interval`.
+    """
+    labels, first = _checked(labels, first, kind)
+    _, second = _checked(labels, second, kind)
+    function = _metric(kind, metric)
+
+    def difference(weights: _Array) -> _Array:
+        return function(labels, first, weights) - function(labels, second, weights)
+
+    differences = _over(_resamples(labels, kind, groups, n, seed), difference)
+    observed = float(_over(iter([np.ones((1, len(labels)))]), difference)[0])
+    low, high = _percentiles(differences, level)
+    known = differences[~np.isnan(differences)]
+    rarer = min((known <= 0).sum(), (known >= 0).sum())
+    p_value = min(1.0, 2 * (1 + rarer) / (1 + len(known))) if len(known) else float("nan")
+    return PairedDifference(observed, low, high, float(p_value))
+
+
+def _resamples(labels: _Array, kind: Kind, groups: ArrayLike | None, n: int, seed: int) -> Iterator[_Array]:
+    """Weights [r, cases]: how often each case is in each of r resamples, n in all."""
+    if n < 1:
+        raise ValueError(f"n is {n}; at least one resample is needed")
+    group = _group_numbers(groups, len(labels))
+    size = group.max() + 1
+    strata = [np.arange(size)]
+    if kind != "regression":
+        present = np.zeros((size, int(labels.max()) + 1), dtype=bool)
+        present[group, labels.astype(int)] = True
+        stratum = np.unique(present, axis=0, return_inverse=True)[1].ravel()
+        strata = [np.flatnonzero(stratum == number) for number in range(stratum.max() + 1)]
+    draw = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // len(labels))
+    for start in range(0, n, chunk):
+        rows = min(chunk, n - start)
+        counts = np.empty((rows, size))
+        for members in strata:
+            counts[:, members] = draw.multinomial(len(members), np.full(len(members), 1 / len(members)), size=rows)
+        yield counts[:, group]
+
+
+def _group_numbers(groups: ArrayLike | None, cases: int) -> NDArray[np.intp]:
+    if groups is None:
+        return np.arange(cases)
+    names = np.asarray(groups)
+    if names.shape != (cases,):
+        raise ValueError(f"groups has the shape {list(names.shape)}, and the labels {[cases]}; give one patient a case")
+    unknown = [name is None or name != name or name == "" for name in names.tolist()]
+    if any(unknown):
+        raise ValueError(f"{sum(unknown)} cases have no patient in groups; fill them in, or leave these cases out")
+    return np.unique(names.astype(str) if names.dtype == object else names, return_inverse=True)[1]
+
+
+def _over(resamples: Iterator[_Array], function: Callable[[_Array], _Array]) -> _Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.concatenate([function(weights) for weights in resamples])
+
+
+def _percentiles(values: _Array, level: float) -> tuple[float, float]:
+    _check_level(level)
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return float("nan"), float("nan")
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _metric(kind: Kind, name: str) -> _Metric:
+    if name not in _METRICS[kind]:
+        raise ValueError(f"no metric {name!r} of kind {kind!r}; there are {', '.join(_METRICS[kind])}")
+    return _METRICS[kind][name]
+
+
+# --- DeLong ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeLongTest:
+    """Two ROC curves of the same cases compared.
+
+    Attributes:
+        auc_first, auc_second: Their areas.
+        difference: First minus second.
+        z: The difference over its standard error.
+        p_value: Two-sided.
+        ci_low, ci_high: The interval of the difference.
+    """
+
+    auc_first: float
+    auc_second: float
+    difference: float
+    z: float
+    p_value: float
+    ci_low: float
+    ci_high: float
+
+
+def delong_test(labels: ArrayLike, first: ArrayLike, second: ArrayLike, *, level: float = 0.95) -> DeLongTest:
+    """The test of DeLong, DeLong & Clarke-Pearson 1988 for two correlated ROC areas, by the midranks of Sun & Xu 2014.
+
+    The cases must be independent: one scan a patient. With several, take `paired_bootstrap_test` and its `groups`.
+
+    Args:
+        labels: [n] 0 and 1.
+        first: [n] scores of one model, higher for class 1; probabilities or any others.
+        second: [n] scores of the other.
+        level: Of confidence.
+
+    Returns:
+        The test. Where the scores order the cases alike, z is 0 and p is 1. Where a class has fewer than two cases, or
+        areas differ without any variance (1 and 0.5, say), what cannot be known is nan.
+
+    Raises:
+        ValueError: Lengths differ, a score is not finite, or a label is neither 0 nor 1.
+    """
+    cases = [_structural_components(labels, scores) for scores in (first, second)]
+    auc_first, auc_second = (_area(*components) for components in cases)
+    above, below = (one - other for one, other in zip(*cases, strict=True))
+    difference, error = auc_first - auc_second, _standard_error(above, below)
+    norm = _scipy_stats().norm
+    margin = norm.isf((1 - _check_level(level)) / 2) * error
+    z = 0.0 if difference == error == 0 else difference / error if error > 0 else float("nan")
+    p_value = 2 * float(norm.sf(abs(z)))
+    low, high = float(difference - margin), float(difference + margin)
+    return DeLongTest(auc_first, auc_second, difference, float(z), p_value, low, high)
+
+
+def delong_interval(labels: ArrayLike, scores: ArrayLike, *, level: float = 0.95) -> tuple[float, float]:
+    """DeLong's interval of one ROC area, low and high, cut at 0 and 1.
+
+    It is too short for an area near 1, and of no width at 1. Cases, labels, nan and errors are as of `delong_test`.
+    """
+    above, below = _structural_components(labels, scores)
+    auc = _area(above, below)
+    margin = _scipy_stats().norm.isf((1 - _check_level(level)) / 2) * _standard_error(above, below)
+    low, high = np.clip([auc - margin, auc + margin], 0, 1)
+    return float(low), float(high)
+
+
+def _structural_components(labels: ArrayLike, scores: ArrayLike) -> tuple[_Array, _Array]:
+    """Of each case of class 1, the share of class 0 that scores lower; of each of class 0, the share of 1 above it."""
+    y, x = _finite(labels, scores)
+    _check_classes(y, 2)
+    if x.ndim != 1:
+        raise ValueError(f"scores must be [n], not {list(x.shape)}")
+    positive = y == 1
+    rank = _scipy_stats().rankdata
+    ranks = rank(x)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        above = (ranks[positive] - rank(x[positive])) / (~positive).sum()
+        below = 1 - (ranks[~positive] - rank(x[~positive])) / positive.sum()
+    return above, below
+
+
+def _area(above: _Array, below: _Array) -> float:
+    return float(above.mean()) if len(above) and len(below) else float("nan")
+
+
+def _standard_error(above: _Array, below: _Array) -> float:
+    if min(len(above), len(below)) < 2:
+        return float("nan")
+    return float(np.sqrt(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below)))
+
+
+def _scipy_stats() -> Any:
+    try:
+        from scipy import stats
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("scipy", "eval") from error
+    return stats
+
+
+# --- Brain age ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AgeBiasCorrection:
+    """Undoes what regression to the mean does to predicted ages: too old for the young, too young for the old.
+
+    Attributes:
+        slope: Of predicted on true age, where it was fitted; below 1 as a rule.
+        intercept: In years.
+        rule: "cole" or "beheshti"; see `age_bias_correction`.
+    """
+
+    slope: float
+    intercept: float
+    rule: AgeBiasRule = "cole"
+
+    def __call__(self, predictions: ArrayLike, ages: ArrayLike | None = None) -> _Array:
+        """The predicted ages [n], corrected, in years.
+
+        Args:
+            predictions: [n] predicted ages.
+            ages: [n] true ages; Beheshti's rule needs them, Cole's does not look at them.
+
+        Raises:
+            ValueError: Ages are missing where they are needed, or do not fit.
+        """
+        predictions = np.asarray(predictions, dtype=np.float64)
+        if self.rule == "cole":
+            return (predictions - self.intercept) / self.slope
+        if ages is None:
+            raise ValueError("Beheshti's rule needs the true ages; Cole's corrects without them (rule='cole')")
+        true, predicted = _finite(ages, predictions)
+        return predicted - (self.slope * true + self.intercept - true)
+
+
+def age_bias_correction(
+    ages_train: ArrayLike, predictions_train: ArrayLike, *, rule: AgeBiasRule = "cole"
+) -> AgeBiasCorrection:
+    """Fit a correction of predicted ages: a line of predicted on true age.
+
+    Fit it on predictions of scans that the model was not trained on (the validation set, or cross-validation within the
+    training set), and never on the test set.
+
+    - "cole" (Cole et al. 2018, doi:10.1038/mp.2017.62): (prediction − intercept) / slope. It is the default, for it
+      needs no true age of the person whose age is predicted, so that the result is still a prediction. Its errors are
+      larger where slope is below 1.
+    - "beheshti" (Beheshti et al. 2019, doi:10.1016/j.nicl.2019.102063): prediction − (slope · age + intercept − age).
+      It takes away the part of the error that the true age explains, and so puts the true age into the result: MAE and
+      r2 after it look better than the model is, even for a model that knows nothing (Butler et al. 2021,
+      doi:10.1002/hbm.25533). It is for brain-age gaps in group comparisons; give no MAE after it.
+
+    Args:
+        ages_train: [n] true ages, in years.
+        predictions_train: [n] predicted ages, in years.
+        rule: "cole" or "beheshti".
+
+    Raises:
+        ValueError: Numbers are not finite or lengths differ; ages are all one; or, for Cole's rule, predictions do not
+            rise with age.
+    """
+    if rule not in ("cole", "beheshti"):
+        raise ValueError(f"no rule {rule!r}; there are 'cole' and 'beheshti'")
+    ages, predictions = _finite(ages_train, predictions_train)
+    if predictions.ndim != 1 or np.ptp(ages) == 0:
+        raise ValueError("a line of predicted on true age needs [n] predictions of people of different ages")
+    slope, intercept = np.polyfit(ages, predictions, 1)
+    if rule == "cole" and slope < _LEAST_SLOPE:
+        raise ValueError(
+            f"predictions do not rise with age (slope {slope:.3g}): Cole's correction would divide by that"
+        )
+    return AgeBiasCorrection(float(slope), float(intercept), rule)
+
+
+# --- Reliability ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ICC:
+    """Intraclass correlations of a single measurement, Shrout & Fleiss 1979 (doi:10.1037/0033-2909.86.2.420).
+
+    Attributes:
+        agreement: ICC(2,1), two-way random, absolute agreement: a shift between sessions counts as disagreement.
+        consistency: ICC(3,1), two-way mixed: a shift between sessions does not count.
+    """
+
+    agreement: float
+    consistency: float
+
+
+def icc(values: ArrayLike) -> ICC:
+    """ICC(2,1) and ICC(3,1) of [subjects, sessions] measurements; nan where all are equal.
+
+    Raises:
+        ValueError: Fewer than two subjects or sessions, or a number that is not finite.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2 or min(table.shape) < 2 or not np.isfinite(table).all():
+        raise ValueError(f"an ICC needs finite [subjects, sessions], two of each at least, not {list(table.shape)}")
+    subjects, sessions = table.shape
+    table = table - table[0, 0]  # exactly 0 for equal values
+    subject, session = table.mean(axis=1, keepdims=True), table.mean(axis=0, keepdims=True)
+    between_subjects = sessions * subject.var(ddof=1)
+    between_sessions = subjects * session.var(ddof=1)
+    residual = ((table - subject - session + table.mean()) ** 2).sum() / ((subjects - 1) * (sessions - 1))
+    signal, total = between_subjects - residual, between_subjects + (sessions - 1) * residual
+    with np.errstate(divide="ignore", invalid="ignore"):
+        agreement = signal / (total + sessions * (between_sessions - residual) / subjects)
+        return ICC(float(agreement), float(signal / total))
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+def _checked(labels: ArrayLike, predictions: ArrayLike, kind: Kind) -> tuple[_Array, _Array]:
+    """Labels and predictions in float64, if they are what the kind says."""
+    if kind not in _METRICS:
+        raise ValueError(f"no kind {kind!r}; there are {', '.join(_METRICS)}")
+    y, p = _finite(labels, predictions)
+    if p.ndim != (2 if kind == "multiclass" else 1):
+        raise ValueError(
+            f"{kind} predictions must be {'[n, classes]' if kind == 'multiclass' else '[n]'}, not {p.shape}"
+        )
+    if kind != "regression":
+        _check_classes(y, p.shape[1] if kind == "multiclass" else 2)
+        if p.min() < 0 or p.max() > 1:
+            raise ValueError(
+                f"predictions from {p.min():.3g} to {p.max():.3g} are no probabilities; put logits through a "
+                f"{'softmax' if kind == 'multiclass' else 'sigmoid'}"
+            )
+    if kind == "multiclass" and np.abs(p.sum(axis=1) - 1).max() > _PROBABILITY_TOLERANCE:
+        raise ValueError("the probabilities of a case do not sum to 1; put logits through a softmax")
+    return y, p
+
+
+def _finite(labels: ArrayLike, predictions: ArrayLike) -> tuple[_Array, _Array]:
+    y, p = np.asarray(labels, dtype=np.float64), np.asarray(predictions, dtype=np.float64)
+    if y.ndim != 1 or not len(y) or not p.ndim or len(p) != len(y):
+        raise ValueError(
+            f"labels {list(y.shape)} and predictions {list(p.shape)} do not fit; give [n] labels, n above 0"
+        )
+    for name, values in (("labels", y), ("predictions", p)):
+        wrong = int((~np.isfinite(values)).sum())
+        if wrong:
+            raise ValueError(f"{wrong} of the {name} are not finite; leave these cases out, or find what made them")
+    return y, p
+
+
+def _check_classes(labels: _Array, classes: int) -> None:
+    strange = sorted(set(labels.tolist()) - set(range(classes)))
+    if strange:
+        raise ValueError(f"labels must be classes 0 to {classes - 1}, not {', '.join(f'{v:g}' for v in strange[:5])}")
+
+
+def _check_level(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, and must be between 0 and 1")
+    return level

@@ -1,0 +1,276 @@
+"""Tasks: what is to be predicted of which scans, from a YAML file and a manifest, checked before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, Kind, check_split, make_split
+from brainfm.downstream.statistics import HIGHER_IS_BETTER, metrics
+from brainfm.errors import BrainfmError
+from brainfm.manifest import ScanRecord, read_manifest
+from brainfm.operations import Checked
+from brainfm.train.recipe import check_keys, read_yaml
+
+logger = logging.getLogger("brainfm")
+
+TASKS = Path(__file__).parent / "tasks"
+
+_METRIC = {"binary": "auc", "multiclass": "balanced_accuracy", "regression": "mae"}
+_MISSING = {"", "na", "n/a", "nan", "none", "null"}
+_MOST_CLASSES = 20
+
+
+class TaskError(BrainfmError, ValueError):
+    """A task that cannot be: the message says what is wrong, and what is needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Checked):
+    """What is to be predicted.
+
+    Attributes:
+        name: Letters, digits, - and _.
+        label: The manifest's column that holds it.
+        kind: "binary", "multiclass" or "regression".
+        title: Its name for readers; "" is the name.
+        manifest: CSV of scans with the label; relative to the task's file.
+        metric: What the table shows; "" is auc, balanced_accuracy or mae, by the kind.
+        selection: The epoch of a fine-tuning is chosen on val by the "metric", or by the "loss".
+        age_bias: "keep", or the rule of `age_bias_correction`, learned on val, applied to test; of regressions.
+        unit: Of the label, such as "years".
+        classes: The label's words in order, the first is 0; () takes whole numbers, or the words in alphabetical order.
+        split: The manifest's column that says "train", "val" or "test"; where it has none, each seed draws a split.
+        fractions: Shares of train, val and test that are drawn.
+        covariates: Columns that a control predicts from without an image; head size is added where there are masks.
+        cohorts: Names of the data, to say which models were pretrained on them.
+        published: "model/mode" → [mean, standard deviation] of the paper's table.
+        published_source: Where that is from.
+    """
+
+    name: str
+    label: str
+    kind: Kind
+    title: str = ""
+    manifest: str = ""
+    metric: str = ""
+    selection: str = "metric"
+    age_bias: Literal["keep", "cole", "beheshti"] = "keep"
+    unit: str = ""
+    classes: tuple[str, ...] = ()
+    split: str = "split"
+    fractions: tuple[float, float, float] = PAPER_FRACTIONS
+    covariates: tuple[str, ...] = ()
+    cohorts: tuple[str, ...] = ()
+    published: dict = field(default_factory=dict)  # type: ignore[type-arg]  # Checked takes plain types
+    published_source: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = metrics([0.0, 1.0], [0.0, 1.0], "regression" if self.kind == "regression" else "binary")
+        object.__setattr__(self, "metric", self.metric or _METRIC[self.kind])
+        object.__setattr__(self, "title", self.title or self.name)
+        if self.metric not in known:
+            raise ValueError(f"metric is {self.metric!r}, and must be one of {', '.join(known)}")
+        if self.selection not in ("metric", "loss"):
+            raise ValueError(f"selection is {self.selection!r}, and must be 'metric' or 'loss'")
+        if self.age_bias != "keep" and self.kind != "regression":
+            raise ValueError("age_bias is of a regression")
+        if self.label in self.covariates:
+            raise ValueError(f"covariates hold the label {self.label!r} itself")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return HIGHER_IS_BETTER[self.metric]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """The scans of a task that have a label.
+
+    Attributes:
+        task: The task.
+        records: The scans.
+        labels: [n]: float64 for a regression, else int64 from 0.
+        classes: The words of the classes.
+        given_split: "train", "val" or "test" of each scan, where the manifest says it.
+        dropped: Rows without a label.
+    """
+
+    task: Task
+    records: list[ScanRecord]
+    labels: NDArray[Any]
+    classes: tuple[str, ...]
+    given_split: list[str] | None
+    dropped: int
+
+    @property
+    def patients(self) -> list[str]:
+        """The patient of each scan; one without is a patient of its own."""
+        return [record.patient_id or f"scan {n}" for n, record in enumerate(self.records)]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a scan comes with a mask, and so with the size of a head."""
+        return any(record.mask is not None for record in self.records)
+
+    @property
+    def has_covariates(self) -> bool:
+        """Whether there is something to predict from without an image."""
+        return bool(self.task.covariates) or self.has_masks
+
+    def split(self, seed: int) -> list[str]:
+        """The manifest's split, or the one that the seed draws."""
+        if self.given_split is not None:
+            return self.given_split
+        return make_split(self.records, self.labels, kind=self.task.kind, fractions=self.task.fractions, seed=seed)
+
+
+def make_task(label: str, kind: Kind, covariates: Sequence[str] = ()) -> Task:
+    """A task on a column of a user's own manifest. Raises TaskError."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", label) or "label"
+    try:
+        return Task(name=name, title=label, label=label, kind=kind, covariates=tuple(covariates))
+    except ValueError as error:
+        raise TaskError(str(error)) from error
+
+
+def load_task(name: str | os.PathLike[str]) -> Task:
+    """A task that ships with brainfm, such as "age_ixi", or that of a YAML file. Raises TaskError."""
+    text = str(name)
+    path = Path(text) if text.endswith((".yaml", ".yml")) else TASKS / f"{text}.yaml"
+    known = sorted(file.stem for file in TASKS.glob("*.yaml"))
+    if not path.is_file():
+        near = difflib.get_close_matches(text, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise TaskError(f"no task {text!r}; {hint}Known: {', '.join(known)}, or the path of a .yaml file")
+    values: Any = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise TaskError(f"{path}: a task is a list of 'key: value' lines")
+    try:
+        check_keys(values, Task, "")
+        task = Task(**{"name": path.stem, **values})
+    except (ValueError, TypeError) as error:
+        raise TaskError(f"{path}: {error}") from error
+    return task
+
+
+def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> TaskData:
+    """The scans and labels of a task.
+
+    Args:
+        task: The task.
+        manifest: Instead of the task's own.
+
+    Raises:
+        TaskError: There is no such column, labels are not what the kind says, all are the same, or there are too few
+            patients; the message names the values.
+        ScanError: The manifest is not one.
+        BrainfmError: A patient is in two splits.
+    """
+    if not (manifest or task.manifest):
+        raise TaskError(f"{task.name}: this task needs a manifest: --manifest {task.name}=FILE.csv")
+    path = Path(manifest or task.manifest)
+    everything = read_manifest(path)
+    for column in (task.label, *task.covariates):
+        columns = list(everything[0].extra)
+        if column not in columns:
+            raise TaskError(f"{path}: there is no column {column!r}; it has {', '.join(columns) or 'no labels at all'}")
+    records = [record for record in everything if record.extra[task.label].lower() not in _MISSING]
+    if not records:
+        raise TaskError(f"{path}: no row has a {task.label}; it is empty in all {len(everything)}")
+    texts = [record.extra[task.label] for record in records]
+    labels, classes = _labels(texts, task, path)
+    if len(set(texts)) == 1:
+        raise TaskError(f"{path}: every {task.label} is {texts[0]!r}; there is nothing to tell apart")
+    given = _given_split(records, task, path)
+    data = TaskData(task, records, labels, classes, given, len(everything) - len(records))
+    _check_splits(data, path)
+    if data.dropped:
+        logger.info("%s: %d of %d rows have no %s and are left out", path, data.dropped, len(everything), task.label)
+    return data
+
+
+def _labels(texts: Sequence[str], task: Task, path: Path) -> tuple[NDArray[Any], tuple[str, ...]]:
+    return (_numbers(texts, task, path), ()) if task.kind == "regression" else _classes(texts, task, path)
+
+
+def _numbers(texts: Sequence[str], task: Task, path: Path) -> NDArray[np.float64]:
+    values = []
+    for text in texts:
+        try:
+            values.append(float(text))
+        except ValueError:
+            values.append(np.nan)
+    labels = np.array(values)
+    if wrong := [text for text, value in zip(texts, labels, strict=True) if not np.isfinite(value)]:
+        raise TaskError(
+            f"{path}: {task.label} must be numbers for a regression, and {len(wrong)} rows are not, such as "
+            f"{_few(wrong)}; correct them, or make the task binary or multiclass"
+        )
+    return labels
+
+
+def _classes(texts: Sequence[str], task: Task, path: Path) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    found = sorted(set(texts), key=lambda text: (not _is_number(text), float(text) if _is_number(text) else 0, text))
+    names = task.classes or tuple(found)
+    if strange := [text for text in found if text not in names]:
+        raise TaskError(f"{path}: {task.label} has {_few(strange)}, and the task's classes are {', '.join(names)}")
+    if task.kind == "binary" and len(names) > 2:
+        raise TaskError(
+            f"{path}: {task.label} has {len(names)} different values ({_few(names)}), and a binary task has two; "
+            "empty the label of all other rows, or make the task multiclass or a regression"
+        )
+    if len(names) > _MOST_CLASSES:
+        raise TaskError(
+            f"{path}: {task.label} has {len(names)} different values ({_few(names)}): free text, or numbers? "
+            "A class needs several patients; group the values, or make the task a regression"
+        )
+    return np.array([names.index(text) for text in texts], dtype=np.int64), names
+
+
+def _given_split(records: Sequence[ScanRecord], task: Task, path: Path) -> list[str] | None:
+    if task.split not in records[0].extra:
+        return None
+    given = [record.extra[task.split] for record in records]
+    if strange := sorted(set(given) - set(SPLITS)):
+        raise TaskError(f"{path}: the column {task.split} has {_few(strange)}, and must say {', '.join(SPLITS)}")
+    return given
+
+
+def _check_splits(data: TaskData, path: Path) -> None:
+    """That there are enough patients of every class in each part; raises what `make_split` and `check_split` say."""
+    try:
+        splits = data.split(0)
+        check_split(data.records, splits)
+    except BrainfmError as error:
+        raise TaskError(f"{path}: {error}") from error
+    for part in SPLITS:
+        count = Counter(label for label, split in zip(data.labels.tolist(), splits, strict=True) if split == part)
+        if data.task.kind != "regression" and len(count) < len(data.classes):
+            lacking = next(name for n, name in enumerate(data.classes) if n not in count)
+            raise TaskError(f"{path}: no scan of class {lacking!r} is in {part}; each part needs every class")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _few(values: Sequence[str], most: int = 4) -> str:
+    shown = list(dict.fromkeys(map(repr, values)))
+    return ", ".join(shown[:most]) + (", …" if len(shown) > most else "")

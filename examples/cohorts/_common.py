@@ -1,0 +1,229 @@
+"""What the scripts of the cohorts share: the table of phenotypes, the prepared scans, and the manifest that joins them.
+
+No image is read: the folder's names say whose scan it is.
+"""
+
+import argparse
+import csv
+import math
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import brainfm
+from brainfm.downstream.split import SPLITS, check_split
+from brainfm.errors import BrainfmError
+from brainfm.manifest import ScanRecord, list_scans
+from brainfm.weights import atomic_path
+
+Labels = dict[str, float]
+People = dict[Hashable, Labels | str]  # a row of the table: its labels, or why it cannot be used
+
+DISAGREE = "several rows of the table that disagree"
+_EXCEL_READERS = {".xls": "xlrd", ".xlsx": "openpyxl"}
+
+
+@dataclass(frozen=True)
+class ScanId:
+    """What a folder's name says of its scan.
+
+    Attributes:
+        row: The key of its row in the table.
+        patient: Who was scanned.
+        scan: Which scan of that patient.
+        visit: Where it stands among them; the first comes first.
+    """
+
+    row: Hashable
+    patient: str
+    scan: str
+    visit: float = 0
+
+
+def arguments(description: str, phenotypes: str) -> argparse.ArgumentParser:
+    """The arguments that all scripts have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phenotypes", type=Path, help=phenotypes)
+    parser.add_argument("scans", type=Path, help="folder of TurboPrep's output, a folder a scan")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the manifest to write, a CSV")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    return parser
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; an error of the input is one line."""
+    try:
+        main()
+    except BrainfmError as error:
+        sys.exit(f"error: {error}")
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a CSV, TSV or Excel table (its first sheet) that has these columns."""
+    if not path.is_file():
+        raise BrainfmError(f"{path}: no such file")
+    suffix = path.suffix.lower()
+    if suffix in _EXCEL_READERS:
+        rows = _read_excel(path, _EXCEL_READERS[suffix])
+    else:
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            rows = list(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ","))
+    names = [name.strip() for name in rows[0]] if rows else []
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise BrainfmError(
+            f"{path}: no column {', '.join(map(repr, missing))}; found: {', '.join(map(repr, names)) or 'nothing'}"
+        )
+    return [dict(zip(names, map(str.strip, row), strict=False)) for row in rows[1:] if any(row)]
+
+
+def _read_excel(path: Path, reader: str) -> list[list[str]]:
+    missing = [package for package in ("pandas", reader) if find_spec(package) is None]
+    if missing:
+        raise BrainfmError(
+            f"{path}: {' and '.join(missing)} is not installed; run: pip install {' '.join(missing)}; or save the "
+            "table as CSV in a spreadsheet program, and give that"
+        )
+    import pandas as pd
+
+    try:
+        table = pd.read_excel(path, header=None, dtype=object, engine=reader)
+    except Exception as error:  # each reader has errors of its own
+        raise BrainfmError(f"{path}: not a readable {path.suffix} file ({error})") from error
+    return table.where(table.notna(), "").astype(str).to_numpy().tolist()
+
+
+def number(text: str) -> float:
+    """A number of the table; NaN where there is none, as in an empty field or "n/a"."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def add_row(people: People, key: Hashable, labels: Labels | str) -> None:
+    """Add a row of the table. Of two rows of a person the usable one counts; two that disagree are not usable."""
+    before = people.setdefault(key, labels)
+    if before == DISAGREE or isinstance(labels, str):
+        return
+    if isinstance(before, str):
+        people[key] = labels
+    elif before != labels:
+        people[key] = DISAGREE
+
+
+# --- The scans ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cohort:
+    """The scans that have labels, one a patient, and what was left out.
+
+    Attributes:
+        name: Of the cohort, as in the column `dataset`.
+        records: The scans; `extra` holds their labels as text.
+        labels: The same as numbers.
+        found: How many scans there were.
+        left_out: Scans by the reason.
+        unused_rows: Usable rows of the table without a scan.
+    """
+
+    name: str
+    records: list[ScanRecord]
+    labels: list[Labels]
+    found: int
+    left_out: dict[str, list[str]]
+    unused_rows: list[str]
+
+
+def join(name: str, folder: Path, identify: Callable[[str], ScanId | None], people: People) -> Cohort:
+    """The prepared scans of a folder with their rows of the table; of a patient the first scan that has labels.
+
+    `identify` is given the scan's folder relative to `folder`, such as "IXI002-Guys-0828-T1".
+    """
+    if not folder.is_dir():
+        raise BrainfmError(f"{folder}: no such folder")
+    left_out = defaultdict[str, list[str]](list)
+    usable: list[tuple[ScanId, str, ScanRecord, Labels]] = []
+    rows_with_scan = set()
+    scans = list_scans(folder)
+    for scan in scans:
+        place = Path(scan.image).parent.relative_to(folder).as_posix()
+        scan_id = identify(place)
+        if scan_id is None:
+            left_out[f"no {name} id in the folder's name"].append(place)
+            continue
+        rows_with_scan.add(scan_id.row)
+        labels = people.get(scan_id.row, "no row in the table")
+        if isinstance(labels, str):
+            left_out[labels].append(place)
+        elif scan.mask is None:
+            left_out["no mask.nii.gz"].append(place)
+        else:
+            usable.append((scan_id, place, scan, labels))
+
+    cohort = Cohort(name, [], [], len(scans), left_out, [])
+    patients = set()
+    for scan_id, place, scan, labels in sorted(usable, key=lambda item: (item[0].visit, item[1])):
+        if scan_id.patient in patients:
+            left_out["an earlier scan of the patient is used"].append(place)
+            continue
+        patients.add(scan_id.patient)
+        extra = {"dataset": name} | {label: f"{value:g}" for label, value in labels.items()}
+        cohort.records.append(ScanRecord(scan.image, scan.mask, scan_id.patient, scan_id.scan, extra))
+        cohort.labels.append(labels)
+    if not cohort.records:
+        why = "; ".join(f"{len(places)}: {reason}, such as {places[0]}" for reason, places in left_out.items())
+        raise BrainfmError(f"{folder}: none of {len(scans)} scans can be used ({why})")
+    cohort.unused_rows = [
+        " ".join(map(str, row)) if isinstance(row, tuple) else str(row)
+        for row, labels in people.items()
+        if isinstance(labels, dict) and row not in rows_with_scan
+    ]
+    return cohort
+
+
+# --- The manifest ---------------------------------------------------------------------------------
+
+
+def write_manifest(path: Path, cohort: Cohort, splits: Sequence[str]) -> None:
+    """Write the manifest, atomically, in the order of the patients; paths are relative to it."""
+    check_split(cohort.records, splits)
+    rows = [record.columns() | {"split": split} for record, split in zip(cohort.records, splits, strict=True)]
+    for row in rows:
+        for column in ("image_path", "mask_path"):
+            row[column] = Path(os.path.relpath(row[column], path.absolute().parent)).as_posix()
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: (len(row["patient_id"]), row["patient_id"])))
+
+
+def summarise(path: Path, cohort: Cohort, splits: Sequence[str]) -> None:
+    """Print what is in the manifest, and what is not and why."""
+    names = list(cohort.labels[0])
+    patients = len({record.patient_id for record in cohort.records})
+    print(f"{path}: {len(cohort.records)} scans of {patients} patients, of {cohort.found} scans found")
+    print(f"{'split':<8}{'patients':>9}" + "".join(f"{'mean ' + name:>12}" for name in names))
+    counts = Counter(splits)
+    for split in SPLITS:
+        values = [labels for labels, of in zip(cohort.labels, splits, strict=True) if of == split]
+        means = [sum(labels[name] for labels in values) / len(values) for name in names]
+        print(f"{split:<8}{counts[split]:>9}" + "".join(f"{mean:>12.2f}" for mean in means))
+    for reason, places in sorted(cohort.left_out.items()):
+        print(f"left out {len(places)}: {reason} ({_few(sorted(places))})")
+    if cohort.unused_rows:
+        print(f"{len(cohort.unused_rows)} usable rows of the table have no scan ({_few(cohort.unused_rows)})")
+    for overlap in brainfm.pretraining_overlap("simclr_resnet18_3d", cohort.name):
+        print(f"warning: for simclr_resnet18_3d.kaczmarek2025, {overlap}")
+
+
+def _few(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

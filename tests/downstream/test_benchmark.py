@@ -1,0 +1,227 @@
+"""The grid: what it runs, that it goes on, and that the test part is looked at last."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from sklearn.metrics import mean_absolute_error, roc_auc_score
+
+import brainfm
+from brainfm import BrainfmError, RecipeError, WeightsNotFoundError
+from brainfm.cli import main
+from brainfm.downstream import benchmark as job
+from brainfm.downstream.benchmark import Plan, benchmark, read_settings
+from brainfm.downstream.task import load_task, make_task, read_task
+
+SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
+PLAN = Plan(models=("test_resnet_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def data(phantoms):
+    return [read_task(load_task(name), phantoms) for name in ("phantom_sex", "phantom_age")]
+
+
+@pytest.fixture(scope="module")
+def results(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    benchmark(data, PLAN, folder)
+    return folder
+
+
+def rows_of(path):
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_grid_has_every_run_and_its_numbers_are_those_of_its_predictions(results):
+    scores, guesses = rows_of(results / "results.csv"), rows_of(results / "predictions.csv")
+    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test"
+    assert list(scores[0]) == names.split()
+    runs = {(r["task"], r["mode"], r["seed"]) for r in scores}
+    modes = ("probe", "finetune", "scratch", "untrained", "covariates")
+    assert runs == {(t, m, s) for t in ("phantom_sex", "phantom_age") for m in modes for s in "01"}
+    for row in scores:
+        if row["metric"] not in ("auc", "mae"):
+            continue
+        key = {name: row[name] for name in ("task", "model", "mode", "seed")}
+        mine = [g for g in guesses if all(g[name] == value for name, value in key.items())]
+        labels, predictions = ([float(g[name]) for g in mine] for name in ("label", "prediction"))
+        wanted = (roc_auc_score if row["metric"] == "auc" else mean_absolute_error)(labels, predictions)
+        assert float(row["value"]) == pytest.approx(wanted, rel=1e-6)
+        assert (len(mine), int(row["n_train"])) == (int(row["n_test"]), 24)
+        assert float(row["ci_low"]) <= float(row["value"]) <= float(row["ci_high"])
+
+
+def test_report_and_splits_are_written(results):
+    for name in ("table.md", "table.tex", "index.html", "grid.json"):
+        assert (results / name).stat().st_size > 500
+    assert len(list((results / "figures").glob("*.svg"))) >= 4
+    splits = [rows_of(results / "splits" / f"phantom_sex.{seed}.csv") for seed in (0, 1)]
+    assert splits[0] != splits[1]
+    text = (results / "table.md").read_text()
+    assert "phantoms, not people" in text
+    assert "Epochs are scaled by 0.005: 1 instead of 100 (fine-tuned), 2 instead of 300 (from scratch)" in text
+    tests = json.loads((results / "grid.json").read_text())["tests"]
+    assert {test["test"] for test in tests} == {"DeLong", "paired bootstrap"}
+
+
+def test_nothing_is_done_twice_and_what_is_lost_is_done_again_alike(data, results, monkeypatch):
+    before = (results / "results.csv").read_bytes()
+    lost = next((results / "runs").glob("phantom_age.*.finetune.1.1.json"))
+    lost.unlink()
+    trained = []
+    monkeypatch.setattr(job, "finetune", lambda *a, **k: trained.append(1) or real(*a, **k))
+    real = brainfm.downstream.finetuning.finetune
+    benchmark(data, PLAN, results)
+    assert trained == [1]
+    assert (results / "results.csv").read_bytes() == before
+    assert not lost.with_suffix("").exists()  # checkpoints are not kept
+
+
+def test_other_settings_do_the_runs_that_they_change_again(data, results, tmp_path, monkeypatch):
+    import shutil
+
+    folder = shutil.copytree(results, tmp_path / "copy")
+    modes = []
+    monkeypatch.setattr(job, "_trained", lambda cell, *_: modes.append(cell.row.mode) or _stop())
+    monkeypatch.setattr(job, "_probed", lambda cell, *_: modes.append(cell.row.mode) or _stop())
+    with pytest.raises(InterruptedError):
+        benchmark(data, Plan(models=PLAN.models, seeds=2, epochs_scale=0.02, settings=SETTINGS), folder)
+    assert modes == ["finetune"]
+
+
+def _stop():
+    raise InterruptedError
+
+
+@pytest.mark.parametrize("mode", ["probe", "probe_adam", "finetune"])
+def test_test_part_changes_nothing_that_is_chosen(mode, data, tmp_path, monkeypatch):
+    """The labels of the test part are swapped: the same predictions come out, or else they were used."""
+    plan = Plan(models=PLAN.models, modes=(mode,), seeds=1, epochs_scale=0.02, settings=SETTINGS, controls=False)
+    found = []
+    for swapped in (False, True):
+        one = data[0]
+        labels, splits = one.labels.copy(), np.array(one.split(0))
+        monkeypatch.setattr(type(one), "split", lambda self, seed, splits=splits: list(splits))
+        if swapped:
+            labels[splits == "test"] = 1 - labels[splits == "test"]
+        changed = type(one)(one.task, one.records, labels, one.classes, None, 0)
+        benchmark([changed], plan, tmp_path / str(swapped))
+        found.append([row["prediction"] for row in rows_of(tmp_path / str(swapped) / "predictions.csv")])
+    assert found[0] == found[1]
+
+
+def test_patient_in_two_parts_of_a_split_stops_the_grid(data, tmp_path, monkeypatch):
+    one = data[0]
+    twin = brainfm.manifest.ScanRecord(one.records[1].image, one.records[1].mask, one.records[0].patient_id)
+    leaky = type(one)(one.task, [one.records[0], twin, *one.records[2:]], one.labels, one.classes, None, 0)
+    splits = one.split(0)
+    splits[0], splits[1] = "train", "test"
+    monkeypatch.setattr(type(one), "split", lambda self, seed: splits)
+    with pytest.raises(BrainfmError, match="more than one split: sub-0001"):
+        benchmark([leaky], PLAN, tmp_path)
+
+
+def test_fractions_of_the_training_patients_are_nested_curves(data, tmp_path):
+    plan = Plan(models=PLAN.models, modes=("probe",), seeds=1, fractions=(0.5, 1.0), controls=False)
+    benchmark(data[:1], plan, tmp_path)
+    sizes = {row["fraction"]: int(row["n_train"]) for row in rows_of(tmp_path / "results.csv")}
+    assert sizes == {"0.5": 12, "1": 24}
+    assert any("label" in path.name or "efficiency" in path.name for path in (tmp_path / "figures").iterdir())
+
+
+def test_models_are_run_in_the_modes_they_can_be(tmp_path):
+    def rows(models, modes=("probe", "finetune", "scratch")):
+        plan = Plan(models=models, modes=modes)
+        return [row.key for row in job._rows({model: job.resolve(model).cfg for model in models}, plan)]
+
+    assert rows(("simclr_resnet18_3d", "resnet18_3d")) == [
+        "simclr_resnet18_3d/probe",
+        "simclr_resnet18_3d/finetune",
+        "resnet18_3d/scratch",
+    ]
+    assert len(rows(("test_resnet_3d", "test_vit_3d"))) == 6
+    with pytest.raises(WeightsNotFoundError, match="no weights of mae_vit_tiny_3d were published; pretrain it"):
+        rows(("mae_vit_tiny_3d", "vit_tiny_3d"))
+    with pytest.raises(BrainfmError, match="nothing to run"):
+        rows(("vit_tiny_3d",), ("probe",))
+
+
+def test_model_that_was_pretrained_on_a_tasks_cohort_is_marked_or_refused(phantoms, tmp_path):
+    task = make_task("sex", "binary")
+    soop = read_task(type(task)(name="sex", label="sex", kind="binary", cohorts=("SOOP",)), phantoms)
+    notes = job._overlaps([soop], ("simclr_resnet18_3d", "resnet18_3d"), "mark")
+    assert [(note.model, note.text) for note in notes] == [
+        ("simclr_resnet18_3d", "pretrained on this task's data (SOOP)")
+    ]
+    with pytest.raises(BrainfmError, match="SOOP: in the pretraining data"):
+        benchmark([soop], Plan(models=("simclr_resnet18_3d",)), tmp_path, on_overlap="refuse")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("rate=1", "unknown key rate"), ("lr=fast", "lr is 'fast'"), ("epochs=3", "--epochs-scale"), ("lr", "key=value")],
+)
+def test_settings_that_cannot_be_are_refused(text, message):
+    with pytest.raises(RecipeError, match=message):
+        read_settings([text])
+
+
+def test_probe_does_not_depend_on_order_or_resuming(phantoms, tmp_path, monkeypatch):
+    """The embeddings of half the scans are there from before; the rest comes later, in another order."""
+    plan = Plan(models=PLAN.models, modes=("probe",), seeds=1, controls=False)
+    whole = read_task(load_task("phantom_age"), phantoms)
+    benchmark([whole], plan, tmp_path / "one")
+    from brainfm.downstream.features import read_features
+
+    model = brainfm.create_model("test_resnet_3d", pretrained=True)
+    read_features(whole.records[::-2], model, tmp_path / "two" / "embeddings", "test_resnet_3d", batch_size=3)
+    benchmark([whole], plan, tmp_path / "two")
+    first, second = (
+        [float(r["prediction"]) for r in rows_of(tmp_path / n / "predictions.csv")] for n in ("one", "two")
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-4)
+
+
+def test_command_line_runs_a_users_own_table(phantoms, tmp_path):
+    arguments = ["probe", phantoms, "--label", "age", "--kind", "regression", "--covariates", "sex", "site"]
+    arguments += ["--models", "test_resnet_3d", "test_vit_3d", "--seeds", "1", "-o", tmp_path / "out"]
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert "test\\_vit\\_3d, linear probe" in result.output
+    assert {row["mode"] for row in rows_of(tmp_path / "out" / "results.csv")} == {"probe", "untrained", "covariates"}
+    result = CliRunner().invoke(main, [str(a) if a != "age" else "weight" for a in arguments])
+    assert result.exit_code == 1
+    assert "TaskError" in result.output
+    assert "there is no column 'weight'; it has site, age" in result.output
+
+
+def test_command_line_takes_tasks_with_one_manifest_or_each_its_own(phantoms, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(main, ["benchmark", *map(str, arguments), "-o", str(tmp_path / "out")])
+
+    fixed = (
+        "phantom_sex",
+        "phantom_age",
+        "--models",
+        "test_resnet_3d",
+        "--modes",
+        "probe",
+        "--seeds",
+        1,
+        "--no-controls",
+    )
+    assert run(*fixed, "--manifest", phantoms).exit_code == 0
+    assert run(*fixed, "--manifest", f"phantom_sex={phantoms}").output.startswith(
+        "TaskError: phantom_age: this task needs"
+    )
+    assert "no such task" in run(*fixed, "--manifest", f"other={phantoms}").output
+    (tmp_path / "mine.yaml").write_text(f"label: sex\nkind: binary\nmanifest: {phantoms}\n")
+    result = run(tmp_path / "mine.yaml", "--models", "test_resnet_3d", "--modes", "probe", "scratches", "--seeds", 1)
+    assert "unknown mode 'scratches'" in result.output

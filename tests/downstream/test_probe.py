@@ -1,0 +1,102 @@
+"""Linear probes against scikit-learn and torch done by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from brainfm.downstream.probe import AdamProbe, LinearHead, fit_probe, predict_probe
+from brainfm.downstream.statistics import metrics
+
+
+@pytest.fixture
+def draws():
+    return np.random.default_rng(0)
+
+
+def made(draws, kind, n=120, d=8):
+    features = draws.normal(3, 5, (n, d)).astype(np.float32)
+    signal = features @ draws.normal(size=d) / 10
+    if kind == "regression":
+        return features, 40 + 8 * signal + draws.normal(0, 0.5, n)
+    if kind == "binary":
+        return features, (signal > np.median(signal)).astype(np.int64)
+    return features, np.digitize(signal, np.quantile(signal, [1 / 3, 2 / 3]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "least"), [("binary", "auc", 0.95), ("regression", "r2", 0.9), ("multiclass", "accuracy", 0.7)]
+)
+def test_probe_reads_what_is_linear_in_the_features(kind, metric, least, draws):
+    features, labels = made(draws, kind)
+    probe = fit_probe(features[:80], labels[:80], kind)
+    predictions = predict_probe(probe, features[80:], kind)
+    assert metrics(labels[80:], predictions, kind)[metric] > least
+
+
+def test_probe_does_not_see_the_scale_of_a_feature(draws):
+    features, labels = made(draws, "binary")
+    scaled = features * np.logspace(-3, 3, 8)
+    first, second = (
+        predict_probe(fit_probe(x[:80], labels[:80], "binary"), x[80:], "binary") for x in (features, scaled)
+    )
+    np.testing.assert_allclose(first, second, atol=1e-3)
+
+
+def test_strength_is_chosen_with_patients_kept_together(draws):
+    """Twenty scans a patient, and labels at random: only folds by patient see that there is nothing to learn."""
+    patients = np.repeat(np.arange(10), 20)
+    own, labels = draws.normal(size=(10, 8)), draws.permutation([0, 1] * 5)[patients]
+    features = own[patients] + 0.01 * draws.normal(size=(200, 8))
+    together = fit_probe(features, labels, "binary", patients=[f"p{n}" for n in patients])
+    apart = fit_probe(features, labels, "binary")
+    assert together["logisticregression"].C < apart["logisticregression"].C
+
+
+def test_adam_probe_is_a_linear_layer_trained_by_hand(draws):
+    features, labels = made(draws, "binary")
+    probe = AdamProbe(epochs=3, lr=1e-2, batch_size=16)
+    fitted = probe.fit((features[:80], labels[:80]), (features[:80], labels[:80]), "binary", lambda _, __: 0.0, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    weight = (0.01 * torch.randn(1, 8, generator=generator)).requires_grad_()
+    bias = torch.zeros(1, requires_grad=True)
+    optimiser = torch.optim.Adam([weight, bias], lr=1e-2)
+    x, y = torch.from_numpy(features[:80]), torch.from_numpy(labels[:80]).float()
+    for rows in torch.randperm(80, generator=generator).split(16):  # the first epoch: no later one is better than 0
+        optimiser.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits((x[rows] @ weight.T + bias)[:, 0], y[rows]).backward()
+        optimiser.step()
+    wanted = torch.sigmoid(torch.from_numpy(features[80:]) @ weight.T + bias)[:, 0].detach().numpy()
+    np.testing.assert_allclose(predict_probe(fitted, features[80:], "binary"), wanted, atol=1e-6)
+
+
+def test_adam_probe_keeps_the_epoch_that_is_best_on_val(draws):
+    features, labels = made(draws, "binary")
+    seen = []
+
+    def score(truth, guess):
+        seen.append(guess)
+        return [3.0, 1.0, 2.0][len(seen) - 1]
+
+    fitted = AdamProbe(epochs=3, lr=0.1).fit((features, labels), (features[:9], labels[:9]), "binary", score)
+    assert np.array_equal(predict_probe(fitted, features[:9], "binary"), seen[1])
+    assert not np.array_equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("kind", ["binary", "regression", "multiclass"])
+def test_head_turns_outputs_into_predictions_of_the_labels_own_scale(kind, draws):
+    _, labels = made(draws, kind)
+    head = LinearHead(kind, labels)
+    targets = head.targets(labels)
+    if kind == "regression":
+        np.testing.assert_allclose(head.predictions(targets[:, None]), labels, rtol=1e-5)
+        assert float(head.loss(torch.zeros(len(labels), 1), targets)) == pytest.approx(1, abs=1e-5)
+    elif kind == "binary":
+        outputs = torch.randn(len(labels), 1)
+        assert roc_auc_score(labels, head.predictions(outputs)) == roc_auc_score(labels, outputs[:, 0])
+        assert float(head.loss(torch.zeros(len(labels), 1), targets)) == pytest.approx(np.log(2))
+    else:
+        assert head.outputs == 3
+        np.testing.assert_allclose(head.predictions(torch.randn(5, 3)).sum(axis=1), 1)

@@ -1,0 +1,297 @@
+"""The scripts of examples/cohorts, run on made-up files that have the cohorts' layout: empty images, small tables."""
+
+import csv
+import runpy
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from brainfm.manifest import read_manifest
+
+COHORTS = Path(__file__).parent.parent / "examples" / "cohorts"
+
+
+def run(script, *arguments):
+    """A script as a user runs it."""
+    command = [sys.executable, str(COHORTS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """The same without another process, which takes seconds to import torch: gives the error, or "" without one."""
+    monkeypatch.syspath_prepend(str(COHORTS))
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(str(COHORTS / script), run_name="__main__")
+        except SystemExit as stop:
+            return str(stop.code)
+        capsys.readouterr()
+        return ""
+
+    return call
+
+
+def prepared(folder, names, mask=True):
+    """What TurboPrep leaves, without content: the scripts read no image."""
+    for name in names:
+        place = folder / name
+        place.mkdir(parents=True)
+        (place / "normalized.nii.gz").touch()
+        if mask:
+            (place / "mask.nii.gz").touch()
+    return folder
+
+
+def write_table(path, header, rows, delimiter=","):
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return path
+
+
+def counts(records, *columns):
+    """How many scans each split has, and where columns are named, each combination of their values."""
+    return Counter(tuple(record.extra[name] for name in (*columns, "split")) for record in records)
+
+
+# --- IXI ------------------------------------------------------------------------------------------
+
+IXI_COLUMNS = ["IXI_ID", "SEX_ID (1=m, 2=f)", "HEIGHT", "WEIGHT", "ETHNIC_ID", "STUDY_DATE", "AGE"]
+
+
+def ixi_row(number, sex, age):
+    return [number, sex, 170, 70, 1, "2005-11-15", age]
+
+
+@pytest.fixture
+def ixi(tmp_path):
+    """40 usable people, and one of each kind that is not: the folder, the rows of the table, and the output."""
+    scans = prepared(tmp_path / "ixi", [f"IXI{n:03d}-Guys-{700 + n:04d}-T1" for n in range(1, 41)])
+    prepared(scans, ["IXI002-HH-1999-T1"])  # a second scan of a patient
+    prepared(scans, ["IXI100-Guys-0001-T1", "IXI101-HH-0002-T1", "IXI102-IOP-0003-T1", "IXI219-Guys-0894-T1"])
+    prepared(scans, ["IXI103-HH-0004-T1"], mask=False)
+    prepared(scans, ["phantom"])
+    rows = [ixi_row(n, 1 + n % 2, 20 + n) for n in range(1, 41)]
+    rows += [ixi_row(3, 0, 0), ixi_row(4, 1, 24)]  # a zeroed copy, and the same again
+    rows += [ixi_row(100, 1, 0), ixi_row(101, 0, 30), ixi_row(103, 1, 30)]
+    rows += [ixi_row(219, 1, 30), ixi_row(219, 1, 50), ixi_row(219, 1, 30)]
+    rows += [ixi_row(500, 2, 60)]
+    return scans, rows, tmp_path / "out" / "ixi.csv"
+
+
+def test_ixi_joins_the_table_with_the_scans_and_says_what_was_left_out(ixi, tmp_path):
+    scans, rows, output = ixi
+    table = write_table(tmp_path / "IXI.csv", IXI_COLUMNS, rows)
+    result = run("ixi.py", table, scans, "-o", output)
+    assert result.returncode == 0, result.stderr
+
+    records = read_manifest(output)
+    assert output.read_text().splitlines()[:2] == [
+        "image_path,mask_path,patient_id,scan_id,dataset,sex,age,split",
+        "../ixi/IXI001-Guys-0701-T1/normalized.nii.gz,../ixi/IXI001-Guys-0701-T1/mask.nii.gz,"
+        f"IXI001,Guys-0701,IXI,1,21,{records[0].extra['split']}",
+    ]
+    assert [record.patient_id for record in records] == [f"IXI{n:03d}" for n in range(1, 41)]
+    assert all(record.image.is_file() and record.mask.is_file() for record in records)
+    for n, record in enumerate(records, start=1):
+        assert (record.extra["sex"], record.extra["age"]) == (str(n % 2), str(20 + n))
+    assert counts(records, "sex") == {
+        (sex, split): size for sex in "01" for split, size in (("train", 12), ("val", 4), ("test", 4))
+    }
+
+    said = result.stdout
+    assert "40 scans of 40 patients, of 47 scans found" in said
+    train_age = [int(record.extra["age"]) for record in records if record.extra["split"] == "train"]
+    row = next(line.split() for line in said.splitlines() if line.startswith("train"))
+    assert row == ["train", "24", "0.50", f"{sum(train_age) / 24:.2f}"]
+    for line in (
+        "left out 1: no IXI id in the folder's name (phantom)",
+        "left out 1: no row in the table (IXI102-IOP-0003-T1)",
+        "left out 1: age is missing, 0 or impossible (IXI100-Guys-0001-T1)",
+        "left out 1: sex is missing or 0 (IXI101-HH-0002-T1)",
+        "left out 1: several rows of the table that disagree (IXI219-Guys-0894-T1)",
+        "left out 1: an earlier scan of the patient is used (IXI002-HH-1999-T1)",
+        "left out 1: no mask.nii.gz (IXI103-HH-0004-T1)",
+        "1 usable rows of the table have no scan (500)",
+    ):
+        assert line in said
+    assert "warning" not in said  # IXI was not in the pretraining data
+
+
+def test_ixi_split_follows_the_seed_and_what_it_is_stratified_by(ixi, tmp_path, run_here):
+    scans, rows, output = ixi
+    table = write_table(tmp_path / "IXI.csv", IXI_COLUMNS, rows)
+    written = []
+    for options in (["--stratify", "age"], ["--stratify", "age", "--seed", "1"]):
+        assert run_here("ixi.py", table, scans, "-o", output, *options) == ""
+        written.append(read_manifest(output))
+    first, second = ([record.extra["split"] for record in records] for records in written)
+    assert first != second
+    for splits in (first, second):  # people are numbered by age: fives of them are the bins
+        assert [Counter(splits[n : n + 5]) for n in range(0, 40, 5)] == [{"train": 3, "val": 1, "test": 1}] * 8
+
+
+def test_ixi_reads_the_table_as_excel(ixi, tmp_path, run_here):
+    openpyxl = pytest.importorskip("openpyxl")
+    scans, rows, output = ixi
+    book = openpyxl.Workbook()
+    for row in (IXI_COLUMNS, *rows):
+        book.active.append(row)
+    book.save(tmp_path / "IXI.xlsx")
+    assert run_here("ixi.py", tmp_path / "IXI.xlsx", scans, "-o", output) == ""
+    from_excel = output.read_text()
+    assert run_here("ixi.py", write_table(tmp_path / "IXI.csv", IXI_COLUMNS, rows), scans, "-o", output) == ""
+    assert output.read_text() == from_excel
+
+
+def test_a_missing_reader_of_excel_is_named(ixi, tmp_path, run_here, monkeypatch):
+    scans, _, output = ixi
+    (tmp_path / "IXI.xls").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
+    monkeypatch.setitem(sys.modules, "xlrd", None)
+    assert "xlrd is not installed; run: pip install xlrd; or save the table as CSV" in (
+        run_here("ixi.py", tmp_path / "IXI.xls", scans, "-o", output)
+    )
+    assert not output.exists()
+
+
+def test_a_missing_column_is_named_beside_what_was_found(ixi, tmp_path):
+    scans, rows, output = ixi
+    table = write_table(tmp_path / "IXI.csv", ["IXI_ID", "SEX", "AGE"], [row[:3] for row in rows])
+    result = run("ixi.py", table, scans, "-o", output)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {table}: no column 'SEX_ID (1=m, 2=f)'; found: 'IXI_ID', 'SEX', 'AGE'\n"
+
+
+# --- SOOP -----------------------------------------------------------------------------------------
+
+SOOP_COLUMNS = ["participant_id", "sex", "age", "race", "acuteischaemicstroke", "priorstroke", "bmi", "nihss"]
+SOOP_COLUMNS += ["gs_rankin_6isdeath", "etiology"]
+
+
+def soop_row(number, nihss):
+    return [f"sub-{number}", "F", "89+", "w", 1, 0, 22.1, nihss, "n/a", "2: Cardioembolism (e.g., recent MI)"]
+
+
+def test_soop_keeps_patients_with_a_score_and_warns_of_the_pretraining(tmp_path):
+    scans = prepared(tmp_path / "turboprep", [f"sub-{n}" for n in range(1, 31)])
+    prepared(scans, ["sub-60/anat", "sub-61", "sub-62", "sub-63"])
+    rows = [soop_row(n, n % 8) for n in range(1, 31)]
+    rows += [soop_row(60, 42), soop_row(61, "n/a"), soop_row(62, 43), soop_row(70, 3), soop_row(71, "n/a")]
+    table = write_table(tmp_path / "participants.tsv", SOOP_COLUMNS, rows, delimiter="\t")
+    result = run("soop.py", table, scans, "-o", tmp_path / "soop.csv")
+    assert result.returncode == 0, result.stderr
+
+    records = read_manifest(tmp_path / "soop.csv")
+    assert {record.patient_id: record.extra["nihss"] for record in records} == {
+        f"sub-{n}": str(n % 8) for n in range(1, 31)
+    } | {"sub-60": "42"}
+    sizes = counts(records)
+    assert sum(sizes.values()) == 31
+    assert sizes[("train",)] in (18, 19)
+    assert {sizes[("val",)], sizes[("test",)]} <= {6, 7}
+
+    said = result.stdout
+    assert "31 scans of 31 patients, of 34 scans found" in said
+    for line in (
+        "left out 1: no NIHSS (sub-61)",
+        "left out 1: an NIHSS that is no whole number from 0 to 42 (sub-62)",
+        "left out 1: no row in the table (sub-63)",
+        "1 usable rows of the table have no scan (sub-70)",
+        "SOOP: in the pretraining data (the same: SOOP, 1,102 patients",
+        "may have been in pretraining",
+    ):
+        assert line in said
+
+
+def test_a_folder_without_usable_scans_is_refused(tmp_path, run_here):
+    table = write_table(tmp_path / "participants.tsv", SOOP_COLUMNS, [soop_row(1, "n/a")], delimiter="\t")
+    scans = prepared(tmp_path / "turboprep", ["sub-1", "sub-2"])
+    assert "none of 2 scans can be used (1: no NIHSS, such as sub-1; 1: no row in the table, such as sub-2)" in (
+        run_here("soop.py", table, scans, "-o", tmp_path / "soop.csv")
+    )
+    missing = tmp_path / "none"
+    assert run_here("soop.py", table, missing, "-o", tmp_path / "soop.csv") == f"error: {missing}: no such folder"
+    assert run_here("soop.py", missing, scans, "-o", tmp_path / "soop.csv") == f"error: {missing}: no such file"
+    assert not (tmp_path / "soop.csv").exists()
+
+
+# --- AIBL -----------------------------------------------------------------------------------------
+
+AIBL_COLUMNS = ["RID", "SITEID", "VISCODE", "DXNORM", "DXCURREN"]
+
+
+def aibl_row(rid, visit, diagnosis):
+    return [rid, 2, visit, -4, diagnosis]
+
+
+def test_aibl_has_the_split_of_the_paper_for_as_many_patients(tmp_path, run_here):
+    healthy, ill = range(1, 485), range(501, 584)  # 53 + 215 + 216 and 53 + 15 + 15
+    scans = prepared(tmp_path / "aibl", [f"sub-AIBL{rid}/ses-M000" for rid in (*healthy, *ill)])
+    rows = [aibl_row(rid, "bl", 1) for rid in healthy] + [aibl_row(rid, "bl", 3) for rid in ill]
+    write_table(tmp_path / "aibl_pdxconv_01-Jun-2018.csv", AIBL_COLUMNS, rows)
+    assert run_here("aibl.py", tmp_path, scans, "-o", tmp_path / "aibl.csv") == ""
+    assert counts(read_manifest(tmp_path / "aibl.csv"), "ad") == {
+        ("0", "train"): 53,
+        ("1", "train"): 53,
+        ("0", "val"): 215,
+        ("1", "val"): 15,
+        ("0", "test"): 216,
+        ("1", "test"): 15,
+    }
+
+
+def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run_here):
+    scans = prepared(tmp_path / "aibl", [f"sub-AIBL{rid}/ses-M{m:03d}" for rid in range(1, 13) for m in (0, 18)])
+    prepared(scans, ["AIBL_20_bl", "AIBL_21_m36", "sub-AIBL22", "sub-AIBL23/ses-M054"])
+    rows = [aibl_row(rid, visit, 1) for rid in range(1, 7) for visit in ("bl", "m18")]
+    rows += [aibl_row(rid, visit, 3) for rid in range(7, 11) for visit in ("bl", "m18")]
+    rows += [aibl_row(11, "bl", 2), aibl_row(11, "m18", 3)]  # MCI at first
+    rows += [aibl_row(12, "bl", 1), aibl_row(12, "m18", 3)]  # healthy at first
+    rows += [aibl_row(20, "bl", -4), aibl_row(21, "m36", 2), aibl_row(22, "bl", 1), aibl_row(23, "m72", 1)]
+    table = write_table(tmp_path / "aibl_pdxconv_01-Jun-2018.csv", AIBL_COLUMNS, rows)
+    result = run("aibl.py", table, scans, "-o", tmp_path / "aibl.csv", "--train-per-class", 3)
+    assert result.returncode == 0, result.stderr
+
+    records = {record.patient_id: record for record in read_manifest(tmp_path / "aibl.csv")}
+    assert list(records) == [f"AIBL{rid}" for rid in range(1, 13)]
+    assert (records["AIBL11"].scan_id, records["AIBL11"].extra["ad"]) == ("m18", "1")
+    assert (records["AIBL12"].scan_id, records["AIBL12"].extra["ad"]) == ("bl", "0")
+    assert records["AIBL11"].image == tmp_path / "aibl" / "sub-AIBL11" / "ses-M018" / "normalized.nii.gz"
+    assert counts(records.values(), "ad") == {
+        ("0", "train"): 3,
+        ("0", "val"): 2,
+        ("0", "test"): 2,
+        ("1", "train"): 3,
+        ("1", "val"): 1,
+        ("1", "test"): 1,
+    }
+    for line in (
+        "left out 11: an earlier scan of the patient is used",
+        "left out 2: mild cognitive impairment at the scan's visit (AIBL_21_m36, sub-AIBL11/ses-M000)",
+        "left out 1: no diagnosis at the scan's visit (AIBL_20_bl)",
+        "left out 1: no AIBL id in the folder's name (sub-AIBL22)",
+        "left out 1: no row in the table (sub-AIBL23/ses-M054)",
+        "2 usable rows of the table have no scan (22 bl, 23 m72)",
+    ):
+        assert line in result.stdout
+
+    before = (tmp_path / "aibl.csv").read_bytes()
+    error = run_here("aibl.py", table, scans, "-o", tmp_path / "aibl.csv")
+    assert "7 healthy controls are too few for 53 in train" in error
+    assert "--train-per-class" in error
+    assert (tmp_path / "aibl.csv").read_bytes() == before
+    assert not list(tmp_path.glob(".aibl*"))
+
+
+@pytest.mark.parametrize("name", ["ixi", "soop", "aibl"])
+def test_each_page_names_its_script_and_says_what_it_was_tested_on(name):
+    page = (COHORTS / f"{name}.md").read_text(encoding="utf-8")
+    assert f"python examples/cohorts/{name}.py" in page
+    assert f"-o {name}.csv" in page
+    assert "made-up files" in page
+    assert "never on the real cohort" in page
