@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import brainfm
+from brainfm.phantom import make_cohort
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -124,3 +125,14 @@ def test_slurm_job_that_is_stopped_saves_itself_and_goes_back_to_the_queue(two_g
     assert requeued.read_text().split() == ["requeue", "7"]
     last = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     assert last["progress"]["epoch"] * 2 + last["progress"]["step"] == (run / "log.jsonl").read_text().count("\n")
+
+
+def test_what_the_embedding_knows_tells_patients_apart(tmp_path):
+    manifest = make_cohort(16, tmp_path / "phantoms", spacing=4.0, scans_per_patient=2)
+    picture = tmp_path / "map.png"
+    example = load_example("what_the_embedding_knows")
+    found, again, leak = example.main([str(manifest), "--model", "test_resnet_3d", "--map", str(picture)])
+    assert found.share > 3 * found.chance
+    assert again.within > again.between
+    assert leak.chance == 0.25
+    assert picture.stat().st_size > 5000

@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 import brainfm
-from brainfm.downstream import report
 from brainfm.downstream.features import head_sizes, read_features, table_of
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
 from brainfm.downstream.probe import AdamProbe, fit_probe, predict_probe
+from brainfm.downstream.report import write_report
+from brainfm.downstream.results import Column, Grid, Note, PairedTest, Published, Row
 from brainfm.downstream.split import save_split, subsample
 from brainfm.downstream.statistics import (
     AgeBiasCorrection,
@@ -53,6 +54,7 @@ MODES: dict[str, str] = {
 }
 _TRAINED = ("finetune", "scratch")
 EPOCHS = {"probe_adam": 100, "finetune": 100, "scratch": 300}  # paper
+_FREE = ("workers", "device")  # settings that change no result
 _RESAMPLES = 1000
 
 
@@ -109,7 +111,7 @@ class _Cell:
     """One run of the grid."""
 
     data: TaskData
-    row: report.Row
+    row: Row
     fraction: float
     seed: int
 
@@ -159,6 +161,11 @@ def benchmark(
     cells = list(_cells(data, rows, controls, plan))
     grid = _grid(data, rows, controls, notes, plan, cfgs, len(cells))
     with processes(str(plan.settings.get("device", "auto"))) as everyone:
+        if everyone.world > 1 and any(cell.row.mode not in _TRAINED for cell in cells):
+            raise BrainfmError(
+                "only training uses several processes: under torchrun give --modes finetune scratch --no-controls, and "
+                "then the same command without torchrun and --no-controls, for the probes"
+            )
         if everyone.is_first:
             _keep_splits(data, plan, output)
         with _progress_bar(len(cells), progress and everyone.is_first) as bar:
@@ -171,14 +178,14 @@ def benchmark(
             _write_tables(results, output)
             grid = replace(grid, tests=tuple(_tests(results, rows, controls)))
             _write_json(output / "grid.json", _json_of(grid))
-            return report.write_report(output)
+            return write_report(output)
     return output / "index.html"
 
 
 # --- What is run ----------------------------------------------------------------------------------
 
 
-def _rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[report.Row]:
+def _rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
     baselines = [model for model, cfg in cfgs.items() if not cfg.has_weights and cfg.ssl_method is None]
     rows = []
     for model, cfg in cfgs.items():
@@ -190,18 +197,18 @@ def _rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[report.Row]:
                 f"no weights of {model} were published; pretrain it ('brainfm pretrain') and give local-dir:FOLDER, "
                 "or leave it out"
             )
-        rows += [report.Row(model, mode, f"{_short(model)}, {MODES[mode]}") for mode in modes]
+        rows += [Row(model, mode, f"{_short(model)}, {MODES[mode]}") for mode in modes]
     if not rows:
         raise BrainfmError(f"nothing to run: none of {', '.join(cfgs)} is run in {', '.join(plan.modes)}")
     return rows
 
 
-def _controls(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[report.Row]:
+def _controls(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
     if not plan.controls:
         return []
     probed = {cfg.architecture for cfg in cfgs.values() if cfg.has_weights}
-    untrained = [report.Row(name, "untrained", f"{name}, untrained, linear probe") for name in sorted(probed)]
-    return [*untrained, report.Row("covariates", "covariates", "covariates alone, no image")]
+    untrained = [Row(name, "untrained", f"{name}, untrained, linear probe") for name in sorted(probed)]
+    return [*untrained, Row("covariates", "covariates", "covariates alone, no image")]
 
 
 def _short(model: str) -> str:
@@ -212,9 +219,7 @@ def _short(model: str) -> str:
     return useful[-1] if useful else model
 
 
-def _cells(
-    data: Sequence[TaskData], rows: Sequence[report.Row], controls: Sequence[report.Row], plan: Plan
-) -> Iterator[_Cell]:
+def _cells(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[Row], plan: Plan) -> Iterator[_Cell]:
     """Cheap runs first: something to look at soon."""
     order = {"covariates": 0, "untrained": 1, "probe": 2, "probe_adam": 3, "finetune": 4, "scratch": 5}
     for row in sorted([*controls, *rows], key=lambda row: order[row.mode]):
@@ -228,9 +233,7 @@ def _cells(
                     yield _Cell(one, row, fraction, seed)
 
 
-def _overlaps(
-    data: Sequence[TaskData], models: Sequence[str], on_overlap: Literal["mark", "refuse"]
-) -> list[report.Note]:
+def _overlaps(data: Sequence[TaskData], models: Sequence[str], on_overlap: Literal["mark", "refuse"]) -> list[Note]:
     notes = []
     for one in data:
         for model in models:
@@ -239,7 +242,7 @@ def _overlaps(
                 raise BrainfmError(f"{model} and {one.task.name}: {found[0]}; evaluate it on other data")
             if found:
                 cohorts = ", ".join(dict.fromkeys(overlap.cohort.name for overlap in found))
-                notes.append(report.Note(one.task.name, model, f"pretrained on this task's data ({cohorts})"))
+                notes.append(Note(one.task.name, model, f"pretrained on this task's data ({cohorts})"))
     return notes
 
 
@@ -251,13 +254,10 @@ def _run(cell: _Cell, plan: Plan, cfgs: Mapping[str, PretrainedCfg], output: Pat
     digest = _digest(cell, plan, cfgs)
     if everyone.gather(_is_done(path, digest))[0]:
         return
-    training = cell.row.mode in _TRAINED
-    if not (training or everyone.is_first):
-        return
     task, splits = cell.data.task, cell.data.split(cell.seed)
     train = subsample(cell.data.records, cell.data.labels, splits, cell.fraction, kind=task.kind, seed=cell.seed)
     val, test = ([n for n, part in enumerate(splits) if part == name] for name in ("val", "test"))
-    if training:
+    if cell.row.mode in _TRAINED:
         predict = _trained(cell, plan, cfgs[cell.row.model], train, val, output / "runs" / cell.name)
     else:
         predict = _probed(cell, plan, train, val, output)
@@ -376,7 +376,8 @@ def _digest(cell: _Cell, plan: Plan, cfgs: Mapping[str, PretrainedCfg]) -> str:
     content: list[Any] = [task, scans, cell.data.given_split, cell.row.mode, cell.row.model, cell.fraction, cell.seed]
     content.append(None if cfg is None else [cfg.sha256, cfg.source])
     if cell.row.mode in EPOCHS:
-        content += [plan.epochs(cell.row.mode), dict(plan.settings)]
+        settings = {name: value for name, value in plan.settings.items() if name not in _FREE}
+        content += [plan.epochs(cell.row.mode), settings]
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
@@ -426,8 +427,8 @@ def _write_tables(results: Mapping[_Cell, dict[str, Any]], output: Path) -> None
 
 
 def _tests(
-    results: Mapping[_Cell, dict[str, Any]], rows: Sequence[report.Row], controls: Sequence[report.Row]
-) -> Iterator[report.PairedTest]:
+    results: Mapping[_Cell, dict[str, Any]], rows: Sequence[Row], controls: Sequence[Row]
+) -> Iterator[PairedTest]:
     """Each row that was pretrained against each baseline and control, on the same patients, of seed 0."""
     found = {(c.data.task.name, c.row.key): (c, r) for c, r in results.items() if c.fraction == 1 and c.seed == 0}
     tasks = {cell.data.task.name: cell.data.task for cell in results}
@@ -440,9 +441,7 @@ def _tests(
                     yield _paired(task, one, other, found[task.name, one.key][1], found[task.name, other.key][1])
 
 
-def _paired(
-    task: Task, one: report.Row, other: report.Row, first: Mapping[str, Any], second: Mapping[str, Any]
-) -> report.PairedTest:
+def _paired(task: Task, one: Row, other: Row, first: Mapping[str, Any], second: Mapping[str, Any]) -> PairedTest:
     both = set(first["patients"]) & set(second["patients"])  # a scan that one could not read is left out
     places = [[n for n, patient in enumerate(r["patients"]) if patient in both] for r in (first, second)]
     labels = np.array(first["labels"])[places[0]]
@@ -450,26 +449,26 @@ def _paired(
     if task.kind == "binary" and task.metric == "auc":
         areas = delong_test(labels, ours, theirs)
         numbers = (areas.difference, areas.ci_low, areas.ci_high, areas.p_value)
-        return report.PairedTest(task.name, one.key, other.key, "DeLong", *map(_finite, numbers))
+        return PairedTest(task.name, one.key, other.key, "DeLong", *map(_finite, numbers))
     patients = [first["patients"][n] for n in places[0]]
     pair = paired_bootstrap_test(labels, ours, theirs, task.kind, task.metric, groups=patients, n=_RESAMPLES)
     numbers = (pair.difference, pair.ci_low, pair.ci_high, pair.p_value)
-    return report.PairedTest(task.name, one.key, other.key, "paired bootstrap", *map(_finite, numbers))
+    return PairedTest(task.name, one.key, other.key, "paired bootstrap", *map(_finite, numbers))
 
 
 def _grid(
     data: Sequence[TaskData],
-    rows: Sequence[report.Row],
-    controls: Sequence[report.Row],
-    notes: Sequence[report.Note],
+    rows: Sequence[Row],
+    controls: Sequence[Row],
+    notes: Sequence[Note],
     plan: Plan,
     cfgs: Mapping[str, PretrainedCfg],
     runs: int,
-) -> report.Grid:
-    return report.Grid(
+) -> Grid:
+    return Grid(
         title="Evaluation of pretrained encoders",
         tasks=tuple(
-            report.Task(
+            Column(
                 one.task.name,
                 one.task.title,
                 one.task.kind,
@@ -494,12 +493,10 @@ def _grid(
     )
 
 
-def _published(
-    task: Task, rows: Sequence[report.Row], cfgs: Mapping[str, PretrainedCfg]
-) -> tuple[report.Published, ...]:
+def _published(task: Task, rows: Sequence[Row], cfgs: Mapping[str, PretrainedCfg]) -> tuple[Published, ...]:
     """The published numbers of the rows' architectures, wherever their weights are from."""
     names = {row.key: f"{cfgs[row.model].architecture}/{row.mode}" for row in rows}
-    return tuple(report.Published(key, *task.published[name]) for key, name in names.items() if name in task.published)
+    return tuple(Published(key, *task.published[name]) for key, name in names.items() if name in task.published)
 
 
 def _statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
@@ -524,7 +521,7 @@ def _says_phantoms(data: TaskData) -> bool:
     return any(path.is_file() and "phantoms" in path.read_text(errors="replace")[:200] for path in readmes)
 
 
-def _json_of(grid: report.Grid) -> dict[str, Any]:
+def _json_of(grid: Grid) -> dict[str, Any]:
     content = asdict(grid)
     for task in content["tasks"]:
         task["published"] = {one.pop("row"): one for one in task["published"]}

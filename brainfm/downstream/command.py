@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,5 +163,7 @@ def _run(
         able = [model for model in models if resolve(model).cfg.has_weights]
         robustness(data, able, output, device=str(plan.settings.get("device", "auto")), progress=True)
         write_report(output)
+    if os.environ.get("RANK", "0") != "0":
+        return
     click.echo((page.parent / "table.md").read_text(encoding="utf-8"))
     click.echo(f"{page}: the page with all tables and figures")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +202,36 @@ def test_command_line_runs_a_users_own_table(phantoms, tmp_path):
     assert result.exit_code == 1
     assert "TaskError" in result.output
     assert "there is no column 'weight'; it has site, age" in result.output
+
+
+@pytest.mark.slow
+def test_several_processes_train_together_and_refuse_to_probe(phantoms, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "brainfm"]
+    fields = [
+        "--label",
+        "sex",
+        "--kind",
+        "binary",
+        "--models",
+        "test_resnet_3d",
+        "--seeds",
+        "1",
+        "-o",
+        tmp_path / "out",
+    ]
+    fields += ["--epochs-scale", "0.01", "--set", "workers=0", "device=cpu", "batch_size=4"]
+
+    def run(*arguments):
+        command = list(map(str, [*start, *arguments]))
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+    done = run("finetune", phantoms, *fields, "--no-controls")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Sex") or done.stdout.count("sex")
+    assert rows_of(tmp_path / "out" / "results.csv")
+    refused = run("finetune", phantoms, *fields)
+    assert refused.returncode != 0
+    assert "only training uses several processes" in refused.stderr
 
 
 def test_command_line_takes_tasks_with_one_manifest_or_each_its_own(phantoms, tmp_path):

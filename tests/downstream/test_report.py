@@ -497,7 +497,7 @@ BAD = [
     (put("grid.json", b'{"title": '), r"grid\.json: not a readable JSON file"),
     (put("grid.json", b"[]"), r"grid\.json: Grid is \[\], and must be an object"),
     (planned('"tasks"', '"works"'), r"grid\.json: Grid lacks 'tasks'"),
-    (planned('"mae"', '"maw"'), "Task: metric is 'maw', and must be one of auc"),
+    (planned('"mae"', '"maw"'), "Column: metric is 'maw', and must be one of auc"),
     (planned('"name": "age"', '"name": "../age"'), "name is '../age', and must be letters, digits"),
     (planned('"mean": 7.53', '"mean": "7.53"'), "Published: mean is '7.53', and must be float"),
     (planned('"vit_tiny_3d"', '"resnet18_3d"'), "the row resnet18_3d/scratch is there twice"),

@@ -1,0 +1,353 @@
+"""A results folder as data: what was planned (`grid.json`) and what was measured (`results.csv` and its companions)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+
+from brainfm.downstream.statistics import HIGHER_IS_BETTER
+from brainfm.errors import BrainfmError, MissingExtraError
+from brainfm.operations import Checked
+
+try:
+    import pandas as pd
+except ModuleNotFoundError as error:
+    raise MissingExtraError(error.name or "pandas", "eval") from error
+
+
+# --- What was planned -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published(Checked):
+    """A published mean, and its standard deviation where it has one, of the row "model/mode"."""
+
+    row: str
+    mean: float
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class Column(Checked):
+    """A task.
+
+    Attributes:
+        name: Its name in the CSV files, and in the names of its figures.
+        title: Its name for readers.
+        kind: What is predicted.
+        metric: The metric of the main table.
+        unit: Of the label, such as "years"; "" is none.
+        label: What is predicted, in words for an axis.
+        published: Numbers to show beside ours.
+        published_source: Where they were published.
+    """
+
+    name: str
+    title: str
+    kind: Literal["binary", "multiclass", "regression"]
+    metric: str
+    unit: str = ""
+    label: str = ""
+    published: tuple[Published, ...] = ()
+    published_source: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.name or not set(self.name) <= set(string.ascii_letters + string.digits + "_-"):
+            raise ValueError(f"Column: name is {self.name!r}, and must be letters, digits, - and _")
+        if self.metric not in HIGHER_IS_BETTER:
+            raise ValueError(f"Column: metric is {self.metric!r}, and must be one of {', '.join(HIGHER_IS_BETTER)}")
+
+
+@dataclass(frozen=True)
+class Row(Checked):
+    """A row of the table: a model used in one mode, and its name for readers."""
+
+    model: str
+    mode: str
+    title: str
+
+    @property
+    def key(self) -> str:
+        """As `published` and `tests` name it: "model/mode"."""
+        return f"{self.model}/{self.mode}"
+
+
+@dataclass(frozen=True)
+class Note(Checked):
+    """A mark on the cells of a model and task, in one mode or (None) in all."""
+
+    task: str
+    model: str
+    text: str
+    mode: str | None = None
+
+
+@dataclass(frozen=True)
+class PairedTest(Checked):
+    """A test of two rows ("model/mode") on the same patients; None is a number that could not be had."""
+
+    task: str
+    first: str
+    second: str
+    test: str
+    difference: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    p_value: float | None = None
+
+
+@dataclass(frozen=True)
+class Grid(Checked):
+    """What `grid.json` says: tasks × rows × seeds × fractions, and what to print with them.
+
+    Attributes:
+        title: Of the page.
+        tasks: The columns of the table.
+        rows: Its rows.
+        controls: What a row must beat before anything is claimed for it.
+        seeds: Runs of one cell.
+        runs: Runs planned in all.
+        made_by, date, command: How the runs were made.
+        fractions: Shares of the training labels.
+        notes: Marks on cells.
+        statements: Sentences for the top of everything.
+        tests: Paired tests.
+    """
+
+    title: str
+    tasks: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    seeds: int
+    runs: int
+    controls: tuple[Row, ...] = ()
+    made_by: str = ""
+    date: str = ""
+    command: str = ""
+    fractions: tuple[float, ...] = (1.0,)
+    notes: tuple[Note, ...] = ()
+    statements: tuple[str, ...] = ()
+    tests: tuple[PairedTest, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for what, names in (("task", [t.name for t in self.tasks]), ("row", [row.key for row in self.everything])):
+            if not names:
+                raise ValueError(f"there is no {what}")
+            if len(set(names)) < len(names):
+                raise ValueError(f"the {what} {max(names, key=names.count)} is there twice")
+
+    @property
+    def everything(self) -> tuple[Row, ...]:
+        """Rows, then controls."""
+        return self.rows + self.controls
+
+
+T = TypeVar("T")
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a JSON file; fields that are not ours are left alone. Raises BrainfmError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN: not a number
+    except FileNotFoundError as error:
+        raise BrainfmError(f"{path}: no such file; a report is made in the folder that a benchmark wrote") from error
+    except (OSError, ValueError) as error:
+        raise BrainfmError(f"{path}: not a readable JSON file ({error})") from error
+    try:
+        return _made(Grid, data)
+    except ValueError as error:
+        raise BrainfmError(f"{path}: {error}; correct it, or write it anew with the benchmark") from error
+
+
+def _made(cls: type[T], data: Any) -> T:
+    """A dataclass from JSON, its lists of dataclasses too. Raises ValueError."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{cls.__name__} is {data!r}, and must be an object with keys")
+    parts = {"tasks": Column, "rows": Row, "controls": Row, "notes": Note, "tests": PairedTest, "published": Published}
+    values = {}
+    for item in fields(cls):  # type: ignore[arg-type]
+        value = data.get(item.name, MISSING)
+        if value is MISSING and item.default is MISSING:
+            raise ValueError(f"{cls.__name__} lacks {item.name!r}")
+        if item.name == "published" and isinstance(value, Mapping):
+            value = [{"row": row, **(one if isinstance(one, Mapping) else {})} for row, one in value.items()]
+        if item.name in parts and isinstance(value, list):
+            value = tuple(_made(parts[item.name], one) for one in value)
+        if value is not MISSING:
+            values[item.name] = value
+    return cls(**values)
+
+
+# --- What was measured ----------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """A metric over the seeds: mean, standard deviation (NaN for one seed), seeds, mean ends of the interval."""
+
+    mean: float
+    sd: float
+    seeds: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A results folder as read.
+
+    Attributes:
+        grid: What was planned.
+        results: `results.csv`, with the column `row`: "model/mode".
+        predictions: `predictions.csv` of the runs on all training labels, with the column `row`; empty without one.
+        scores: (task, row, metric, fraction) → score.
+        robustness: `robustness.csv`, with the column `row`; empty without one.
+    """
+
+    grid: Grid
+    results: pd.DataFrame
+    predictions: pd.DataFrame
+    scores: Mapping[tuple[str, str, str, float], Score]
+    robustness: pd.DataFrame
+
+    @property
+    def done(self) -> int:
+        """Runs of which there are results."""
+        return len(self.results.drop_duplicates(["task", "row", "fraction", "seed"]))
+
+    def score(self, task: Column, row: Row, metric: str = "", fraction: float = 1.0) -> Score | None:
+        """A score on the test split, by the task's own metric where none is named; None where there is none yet."""
+        return self.scores.get((task.name, row.key, metric or task.metric, fraction))
+
+    def best(self, task: Column) -> Score | None:
+        """The best score of the rows; the controls do not compete."""
+        scores = [score for row in self.grid.rows if (score := self.score(task, row))]
+        return max(scores, key=lambda score: score.mean * sign(task.metric), default=None)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a results folder. Raises BrainfmError, with file, line and column, for what is not a number or unknown."""
+    grid = read_grid(folder / "grid.json")
+    key = ["task", "model", "mode", "fraction", "seed"]
+    results = _read_csv(
+        folder / "results.csv",
+        words=("task", "model", "mode", "metric"),
+        numbers=("fraction", "seed", "n_train", "n_test"),
+        undefined=("value", "ci_low", "ci_high"),
+    )
+    _check(folder / "results.csv", results, grid, unique=[*key, "metric"])
+    path = folder / "predictions.csv"
+    if path.exists():
+        words, numbers = ("task", "model", "mode", "patient_id"), ("fraction", "seed", "label", "prediction")
+        predictions = _read_csv(path, words=words, numbers=numbers)
+        _check(path, predictions, grid, unique=[])
+        _check_probabilities(path, predictions, grid)
+    else:
+        predictions = pd.DataFrame(columns=["row", *key, "patient_id", "label", "prediction"])
+    whole = predictions[predictions["fraction"] == 1.0]
+    return Run(grid, results, whole, _scores(results), _read_robustness(folder / "robustness.csv", grid))
+
+
+def _read_robustness(path: Path, grid: Grid) -> pd.DataFrame:
+    words, numbers = ("task", "model", "mode", "corruption", "unit", "metric"), ("strength", "n_test")
+    if not path.exists():
+        return pd.DataFrame(columns=["row", *words, *numbers, "value"])
+    table = _read_csv(path, words=words, numbers=numbers, undefined=("value",))
+    table["row"] = table["model"] + "/" + table["mode"]
+    known = table["task"].isin([task.name for task in grid.tasks]) & table["row"].isin([row.key for row in grid.rows])
+    return table[known]
+
+
+def _scores(results: pd.DataFrame) -> dict[tuple[str, str, str, float], Score]:
+    groups = results.dropna(subset="value").groupby(["task", "row", "metric", "fraction"])
+    table = groups.agg(
+        mean=("value", "mean"),
+        sd=("value", "std"),
+        seeds=("value", "size"),
+        low=("ci_low", "mean"),
+        high=("ci_high", "mean"),
+    )
+    return {index: Score(*values) for index, values in zip(table.index, table.itertuples(index=False), strict=True)}
+
+
+def _read_csv(path: Path, words: Sequence[str], numbers: Sequence[str], undefined: Sequence[str] = ()) -> pd.DataFrame:
+    """A table with the column `line`; `undefined` are numbers that may be empty or nan. Raises BrainfmError."""
+    rows: list[list[str]] = []
+    lines: list[int] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            head = [name.strip() for name in next(reader, [])]
+            for row in filter(None, reader):
+                rows.append(row)
+                lines.append(reader.line_num)
+    except FileNotFoundError as error:
+        raise BrainfmError(f"{path}: no such file; a report is made in the folder that a benchmark wrote") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BrainfmError(f"{path}: not a readable CSV file ({error})") from error
+    wanted = [*words, *numbers, *undefined]
+    if not head:
+        raise BrainfmError(f"{path}: empty; it needs a header line with {', '.join(wanted)}")
+    if lacking := [name for name in wanted if head.count(name) != 1]:
+        raise BrainfmError(f"{path}, line 1: needs the column {', '.join(lacking)} once; it has {', '.join(head)}")
+    if not rows:
+        raise BrainfmError(f"{path}: a header but no rows; make the report once a run has finished")
+    for line, row in zip(lines, rows, strict=True):
+        if len(row) != len(head):
+            raise BrainfmError(
+                f"{path}, line {line}: {len(row)} fields under a header of {len(head)}; correct or remove the line"
+            )
+    table = pd.DataFrame(rows, columns=head)[wanted].assign(line=lines)
+    for name in (*numbers, *undefined):
+        texts = table[name].str.strip()
+        table[name] = pd.to_numeric(texts, errors="coerce").astype(float)
+        allowed = texts.str.lower().isin(["", "nan"]) if name in undefined else np.zeros(len(table), bool)
+        _refuse(path, table, ~(np.isfinite(table[name]) | allowed), name, texts, "a finite number")
+    return table
+
+
+def _check(path: Path, table: pd.DataFrame, grid: Grid, unique: Sequence[str]) -> None:
+    """Add the column `row`; raise BrainfmError for what the grid does not know and for what is there twice."""
+    table["row"] = table["model"] + "/" + table["mode"]
+    tasks, rows = [task.name for task in grid.tasks], [row.key for row in grid.everything]
+    for name, known in (("task", tasks), ("row", rows)):
+        _refuse(path, table, ~table[name].isin(known), name, table[name], f"of grid.json: {', '.join(known)}")
+    share = table["fraction"]
+    _refuse(path, table, ~((share > 0) & (share <= 1)), "fraction", share, "above 0 and at most 1")
+    for name in {"seed", "n_train", "n_test"} & set(table):
+        _refuse(path, table, (table[name] < 0) | (table[name] % 1 != 0), name, table[name], "a count: 0, 1, 2, …")
+    if unique and (twice := table.duplicated(unique)).any():
+        again = table[twice].iloc[0]
+        first = table[(table[unique] == again[unique]).all(axis=1)].iloc[0]
+        raise BrainfmError(f"{path}, line {again.line}: the same run and metric as line {first.line}; remove one")
+
+
+def _check_probabilities(path: Path, table: pd.DataFrame, grid: Grid) -> None:
+    kinds = table["task"].map({task.name: task.kind for task in grid.tasks})
+    labels, predictions = table["label"], table["prediction"]
+    _refuse(path, table, (kinds == "binary") & ~labels.isin([0, 1]), "label", labels, "0 or 1 in a binary task")
+    wrong = (kinds != "regression") & ~predictions.between(0, 1)
+    _refuse(path, table, wrong, "prediction", predictions, "a probability, between 0 and 1")
+
+
+def _refuse(path: Path, table: pd.DataFrame, wrong: Any, name: str, values: Any, must_be: str) -> None:
+    """Raise BrainfmError for the first row where `wrong` is True."""
+    if wrong.any():
+        n = int(np.argmax(wrong))
+        line, value = table["line"].iloc[n], values.tolist()[n]
+        raise BrainfmError(
+            f"{path}, line {line}: {name} is {value!r}, and must be {must_be}; correct the line, or remove it and "
+            "let the benchmark do that run again"
+        )
+
+
+def sign(name: str) -> int:
+    """Multiplied by it, more is better."""
+    return 1 if HIGHER_IS_BETTER[name] else -1
