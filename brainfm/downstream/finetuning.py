@@ -113,9 +113,11 @@ def finetune(
         ).hexdigest()
         trainer = Trainer(settings, method, data, everyone, digest)
         trainer.train(progress and everyone.is_first)
+        everyone.gather(None)  # the first process has written the last checkpoint
         best = torch.load(trainer.folder / "checkpoints" / "best.pt", weights_only=True, map_location="cpu")
         encoder.load_state_dict(best["model_state_dict"])
         encoder.eval()
+        everyone.gather(None)  # all have read it
         return FinetunedModel(encoder, head, transform, everyone.device, best["progress"]["epoch"])
 
 
