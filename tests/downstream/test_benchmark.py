@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,18 @@ def test_patient_in_two_parts_of_a_split_stops_the_grid(data, tmp_path, monkeypa
     monkeypatch.setattr(type(one), "split", lambda self, seed: splits)
     with pytest.raises(BrainfmError, match="more than one split: sub-0001"):
         benchmark([leaky], PLAN, tmp_path)
+
+
+def test_age_bias_is_corrected_by_what_val_says(data, tmp_path):
+    plan = Plan(models=PLAN.models, modes=("probe",), seeds=1, controls=False)
+    found = []
+    for rule in ("keep", "cole"):
+        one = replace(data[1], task=replace(data[1].task, age_bias=rule))
+        benchmark([one], plan, tmp_path / rule)
+        found.append(np.array([float(row["prediction"]) for row in rows_of(tmp_path / rule / "predictions.csv")]))
+    slope, intercept = np.polyfit(*found, 1)
+    assert slope > 1  # a probe draws ages to their mean, and the correction draws them apart again
+    np.testing.assert_allclose(found[1], slope * found[0] + intercept, rtol=1e-6)
 
 
 def test_fractions_of_the_training_patients_are_nested_curves(data, tmp_path):
