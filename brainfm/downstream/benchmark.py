@@ -132,8 +132,9 @@ def benchmark(
 ) -> Path:
     """Run a grid of evaluations, or what is left of it, and write its report.
 
-    Every run has its own file in `output/runs`, so that nothing is done twice; one that was made with other data or
-    settings is done again. The test part of a split is looked at once a run, after everything is chosen.
+    Every run has its own file in `output/runs`, so that nothing is done twice; one that was made with other paths,
+    labels, splits, weights or settings is done again (files whose content alone has changed go unnoticed). The test
+    part of a split is looked at once a run, after everything is chosen.
 
     Args:
         data: The tasks' scans and labels.

@@ -19,26 +19,14 @@ class _ManyValues(click.Command):
         spread: list[str] = []
         current: str | None = None
         for arg in args:
-            name = arg.partition("=")[0]
-            if arg.startswith("-") and not _is_number(arg):
-                current = arg if name in repeated and "=" not in arg else None
-                if current is None:
-                    spread.append(arg)
-                else:
-                    spread += [arg]
+            if arg.startswith("-"):
+                current = arg if arg in repeated else None
+                spread.append(arg)
             elif current is not None and spread[-1] != current:
                 spread += [current, arg]
             else:
                 spread.append(arg)
         return super().parse_args(ctx, spread)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _common(command: Any) -> Any:

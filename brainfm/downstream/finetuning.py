@@ -151,7 +151,7 @@ class FinetunedModel:
                     tensors.append(self.transform(record.image, record.mask))
                 except ScanError as error:
                     failed[n] = str(error)
-                if tensors and (len(tensors) == batch_size or n == len(records) - 1):
+                if len(tensors) == batch_size:
                     outputs.append(self.encoder(torch.stack(tensors).to(self.device)).float().cpu())
                     tensors = []
             if tensors:

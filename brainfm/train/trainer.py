@@ -181,7 +181,8 @@ class Trainer:
         if said:
             log(said)
         score = said.get("score", sum(progress.losses) / len(progress.losses))
-        improved = score < progress.best
+        score = math.inf if math.isnan(score) else score
+        improved = progress.epoch == 0 or score < progress.best  # there is always a best one
         self.progress = Progress(progress.epoch + 1, 0, min(score, progress.best))
         if improved:
             self._save("best")

@@ -11,6 +11,7 @@ import torch
 
 import brainfm
 from brainfm import BrainfmError
+from brainfm.downstream import finetuning
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
 from brainfm.downstream.lora import add_lora
 from brainfm.downstream.task import load_task, read_task
@@ -66,6 +67,13 @@ def test_run_learns_and_its_best_epoch_by_val_is_kept(parts, tmp_path):
     assert best["val_auc"] == pytest.approx(-min(scores))
     again, _ = model.predict(parts[1].records, batch_size=4)
     np.testing.assert_allclose(predictions, again, atol=1e-5)
+
+
+def test_score_that_is_undefined_is_never_the_best_where_another_is_known(parts, tmp_path, monkeypatch):
+    for name, scores, best in (("some", [np.nan, 0.5, np.nan], 2), ("none", [np.nan] * 3, 1)):
+        left = list(scores)
+        monkeypatch.setattr(finetuning._Supervised, "end_epoch", lambda *_, left=left: {"score": left.pop(0)})
+        assert train(parts, tmp_path / name, epochs=3, trained="head").epoch == best
 
 
 def test_run_that_was_interrupted_ends_the_same(parts, tmp_path, monkeypatch):
