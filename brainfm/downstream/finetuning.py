@@ -52,6 +52,7 @@ class Finetuning(Training):
     epochs: int = 100
     lr: float = 1e-4
     save_every: int = 1_000_000  # the last and the best are kept
+    max_bad_share: float = 0.2  # of few scans, one is a large share; another of the training scans stands in
     augment: bool = False
     trained: Literal["all", "head", "lora"] = "all"
     drifting: bool = False

@@ -104,6 +104,13 @@ def test_bad_scan_is_left_out_of_predictions_and_named(parts, tmp_path):
         model.predict(records[2:])
 
 
+def test_bad_training_scan_is_replaced_and_listed(parts, tmp_path):
+    gone = brainfm.manifest.ScanRecord(tmp_path / "gone.nii.gz")
+    learned = Labelled([gone, *parts[0].records[1:]], parts[0].labels)
+    train([learned, parts[1]], tmp_path / "run", epochs=1, trained="head")
+    assert "gone.nii.gz: no such file" in (tmp_path / "run" / "bad_scans.csv").read_text()
+
+
 def test_lora_starts_as_the_encoder_and_trains_little(parts, tmp_path):
     encoder = brainfm.create_model("test_vit_3d", pretrained=True)
     volume = torch.randn(1, 1, 40, 48, 48)
