@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 import brainfm
-from brainfm.downstream.features import head_sizes, read_features, table_of
+from brainfm.downstream.features import head_sizes, name_of, read_features, table_of
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
 from brainfm.downstream.probe import AdamProbe, fit_probe, predict_probe
 from brainfm.downstream.report import write_report
@@ -132,8 +132,8 @@ def benchmark(
 ) -> Path:
     """Run a grid of evaluations, or what is left of it, and write its report.
 
-    Every run has its own file in `output/runs`, so that nothing is done twice; one that was made with other paths,
-    labels, splits, weights or settings is done again (files whose content alone has changed go unnoticed). The test
+    Every run has its own file in `output/runs`, so that nothing is done twice; one that was made with other scans (by
+    the paths, sizes and times of their files), labels, patients, splits, weights or settings is done again. The test
     part of a split is looked at once a run, after everything is chosen.
 
     Args:
@@ -161,6 +161,7 @@ def benchmark(
     notes = _overlaps(data, plan.models, on_overlap)
     cells = list(_cells(data, rows, controls, plan))
     grid = _grid(data, rows, controls, notes, plan, cfgs, len(cells))
+    made_of = {one.task.name: _made_of(one) for one in data}
     with processes(str(plan.settings.get("device", "auto"))) as everyone:
         if everyone.world > 1 and any(cell.row.mode not in _TRAINED for cell in cells):
             raise BrainfmError(
@@ -172,7 +173,7 @@ def benchmark(
         with _progress_bar(len(cells), progress and everyone.is_first) as bar:
             for cell in cells:
                 bar.set_postfix_str(f"{cell.data.task.name} {cell.row.title}")
-                _run(cell, plan, cfgs, output, everyone)
+                _run(cell, plan, _digest(cell, made_of[cell.data.task.name], plan, cfgs), cfgs, output, everyone)
                 bar.update()
         if everyone.is_first:
             results = {cell: _read_result(cell, output) for cell in cells}
@@ -250,9 +251,10 @@ def _overlaps(data: Sequence[TaskData], models: Sequence[str], on_overlap: Liter
 # --- One run --------------------------------------------------------------------------------------
 
 
-def _run(cell: _Cell, plan: Plan, cfgs: Mapping[str, PretrainedCfg], output: Path, everyone: Processes) -> None:
+def _run(
+    cell: _Cell, plan: Plan, digest: str, cfgs: Mapping[str, PretrainedCfg], output: Path, everyone: Processes
+) -> None:
     path = output / "runs" / f"{cell.name}.json"
-    digest = _digest(cell, plan, cfgs)
     if everyone.gather(_is_done(path, digest))[0]:
         return
     task, splits = cell.data.task, cell.data.split(cell.seed)
@@ -369,12 +371,18 @@ def _settings(cell: _Cell, plan: Plan, cfg: PretrainedCfg, scans: int, work: str
     return Finetuning(**values, seed=cell.seed, output=work)
 
 
-def _digest(cell: _Cell, plan: Plan, cfgs: Mapping[str, PretrainedCfg]) -> str:
+def _made_of(data: TaskData) -> str:
+    """Says which scans a task has, as they are now, with their labels, patients, split and covariates."""
+    scans = [[name_of(r), r.patient_id, *(r.extra.get(name) for name in data.task.covariates)] for r in data.records]
+    content = [scans, data.labels.tolist(), data.given_split]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _digest(cell: _Cell, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedCfg]) -> str:
     """Says what a run was made of."""
     cfg = cfgs.get(cell.row.model)
     task = asdict(cell.data.task) | {"published": None, "title": None, "manifest": None}
-    scans = [f"{r.image} {r.mask} {label}" for r, label in zip(cell.data.records, cell.data.labels, strict=True)]
-    content: list[Any] = [task, scans, cell.data.given_split, cell.row.mode, cell.row.model, cell.fraction, cell.seed]
+    content: list[Any] = [task, made_of, cell.row.mode, cell.row.model, cell.fraction, cell.seed]
     content.append(None if cfg is None else [cfg.sha256, cfg.source])
     if cell.row.mode in EPOCHS:
         settings = {name: value for name, value in plan.settings.items() if name not in _FREE}

@@ -48,20 +48,20 @@ def read_features(
     plain = re.sub(r"[^\w.-]+", "-", name)[-60:]
     path = Path(folder) / f"{plain}.{fingerprint(model, 'auto')[:12]}.npz"
     known = _read(path)
-    todo = [record for record in records if _name(record) not in known]
+    todo = [record for record in records if name_of(record) not in known]
     if todo:
         part = path.with_name(f"new.{path.name}")
         table = embed(todo, model, output=part, device=device, batch_size=batch_size)
         if table.errors:
             logger.warning("%s: %d scans cannot be read, such as %s", path, len(table.errors), table.errors[0][1])
-        known |= {_name(record): vector for record, vector in zip(table.records, table.vectors, strict=True)}
+        known |= {name_of(record): vector for record, vector in zip(table.records, table.vectors, strict=True)}
         _write(path, known)
         part.unlink(missing_ok=True)
     missing = np.full(model.num_features, np.nan, dtype=np.float32)
-    return np.stack([known.get(_name(record), missing) for record in records])
+    return np.stack([known.get(name_of(record), missing) for record in records])
 
 
-def _name(record: ScanRecord) -> str:
+def name_of(record: ScanRecord) -> str:
     """A scan as it is now: paths, sizes and times of its files."""
     parts = [Path(str(item)) for item in (record.image, record.mask) if item is not None]
     return " ".join(f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" if p.exists() else str(p) for p in parts)
@@ -83,7 +83,7 @@ def _write(path: Path, known: dict[str, NDArray[np.float32]]) -> None:
 def head_sizes(data: TaskData, path: Path) -> list[float | None]:
     """The volume of each scan's brain mask in ml, kept in a file; None where there is no mask, or it cannot be read."""
     known: dict[str, float | None] = json.loads(path.read_text()) if path.is_file() else {}
-    names = [_name(record) for record in data.records]
+    names = [name_of(record) for record in data.records]
     for name, record in zip(names, data.records, strict=True):
         if name not in known:
             known[name] = _volume(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -88,8 +89,6 @@ def test_nothing_is_done_twice_and_what_is_lost_is_done_again_alike(data, result
 
 
 def test_other_settings_do_the_runs_that_they_change_again(data, results, tmp_path, monkeypatch):
-    import shutil
-
     folder = shutil.copytree(results, tmp_path / "copy")
     modes = []
     monkeypatch.setattr(job, "_trained", lambda cell, *_: modes.append(cell.row.mode) or _stop())
@@ -97,6 +96,53 @@ def test_other_settings_do_the_runs_that_they_change_again(data, results, tmp_pa
     with pytest.raises(InterruptedError):
         benchmark(data, Plan(models=PLAN.models, seeds=2, epochs_scale=0.02, settings=SETTINGS), folder)
     assert modes == ["finetune"]
+
+
+@pytest.mark.parametrize("what", ["scan", "patient", "covariate"])
+def test_other_scans_patients_or_covariates_do_a_run_again(what, data, tmp_path, monkeypatch):
+    scan = shutil.copytree(Path(str(data[0].records[0].image)).parent, tmp_path / "scan")
+    first = replace(data[0].records[0], image=scan / "normalized.nii.gz", mask=scan / "mask.nii.gz")
+    one = replace(data[0], records=[first, *data[0].records[1:]])
+    plan = replace(PLAN, modes=("probe",), seeds=1, controls=False)
+    benchmark([one], plan, tmp_path / "out")
+    if what == "scan":
+        shutil.copyfile(Path(str(data[0].records[1].image)), first.image)
+    else:
+        other = {"patient_id": "another"} if what == "patient" else {"extra": first.extra | {"age": "99"}}
+        one = replace(one, records=[replace(first, **other), *one.records[1:]])
+    monkeypatch.setattr(job, "_probed", lambda *_: _stop())
+    with pytest.raises(InterruptedError):
+        benchmark([one], plan, tmp_path / "out")
+
+
+def test_other_settings_after_a_kill_do_not_meet_what_the_killed_run_left(data, tmp_path, monkeypatch):
+    plan = replace(PLAN, models=("resnet18_3d",), modes=("scratch",), seeds=1, controls=False)
+    met = []
+    monkeypatch.setattr(
+        job, "finetune", lambda *a: met.append(Path(a[-1].output)) or met[-1].mkdir(parents=True) or _stop()
+    )
+    for settings in (SETTINGS, SETTINGS | {"lr": 1e-4}):
+        with pytest.raises(InterruptedError):
+            benchmark(data[:1], replace(plan, settings=settings), tmp_path)
+    assert met[0] != met[1]
+
+
+@pytest.mark.parametrize(("twice", "test"), [(False, "DeLong"), (True, "paired bootstrap")])
+def test_paired_tests_are_of_the_same_scans_and_delong_only_of_one_scan_a_patient(twice, test):
+    draw, task, row = np.random.default_rng(0), make_task("sex", "binary"), Row("a", "probe", "A")
+    labels, scores = np.array([0, 1] * 20), draw.random((2, 40))
+    patients = [f"p{n // 4 * 2 + n % 2 if twice else n}" for n in range(40)]
+
+    def result(scores, rows):
+        names = {"labels": labels, "predictions": scores, "patients": np.array(patients)}
+        return {"rows": rows} | {name: values[rows].tolist() for name, values in names.items()}
+
+    everything, some = list(range(40)), list(range(1, 40))  # the first scan of a patient could not be read by one
+    found = job._paired(task, row, row, result(scores[0], everything), result(scores[1], some))
+    assert found == job._paired(task, row, row, result(scores[0], some), result(scores[1], some))
+    areas = [roc_auc_score(labels[some], one[some]) for one in scores]
+    assert found.difference == pytest.approx(areas[0] - areas[1])
+    assert found.test == test
 
 
 def _stop():
