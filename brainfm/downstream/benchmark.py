@@ -261,7 +261,7 @@ def _run(
     train = subsample(cell.data.records, cell.data.labels, splits, cell.fraction, kind=task.kind, seed=cell.seed)
     val, test = ([n for n, part in enumerate(splits) if part == name] for name in ("val", "test"))
     if cell.row.mode in _TRAINED:
-        predict = _trained(cell, plan, cfgs[cell.row.model], train, val, output / "runs" / cell.name)
+        predict = _trained(cell, plan, cfgs[cell.row.model], train, val, path.with_suffix(f".{digest[:12]}"))
     else:
         predict = _probed(cell, plan, train, val, output)
     correct = _correction(cell.data, predict, val)
@@ -287,7 +287,9 @@ def _run(
         "predictions": predictions.tolist(),
     }
     _write_json(path, content)
-    shutil.rmtree(output / "runs" / cell.name, ignore_errors=True)
+    for work in path.parent.glob(f"{cell.name}.*"):  # this run's, and those of one that stopped and was made otherwise
+        if work.is_dir():
+            shutil.rmtree(work, ignore_errors=True)
 
 
 # Rows → those whose scan can be read, and their predictions.
@@ -397,7 +399,6 @@ def _is_done(path: Path, digest: str) -> bool:
         return False
     if found != digest:
         logger.info("%s: made with other data or settings; done again", path)
-        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     return bool(found == digest)
 
 
