@@ -282,6 +282,7 @@ def _run(
         "metrics": {name: [value, *intervals.get(name, (None, None))] for name, value in values.items()},
         "n_train": len(train),
         "n_test": len(kept),
+        "rows": kept,
         "patients": patients,
         "labels": labels.tolist(),
         "predictions": predictions.tolist(),
@@ -452,15 +453,15 @@ def _tests(
 
 
 def _paired(task: Task, one: Row, other: Row, first: Mapping[str, Any], second: Mapping[str, Any]) -> PairedTest:
-    both = set(first["patients"]) & set(second["patients"])  # a scan that one could not read is left out
-    places = [[n for n, patient in enumerate(r["patients"]) if patient in both] for r in (first, second)]
-    labels = np.array(first["labels"])[places[0]]
+    both = set(first["rows"]) & set(second["rows"])  # a scan that one could not read is left out
+    places = [[n for n, row in enumerate(r["rows"]) if row in both] for r in (first, second)]
+    labels, patients = (np.array(first[name])[places[0]] for name in ("labels", "patients"))
     ours, theirs = (np.array(r["predictions"])[place] for r, place in zip((first, second), places, strict=True))
-    if task.kind == "binary" and task.metric == "auc":
+    independent = len(set(patients.tolist())) == len(patients)  # DeLong's cases must be
+    if task.kind == "binary" and task.metric == "auc" and independent:
         areas = delong_test(labels, ours, theirs)
         numbers = (areas.difference, areas.ci_low, areas.ci_high, areas.p_value)
         return PairedTest(task.name, one.key, other.key, "DeLong", *map(_finite, numbers))
-    patients = [first["patients"][n] for n in places[0]]
     pair = paired_bootstrap_test(labels, ours, theirs, task.kind, task.metric, groups=patients, n=_RESAMPLES)
     numbers = (pair.difference, pair.ci_low, pair.ci_high, pair.p_value)
     return PairedTest(task.name, one.key, other.key, "paired bootstrap", *map(_finite, numbers))

@@ -20,6 +20,7 @@ from brainfm import BrainfmError, RecipeError, WeightsNotFoundError
 from brainfm.cli import main
 from brainfm.downstream import benchmark as job
 from brainfm.downstream.benchmark import Plan, benchmark, read_settings
+from brainfm.downstream.results import Row
 from brainfm.downstream.task import load_task, make_task, read_task
 
 SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
