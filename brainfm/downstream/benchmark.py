@@ -302,7 +302,8 @@ def _probed(cell: _Cell, plan: Plan, train: Sequence[int], val: Sequence[int], o
     row, task, labels = cell.row, cell.data.task, cell.data.labels
     features: NDArray[Any]
     if row.mode == "covariates":
-        features = table_of(cell.data, head_sizes(cell.data, output / "embeddings" / f"{task.name}.head_size.json"))
+        sizes = head_sizes(cell.data, output / "embeddings" / f"{task.name}.head_size.json")
+        features = table_of(cell.data, sizes, train)
     else:
         if row.mode == "untrained":
             torch.manual_seed(cell.seed)

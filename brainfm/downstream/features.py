@@ -8,12 +8,11 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.downstream.task import TaskData, TaskError
+from brainfm.downstream.task import TaskData, TaskError, is_missing
 from brainfm.embed import embed, fingerprint
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder
@@ -102,32 +101,28 @@ def _volume(record: ScanRecord) -> float | None:
         return None
 
 
-def table_of(data: TaskData, sizes: Sequence[float | None]) -> NDArray[np.float64]:
-    """The task's covariates and head sizes as numbers [n, d]: words one-hot; a value that is missing is the mean.
+def table_of(data: TaskData, sizes: Sequence[float | None], train: Sequence[int]) -> NDArray[np.float64]:
+    """The task's covariates and head sizes as numbers [n, d]: words one-hot; what is missing is the mean of `train`.
 
     Raises:
-        TaskError: No covariate has a value.
+        TaskError: No covariate has a value in train.
     """
     columns: list[NDArray[np.float64]] = []
     for name in data.task.covariates:
         columns += _encoded([record.extra.get(name, "") for record in data.records])
-    numbers = np.array([np.nan if size is None else size for size in sizes])
-    if np.isfinite(numbers).any():
-        columns.append(numbers)
-    filled = [np.where(np.isfinite(column), column, np.nanmean(column)) for column in columns]
-    if not filled:
+    columns.append(np.array([np.nan if size is None else size for size in sizes]))
+    known = [column for column in columns if np.isfinite(column[list(train)]).any()]
+    if not known:
         raise TaskError(f"{data.task.name}: its covariates {', '.join(data.task.covariates)} are empty")
+    filled = [np.where(np.isfinite(column), column, np.nanmean(column[list(train)])) for column in known]
     return np.stack(filled, axis=1)
 
 
 def _encoded(texts: Sequence[str]) -> list[NDArray[np.float64]]:
-    values: list[Any] = []
-    for text in texts:
-        try:
-            values.append(float(text))
-        except ValueError:
-            values.append(None)
-    if all(value is not None or not text for value, text in zip(values, texts, strict=True)):
-        column = np.array([np.nan if value is None else value for value in values])
-        return [column] if np.isfinite(column).any() else []
-    return [np.array([float(text == word) for text in texts]) for word in sorted(set(texts))[1:]]
+    """One column of numbers, or one for each word but the first; of either, nan is what is missing."""
+    missing = np.array([is_missing(text) for text in texts])
+    try:
+        return [np.array([np.nan if absent else float(text) for text, absent in zip(texts, missing, strict=True)])]
+    except ValueError:
+        words = sorted({text for text, absent in zip(texts, missing, strict=True) if not absent})
+        return [np.where(missing, np.nan, [float(text == word) for text in texts]) for word in words[1:]]

@@ -187,7 +187,7 @@ def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> Tas
         columns = list(everything[0].extra)
         if column not in columns:
             raise TaskError(f"{path}: there is no column {column!r}; it has {', '.join(columns) or 'no labels at all'}")
-    records = [record for record in everything if record.extra[task.label].lower() not in _MISSING]
+    records = [record for record in everything if not is_missing(record.extra[task.label])]
     if not records:
         raise TaskError(f"{path}: no row has a {task.label}; it is empty in all {len(everything)}")
     texts = [record.extra[task.label] for record in records]
@@ -261,6 +261,11 @@ def _check_splits(data: TaskData, path: Path) -> None:
         if data.task.kind != "regression" and len(count) < len(data.classes):
             lacking = next(name for n, name in enumerate(data.classes) if n not in count)
             raise TaskError(f"{path}: no scan of class {lacking!r} is in {part}; each part needs every class")
+
+
+def is_missing(text: str) -> bool:
+    """Whether a field of a table says that there is no value, such as "" or BIDS's "n/a"."""
+    return text.strip().lower() in _MISSING
 
 
 def _is_number(text: str) -> bool:

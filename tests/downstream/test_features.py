@@ -1,0 +1,35 @@
+"""What a control without an image is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brainfm.downstream.features import table_of
+from brainfm.downstream.task import Task, TaskData, TaskError
+from brainfm.manifest import ScanRecord
+
+
+def of(**columns):
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    task = Task(name="y", label="y", kind="binary", covariates=tuple(columns))
+    records = [ScanRecord(Path(f"{n}.nii.gz"), None, f"p{n}", "", row) for n, row in enumerate(rows)]
+    return TaskData(task, records, np.arange(len(rows)) % 2, ("a", "b"), None, 0)
+
+
+def test_missing_age_leaves_age_a_number():
+    """It was taken for a word once, and each age for a class of its own: a control that is too easy to beat."""
+    table = table_of(of(age=["20", "n/a", "40", "70"]), [None] * 4, train=[0, 1, 2])
+    np.testing.assert_array_equal(table, [[20], [30], [40], [70]])
+
+
+def test_what_is_missing_is_filled_by_the_training_scans_alone():
+    table = table_of(of(sex=["M", "F", "", "M"]), [1000.0, 1200.0, None, 5000.0], train=[0, 1])
+    np.testing.assert_array_equal(table, [[1, 1000], [0, 1200], [0.5, 1100], [1, 5000]])
+
+
+def test_covariates_without_a_value_are_an_error():
+    with pytest.raises(TaskError, match="its covariates age are empty"):
+        table_of(of(age=["", "NA", "50"]), [None] * 3, train=[0, 1])
