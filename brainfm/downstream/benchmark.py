@@ -191,7 +191,7 @@ def _rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
     baselines = [model for model, cfg in cfgs.items() if not cfg.has_weights and cfg.ssl_method is None]
     rows = []
     for model, cfg in cfgs.items():
-        modes = [mode for mode in plan.modes if mode != "scratch" or model in baselines or not baselines]
+        modes = [mode for mode in dict.fromkeys(plan.modes) if mode != "scratch" or model in baselines or not baselines]
         if model in baselines:
             modes = [mode for mode in modes if mode == "scratch"]
         elif not cfg.has_weights and modes != ["scratch"]:
@@ -331,6 +331,8 @@ def _probed(cell: _Cell, plan: Plan, train: Sequence[int], val: Sequence[int], o
 
     def predict(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
         kept = [n for n in rows if n in readable]
+        if not kept:
+            raise BrainfmError(f"{task.name}: none of {len(rows)} scans to predict can be read; see the warnings above")
         return kept, predict_probe(fitted, features[kept], task.kind)
 
     return predict

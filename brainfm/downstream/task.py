@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -80,6 +81,12 @@ class Task(Checked):
         known = metrics([0.0, 1.0], [0.0, 1.0], "regression" if self.kind == "regression" else "binary")
         object.__setattr__(self, "metric", self.metric or _METRIC[self.kind])
         object.__setattr__(self, "title", self.title or self.name)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(
+                f"name is {self.name!r}, and must be letters, digits, - and _; give name: in the task's file"
+            )
+        if min(self.fractions) <= 0 or not math.isclose(sum(self.fractions), 1):
+            raise ValueError(f"fractions are {self.fractions}, and must be above 0 and 1 together")
         if self.metric not in known:
             raise ValueError(f"metric is {self.metric!r}, and must be one of {', '.join(known)}")
         if self.selection not in ("metric", "loss"):

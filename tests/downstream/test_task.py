@@ -111,6 +111,8 @@ def _parts():
         ("label: age\nkind: regression\ncovariates: [age]", "the label 'age' itself"),
         ("label: age\nkind: binary\nage_bias: cole", "age_bias is of a regression"),
         ("kind: binary", "label"),
+        ("label: age\nkind: regression\nname: my task", "name is 'my task', and must be letters"),
+        ("label: age\nkind: binary\nfractions: [0.5, 0.2, 0.2]", "fractions are .*1 together"),
         ("- a", "a list of 'key: value' lines"),
     ],
 )
