@@ -317,12 +317,11 @@ def _probed(cell: _Cell, plan: Plan, train: Sequence[int], val: Sequence[int], o
     if not val or len(set(labels[train].tolist())) < 2:
         raise BrainfmError(f"{task.name}: too few scans can be read; see the warnings above")
     if row.mode == "probe_adam":
-        sign = -1 if task.higher_is_better else 1
         fitted: Any = AdamProbe(plan.epochs("probe_adam"), **_only(plan.settings, ("lr", "batch_size"))).fit(
             (features[train], labels[train]),
             (features[val], labels[val]),
             task.kind,
-            lambda truth, guess: sign * metrics(truth, guess, task.kind)[task.metric],
+            task.metric if task.selection == "metric" else "loss",
             seed=cell.seed,
         )
     else:

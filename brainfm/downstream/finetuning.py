@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from brainfm.downstream.lora import add_lora
 from brainfm.downstream.probe import LinearHead
 from brainfm.downstream.split import Kind
-from brainfm.downstream.statistics import HIGHER_IS_BETTER, metrics
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder
@@ -257,8 +256,6 @@ class _Supervised(Method):
             raise BrainfmError(f"none of the {len(self.val.records)} validation scans can be read")
         rows = sorted(everything)
         stacked, labels = torch.stack([everything[n] for n in rows]), self.val.labels[rows]
-        values = metrics(labels, self.head.predictions(stacked), self.head.kind)
-        values["loss"] = float(self.head.loss(stacked, self.head.targets(labels)))
-        chosen = values[self.selection]
-        score = -chosen if HIGHER_IS_BETTER.get(self.selection, False) else chosen
+        values = self.head.score(stacked, labels, self.selection)
+        score = values.pop("score")
         return {f"val_{name}": value for name, value in values.items()} | {"score": score}

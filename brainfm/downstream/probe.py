@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from brainfm.downstream.split import Kind
+from brainfm.downstream.statistics import HIGHER_IS_BETTER, metrics
 from brainfm.errors import MissingExtraError
 
 # Strengths of regularisation that the inner cross-validation tries: C of the logistic, alpha of the ridge regression.
@@ -95,7 +95,7 @@ class AdamProbe:
         train: tuple[NDArray[Any], NDArray[Any]],
         val: tuple[NDArray[Any], NDArray[Any]],
         kind: Kind,
-        score: Callable[[NDArray[Any], NDArray[np.float64]], float],
+        selection: str = "loss",
         *,
         seed: int = 0,
     ) -> FittedHead:
@@ -105,7 +105,7 @@ class AdamProbe:
             train: Features [n, d] and labels [n].
             val: As train.
             kind: What the labels are.
-            score: A function (labels, predictions) of which the smallest is the best.
+            selection: What the best epoch is chosen by, as of `Finetuning`: a metric, or "loss".
             seed: Of initial weights and order.
         """
         draws = torch.Generator().manual_seed(seed)
@@ -116,15 +116,17 @@ class AdamProbe:
             layer.bias.zero_()
         fitted = FittedHead(layer, head)
         features, targets = torch.from_numpy(train[0].astype(np.float32)), head.targets(train[1])
+        held_out = torch.from_numpy(val[0].astype(np.float32))
         optimiser = torch.optim.Adam(layer.parameters(), lr=self.lr)
-        best, kept = math.inf, copy.deepcopy(layer.state_dict())
+        best, kept = math.inf, layer.state_dict()
         for _ in range(self.epochs):
             for rows in torch.split(torch.randperm(len(features), generator=draws), self.batch_size):
                 optimiser.zero_grad()
                 head.loss(layer(features[rows]), targets[rows]).backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
-            value = score(val[1], predict_probe(fitted, val[0], kind))
-            if value < best:
+            with torch.no_grad():
+                value = head.score(layer(held_out), val[1], selection)["score"]
+            if value < best or not math.isfinite(best):  # an undefined score is better than none
                 best, kept = value, copy.deepcopy(layer.state_dict())
         layer.load_state_dict(kept)
         return fitted
@@ -171,6 +173,12 @@ class LinearHead:
         if self.kind == "binary":
             return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], targets)
         return nn.functional.mse_loss(outputs[:, 0], targets)
+
+    def score(self, outputs: Tensor, labels: NDArray[Any], selection: str) -> dict[str, float]:
+        """Metrics and loss of outputs [n, outputs], and "score": the one of them to select by, less is better."""
+        values = metrics(labels, self.predictions(outputs), self.kind)
+        values["loss"] = float(self.loss(outputs, self.targets(labels)))
+        return values | {"score": values[selection] * (-1 if HIGHER_IS_BETTER.get(selection, False) else 1)}
 
     def predictions(self, outputs: Tensor) -> NDArray[np.float64]:
         """[n] numbers or probabilities of class 1, or [n, classes] probabilities."""

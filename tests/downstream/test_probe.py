@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 
 from brainfm.downstream.probe import AdamProbe, LinearHead, fit_probe, predict_probe
 from brainfm.downstream.statistics import metrics
@@ -57,14 +57,14 @@ def test_strength_is_chosen_with_patients_kept_together(draws):
 
 def test_adam_probe_is_a_linear_layer_trained_by_hand(draws):
     features, labels = made(draws, "binary")
-    probe = AdamProbe(epochs=3, lr=1e-2, batch_size=16)
-    fitted = probe.fit((features[:80], labels[:80]), (features[:80], labels[:80]), "binary", lambda _, __: 0.0, seed=4)
+    probe = AdamProbe(epochs=1, lr=1e-2, batch_size=16)
+    fitted = probe.fit((features[:80], labels[:80]), (features[:80], labels[:80]), "binary", seed=4)
     generator = torch.Generator().manual_seed(4)
     weight = (0.01 * torch.randn(1, 8, generator=generator)).requires_grad_()
     bias = torch.zeros(1, requires_grad=True)
     optimiser = torch.optim.Adam([weight, bias], lr=1e-2)
     x, y = torch.from_numpy(features[:80]), torch.from_numpy(labels[:80]).float()
-    for rows in torch.randperm(80, generator=generator).split(16):  # the first epoch: no later one is better than 0
+    for rows in torch.randperm(80, generator=generator).split(16):
         optimiser.zero_grad()
         torch.nn.functional.binary_cross_entropy_with_logits((x[rows] @ weight.T + bias)[:, 0], y[rows]).backward()
         optimiser.step()
@@ -72,17 +72,32 @@ def test_adam_probe_is_a_linear_layer_trained_by_hand(draws):
     np.testing.assert_allclose(predict_probe(fitted, features[80:], "binary"), wanted, atol=1e-6)
 
 
-def test_adam_probe_keeps_the_epoch_that_is_best_on_val(draws):
+@pytest.mark.parametrize(("selection", "scores"), [("auc", [-0.6, -0.9, -0.7]), ("loss", [0.5, 0.4, 0.6])])
+def test_adam_probe_keeps_the_epoch_that_is_best_on_val(selection, scores, draws, monkeypatch):
     features, labels = made(draws, "binary")
-    seen = []
+    seen, score = [], LinearHead.score
 
-    def score(truth, guess):
-        seen.append(guess)
-        return [3.0, 1.0, 2.0][len(seen) - 1]
+    def watched(self, outputs, truth, by):
+        assert score(self, outputs, truth, by)["score"] == pytest.approx(
+            -roc_auc_score(truth, outputs[:, 0]) if by == "auc" else log_loss(truth, self.predictions(outputs)),
+            abs=1e-5,
+        )
+        assert by == selection
+        seen.append(self.predictions(outputs))
+        return {"score": scores[len(seen) - 1]}
 
-    fitted = AdamProbe(epochs=3, lr=0.1).fit((features, labels), (features[:9], labels[:9]), "binary", score)
+    monkeypatch.setattr(LinearHead, "score", watched)
+    fitted = AdamProbe(epochs=3, lr=0.1).fit((features, labels), (features[:9], labels[:9]), "binary", selection)
     assert np.array_equal(predict_probe(fitted, features[:9], "binary"), seen[1])
     assert not np.array_equal(seen[1], seen[2])
+
+
+def test_adam_probe_is_trained_where_val_has_no_score(draws):
+    """One class is left of val: its AUC is undefined, and the last epoch is kept, not the layer of the beginning."""
+    features, labels = made(draws, "binary")
+    one = labels == 1
+    fitted = AdamProbe(epochs=20, lr=0.1).fit((features, labels), (features[one], labels[one]), "binary", "auc")
+    assert roc_auc_score(labels, predict_probe(fitted, features, "binary")) > 0.9
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression", "multiclass"])
