@@ -80,10 +80,9 @@ def _draw_label_efficiency(run: Run, task: Column, looks: _Looks) -> Drawing | N
     fractions = sorted(own["fraction"].unique())
     curves = []
     for row in run.grid.everything:
-        points = [(f, score) for f in fractions if (score := run.score(task, row, fraction=f))]
-        if len(points) > 1:
-            numbers = np.array([(fraction, score.mean, score.sd) for fraction, score in points])
-            curves.append((looks[row.key], *numbers.T))
+        table = own[own["row"] == row.key].pivot_table("value", "seed", "fraction").dropna()
+        if len(table.columns) > 1 and len(table):
+            curves.append((looks[row.key], table.columns.to_numpy(), table.mean().to_numpy(), table.std().to_numpy()))
     if not curves:
         return None
     ticks = {f: f"{100 * f:g} %\n{_patients(own[own['fraction'] == f]['n_train'])}" for f in fractions}
@@ -94,7 +93,8 @@ def _draw_label_efficiency(run: Run, task: Column, looks: _Looks) -> Drawing | N
     )
     caption = (
         f"{task.title}: {metric_name(task, task.metric)} on the same test split, trained on a share of the "
-        "labels (below it, patients). Line: mean over the seeds; band: ± standard deviation."
+        "labels (below it, patients). Line: mean over the seeds that each share was run with, so that the points of a "
+        "curve are of the same splits (the table has more); band: ± standard deviation, of two seeds or more."
     )
     return Drawing(task, f"{task.name}_label_efficiency", caption, f"Label efficiency: {alt}", figure)
 

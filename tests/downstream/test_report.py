@@ -316,6 +316,21 @@ def test_label_efficiency_draws_means_and_bands(reported):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["20 %\n20", "100 %\n100"]
 
 
+def test_points_of_a_label_efficiency_curve_are_of_the_same_seeds(age_only, monkeypatch):
+    """All labels were run with more seeds, and so with other splits, than the shares of them."""
+    rows = list(csv.reader((age_only / "results.csv").open()))[1:]
+    rows = [row for row in rows if row[3] == "1.0" or row[4] == "0"]
+    write_csv(age_only / "results.csv", RESULTS, rows)
+    drawn, draw = [], plots.label_efficiency
+    monkeypatch.setattr(plots, "label_efficiency", lambda curves, *a: drawn.extend(curves) or draw(curves, *a))
+    write_report(age_only)
+    assert len(drawn) == 2
+    for (look, shares, mean, _), (row, _) in zip(drawn, ROWS[-2:], strict=True):
+        own = {float(r[3]): float(r[6]) for r in rows if [*r[1:3], *r[4:6]] == [row["model"], row["mode"], "0", "mae"]}
+        assert (look.title, shares.tolist()) == (row["title"], FRACTIONS)
+        np.testing.assert_allclose(mean, [own[share] for share in FRACTIONS])
+
+
 def test_rows_look_different_and_controls_are_grey():
     rows = plots.looks([str(n) for n in range(20)], ["control"])
     assert len({(look.colour, look.line) for look in rows}) == 21
