@@ -53,6 +53,7 @@ MODES: dict[str, str] = {
     "scratch": "from scratch",
 }
 _TRAINED = ("finetune", "scratch")
+_COVARIATES = Row("covariates", "covariates", "covariates alone, no image")
 EPOCHS = {"probe_adam": 100, "finetune": 100, "scratch": 300}  # paper
 _FREE = ("workers", "device")  # settings that change no result
 _RESAMPLES = 1000
@@ -210,7 +211,7 @@ def _controls(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
         return []
     probed = {cfg.architecture for cfg in cfgs.values() if cfg.has_weights}
     untrained = [Row(name, "untrained", f"{name}, untrained, linear probe") for name in sorted(probed)]
-    return [*untrained, Row("covariates", "covariates", "covariates alone, no image")]
+    return [*untrained, _COVARIATES]
 
 
 def _short(model: str) -> str:
@@ -490,6 +491,7 @@ def _grid(
                 one.task.label,
                 _published(one.task, rows, cfgs),
                 one.task.published_source,
+                () if one.has_covariates else (_COVARIATES.key,),
             )
             for one in data
         ),

@@ -47,6 +47,7 @@ class Column(Checked):
         label: What is predicted, in words for an axis.
         published: Numbers to show beside ours.
         published_source: Where they were published.
+        without: Controls ("model/mode") that this task cannot have, such as covariates where none are known.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Column(Checked):
     label: str = ""
     published: tuple[Published, ...] = ()
     published_source: str = ""
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

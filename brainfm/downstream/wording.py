@@ -81,7 +81,8 @@ def progress_text(run: Run) -> str:
 def claims(run: Run, task: Column) -> list[str]:
     """A sentence a row: whether it is above its controls by `RULE`."""
     side, decimals = sign(task.metric), decimals_of(run, task, task.metric)
-    scores = [(control.title, run.score(task, control)) for control in run.grid.controls]
+    controls = [control for control in run.grid.controls if control.key not in task.without]
+    scores = [(control.title, run.score(task, control)) for control in controls]
     missing = [title for title, score in scores if score is None]
     strongest = max(((score.mean * side, title) for title, score in scores if score), default=(math.nan, ""))
     sentences = []

@@ -285,6 +285,16 @@ def test_nothing_is_claimed_before_every_control_is_in(age_only):
     assert text.count("no gain is claimed before all controls are in; Head size alone: no result yet.") == len(ROWS)
 
 
+def test_a_control_that_a_task_cannot_have_holds_back_no_claim(age_only):
+    rows = list(csv.reader((age_only / "results.csv").open()))[1:]
+    write_csv(age_only / "results.csv", RESULTS, [row for row in rows if row[2] != "covariates"])
+    grid = json.loads((age_only / "grid.json").read_text())
+    grid["tasks"][0]["without"] = ["none/covariates"]
+    (age_only / "grid.json").write_text(json.dumps(grid))
+    write_report(age_only)
+    assert (age_only / "table.md").read_text().count("the best control, Untrained ResNet-18, has") == len(ROWS)
+
+
 def test_figures_are_written_as_png_and_svg(reported):
     binary = {"scores", "label_efficiency", "roc", "calibration"}
     regression = {"scores", "label_efficiency", "agreement"}
