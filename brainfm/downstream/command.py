@@ -133,6 +133,8 @@ def _run(
 ) -> None:
     from brainfm.downstream.benchmark import Plan, benchmark, read_settings
 
+    if spoilt and "probe" not in modes:
+        raise BrainfmError("--robustness is of the linear probe; add probe to --modes, or leave it out")
     plan = Plan(
         models=models,
         modes=modes,
@@ -142,8 +144,12 @@ def _run(
         settings=read_settings(settings),
         controls=not no_controls,
     )
-    page = benchmark(data, plan, output, on_overlap="refuse" if refuse_overlap else "mark", progress=True)
-    if spoilt and "probe" in modes:
+    try:
+        page = benchmark(data, plan, output, on_overlap="refuse" if refuse_overlap else "mark", progress=True)
+    except RunInterruptedError as stopped:
+        click.echo(str(stopped), err=True)
+        sys.exit(INTERRUPTED)
+    if spoilt:
         from brainfm.downstream.report import write_report
         from brainfm.downstream.robustness import robustness
         from brainfm.factory import resolve

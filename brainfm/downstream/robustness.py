@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +13,18 @@ from typing import Any
 import numpy as np
 
 from brainfm.downstream.corruptions import CORRUPTIONS, corrupted
-from brainfm.downstream.features import read_features
+from brainfm.downstream.features import name_of, read_features
 from brainfm.downstream.probe import fit_probe, predict_probe
 from brainfm.downstream.statistics import metrics
 from brainfm.downstream.task import TaskData
-from brainfm.embed import embed
+from brainfm.embed import embed, fingerprint
 from brainfm.errors import BrainfmError
 from brainfm.factory import create_model
+from brainfm.models.encoder import Encoder
 from brainfm.transforms import create_transform
 from brainfm.weights import atomic_path
 
-COLUMNS = ("task", "model", "mode", "corruption", "unit", "strength", "metric", "value", "n_test")
+COLUMNS = ("task", "model", "mode", "corruption", "unit", "strength", "metric", "value", "n_test", "made_of")
 
 
 def robustness(
@@ -36,7 +39,8 @@ def robustness(
 ) -> Path:
     """Probe each model on clean training scans, and test it on test scans that are spoilt more and more.
 
-    A curve has the scans that can be read at each of its strengths; a run that was interrupted goes on.
+    A curve has the scans that can be read at each of its strengths. A run that was interrupted goes on; a curve of
+    other scans, labels, weights or another seed is done again.
 
     Args:
         data: Tasks, which may share scans.
@@ -57,15 +61,27 @@ def robustness(
 
     output = Path(output)
     path = output / "robustness.csv"
-    done = _read(path)
-    rows = list(done.values())
+    rows = _read(path)
     jobs = [(one, model, name) for one in data for model in models for name in names]
+    made_of: dict[tuple[str, str], str] = {}
     for one, model_name, name in tqdm(jobs, unit="curve", desc="robustness", disable=not progress):
-        if (one.task.name, model_name, name) in {key[:3] for key in done}:
+        pair = (one.task.name, model_name)
+        if pair not in made_of:
+            made_of[pair] = _made_of(one, create_model(model_name, pretrained=True), seed)
+        mine = [row for row in rows if (row["task"], row["model"], row["corruption"]) == (*pair, name)]
+        if mine and all(row["made_of"] == made_of[pair] for row in mine):
             continue
-        rows += _curve(one, model_name, name, output, seed, device)
+        curve = _curve(one, model_name, name, output, seed, device)
+        rows = [row for row in rows if row not in mine] + [row | {"made_of": made_of[pair]} for row in curve]
         _write(path, rows)
     return path
+
+
+def _made_of(data: TaskData, model: Encoder, seed: int) -> str:
+    """Says which scans, labels and weights a curve is of."""
+    scans = [[name_of(record), record.patient_id] for record in data.records]
+    content = [scans, data.labels.tolist(), data.split(seed), fingerprint(model, "auto"), seed, data.task.metric]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _curve(data: TaskData, model_name: str, name: str, output: Path, seed: int, device: str) -> list[dict[str, Any]]:
@@ -94,16 +110,15 @@ def _curve(data: TaskData, model_name: str, name: str, output: Path, seed: int, 
         predictions = predict_probe(probe, np.stack([vectors[n] for n in common]), data.task.kind)
         value = metrics(data.labels[common], predictions, data.task.kind)[data.task.metric]
         numbers = (CORRUPTIONS[name].unit, strength, data.task.metric, value, len(common))
-        rows.append(dict(zip(COLUMNS, (data.task.name, model_name, "probe", name, *numbers), strict=True)))
+        rows.append(dict(zip(COLUMNS[:-1], (data.task.name, model_name, "probe", name, *numbers), strict=True)))
     return rows
 
 
-def _read(path: Path) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        return {}
+        return []
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {(row["task"], row["model"], row["corruption"], row["strength"]): row for row in rows}
+        return [{"made_of": "", **row} for row in csv.DictReader(file)]
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,3 +63,13 @@ def test_curve_that_is_there_is_not_computed_again(data, results, monkeypatch):
     before = (results / "robustness.csv").read_text()
     robustness([data], ["test_resnet_3d"], results, names=["noise"])
     assert (results / "robustness.csv").read_text() == before
+
+
+def test_curve_of_other_labels_is_computed_again_and_takes_the_place_of_the_first(data, results, tmp_path, monkeypatch):
+    results = shutil.copytree(results, tmp_path / "copy")
+    before = list(csv.DictReader((results / "robustness.csv").open()))
+    empty = [{name: row[name] for name in job.COLUMNS[:-1]} | {"value": 7.0} for row in before]
+    monkeypatch.setattr(job, "_curve", lambda *_: empty)
+    robustness([replace(data, labels=data.labels + 1)], ["test_resnet_3d"], results, names=["noise"])
+    after = list(csv.DictReader((results / "robustness.csv").open()))
+    assert [row["value"] for row in after] == ["7.0"] * len(before)
