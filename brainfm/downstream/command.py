@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def benchmark_command(
     """Evaluate models on TASKS: names that ship with brainfm (age_ixi), or YAML files; and write tables and a page.
 
     The same command goes on with a grid that stopped. Of the models, those with weights are probed and fine-tuned, and
-    those without are trained from scratch.
+    those without are trained from scratch. Exit code 75: a signal stopped a training, which can go on.
     """
     from brainfm.downstream.task import TaskError, load_task, read_task
 
@@ -132,6 +133,8 @@ def _run(
     spoilt: bool = False,
 ) -> None:
     from brainfm.downstream.benchmark import Plan, benchmark, read_settings
+    from brainfm.errors import BrainfmError
+    from brainfm.train.trainer import INTERRUPTED, RunInterruptedError
 
     if spoilt and "probe" not in modes:
         raise BrainfmError("--robustness is of the linear probe; add probe to --modes, or leave it out")
