@@ -55,6 +55,13 @@ MODES: dict[str, str] = {
 _TRAINED = ("finetune", "scratch")
 _COVARIATES = Row("covariates", "covariates", "covariates alone, no image")
 EPOCHS = {"probe_adam": 100, "finetune": 100, "scratch": 300}  # paper
+_PRETRAINED_ONLY = ("trained", "drifting", "lora_rank", "layer_decay")  # settings that mean nothing from scratch
+_AGE_BIAS = {
+    "cole": "predictions are corrected for age bias by the line fitted on val (Cole et al. 2018), but in no run where "
+    "they do not rise with age; it makes the errors of a weak predictor large, those of a control too.",
+    "beheshti": "predictions are corrected for age bias by the true age (Beheshti et al. 2019): every number, those of "
+    "the controls too, looks better than the predictor is, and none of them is an accuracy.",
+}
 _FREE = ("workers", "device")  # settings that change no result
 _RESAMPLES = 1000
 
@@ -372,7 +379,7 @@ def _settings(cell: _Cell, plan: Plan, cfg: PretrainedCfg, scans: int, work: str
         "augment": scratch or cfg.ssl_method == "MAE",  # paper: no augmentation for SimCLR
         "global_pool": "avg",  # of a ResNet the only one; of a ViT the MAE authors' choice for fine-tuning
         "selection": task.metric if task.selection == "metric" else "loss",
-    } | dict(plan.settings)
+    } | {name: value for name, value in plan.settings.items() if not (scratch and name in _PRETRAINED_ONLY)}
     values["batch_size"] = min(values.get("batch_size", Finetuning.batch_size), scans)
     return Finetuning(**values, seed=cell.seed, output=work)
 
@@ -520,6 +527,8 @@ def _statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
         yield f"Epochs are scaled by {plan.epochs_scale:g}: {epochs}."
     if plan.settings:
         yield "In place of the paper's settings: " + ", ".join(f"{k}={v}" for k, v in plan.settings.items()) + "."
+    if kept := [name for name in plan.settings if name in _PRETRAINED_ONLY and "scratch" in plan.modes]:
+        yield f"What is trained from scratch is trained whole, without {', '.join(kept)}."
     yield f"Intervals: 95 %, bootstrap over patients ({_RESAMPLES:,} resamples). Paired tests are of seed 0."
     for one in data:
         patients, labels = len(set(one.patients)), one.task.label
