@@ -368,7 +368,11 @@ def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBias
     if data.task.age_bias == "keep":
         return None
     kept, predictions = predict(val)
-    return age_bias_correction(data.labels[kept], predictions, rule=data.task.age_bias)
+    try:
+        return age_bias_correction(data.labels[kept], predictions, rule=data.task.age_bias)
+    except ValueError as error:
+        logger.warning("%s: age bias is not corrected in this run: %s", data.task.name, error)
+        return None
 
 
 def _settings(cell: _Cell, plan: Plan, cfg: PretrainedCfg, scans: int, work: str) -> Finetuning:
@@ -534,6 +538,8 @@ def _statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
         patients, labels = len(set(one.patients)), one.task.label
         drawn = "the manifest's split" if one.given_split is not None else "a split of its own for each seed"
         left_out = f", {one.dropped} rows without {labels} left out" if one.dropped else ""
+        if one.task.age_bias != "keep":
+            yield f"{one.task.title}: {_AGE_BIAS[one.task.age_bias]}"
         yield f"{one.task.title}: {len(one.records):,} scans of {patients:,} patients, {drawn}{left_out}."
         if any("phantom" in part for part in Path(str(one.records[0].image)).parts) or _says_phantoms(one):
             yield f"{one.task.title}: phantoms, not people; the numbers say that code works, and nothing of patients."
