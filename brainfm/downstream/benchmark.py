@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -512,7 +513,7 @@ def _grid(
         runs=runs,
         made_by=f"brainfm {brainfm.__version__}, torch {torch.__version__}",
         date=datetime.date.today().isoformat(),
-        command=" ".join(["brainfm", *sys.argv[1:]]),
+        command=shlex.join(["brainfm", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("brainfm", "__main__") else "",
         fractions=tuple(sorted({1.0, *plan.fractions})),
         notes=tuple(notes),
         statements=tuple(_statements(data, plan)),

@@ -22,6 +22,7 @@ from brainfm.downstream import benchmark as job
 from brainfm.downstream.benchmark import Plan, benchmark, read_settings
 from brainfm.downstream.results import Row
 from brainfm.downstream.task import load_task, make_task, read_task
+from brainfm.train.trainer import RunInterruptedError
 
 SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
 PLAN = Plan(models=("test_resnet_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
@@ -198,11 +199,51 @@ def test_fractions_of_the_training_patients_are_nested_curves(data, tmp_path):
     assert any("label" in path.name or "efficiency" in path.name for path in (tmp_path / "figures").iterdir())
 
 
+def test_what_is_trained_from_scratch_is_trained_whole(data):
+    """A baseline with a frozen random trunk would make any pretrained encoder look good."""
+    plan = replace(PLAN, settings=SETTINGS | {"trained": "head", "drifting": True})
+    cfg = job.resolve("test_resnet_3d").cfg
+    rows = (Row("test_resnet_3d", mode, "") for mode in ("finetune", "scratch"))
+    whole = [job._settings(job._Cell(data[0], row, 1, 0), plan, cfg, 24, "out") for row in rows]
+    assert [(one.trained, one.drifting, one.lr) for one in whole] == [("head", True, 1e-3), ("all", False, 1e-3)]
+    assert "What is trained from scratch is trained whole, without trained, drifting." in job._statements(data, plan)
+
+
+def test_age_bias_is_said_in_words_and_a_predictor_that_learned_nothing_stops_no_grid(data, caplog):
+    one = replace(data[1], task=replace(data[1].task, age_bias="cole"))
+    assert any("corrected for age bias by the line fitted on val" in text for text in job._statements([one], PLAN))
+    constant = job._correction(one, lambda rows: (list(rows), np.full(len(rows), 50.0)), range(8))
+    assert constant is None
+    assert "age bias is not corrected in this run: predictions do not rise with age" in caplog.text
+
+
+def test_signal_in_a_training_ends_the_command_as_one_that_can_go_on(phantoms, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise RunInterruptedError("stopped by signal 15; the same command goes on from there")
+
+    monkeypatch.setattr(job, "finetune", stopped)
+    fixed = [
+        "--label",
+        "sex",
+        "--kind",
+        "binary",
+        "--models",
+        "test_resnet_3d",
+        "--no-controls",
+        "-o",
+        tmp_path / "out",
+    ]
+    result = CliRunner().invoke(main, list(map(str, ["finetune", phantoms, *fixed])))
+    assert result.exit_code == 75
+    assert "goes on from there" in result.output
+
+
 def test_models_are_run_in_the_modes_they_can_be(tmp_path):
     def rows(models, modes=("probe", "finetune", "scratch")):
         plan = Plan(models=models, modes=modes)
         return [row.key for row in job._rows({model: job.resolve(model).cfg for model in models}, plan)]
 
+    assert rows(("test_resnet_3d",), ("probe", "probe")) == ["test_resnet_3d/probe"]
     assert rows(("simclr_resnet18_3d", "resnet18_3d")) == [
         "simclr_resnet18_3d/probe",
         "simclr_resnet18_3d/finetune",
@@ -317,3 +358,7 @@ def test_command_line_takes_tasks_with_one_manifest_or_each_its_own(phantoms, tm
     (tmp_path / "mine.yaml").write_text(f"label: sex\nkind: binary\nmanifest: {phantoms}\n")
     result = run(tmp_path / "mine.yaml", "--models", "test_resnet_3d", "--modes", "probe", "scratches", "--seeds", 1)
     assert "unknown mode 'scratches'" in result.output
+    result = run(
+        "phantom_sex", "--manifest", phantoms, "--models", "test_resnet_3d", "--modes", "scratch", "--robustness"
+    )
+    assert "--robustness is of the linear probe; add probe to --modes" in result.output
