@@ -47,20 +47,36 @@ def fit_probe(
     except ModuleNotFoundError as error:
         raise MissingExtraError("scikit-learn", "eval") from error
     groups = np.unique(patients if patients is not None else np.arange(len(labels)).astype(str), return_inverse=True)[1]
+    features = features.astype(np.float64)
+    folds: Any
+    scoring: Any
     if kind == "regression":
         model = make_pipeline(StandardScaler(), Ridge())
         grid, scoring = {"ridge__alpha": RIDGE_ALPHA}, "neg_mean_squared_error"
-        folds = GroupKFold(min(_FOLDS, len(set(groups))), shuffle=True, random_state=seed)
+        count, folds = len(set(groups)), GroupKFold
     else:
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-        grid, scoring = {"logisticregression__C": LOGISTIC_C}, "neg_log_loss"
-        rarest = min(len(set(groups[labels == label])) for label in np.unique(labels))
-        if rarest < 2:
-            return model.fit(features, labels)  # one patient of a class: nothing to choose by
-        folds = StratifiedGroupKFold(min(_FOLDS, rarest), shuffle=True, random_state=seed)
+        grid, scoring = {"logisticregression__C": LOGISTIC_C}, _log_likelihood
+        count, folds = min(len(set(groups[labels == label])) for label in np.unique(labels)), StratifiedGroupKFold
+    splits = []
+    if count > 1:
+        parts = folds(min(_FOLDS, count), shuffle=True, random_state=seed).split(features, labels, groups)
+        classes = 1 if kind == "regression" else len(np.unique(labels))
+        splits = [(learn, look) for learn, look in parts if len(np.unique(labels[learn])) >= classes]
     with threadpool_limits(1):  # many small fits: threads cost more than they bring, and change the last digits
-        search = GridSearchCV(model, grid, cv=folds, scoring=scoring, error_score="raise")
-        return search.fit(features.astype(np.float64), labels, groups=groups).best_estimator_
+        if not splits:
+            return model.fit(features, labels)  # too few patients of a class: nothing to choose by
+        return (
+            GridSearchCV(model, grid, cv=splits, scoring=scoring, error_score="raise")
+            .fit(features, labels)
+            .best_estimator_
+        )
+
+
+def _log_likelihood(probe: Any, features: NDArray[Any], labels: NDArray[Any]) -> float:
+    """scikit-learn's "neg_log_loss", also of a fold whose few patients do not have every class."""
+    chances = probe.predict_proba(features)[np.arange(len(labels)), np.searchsorted(probe.classes_, labels)]
+    return float(np.log(np.maximum(chances, np.finfo(np.float64).eps)).mean())
 
 
 def predict_probe(probe: Any, features: NDArray[Any], kind: Kind) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from brainfm.downstream.probe import AdamProbe, LinearHead, fit_probe, predict_probe
+from brainfm.downstream.probe import AdamProbe, LinearHead, _log_likelihood, fit_probe, predict_probe
 from brainfm.downstream.statistics import metrics
 
 
@@ -53,6 +53,23 @@ def test_strength_is_chosen_with_patients_kept_together(draws):
     together = fit_probe(features, labels, "binary", patients=[f"p{n}" for n in patients])
     apart = fit_probe(features, labels, "binary")
     assert together["logisticregression"].C < apart["logisticregression"].C
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "regression"])
+def test_few_patients_with_scans_of_several_classes_are_no_error(kind):
+    """A fold then lacks a class, to learn from or to look at."""
+    for seed in range(4):
+        draw = np.random.default_rng(seed)
+        labels = np.concatenate([np.arange(4), draw.integers(0, 4, 8)]) % (2 if kind == "binary" else 4)
+        features, patients = draw.normal(size=(12, 3)), [f"p{n}" for n in draw.integers(0, 1 + seed % 4, 12)]
+        probe = fit_probe(features, labels, kind, patients=patients)
+        assert np.isfinite(predict_probe(probe, features, kind)).all()
+
+
+def test_strength_is_chosen_by_the_log_loss(draws):
+    features, labels = made(draws, "multiclass")
+    probe = fit_probe(features, labels, "multiclass")
+    assert _log_likelihood(probe, features, labels) == pytest.approx(-log_loss(labels, probe.predict_proba(features)))
 
 
 def test_adam_probe_is_a_linear_layer_trained_by_hand(draws):
