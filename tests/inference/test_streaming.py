@@ -1,0 +1,140 @@
+"""The streamed forward: what the plain one gives, whatever the size, and wherever the volume is empty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import brainfm
+from brainfm.inference import streaming
+from brainfm.inference.streaming import Live, StreamedResNet
+from brainfm.models.resnet import ResNet
+
+
+def scrambled(model: nn.Module) -> nn.Module:
+    """With BatchNorm statistics, scales and biases of either sign, so that an empty volume's map is not 0."""
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.ndim == 1:
+                value.copy_(torch.rand(value.shape, generator=draws) + (0.5 if "var" in name else -0.3))
+    return model
+
+
+def small(block: str, **arguments) -> nn.Module:
+    torch.manual_seed(0)
+    return scrambled(ResNet(block, (2, 2, 1, 1), (8, 16, 24, 32), **arguments)).eval()
+
+
+def head(shape: tuple[int, int, int], channels: int = 1, batch: int = 1) -> torch.Tensor:
+    """Noise in a ball that leaves some of the volume empty."""
+    places = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    inside = torch.from_numpy(sum(place**2 for place in places) < 0.5)
+    return torch.randn(batch, channels, *shape, generator=torch.Generator().manual_seed(1)) * inside
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("shape", [(40, 48, 48), (41, 47, 45), (64, 33, 70), (9, 8, 10), (5, 60, 61), (30, 12, 50)])
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize("slab", [20_000, 300_000, 10**9])
+def test_streamed_map_is_the_plain_one(monkeypatch, block, shape, slab):
+    monkeypatch.setitem(streaming._SLAB, "cpu", slab)
+    model = small(block)
+    fast = brainfm.optimize(model)
+    with torch.inference_mode():
+        assert isinstance(fast, StreamedResNet)
+        assert relative(fast.forward_features(head(shape)), model.forward_features(head(shape))) < 1e-5
+
+
+EMPTY = {
+    "nothing": lambda x: x.zero_(),
+    "one voxel": lambda x: x.zero_().index_put_(tuple(torch.tensor(n) for n in (0, 0, 20, 30, 11)), torch.tensor(9.0)),
+    "one voxel in a corner": lambda x: x.zero_().index_put_(
+        tuple(torch.tensor(n) for n in (0, 0, 39, 0, 47)), torch.tensor(9.0)
+    ),
+    "all but a plane": lambda x: x.mul_(torch.arange(40)[:, None, None] == 17),
+    "planes in the middle": lambda x: x.mul_(((torch.arange(40) < 6) | (torch.arange(40) > 33))[:, None, None]),
+    "half of it": lambda x: x.mul_(torch.arange(48) < 20),
+}
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_known_of_empty_space_is_exact(empty, batch):
+    model = small("basic")
+    x = torch.randn(batch, 1, 40, 48, 48, generator=torch.Generator().manual_seed(1))
+    EMPTY[empty](x[-1:])  # the other scan of a batch stays full
+    with torch.inference_mode():
+        assert relative(brainfm.optimize(model).forward_features(x), model.forward_features(x)) < 1e-5
+
+
+def test_several_channels_and_a_head():
+    model = small("basic", in_chans=3, num_classes=4)
+    x = head((40, 48, 48), channels=3)
+    with torch.inference_mode():
+        assert relative(brainfm.optimize(model)(x), model(x)) < 1e-5
+
+
+def test_only_what_the_brain_reaches_is_computed(monkeypatch):
+    computed = []
+    plain = torch.nn.functional.conv3d
+
+    def counting(x, *rest):
+        computed.append(x.numel())
+        return plain(x, *rest)
+
+    model, full, part = small("basic"), head((64, 64, 64)) + 1, head((64, 64, 64))
+    part[..., 24:] = 0
+    counts = []
+    for x in (full, part):
+        computed.clear()
+        with torch.inference_mode(), monkeypatch.context() as patched:
+            fast = brainfm.optimize(model)
+            patched.setattr(torch.nn.functional, "conv3d", counting)
+            fast.forward_features(x)
+        counts.append(sum(computed))
+    assert counts[1] < 0.75 * counts[0]
+
+
+def test_live_box_holds_every_voxel_that_a_change_reaches():
+    x = torch.zeros(1, 1, 21, 30, 27)
+    x[0, 0, 9:12, 8:20, 3:9] = 1
+    conv, pool = nn.Conv3d(1, 2, 7, padding=3), nn.MaxPool3d(3, 2, 1)
+    with torch.no_grad():
+        changed = pool(conv(x)) != pool(conv(torch.zeros_like(x)))
+    live = Live.of(x).behind(conv).behind(pool)
+    assert live.shape == tuple(changed.shape[2:])
+    outside = changed.any(dim=(0, 1))
+    for plane in range(live.shape[0]):
+        if box := live.box(plane, plane + 1):
+            assert outside[plane][box].any()
+            outside[plane][box] = False
+    assert not outside.any()
+
+
+def test_gradients_of_the_input_take_the_plain_way():
+    model, x = small("basic"), head((16, 24, 24)).requires_grad_()
+    (wanted,) = torch.autograd.grad(model(x).sum(), x)
+    (found,) = torch.autograd.grad(brainfm.optimize(model)(x).sum(), x)
+    assert relative(found, wanted) < 1e-4
+
+
+def test_network_of_ones_own_keeps_its_own_forward():
+    class Mine(ResNet):
+        def forward_features(self, x):
+            return super().forward_features(x) * 0
+
+    fast = brainfm.optimize(Mine("basic", (1, 1, 1, 1), (4, 4, 4, 4)))
+    with torch.inference_mode():
+        assert not fast(head((16, 16, 16))).any()
+
+
+def test_bfloat16_is_close():
+    model, x = small("basic"), head((40, 48, 48))
+    with torch.inference_mode():
+        assert torch.cosine_similarity(brainfm.optimize(model, "bfloat16")(x), model(x)).min() >= 0.9999
