@@ -7,6 +7,7 @@ strictly in the other. Ours is the encoder contract around them. MONAI is import
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from brainfm.models.contracts import (
     TURBOPREP_4MM,
 )
 from brainfm.models.encoder import Encoder, chosen_stages
+from brainfm.models.slabs import norm_add_relu, norm_relu_conv, pooled_stem, scale_shift_relu
 from brainfm.pretrained import PretrainedCfg, Score
 from brainfm.registry import register_model
 
@@ -87,16 +89,21 @@ class ResNet(Encoder):
         self.reset_classifier(num_classes)
 
     def _stem(self, x: Tensor) -> Tensor:
-        self._check_input(x)
         return self.act(self.bn1(self.conv1(x)))  # type: ignore[no-any-return]
+
+    def _pooled_stem(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing:
+            return self._run(scale_shift_relu, *pooled_stem(x, self.conv1, self.bn1))
+        return self.maxpool(self._stem(x))  # type: ignore[no-any-return]
 
     def _stage(self, name: str, x: Tensor) -> Tensor:
         for block in self.get_submodule(name).children():
-            x = self._run(block, x)
+            x = self._run(partial(_lean, block), x) if self.grad_checkpointing else block(x)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self._run(self._stem, x))
+        self._check_input(x)
+        x = self._pooled_stem(x)
         for name in _STAGES:
             x = self._stage(name, x)
         return x
@@ -108,11 +115,15 @@ class ResNet(Encoder):
         self, x: Tensor, indices: int | Sequence[int] | None = None, intermediates_only: bool = False
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         wanted = chosen_stages(indices, len(self.feature_info))
-        x = self._run(self._stem, x)
-        found = [x] if 0 in wanted else []
-        if intermediates_only and wanted[-1] == 0:
-            return found
-        x = self.maxpool(x)
+        self._check_input(x)
+        found = []
+        if 0 in wanted:
+            found = [self._run(self._stem, x)]
+            if intermediates_only and wanted[-1] == 0:
+                return found
+            x = self.maxpool(found[0])
+        else:
+            x = self._pooled_stem(x)
         for number, name in enumerate(_STAGES, start=1):
             x = self._stage(name, x)
             if number in wanted:
@@ -131,6 +142,15 @@ class ResNet(Encoder):
         """Take the encoder out of a SimCLR checkpoint (`encoder.…` beside `projector.…`), then as every family does."""
         inside = {key[8:]: value for key, value in state.items() if key.startswith("encoder.")}
         return super().filter_state_dict(inside or state)
+
+
+def _lean(block: Any, x: Tensor) -> Tensor:
+    """A block of MONAI's, keeping less for the backward pass; to be called inside a checkpoint."""
+    residual = x if block.downsample is None else block.downsample(x)
+    x = norm_relu_conv(block.conv1(x), block.bn1, block.conv2)
+    if not hasattr(block, "conv3"):
+        return norm_add_relu(x, block.bn2, residual)
+    return norm_add_relu(norm_relu_conv(x, block.bn2, block.conv3), block.bn3, residual)
 
 
 def _neuro_simclr(num_features: int, **changes: Any) -> PretrainedCfg:

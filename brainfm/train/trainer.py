@@ -115,6 +115,8 @@ class Trainer:
                     metrics |= {
                         "scans_per_s": self._joined_batch / (ended - waiting),
                         "data_share": (started - waiting) / (ended - waiting),
+                        "data_s": started - waiting,
+                        "step_s": ended - started,
                         "peak_memory_gb": _peak_memory(self.everyone.device),
                     }
                     waiting = ended
