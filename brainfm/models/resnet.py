@@ -24,7 +24,7 @@ from brainfm.models.contracts import (
     TURBOPREP_4MM,
 )
 from brainfm.models.encoder import Encoder, chosen_stages
-from brainfm.models.slabs import norm_add_relu, norm_relu_conv, pooled_stem, scale_shift_relu
+from brainfm.models.slabs import convolution, norm_add_relu, norm_relu_conv, pooled_stem, scale_shift_relu
 from brainfm.pretrained import PretrainedCfg, Score
 from brainfm.registry import register_model
 
@@ -133,6 +133,10 @@ class ResNet(Encoder):
         return x, found
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the contract says, and the stem goes by slabs, so that its full-size activation never exists.
+
+        Hooks on the stem's modules, on blocks and on their norms are not called then.
+        """
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -147,7 +151,7 @@ class ResNet(Encoder):
 def _lean(block: Any, x: Tensor) -> Tensor:
     """A block of MONAI's, keeping less for the backward pass; to be called inside a checkpoint."""
     residual = x if block.downsample is None else block.downsample(x)
-    x = norm_relu_conv(block.conv1(x), block.bn1, block.conv2)
+    x = norm_relu_conv(convolution(x, block.conv1), block.bn1, block.conv2)
     if not hasattr(block, "conv3"):
         return norm_add_relu(x, block.bn2, residual)
     return norm_add_relu(norm_relu_conv(x, block.bn2, block.conv3), block.bn3, residual)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv3d_input, conv3d_weight
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_SLAB_BYTES = 2**27  # of the convolution's output; the backward pass has some four such tensors at a time
+_SLAB_BYTES = 2**26  # of the convolution's output; the backward pass has some four such tensors at a time
 _CHANNELS = (0, 2, 3, 4)  # all axes but that of the channels
 
 
@@ -47,14 +47,19 @@ def pooled_stem(
     """
     sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight)
     weight = conv.weight * sign[:, None, None, None, None]  # the scale is above 0 now
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        x, weight = x.to(dtype), weight.to(dtype)
-    with torch.autocast(kind, enabled=False):
+    x, weight = _as_autocast(x, weight)
+    with torch.autocast(x.device.type, enabled=False):
         pooled, mean, variance = _PooledConvolution.apply(x, weight, slab_bytes)  # type: ignore[no-untyped-call]
         scale, shift = _scale_and_shift(norm, mean * sign, variance, x.numel() // x.shape[1])
         return pooled, scale * sign, shift
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the type that a convolution takes under autocast, where that is on."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -62,13 +67,19 @@ def scale_shift_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (x * _by_channel(scale) + _by_channel(shift)).relu_().to(x.dtype)
 
 
+def convolution(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """`conv(x)` of a convolution without a bias, with a backward pass by slabs."""
+    x, weight = _as_autocast(x, conv.weight)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Convolution.apply(x, weight, conv.stride, conv.padding)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def norm_relu_conv(x: Tensor, norm: _BatchNorm, conv: nn.Conv3d) -> Tensor:
     """`conv(relu(norm(x)))` of a convolution without a bias, of which x alone is kept for the backward pass."""
-    weight = conv.weight.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        moments = _moments_of(x, norm)
-        return _NormReLUConvolution.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, norm.weight, norm.bias, moments, weight, conv.stride, conv.padding
+        weight, moments = conv.weight.to(x.dtype), _moments_of(x, norm)
+        return _Convolution.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, weight, conv.stride, conv.padding, norm.weight, norm.bias, moments
         )
 
 
@@ -251,30 +262,55 @@ def _slab(x: Tensor, weight: Tensor, first: int, last: int) -> tuple[Tensor, int
     return z, 2 * first - low, F.max_pool3d(seen, 3, 2, (0, 1, 1))
 
 
-class _NormReLUConvolution(torch.autograd.Function):
-    """x, a norm's weight, bias and moments, a weight → conv3d(relu(norm(x)), weight)."""
+class _Convolution(torch.autograd.Function):
+    """x, a weight → conv3d(x, weight), or conv3d(relu(norm(x)), weight) of a norm's weight, bias and moments."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, moments: _Moments, weight: Tensor, stride: Any, padding: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        stride: Any,
+        padding: Any,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        moments: _Moments | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(x, scale, shift, weight)
-        ctx.moments, ctx.geometry = moments, (stride, padding)
-        return F.conv3d(_normalised(x, scale, shift, moments).relu_(), weight, None, stride, padding)
+        ctx.save_for_backward(x, weight, scale, shift)
+        ctx.moments, ctx.stride, ctx.padding = moments, stride, padding
+        return F.conv3d(_normalised_relu(x, scale, shift, moments), weight, None, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        x, scale, shift, weight = ctx.saved_tensors
-        of_weight = None
-        y = _normalised(x, scale, shift, ctx.moments).relu_()
-        if ctx.needs_input_grad[4]:
-            of_weight = conv3d_weight(y, weight.shape, gradient, *ctx.geometry)  # type: ignore[no-untyped-call]
-        hidden = y == 0
-        del y  # before its gradient is there
-        of_y = conv3d_input(x.shape, weight, gradient, *ctx.geometry).masked_fill_(hidden, 0)  # type: ignore[no-untyped-call]
-        of_scale, of_shift = _through_norm(of_y, x, scale, ctx.moments, out=of_y)
-        return of_y, of_scale, of_shift, None, of_weight, None, None
+        x, weight, scale, shift = ctx.saved_tensors
+        (depth, kernel), (stride, *strides), (padding, *paddings) = (
+            (x.shape[2], weight.shape[2]),
+            ctx.stride,
+            ctx.padding,
+        )
+        of_x = torch.zeros_like(x) if any(ctx.needs_input_grad[n] for n in (0, 4, 5)) else None
+        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        first = 0
+        # By slabs of the output: what a convolution's backward pass needs beside its result is large.
+        for (gradient,) in _parts(gradients[0]):
+            low, last = first * stride - padding, first + gradient.shape[2]
+            high = (last - 1) * stride - padding + kernel
+            seen = slice(max(low, 0), min(high, depth))
+            y = _normalised_relu(x[:, :, seen], scale, shift, ctx.moments)
+            y = F.pad(y, (0, 0, 0, 0, max(-low, 0), max(high - depth, 0)))
+            geometry = (stride, *strides), (0, *paddings)
+            if ctx.needs_input_grad[1]:
+                of_weight += conv3d_weight(y, weight.shape, gradient, *geometry)  # type: ignore[no-untyped-call]
+            if of_x is not None:
+                of_y = conv3d_input(y.shape, weight, gradient, *geometry)  # type: ignore[no-untyped-call]
+                of_x[:, :, seen] += of_y[:, :, max(-low, 0) : y.shape[2] - max(high - depth, 0)]
+            first = last
+        of_weight = of_weight.to(weight.dtype)
+        if ctx.moments is None or of_x is None:
+            return of_x, of_weight, None, None, None, None, None
+        for of_part, part in _parts(of_x, x):
+            of_part *= _normalised_relu(part, scale, shift, ctx.moments) > 0
+        return of_x, of_weight, None, None, *_through_norm(of_x, x, scale, ctx.moments, out=of_x), None
 
 
 class _NormAddReLU(torch.autograd.Function):
@@ -295,6 +331,13 @@ class _NormAddReLU(torch.autograd.Function):
             torch.mul(gradient, shown, out=part)
         of_scale, of_shift = _through_norm(of_sum, x, scale, ctx.moments, out=x)
         return x, of_scale, of_shift, None, of_sum
+
+
+def _normalised_relu(x: Tensor, scale: Tensor | None, shift: Tensor | None, moments: _Moments | None) -> Tensor:
+    """`relu(norm(x))`; x itself where there is no norm."""
+    if scale is None or shift is None or moments is None:
+        return x
+    return _normalised(x, scale, shift, moments).relu_()
 
 
 def _normalised(x: Tensor, scale: Tensor, shift: Tensor, moments: _Moments) -> Tensor:
@@ -337,5 +380,5 @@ def _by_channel(values: Tensor) -> Tensor:
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of some planes of each at a time, so that what is computed in between is small."""
-    planes = max(1, _SLAB_BYTES // 8 * tensors[0].shape[2] // (tensors[0].numel() * tensors[0].element_size()))
+    planes = max(1, _SLAB_BYTES // 4 * tensors[0].shape[2] // (tensors[0].numel() * tensors[0].element_size()))
     return zip(*(tensor.split(planes, dim=2) for tensor in tensors), strict=True)  # type: ignore[no-untyped-call]

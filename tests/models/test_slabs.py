@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm import create_model
-from brainfm.models.slabs import norm_add_relu, norm_relu_conv, pooled_stem, scale_shift_relu
+from brainfm.models.slabs import convolution, norm_add_relu, norm_relu_conv, pooled_stem, scale_shift_relu
 
 
 def stem(channels: int = 1, width: int = 6, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -81,7 +81,8 @@ def test_statistics_without_a_momentum_are_the_mean_over_batches():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_norm_and_relu_within_a_block_are_those_of_the_modules(training, stride, layout):
+def test_norm_and_relu_within_a_block_are_those_of_the_modules(training, stride, layout, monkeypatch):
+    monkeypatch.setattr("brainfm.models.slabs._SLAB_BYTES", 2**15)  # several slabs
     torch.manual_seed(0)
     first, second = (stem(6).train(training).to(memory_format=layout) for _ in range(2))
     second[0] = nn.Conv3d(6, 6, 3, stride=stride, padding=1, bias=False).double().to(memory_format=layout)
@@ -92,7 +93,7 @@ def test_norm_and_relu_within_a_block_are_those_of_the_modules(training, stride,
         return F.relu(m[3](m[2](F.relu(m[1](m[0](v))))) + residual)
 
     def ours(m: nn.Sequential, v: Tensor) -> Tensor:
-        return norm_add_relu(norm_relu_conv(m[0](v), m[1], m[2]), m[3], residual)
+        return norm_add_relu(norm_relu_conv(convolution(v, m[0]), m[1], m[2]), m[3], residual)
 
     x = volume(2, 6, 5, 6, 7).contiguous(memory_format=layout)
     assert_same(learned(layers, x, ours), learned(layers, x, modules))
