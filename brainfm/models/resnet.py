@@ -91,22 +91,23 @@ class ResNet(Encoder):
     def _stem(self, x: Tensor) -> Tensor:
         return self.act(self.bn1(self.conv1(x)))  # type: ignore[no-any-return]
 
-    def _pooled_stem(self, x: Tensor) -> Tensor:
+    def _pooled_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the first block takes: the stem's output, or where that is not to be kept, what it is made of."""
         if self.grad_checkpointing:
-            return self._run(scale_shift_relu, *pooled_stem(x, self.conv1, self.bn1))
-        return self.maxpool(self._stem(x))  # type: ignore[no-any-return]
+            return pooled_stem(x, self.conv1, self.bn1)
+        return (self.maxpool(self._stem(x)),)
 
-    def _stage(self, name: str, x: Tensor) -> Tensor:
+    def _stage(self, name: str, *inputs: Tensor) -> Tensor:
         for block in self.get_submodule(name).children():
-            x = self._run(partial(_lean, block), x) if self.grad_checkpointing else block(x)
-        return x
+            inputs = (self._run(partial(_lean, block), *inputs) if self.grad_checkpointing else block(*inputs),)
+        return inputs[0]
 
     def forward_features(self, x: Tensor) -> Tensor:
         self._check_input(x)
-        x = self._pooled_stem(x)
+        inputs = self._pooled_stem(x)
         for name in _STAGES:
-            x = self._stage(name, x)
-        return x
+            inputs = (self._stage(name, *inputs),)
+        return inputs[0]
 
     def pool(self, features: Tensor) -> Tensor:
         return features.mean(dim=(2, 3, 4))
@@ -121,11 +122,10 @@ class ResNet(Encoder):
             found = [self._run(self._stem, x)]
             if intermediates_only and wanted[-1] == 0:
                 return found
-            x = self.maxpool(found[0])
-        else:
-            x = self._pooled_stem(x)
+        inputs = (self.maxpool(found[0]),) if found else self._pooled_stem(x)
         for number, name in enumerate(_STAGES, start=1):
-            x = self._stage(name, x)
+            x = self._stage(name, *inputs)
+            inputs = (x,)
             if number in wanted:
                 found.append(x)
             if intermediates_only and number == wanted[-1]:
@@ -148,8 +148,13 @@ class ResNet(Encoder):
         return super().filter_state_dict(inside or state)
 
 
-def _lean(block: Any, x: Tensor) -> Tensor:
-    """A block of MONAI's, keeping less for the backward pass; to be called inside a checkpoint."""
+def _lean(block: Any, x: Tensor, *scale_and_shift: Tensor) -> Tensor:
+    """A block of MONAI's, keeping less for the backward pass; to be called inside a checkpoint.
+
+    The first block takes what `pooled_stem` gives.
+    """
+    if scale_and_shift:
+        x = scale_shift_relu(x, *scale_and_shift)
     residual = x if block.downsample is None else block.downsample(x)
     x = norm_relu_conv(convolution(x, block.conv1), block.bn1, block.conv2)
     if not hasattr(block, "conv3"):
