@@ -157,22 +157,22 @@ class Encoder(nn.Module, ABC):
                 + ("; add the batch axis: model(tensor[None])" if x.ndim == 4 else "")
             )
 
-    def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`block(x)`, recomputed in the backward pass where gradient checkpointing is on."""
+    def _run(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`block(*inputs)`, recomputed in the backward pass where gradient checkpointing is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint
 
             def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
                 return nullcontext(), self._still_statistics()
 
-            recomputed: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
             return recomputed
-        return block(x)
+        return block(*inputs)
 
     @contextmanager
     def _still_statistics(self) -> Iterator[None]:
         """Keep BatchNorm's running statistics as they are: recomputing a block must not count its batch twice."""
-        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm) and module.training]
         saved = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
         try:
             yield

@@ -7,6 +7,7 @@ strictly in the other. Ours is the encoder contract around them. MONAI is import
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from brainfm.models.contracts import (
     TURBOPREP_4MM,
 )
 from brainfm.models.encoder import Encoder, chosen_stages
+from brainfm.models.slabs import convolution, norm_add_relu, norm_relu_conv, pooled_stem, scale_shift_relu
 from brainfm.pretrained import PretrainedCfg, Score
 from brainfm.registry import register_model
 
@@ -87,19 +89,25 @@ class ResNet(Encoder):
         self.reset_classifier(num_classes)
 
     def _stem(self, x: Tensor) -> Tensor:
-        self._check_input(x)
         return self.act(self.bn1(self.conv1(x)))  # type: ignore[no-any-return]
 
-    def _stage(self, name: str, x: Tensor) -> Tensor:
+    def _pooled_stem(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the first block takes: the stem's output, or where that is not to be kept, what it is made of."""
+        if self.grad_checkpointing:
+            return pooled_stem(x, self.conv1, self.bn1)
+        return (self.maxpool(self._stem(x)),)
+
+    def _stage(self, name: str, *inputs: Tensor) -> Tensor:
         for block in self.get_submodule(name).children():
-            x = self._run(block, x)
-        return x
+            inputs = (self._run(partial(_lean, block), *inputs) if self.grad_checkpointing else block(*inputs),)
+        return inputs[0]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self._run(self._stem, x))
+        self._check_input(x)
+        inputs = self._pooled_stem(x)
         for name in _STAGES:
-            x = self._stage(name, x)
-        return x
+            inputs = (self._stage(name, *inputs),)
+        return inputs[0]
 
     def pool(self, features: Tensor) -> Tensor:
         return features.mean(dim=(2, 3, 4))
@@ -108,13 +116,16 @@ class ResNet(Encoder):
         self, x: Tensor, indices: int | Sequence[int] | None = None, intermediates_only: bool = False
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         wanted = chosen_stages(indices, len(self.feature_info))
-        x = self._run(self._stem, x)
-        found = [x] if 0 in wanted else []
-        if intermediates_only and wanted[-1] == 0:
-            return found
-        x = self.maxpool(x)
+        self._check_input(x)
+        found = []
+        if 0 in wanted:
+            found = [self._run(self._stem, x)]
+            if intermediates_only and wanted[-1] == 0:
+                return found
+        inputs = (self.maxpool(found[0]),) if found else self._pooled_stem(x)
         for number, name in enumerate(_STAGES, start=1):
-            x = self._stage(name, x)
+            x = self._stage(name, *inputs)
+            inputs = (x,)
             if number in wanted:
                 found.append(x)
             if intermediates_only and number == wanted[-1]:
@@ -122,6 +133,10 @@ class ResNet(Encoder):
         return x, found
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the contract says, and the stem goes by slabs, so that its full-size activation never exists.
+
+        Hooks on the stem's modules, on blocks and on their norms are not called then.
+        """
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -131,6 +146,20 @@ class ResNet(Encoder):
         """Take the encoder out of a SimCLR checkpoint (`encoder.…` beside `projector.…`), then as every family does."""
         inside = {key[8:]: value for key, value in state.items() if key.startswith("encoder.")}
         return super().filter_state_dict(inside or state)
+
+
+def _lean(block: Any, x: Tensor, *scale_and_shift: Tensor) -> Tensor:
+    """A block of MONAI's, keeping less for the backward pass; to be called inside a checkpoint.
+
+    The first block takes what `pooled_stem` gives.
+    """
+    if scale_and_shift:
+        x = scale_shift_relu(x, *scale_and_shift)
+    residual = x if block.downsample is None else block.downsample(x)
+    x = norm_relu_conv(convolution(x, block.conv1), block.bn1, block.conv2)
+    if not hasattr(block, "conv3"):
+        return norm_add_relu(x, block.bn2, residual)
+    return norm_add_relu(norm_relu_conv(x, block.bn2, block.conv3), block.bn3, residual)
 
 
 def _neuro_simclr(num_features: int, **changes: Any) -> PretrainedCfg:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from brainfm.inference import resolve_device
+from brainfm.models.slabs import count_batch
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def synchronise_batch_norm(network: nn.Module, place: torch.device) -> nn.Module
 class _SyncBatchNormCPU(nn.BatchNorm3d):
     """BatchNorm over the joined batch of all processes, which have equal shares; gradients pass between them."""
 
+    process_group = None  # all processes, as in nn.SyncBatchNorm
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
@@ -100,17 +102,6 @@ class _SyncBatchNormCPU(nn.BatchNorm3d):
         centred = x - mean[None, :, None, None, None]
         variance: Tensor = all_reduce(centred.square().mean(dim=axes)) / world  # type: ignore[no-untyped-call]
         count = x.numel() // x.shape[1] * world
-        with torch.no_grad():
-            _update(self, mean, variance * count / (count - 1))
+        count_batch(self, mean, variance * count / (count - 1))
         scale = (variance + self.eps).rsqrt() * self.weight
         return centred * scale[None, :, None, None, None] + self.bias[None, :, None, None, None]
-
-
-def _update(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    assert norm.momentum is not None
-    norm.num_batches_tracked += 1
-    norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
-    norm.running_var.lerp_(variance.to(norm.running_var), norm.momentum)

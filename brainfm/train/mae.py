@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.vit import Block, VisionTransformer, sincos_positions
@@ -60,7 +61,7 @@ class MaskedAutoencoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, volumes: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+        self, volumes: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None, predict_all: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Hide patches, and predict their voxels.
 
@@ -68,50 +69,57 @@ class MaskedAutoencoder(nn.Module):
             volumes: [B, C, D, H, W] of the encoder's `img_size`.
             mask_ratio: Share of patches to hide.
             noise: [B, patches]; the patches of lowest noise are kept. None draws it from torch's generator.
+            predict_all: Predict the voxels of visible patches too, which the loss does not need.
 
         Returns:
-            The mean squared error of the hidden patches' voxels; the prediction [B, patches, voxels a patch]; the mask
-            [B, patches], 1 where a patch was hidden.
+            The mean squared error of the hidden patches' voxels; the prediction [B, patches, voxels a patch], or
+            without `predict_all` that of the hidden patches alone, in the order of their noise; the mask [B, patches],
+            1 where a patch was hidden.
         """
         if self.patch_embed.grid(volumes.shape[2:]) != self.grid:
             raise ValueError(f"expected volumes of {self.grid} patches, got {list(volumes.shape)}")
+        count = _product(self.grid)
         if noise is None:
-            noise = torch.rand(len(volumes), _product(self.grid), device=volumes.device)
-        latent, mask, order = self.encode(volumes, mask_ratio, noise)
-        prediction = self.decode(latent, order)
-        return self.loss(volumes, prediction, mask), prediction, mask
-
-    def encode(self, volumes: Tensor, mask_ratio: float, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The visible patches' tokens [B, 1 + kept, dim] behind the CLS token, the mask, and where each patch went."""
-        tokens = self.patch_embed(volumes) + self.pos_embed[:, 1:]
+            noise = torch.rand(len(volumes), count, device=volumes.device)
         shuffle = noise.argsort(dim=1)
-        order = shuffle.argsort(dim=1)
-        kept = int(tokens.shape[1] * (1 - mask_ratio))
-        visible = tokens.gather(1, shuffle[:, :kept, None].expand(-1, -1, tokens.shape[2]))
+        kept = int(count * (1 - mask_ratio))
+        visible, hidden = shuffle[:, :kept], shuffle[:, kept:]
+        patches = patchify(volumes, self.patch_embed.patch_size)
+        tokens = self.decode(self.encode(_take(patches, visible), visible), shuffle)
+        prediction = self.predict(tokens if predict_all else _take(tokens, hidden))
+        loss = self.loss(_take(prediction, hidden) if predict_all else prediction, _take(patches, hidden))
+        return loss, prediction, torch.ones_like(noise, dtype=volumes.dtype).scatter(1, visible, 0)
+
+    def encode(self, patches: Tensor, places: Tensor) -> Tensor:
+        """The visible patches [B, kept, voxels a patch], and which they are → tokens [B, 1 + kept, dim], CLS first."""
+        embed = self.patch_embed.proj  # a convolution whose stride is its kernel: a matrix product, of these alone
+        tokens = F.linear(patches, embed.weight.permute(0, 2, 3, 4, 1).flatten(1), embed.bias)
+        tokens = tokens + _take(self.pos_embed[:, 1:].expand(len(places), -1, -1), places)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        tokens = torch.cat([cls_token, visible], dim=1)
+        tokens = torch.cat([cls_token.to(tokens.dtype), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.norm(tokens), (order >= kept).to(volumes.dtype), order
+        return self.norm(tokens)  # type: ignore[no-any-return]
 
-    def decode(self, latent: Tensor, order: Tensor) -> Tensor:
-        """Tokens of the visible patches → the voxels of all, [B, patches, voxels a patch]."""
+    def decode(self, latent: Tensor, shuffle: Tensor) -> Tensor:
+        """Tokens of the visible patches, which come first in `shuffle` → those of all, in place [B, patches, dim]."""
         tokens = self.decoder_embed(latent)
-        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), order.shape[1] + 1 - tokens.shape[1], -1)
-        patches = torch.cat([tokens[:, 1:], hidden], dim=1)
-        patches = patches.gather(1, order[:, :, None].expand(-1, -1, patches.shape[2]))
+        hidden = self.mask_token.to(tokens.dtype).expand(len(tokens), shuffle.shape[1] + 1 - tokens.shape[1], -1)
+        patches = _take(torch.cat([tokens[:, 1:], hidden], dim=1), shuffle.argsort(dim=1))
         tokens = torch.cat([tokens[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             tokens = block(tokens)
-        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]  # type: ignore[no-any-return]
+        return tokens[:, 1:]  # type: ignore[no-any-return]
 
-    def loss(self, volumes: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error over the hidden patches."""
-        target = patchify(volumes, self.patch_embed.patch_size)
+    def predict(self, tokens: Tensor) -> Tensor:
+        """The decoder's tokens of some patches → their voxels [B, patches, voxels a patch]."""
+        return self.decoder_pred(self.decoder_norm(tokens))  # type: ignore[no-any-return]
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error over patches."""
         if self.norm_pix_loss:
             target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-        error = (prediction.to(target.dtype) - target).square().mean(dim=-1)
-        return (error * mask).sum() / mask.sum()
+        return F.mse_loss(prediction.to(target.dtype), target)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone, beside biases and norms."""
@@ -132,6 +140,11 @@ def unpatchify(patches: Tensor, patch_size: Triple, grid: Triple) -> Tensor:
     split = patches.reshape(batch, *grid, *patch_size, channels)
     shape = [patch * count for patch, count in zip(patch_size, grid, strict=True)]
     return split.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, channels, *shape)
+
+
+def _take(tokens: Tensor, places: Tensor) -> Tensor:
+    """Rows [B, taken, dim] of [B, N, dim], by their numbers [B, taken]."""
+    return tokens.gather(1, places[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def _product(triple: Triple) -> int:

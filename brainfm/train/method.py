@@ -150,7 +150,7 @@ class MAEMethod(PretrainingMethod):
         views = batch.views[0]
         noise = torch.rand(share.stop, self._patches, generator=generator)[share].to(views.device)
         with self._autocast(views):
-            loss = network(views, self.recipe.mask_ratio, noise)[0]
+            loss = network(views, self.recipe.mask_ratio, noise, predict_all=False)[0]
         loss.backward()
         return {"loss": float(loss.detach())}
 

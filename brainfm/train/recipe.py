@@ -40,7 +40,7 @@ class Training(Checked):
         precision: "float32", or "bfloat16" by autocast; "float64" to compare runs.
         tf32: Let CUDA multiply in TF32.
         channels_last: Memory layout.
-        grad_checkpointing: Recompute activations in the backward pass.
+        grad_checkpointing: Recompute activations in the backward pass; a ResNet's stem by slabs.
         sync_bn: BatchNorm statistics over all processes.
         save_every: Keep a checkpoint every so many epochs, beside the last and the best.
         resume: Go on with the run in `output` where there is one.

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ class RunInterruptedError(BrainfmError):
 class Trainer:
     """A run in a folder: resumed where there is one, logged, saved, and stopped behind a step by a signal.
 
-    The folder has `log.jsonl` (a line a step, and one an epoch where the method says something of it), `checkpoints/`,
+    The folder has `log.jsonl` (a line a step, and one an epoch where the method says something of it; `data_s` are the
+    seconds a step waited for data, `step_s` those it took), `checkpoints/`,
     and `bad_scans.csv` where there are any.
 
     Args:
@@ -107,6 +109,7 @@ class Trainer:
         with _signals(self), _progress_bar(total, self._step_of_run, shown) as bar, self._log() as log:
             while self.progress.epoch < settings.epochs:
                 self.sampler.epoch, self.sampler.first_step = self.progress.epoch, self.progress.step
+                costs = []
                 waiting = time.perf_counter()
                 for loaded in loader:
                     started = time.perf_counter()
@@ -115,8 +118,11 @@ class Trainer:
                     metrics |= {
                         "scans_per_s": self._joined_batch / (ended - waiting),
                         "data_share": (started - waiting) / (ended - waiting),
+                        "data_s": started - waiting,
+                        "step_s": ended - started,
                         "peak_memory_gb": _peak_memory(self.everyone.device),
                     }
+                    costs.append((started - waiting, ended - started))
                     waiting = ended
                     log(metrics)
                     bar.set_postfix(loss=f"{metrics['loss']:.3f}", epoch=self.progress.epoch + 1)
@@ -127,6 +133,7 @@ class Trainer:
                             f"stopped by signal {self.stopped_by} in epoch {self.progress.epoch + 1}, step "
                             f"{self.progress.step}; the same command goes on from there"
                         )
+                self._say_costs(costs)
                 self._end_epoch(log)
 
     def _step(self, batch: Batch) -> dict[str, float]:
@@ -174,6 +181,12 @@ class Trainer:
                 f"{len(self.bad)} of {len(self.data.records)} scans cannot be read, more than max_bad_share="
                 f"{self.settings.max_bad_share:g}; they are listed in {self.folder / 'bad_scans.csv'}; one: {first}"
             )
+
+    def _say_costs(self, costs: list[tuple[float, float]]) -> None:
+        """Say what an epoch's steps cost by the median: the seconds in which data were waited for, and the rest."""
+        if costs and self.everyone.is_first:
+            data, step = (statistics.median(seconds) for seconds in zip(*costs, strict=True))
+            logger.info("epoch %d: a step waits %.3g s for data and takes %.3g s", self.progress.epoch + 1, data, step)
 
     def _end_epoch(self, log: Callable[[dict[str, float]], None]) -> None:
         progress = self.progress

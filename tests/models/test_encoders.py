@@ -254,18 +254,21 @@ def _gradients(model: Encoder, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", RUN)
 def test_gradient_checkpointing_gives_the_same_gradients(name):
-    model, x = copy.deepcopy(shared(name)).train(), volume(name, batch=1)
+    model, x = copy.deepcopy(shared(name)).double().train(), volume(name, batch=1).double()
     block = model.get_submodule(model.feature_info[-1]["module"])
-    block = block[0] if isinstance(block, nn.Sequential) else block
+    called = ("norm1", "downsample.0")  # of a block's layers, in either way
     runs = []
-    block.register_forward_pre_hook(lambda *_: runs.append(1))
+    for layer in (module for key, module in block.named_modules() if key.endswith(called)):
+        layer.register_forward_pre_hook(lambda *_: runs.append(1))
     plain = _gradients(model, x)
     assert len(runs) == 1
     model.set_grad_checkpointing()
     recomputed = _gradients(model, x)
     assert len(runs) == 3  # once more in the backward pass: checkpointing is on
     assert plain.keys() == recomputed.keys()
-    assert [key for key in plain if not torch.equal(plain[key], recomputed[key])] == []
+    largest = max(gradient.abs().max() for gradient in plain.values())
+    for key, gradient in plain.items():
+        assert (recomputed[key] - gradient).abs().max() <= 1e-10 * largest, key
     model.set_grad_checkpointing(False)
     model(x)
     assert not model.grad_checkpointing
@@ -273,13 +276,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 @pytest.mark.parametrize("name", TINY)
 def test_gradient_checkpointing_leaves_the_buffers_as_training_without_it(name):
-    plain = build(name).train()
+    plain = build(name).double().train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.set_grad_checkpointing()
     for model in (plain, checkpointed):
-        _gradients(model, volume(name, batch=1))
+        _gradients(model, volume(name, batch=1).double())
     buffers = dict(checkpointed.named_buffers())
-    assert [key for key, buffer in plain.named_buffers() if not torch.equal(buffer, buffers[key])] == []
+    for key, buffer in plain.named_buffers():
+        torch.testing.assert_close(buffers[key], buffer, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", RUN)

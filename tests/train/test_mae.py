@@ -62,6 +62,25 @@ def test_a_quarter_of_the_patches_is_kept_those_of_lowest_noise(network, volumes
         assert noise[scan][mask[scan] == 0].max() < noise[scan][mask[scan] == 1].min()
 
 
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_predicting_hidden_patches_alone_gives_the_same_loss_and_gradients(norm_pix_loss, network, volumes):
+    network.norm_pix_loss, noise = norm_pix_loss, torch.rand(2, 180, dtype=torch.float64)
+    network, runs = network.double(), []
+    for predict_all in (True, False):
+        network.zero_grad()
+        loss, prediction, mask = network(volumes.double(), noise=noise, predict_all=predict_all)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in network.parameters() if p.requires_grad])
+        runs.append((loss, prediction, mask, gradients))
+    (loss, everything, mask, gradients), (other, hidden, same, others) = runs
+    assert other.item() == pytest.approx(loss.item(), rel=1e-12)
+    assert torch.equal(mask, same)
+    torch.testing.assert_close(others, gradients, rtol=1e-9, atol=1e-12)
+    for scan in range(2):
+        places = noise[scan].argsort()[45:]
+        torch.testing.assert_close(hidden[scan], everything[scan, places])
+
+
 def test_what_is_hidden_changes_nothing_but_the_loss(network, volumes):
     noise = torch.rand(2, 180, generator=torch.Generator().manual_seed(2))
     loss, prediction, mask = network(volumes, noise=noise)

@@ -76,7 +76,7 @@ def test_run_ends_in_a_folder_that_loads_with_what_is_known_of_it(base, recipe, 
     export = pretrain(recipe(base))
     lines = log(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 10))
-    wanted = {"loss", "lr", "grad_norm", "scans_per_s", "data_share", "peak_memory_gb", "epoch"}
+    wanted = {"loss", "lr", "grad_norm", "scans_per_s", "data_share", "data_s", "step_s", "peak_memory_gb", "epoch"}
     wanted |= {"top1", "alignment", "uniformity"} if base is SIMCLR else set()
     assert wanted < lines[0].keys()
     model = brainfm.create_model(f"local-dir:{export}")
@@ -145,10 +145,13 @@ def torchrun(world, fields, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("base", [SIMCLR, MAE], ids=["simclr", "mae"])
-def test_two_processes_end_with_the_weights_of_one_with_the_joined_batch(base, cohort, tmp_path):
+@pytest.mark.parametrize(
+    ("base", "checkpointed"), [(SIMCLR, False), (SIMCLR, True), (MAE, False)], ids=["simclr", "checkpointed", "mae"]
+)
+def test_two_processes_end_with_the_weights_of_one_with_the_joined_batch(base, checkpointed, cohort, tmp_path):
     fields = base | {"manifest": str(cohort), "epochs": 1, "precision": "float64", "every_scan": False}
-    torchrun(2, fields | {"batch_size": 2, "output": str(tmp_path / "two")}, tmp_path)
+    two = {"batch_size": 2, "output": str(tmp_path / "two"), "grad_checkpointing": checkpointed}
+    torchrun(2, fields | two, tmp_path)
     pretrain(recipe_from_dict(fields | {"batch_size": 4, "output": str(tmp_path / "one")}))
     assert len(log(tmp_path / "two")) == len(log(tmp_path / "one")) == 3
     alone, shared = network(tmp_path / "one"), network(tmp_path / "two")
