@@ -1,6 +1,6 @@
 """What `import brainfm` costs above `import torch`: paired runs in fresh interpreters, medians.
 
-python benchmarks/import_time.py [--runs 11]
+python benchmarks/import_time.py [--rounds 11]
 """
 
 import argparse
@@ -18,8 +18,8 @@ def seconds(statement: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=11)
-    runs = parser.parse_args().runs
+    parser.add_argument("--rounds", type=int, default=11)
+    runs = parser.parse_args().rounds
 
     statements = ("import torch", "import torch, brainfm")
     for statement in statements:

@@ -254,7 +254,7 @@ def demo(model: str | None, output: str) -> None:
 @click.option("--model", default="simclr_resnet18_3d", show_default=True, help="Name of the model.")
 @click.option("--mask", help="Brain mask, where INPUT is one scan.")
 @click.option("--checkpoint", help="A weight file to use instead of the published weights.")
-@click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), help="Scans a forward pass; without it, by the GPU's memory.")
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
@@ -267,7 +267,7 @@ def embed(
     model: str,
     mask: str | None,
     checkpoint: str | None,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
     dtype: Any,
     workers: int,
@@ -294,7 +294,7 @@ def embed(
     table = brainfm.embed(
         records,
         encoder,
-        batch_size=batch_size,
+        batch_size=batch_size or "auto",
         device=device,
         dtype=dtype,
         num_workers=workers,
@@ -310,6 +310,27 @@ def embed(
         if len(records) > 1:
             click.echo(f"{len(table.errors)} of {len(records)} scans failed; see {errors_path(path)}", err=True)
         sys.exit(1)
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file: .onnx, or .pt2.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["onnx", "torch-export"]),
+    help="ONNX, or a program of torch.export; without it, what the ending of OUTPUT says.",
+)
+@click.option("--checkpoint", help="A weight file to use instead of the published weights.")
+def export(model: str, output: Path, kind: Any, checkpoint: str | None) -> None:
+    """Write MODEL as a file that runs without brainfm, for a batch of any size, and check it against the model."""
+    import brainfm
+    from brainfm.export import export
+
+    encoder = brainfm.create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
+    report = export(encoder, output, kind or ("torch-export" if output.suffix == ".pt2" else "onnx"))
+    click.echo(f"{model} → {report.path}, checked: relative error {report.error:.1e} on the packaged scan")
+    click.echo("It takes tensors prepared as the input contract says, which is in it: brainfm_input_spec")
 
 
 @main.command()

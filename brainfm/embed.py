@@ -12,6 +12,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,8 @@ from brainfm.weights import atomic_path
 logger = logging.getLogger("brainfm")
 
 _FORMATS = (".csv", ".parquet", ".npz")
+_MOST_SCANS = 16  # a batch; larger ones are no faster
+_SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +109,7 @@ def embed(
     scans: ScansLike,
     model: nn.Module | str,
     *,
-    batch_size: int = 1,
+    batch_size: int | Literal["auto"] = "auto",
     device: str | torch.device = "auto",
     dtype: DTypeName | torch.dtype = "auto",
     num_workers: int = 2,
@@ -125,7 +128,8 @@ def embed(
         scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images or
             (image, mask) pairs.
         model: An encoder of `create_model`, or the name of one with published weights.
-        batch_size: Scans a forward pass.
+        batch_size: Scans a forward pass; "auto" is 1 on a CPU, where more are not faster, and on a GPU as many as its
+            free memory holds, by what the first scan took, at most 16.
         device: "auto" (CUDA where there is one, else the CPU), or a torch device.
         dtype: See `brainfm.optimize`; "auto" is float32.
         num_workers: Threads that read and prepare scans ahead of the encoder; 0 reads in turn.
@@ -148,9 +152,9 @@ def embed(
     """
     if on_error not in ("skip", "raise"):
         raise ValueError(f'on_error must be "skip" or "raise", not {on_error!r}')
-    if batch_size < 1 or num_workers < 0:
+    if num_workers < 0 or (batch_size != "auto" and batch_size < 1):
         raise ValueError(
-            f"batch_size must be at least 1 and num_workers at least 0, not {batch_size} and {num_workers}"
+            f'batch_size must be at least 1 or "auto", and num_workers at least 0, not {batch_size!r} and {num_workers}'
         )
     records = list_scans(scans)
     path = None if output is None else Path(output)
@@ -164,9 +168,10 @@ def embed(
         logger.warning("%s: an evaluation on it is one on training data", overlap)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = resolve_device(device)
-    fast = optimize(encoder, dtype).to(place)
-
     journal = _Journal(path, rank, fingerprint(encoder, dtype)) if path is not None else None
+    width = getattr(encoder, "num_features", 0)
+    fast = optimize(encoder, dtype).to(place)
+    del encoder  # where a name was given, its weights are not kept twice
     mine = range(rank, len(records), world)
     done: dict[int, NDArray[np.float32]] = {}
     failed: dict[int, str] = {}
@@ -175,10 +180,11 @@ def embed(
         if done:
             logger.info("%s: %d scans were done by an earlier run", path, len(done))
     todo = [n for n in mine if n not in done]
-    prepared = _prepared(records, todo, transform, num_workers, batch_size)
+    most = batch_size if batch_size != "auto" else _MOST_SCANS if place.type == "cuda" else 1
+    batches = _Batches(_prepared(records, todo, transform, num_workers, num_workers + most), batch_size, place)
     try:
-        with _progress_bar(len(mine), len(done), progress and rank == 0) as bar:
-            for n, outcome in _embedded(fast, _batches(prepared, batch_size), place):
+        with _own_cores(place), _progress_bar(len(mine), len(done), progress and rank == 0) as bar:
+            for n, outcome in _embedded(fast, batches, place):
                 if isinstance(outcome, ScanError):
                     if on_error == "raise":
                         raise outcome
@@ -193,7 +199,7 @@ def embed(
             journal.close()
     if world > 1:
         done, failed = _gathered(done, failed, world)
-    table = _table(records, done, failed, getattr(encoder, "num_features", 0))
+    table = _table(records, done, failed, width)
     if path is not None and journal is not None and rank == 0:
         _write(table, path)
         journal.remove()
@@ -201,15 +207,18 @@ def embed(
 
 
 def _embedded(
-    model: nn.Module, batches: Iterator[tuple[list[int], list[Tensor | ScanError]]], device: torch.device
+    model: nn.Module, batches: _Batches, device: torch.device
 ) -> Iterator[tuple[int, NDArray[np.float32] | ScanError]]:
     """A vector, or the reason why there is none, for each scan of the batches."""
     for numbers, outcomes in batches:
         tensors = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
         vectors: list[NDArray[np.float32]] = []
         if tensors:
+            joined = torch.stack(tensors)
+            if device.type == "cuda":
+                joined = joined.pin_memory()
             with torch.inference_mode():
-                vectors = list(model(torch.stack(tensors).to(device, non_blocking=True)).float().cpu().numpy())
+                vectors = list(model(joined.to(device, non_blocking=True)).float().cpu().numpy())
         remaining = iter(vectors)
         for n, outcome in zip(numbers, outcomes, strict=True):
             if isinstance(outcome, ScanError):
@@ -257,7 +266,7 @@ def _text_columns(records: Sequence[ScanRecord]) -> dict[str, list[str]]:
 
 
 def _prepared(
-    records: list[ScanRecord], todo: list[int], transform: InputTransform, num_workers: int, batch_size: int
+    records: list[ScanRecord], todo: list[int], transform: InputTransform, num_workers: int, most_ahead: int
 ) -> Iterator[tuple[int, Tensor | ScanError]]:
     """Tensors in order, prepared by threads (inflating and NumPy release the interpreter's lock) a little ahead."""
 
@@ -278,7 +287,7 @@ def _prepared(
         ahead: deque[tuple[int, Future[Tensor | ScanError]]] = deque()
         for n in todo:
             ahead.append((n, pool.submit(prepare, n)))
-            if len(ahead) > num_workers + batch_size:
+            if len(ahead) > most_ahead:
                 first, future = ahead.popleft()
                 yield first, future.result()
         while ahead:
@@ -288,19 +297,50 @@ def _prepared(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _batches(
-    items: Iterator[tuple[int, Tensor | ScanError]], size: int
-) -> Iterator[tuple[list[int], list[Tensor | ScanError]]]:
-    numbers: list[int] = []
-    outcomes: list[Tensor | ScanError] = []
-    for n, outcome in items:
-        numbers.append(n)
-        outcomes.append(outcome)
-        if sum(isinstance(o, Tensor) for o in outcomes) == size:
+class _Batches:
+    """Scans in batches of a size, or of one that grows from 1 to what a GPU's memory holds."""
+
+    def __init__(
+        self, items: Iterator[tuple[int, Tensor | ScanError]], size: int | Literal["auto"], device: torch.device
+    ) -> None:
+        self._items, self._device = items, device
+        self._size = 1 if size == "auto" else size
+        self._grows = size == "auto" and device.type == "cuda"
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[Tensor | ScanError]]]:
+        numbers: list[int] = []
+        outcomes: list[Tensor | ScanError] = []
+        for n, outcome in self._items:
+            numbers.append(n)
+            outcomes.append(outcome)
+            if sum(isinstance(o, Tensor) for o in outcomes) == self._size:
+                yield numbers, outcomes
+                numbers, outcomes = [], []
+                if self._grows:
+                    self._size, self._grows = self._affordable(), False
+        if numbers:
             yield numbers, outcomes
-            numbers, outcomes = [], []
-    if numbers:
-        yield numbers, outcomes
+
+    def _affordable(self) -> int:
+        """Scans that the free memory of the GPU holds, by the most that the first one took."""
+        taken = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        free = torch.cuda.mem_get_info(self._device)[0] + cached
+        return max(1, min(_MOST_SCANS, int(_SHARE_OF_MEMORY * free / max(taken, 1))))
+
+
+@contextmanager
+def _own_cores(device: torch.device) -> Iterator[None]:
+    """On a CPU that processes of torchrun share, compute with this one's share of its cores."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    before = torch.get_num_threads()
+    if device.type == "cpu" and local > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _progress_bar(total: int, initial: int, shown: bool) -> Any:

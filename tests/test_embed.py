@@ -18,6 +18,8 @@ from brainfm import ScanError
 from brainfm.embed import Embeddings
 from brainfm.manifest import ScanRecord
 
+module = sys.modules["brainfm.embed"]  # behind the function of the same name
+
 
 class Pooled(nn.Module):
     """An encoder for this file: means over 2×2×2 blocks of the tensor, with a weight. Counts and fails on demand."""
@@ -626,3 +628,33 @@ def test_no_warning_for_other_data(dataset, column, pretrained_on_adni, manifest
 def test_no_warning_where_no_cohorts_are_recorded(small_model, manifest, caplog):
     brainfm.embed(manifest("ADNI"), small_model)
     assert overlaps(caplog) == []
+
+
+# --- Batches and cores ----------------------------------------------------------------------------
+
+
+def test_automatic_batch_is_one_on_a_cpu(originals):
+    brainfm.embed([(path, originals[1]) for path in originals[0][:3]], Pooled())
+    assert Pooled.seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("free", "cached", "size"), [(10, 0, 8), (10, 5, 12), (0.5, 0, 1), (1000, 0, 16)])
+def test_batch_grows_to_what_the_gpu_holds_behind_the_first_scan(monkeypatch, free, cached, size):
+    gigabyte = 2**30
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * gigabyte)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * gigabyte)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: (2 + cached) * gigabyte)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * gigabyte), 0))
+    scans = iter((n, torch.zeros(1)) for n in range(40))
+    sizes = [len(numbers) for numbers, _ in module._Batches(scans, "auto", torch.device("cuda"))]
+    assert sizes[:2] == [1, size]
+    assert sum(sizes) == 40
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with module._own_cores(torch.device("cpu")):
+        assert torch.get_num_threads() == max(1, cores // 2)
+    assert torch.get_num_threads() == before

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,35 +16,49 @@ from brainfm.errors import BrainfmError
 from brainfm.inference.streaming import StreamedResNet
 from brainfm.models.resnet import ResNet
 
+logger = logging.getLogger("brainfm")
+
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> nn.Module:
-    """A copy of an encoder for inference: BatchNorm folded into the convolutions, channels-last memory, no gradients.
+def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compile: bool | str = False) -> nn.Module:
+    """A copy of an encoder for inference that gives the same embeddings, faster and in less memory.
 
-    The embeddings are the same: to 1e-5 relative in float32. What does not apply to an encoder (there is no BatchNorm
-    in a ViT) is skipped. The copy takes and returns float32 whatever it computes in, and cannot be trained.
+    BatchNorm is folded into the convolutions, memory is channels-last, and a ResNet's stem and first two stages are
+    computed a few planes at a time, and only where the scan is not empty (`brainfm.inference.streaming`). What does not
+    apply to an encoder is left out; the copy's `optimizations` say what was done. The embeddings are the same to 1e-5
+    relative in float32. The copy takes and returns float32 whatever it computes in, and cannot be trained.
 
     Args:
         model: An encoder of `create_model`; it is not changed.
-        dtype: What to compute in. "auto" is float32, which keeps the published features; "bfloat16" and "float16" are
-            faster where the processor has them, at the cost of about three digits.
+        dtype: What to compute in. "auto" is float32, which gives the published features on every machine; "bfloat16"
+            and "float16" are faster where the processor has them, at the cost of about three digits.
+        compile: Hand the copy to `torch.compile`, by its default backend or the one named, for GPUs: the first volume
+            takes a minute, and the whole map of each layer is computed.
 
     Example:
         >>> fast = brainfm.optimize(brainfm.create_model("simclr_resnet18_3d", pretrained=True))
     """
     kind = resolve_dtype(dtype)
-    fast: nn.Module = copy.deepcopy(model).eval().requires_grad_(False)
+    fast: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    done = ["channels-last memory", str(kind).removeprefix("torch.")]
     if isinstance(fast, ResNet):
         _fold_batch_norms(fast)
+        done.insert(0, "BatchNorm folded")
     if type(fast) is ResNet:
         fast.__class__ = StreamedResNet  # the same modules under another forward
-    fast = fast.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        done.insert(1, "stem and first two stages by slabs, without what is empty")
+    fast = fast.to(memory_format=torch.channels_last_3d)
     if kind is not torch.float32:
         fast = fast.to(kind)
         fast.register_forward_pre_hook(partial(_cast_input, kind), with_kwargs=True)
         fast.register_forward_hook(_cast_output)
-    return fast
+    if compile:
+        fast.compile(backend=compile if isinstance(compile, str) else "inductor")
+        done = [*(part for part in done if "slabs" not in part), "torch.compile"]
+    fast.optimizations = tuple(done)
+    logger.debug("%s for inference: %s", type(model).__name__, ", ".join(done))
+    return cast(nn.Module, fast)
 
 
 def resolve_dtype(dtype: DTypeName | torch.dtype) -> torch.dtype:

@@ -122,3 +122,18 @@ def test_logits_are_the_same_too():
 def test_type_that_no_encoder_computes_in_is_refused(dtype):
     with pytest.raises(ValueError, match="dtype"):
         brainfm.optimize(build("test_resnet_3d"), dtype)
+
+
+def test_what_was_done_is_said():
+    assert "BatchNorm folded" in brainfm.optimize(build("test_resnet_3d")).optimizations
+    said = brainfm.optimize(build("test_vit_3d"), "bfloat16").optimizations
+    assert said == ("channels-last memory", "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
+def test_compiled_network_gives_the_same_embeddings(name):
+    model, x = build(name), volume(name)
+    fast = brainfm.optimize(model, compile="eager")  # dynamo's tracing without a compiler
+    with torch.inference_mode():
+        assert relative(fast(x), model(x)) < 1e-5
+    assert fast.optimizations[-1] == "torch.compile"

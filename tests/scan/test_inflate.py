@@ -1,0 +1,50 @@
+"""Any gzip that is installed reads a compressed scan, and checks it."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+
+import pytest
+
+from brainfm import ScanError
+from brainfm.scan import read
+
+MODULES = ("isal.igzip", "zlib_ng.gzip_ng", "gzip")
+
+
+@pytest.fixture(params=MODULES)
+def inflater(request, monkeypatch):
+    """One of the three, as if the faster ones were not installed."""
+    pytest.importorskip(request.param)
+    for faster in MODULES[: MODULES.index(request.param)]:
+        monkeypatch.setitem(sys.modules, faster, None)
+    read._inflater.cache_clear()
+    yield request.param
+    read._inflater.cache_clear()
+
+
+def test_fastest_gzip_that_is_installed_is_taken(inflater):
+    assert read._inflater().__module__.startswith(inflater.split(".")[0])
+
+
+def test_scan_is_the_same(inflater, small_sample, tmp_path):
+    plain = read.read_image(small_sample[0])
+    content = (gzip.decompress if str(small_sample[0]).endswith(".gz") else bytes)(small_sample[0].read_bytes())
+    packed = tmp_path / "scan.nii.gz"
+    packed.write_bytes(gzip.compress(content[: len(content) // 2]) + gzip.compress(content[len(content) // 2 :]))
+    assert (read.read_image(packed).array == plain.array).all()
+
+
+@pytest.mark.parametrize("fault", ["half", "flipped bit", "nothing behind the header"])
+def test_damaged_file_is_refused(inflater, small_sample, tmp_path, fault):
+    content = (gzip.decompress if str(small_sample[0]).endswith(".gz") else bytes)(small_sample[0].read_bytes())
+    packed = bytearray(gzip.compress(content))
+    if fault == "flipped bit":
+        packed[-5] ^= 1
+    else:
+        del packed[len(packed) // 2 if fault == "half" else 10 :]
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(packed)
+    with pytest.raises(ScanError, match="damaged or incomplete"):
+        read.read_image(path)
