@@ -215,10 +215,11 @@ class _Convolution:
         first = self._done
         self._done += (slab.shape[1] - kernel) // self.conv.stride[0] + 1
         added = None if self._shortcut is None else self._shortcut.take(self._done - first)
-        if self.live is None or self._background is None:
+        box = None if self.live is None else self.live.box(first, self._done)
+        if self._background is None or box == tuple(slice(0, n) for n in slab.shape[2:4]):
             return self._values(slab, added, margin)
         out = self._background.planes(len(slab), first, self._done)
-        if box := self.live.box(first, self._done):
+        if box:
             rows, columns = box
             added = None if added is None else added[:, :, rows, columns]
             out[:, :, rows, columns] = self._values(_patch(slab, box, margin), added, 0)

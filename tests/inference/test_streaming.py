@@ -39,9 +39,9 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("shape", [(40, 48, 48), (41, 47, 45), (64, 33, 70), (9, 8, 10), (5, 60, 61), (30, 12, 50)])
+@pytest.mark.parametrize("shape", [(40, 48, 48), (41, 33, 45), (9, 8, 10), (5, 60, 61)])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-@pytest.mark.parametrize("slab", [20_000, 300_000, 10**9])
+@pytest.mark.parametrize("slab", [20_000, 10**9])
 def test_streamed_map_is_the_plain_one(monkeypatch, block, shape, slab):
     monkeypatch.setitem(streaming._SLAB, "cpu", slab)
     model = small(block)
