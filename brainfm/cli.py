@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from brainfm.downstream.command import benchmark_command, finetune_command, probe_command
+from brainfm.prep.command import prep_command, qc_command
 
 EPILOG = "Documentation: README.md. Every refusal says what to do next."
 
@@ -383,6 +384,8 @@ def pretrain(arguments: tuple[str, ...]) -> None:
 main.add_command(probe_command)
 main.add_command(finetune_command)
 main.add_command(benchmark_command)
+main.add_command(prep_command)
+main.add_command(qc_command)
 
 
 def _indented(text: str) -> str:
