@@ -1,4 +1,4 @@
-"""`brainfm prep` on one head, moved in known ways: how far off is the registration, how right the mask, what does QC say?
+"""`brainfm prep` on one head, moved in known ways: the error of the registration, the mask's overlap, the verdict.
 
 Each move turns the head by up to 20° about each axis and shifts it by up to 30 mm along each, puts it on voxels of
 1×1×3 mm, dims one side, adds Rician noise of 3 % of white matter, and stores the axes in a random order and direction.

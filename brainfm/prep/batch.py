@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -132,6 +133,7 @@ def _in_a_process(
 
 def _work(source: Source, folder: Path, settings: Settings, threads: int, answer: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     os.environ |= dict.fromkeys(_THREAD_VARIABLES, str(threads))
     try:
         answer.send(prepare(source, folder, settings, threads))
@@ -140,6 +142,13 @@ def _work(source: Source, folder: Path, settings: Settings, threads: int, answer
         answer.send(text)
     except Exception as error:  # one failed scan never stops the rest
         answer.send(f"{source.path}: {type(error).__name__}: {one_line(error)}")
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # it was killed, and nobody waits for this scan
 
 
 def _cores() -> int:

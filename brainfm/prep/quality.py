@@ -174,11 +174,9 @@ def _measured(prepared: Prepared) -> dict[str, float]:
 
 def _upright(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> float:
     """How much more the brain resembles the template as it lies than turned over about its centre."""
-    own, _ = _blocks(image, brain)
-    usual, _ = _blocks(to_array(template()), _template_brain())
-    centred = _centred(own)
-    turned = [_agreement(np.flip(centred, axes), _centred(usual)) for axes in ((1,), (2,), (1, 2))]
-    return _agreement(centred, _centred(usual)) - max(turned)
+    own, usual = _centred(_blocks(image, brain)[0]), _template_blocks()
+    turned = [_agreement(np.flip(own, axes), usual) for axes in ((1,), (2,), (1, 2))]
+    return _agreement(own, usual) - max(turned)
 
 
 def _symmetry(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> float:
@@ -195,8 +193,11 @@ def _balance(brain: NDArray[np.bool_]) -> float:
 
 def _rim(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> dict[str, float]:
     """What lies right inside and right outside the mask's edge, against the brightness of white matter."""
-    white = white_peak(image[brain])
-    mask = like(brain.astype(np.uint8), template())
+    core = _cores()[1] & brain
+    white = float(np.median(image[core])) if core.any() else white_peak(image[brain])
+    box = _box(brain, margin=5)
+    image, brain = image[box], brain[box]
+    mask = sitk.GetImageFromArray(np.ascontiguousarray(brain.transpose(2, 1, 0)).astype(np.uint8))
     inside = brain & ~(to_array(sitk.BinaryErode(mask, [2, 2, 2])) > 0)
     near, far = (to_array(sitk.BinaryDilate(mask, [mm] * 3)) > 0 for mm in (2, 4))
     outside = far & ~near
@@ -230,6 +231,11 @@ def _template_brain() -> NDArray[np.bool_]:
 
 
 @cache
+def _template_blocks() -> NDArray[np.float64]:
+    return _centred(_blocks(to_array(template()), _template_brain())[0])
+
+
+@cache
 def _cores() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Where the template is grey matter, and where it is white, away from its other tissues."""
     voxels = to_array(template())
@@ -240,6 +246,15 @@ def _cores() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         radius = [_CORE_MM if high > 1 else 1] * 3
         cores.append(to_array(sitk.BinaryErode(like(tissue.astype(np.uint8), template()), radius)) > 0)
     return cores[0], cores[1]
+
+
+def _box(brain: NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
+    """The smallest box that holds the brain and `margin` voxels around it."""
+    box = []
+    for axis in range(3):
+        hits = np.flatnonzero(brain.any(axis=tuple(other for other in range(3) if other != axis)))
+        box.append(slice(max(0, int(hits[0]) - margin), int(hits[-1]) + 1 + margin))
+    return tuple(box)
 
 
 def _blocks(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
