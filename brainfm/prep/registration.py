@@ -10,6 +10,7 @@ import numpy as np
 from brainfm.prep.image import sitk, template
 
 STARTS_DEG = (-25.0, 0.0, 25.0)  # about each axis, from the centres of mass
+LEVELS = ((4, 2.0, 1.0), (2, 1.0, 0.5), (1, 0.5, 0.1))  # voxels a step, smoothing in mm, share of the voxels looked at
 _COARSE_MM = 6.0
 _KEPT_STARTS = 3
 
@@ -28,13 +29,13 @@ def register(brain: sitk.Image, kind: Literal["rigid", "affine"] = "rigid") -> s
     fixed = template()
     near = sitk.BinaryDilate(sitk.Cast(fixed > 0, sitk.sitkUInt8), [5, 5, 5])
     transform: sitk.Transform = _best_start(fixed, near, brain)
-    transform = _optimise(fixed, near, brain, transform, shrink=(4, 2, 1), sigmas=(2.0, 1.0, 0.5))
+    transform = _optimise(fixed, near, brain, transform)
     if kind == "affine":
         loose = sitk.AffineTransform(3)
         loose.SetCenter(transform.GetCenter())
         loose.SetMatrix(transform.GetMatrix())
         loose.SetTranslation(transform.GetTranslation())
-        transform = _optimise(fixed, near, brain, loose, shrink=(4, 2, 1), sigmas=(2.0, 1.0, 0.5))
+        transform = _optimise(fixed, near, brain, loose)
     return as_affine(transform)
 
 
@@ -70,17 +71,11 @@ def _best_start(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image) -> sitk.
     return min(ends, key=lambda pair: pair[0])[1]
 
 
-def _optimise(
-    fixed: sitk.Image,
-    near: sitk.Image,
-    brain: sitk.Image,
-    transform: sitk.Transform,
-    shrink: tuple[int, ...],
-    sigmas: tuple[float, ...],
-) -> sitk.Transform:
+def _optimise(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image, transform: sitk.Transform) -> sitk.Transform:
+    shrink, sigmas, shares = zip(*LEVELS, strict=True)
     method = _method(near, transform)
     method.SetMetricSamplingStrategy(method.REGULAR)
-    method.SetMetricSamplingPercentagePerLevel([1.0, 0.5, 0.1])
+    method.SetMetricSamplingPercentagePerLevel(shares)
     method.SetShrinkFactorsPerLevel(shrink)
     method.SetSmoothingSigmasPerLevel(sigmas)
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()

@@ -86,7 +86,11 @@ def test_scan_whose_skull_is_off_is_known_by_its_background(sample, tmp_path):
 
 
 def test_bids_data_set_stands_for_its_t1w_images(tmp_path):
-    names = ["sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz", "sub-02/anat/sub-02_run-1_T1w.nii", "sub-02/anat/sub-02_T2w.nii"]
+    names = [
+        "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz",
+        "sub-02/anat/sub-02_run-1_T1w.nii",
+        "sub-02/anat/sub-02_T2w.nii",
+    ]
     for name in [*names, "derivatives/other/sub-01/anat/sub-01_T1w.nii.gz"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

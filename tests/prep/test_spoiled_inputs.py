@@ -13,7 +13,7 @@ import pytest
 
 from brainfm.errors import ScanError
 from brainfm.prep.image import like, sitk, template, to_array
-from brainfm.prep.quality import Prepared, judge
+from brainfm.prep.quality import judge
 from brainfm.prep.source import read_source
 
 # --- Refused when they are read: what, and a word of the message -----------------------------------
@@ -94,7 +94,9 @@ def _moved(prepared, degrees=(0, 0, 0), mm=(0, 0, 0)):
         return to_array(sitk.Resample(like(array, template()), template(), move, how, 0.0))
 
     image = resampled(prepared.image, sitk.sitkLinear)
-    return replace(prepared, image=image, brain=resampled(prepared.brain.astype(np.uint8), sitk.sitkNearestNeighbor) > 0)
+    return replace(
+        prepared, image=image, brain=resampled(prepared.brain.astype(np.uint8), sitk.sitkNearestNeighbor) > 0
+    )
 
 
 def _mirrored(prepared, *axes):
