@@ -173,7 +173,7 @@ def _refuse_folder(folder: Path) -> None:
     if any("_T1w.nii" in path.name for path in files):
         raise ScanError(
             f"{folder}: a BIDS folder with no T1w image in MNI152 space; give the derivatives folder of a run with "
-            "fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1, or prepare the scans with TurboPrep"
+            "fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1, or prepare the scans: brainfm prep"
         )
     images = [path for path in files if path.name.endswith(_IMAGE_SUFFIXES)]
     if images:

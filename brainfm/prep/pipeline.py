@@ -27,7 +27,7 @@ from brainfm.prep import programs
 from brainfm.prep.image import TEMPLATE, largest_part, like, on_template, save, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
-from brainfm.prep.quality import Prepared, judge
+from brainfm.prep.quality import RANGES, Prepared, judge
 from brainfm.prep.registration import as_affine
 from brainfm.prep.source import Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
@@ -168,7 +168,7 @@ def prepare(source: Source, folder: Path, settings: Settings, threads: int = 1) 
         "peak_memory_gb": _peak_memory_gb(),
         "threads": threads,
         "verdict": verdict,
-        "quality": [asdict(figure) for figure in figures],
+        "quality": [asdict(figure) | RANGES[figure.name].limits() for figure in figures],
     }
     with atomic_path(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -64,7 +64,7 @@ def find_sources(inputs: Iterable[str | Path]) -> list[Source]:
         ScanError: A BIDS folder without a T1w image, or two inputs that cannot be told apart by name.
     """
     paths = [path for item in inputs for path in _expanded(Path(item))]
-    unique = list(dict.fromkeys(path.resolve() for path in paths))
+    unique = list(dict.fromkeys(path.absolute() for path in paths))  # a link keeps its name: DataLad's have none
     short = [_name(path) for path in unique]
     often = Counter(short)
     names = [
