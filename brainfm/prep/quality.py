@@ -3,18 +3,18 @@
 A failed skull strip or registration gives an image that looks like any other to a network. Every figure has a range in
 which it passes and a wider one in which a person should look at the picture; beyond it the scan fails.
 
-What the ranges were set from: the MNI152 2009a head, moved, dimmed and noisy (`benchmarks/prep.py`); Colin27's head; and a
-made-up head spoiled on purpose (`tests/prep/test_spoiled_inputs.py`). No patients: on heads of other ages and scanners more
-will have to be looked at, and `brainfm qc` shows what is unusual among one's own.
+What the ranges were set from: the MNI152 2009a head, moved, dimmed and noisy (`benchmarks/prep.py`); Colin27's head; a
+made-up head spoiled on purpose (`tests/prep/test_spoiled_inputs.py`). No patients: of heads of other ages and scanners
+more will have to be looked at, and `brainfm qc` shows what is unusual among one's own.
 
 |            | MNI152 2009a, moved | Colin27 | spoiled, for example                                       |
 |------------|---------------------|---------|------------------------------------------------------------|
 | similarity | 0.91 to 0.96        | 0.68    | 0.18 upside down, 0.38 15 mm off, −0.98 another contrast   |
 | upright    | 0.48 to 0.72        | 0.38    | −0.45 upside down, −0.71 back to front                     |
 | symmetry   | 0.95 to 0.98        | 0.74    | 0.20 rolled by 15°, 0 half a brain                         |
-| tilt       | 0.3 to 1.4          | 0.7     | 23 nodding by 20°                                          |
+| tilt       | 0.7 to 1.4          | 0.7     | 23 nodding by 20°                                          |
 | offset     | 0.3 to 0.9          | 0.5     | 6 and 15 shifted by as much                                |
-| balance    | 0 to 0.01           | 0.003   | 0.16 without the top of one half                           |
+| balance    | 0 to 0.005          | 0.003   | 0.16 without the top of one half                           |
 | cut_rim    | 0.06 to 0.09        | 0.10    | 0.90 the mask 6 mm too small                               |
 | contrast   | 0.25 to 0.27        | 0.26    | 0.08 upside down, −0.81 another contrast                   |
 | noise      | 0.003 to 0.011      | 0.004   | 0.28 very noisy                                            |
