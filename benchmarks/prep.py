@@ -40,7 +40,7 @@ def random_move(draw: np.random.Generator) -> sitk.Euler3DTransform:
     return move
 
 
-def moved(head: sitk.Image, seed: int) -> tuple[nib.Nifti1Image, sitk.Euler3DTransform]:
+def moved(head: sitk.Image, seed: int, dimmed: bool = True) -> tuple[nib.Nifti1Image, sitk.Euler3DTransform]:
     """The head as a scanner might have seen it, and the move from the scan's points to the head's."""
     draw = np.random.default_rng(seed)
     move = random_move(draw)
@@ -50,7 +50,8 @@ def moved(head: sitk.Image, seed: int) -> tuple[nib.Nifti1Image, sitk.Euler3DTra
     thick = sitk.DiscreteGaussian(head, [0.01, 0.01, 1.2**2])  # a slice of 3 mm holds more than a plane
     scan = sitk.Resample(thick, grid, move, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
     array, affine = to_array(scan).copy(), affine_of(scan)
-    array = _noisy(array * _bias(array.shape, draw), draw)
+    field = _bias(array.shape, draw)
+    array = _noisy(array * field if dimmed else array, draw)
     for axis in range(3):
         if draw.random() < 0.5:
             array = np.flip(array, axis)

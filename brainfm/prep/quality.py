@@ -287,9 +287,9 @@ def _blocks(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> tuple[NDArr
 
     def summed(values: NDArray[Any]) -> NDArray[np.float64]:
         # 193 voxels: the middle one is x = 0; one more on the left makes 194, and 3 on each side 200 = 50 blocks
-        padded = np.pad(values.astype(np.float64), ((3, 4), (1, 2), (3, 4)))
-        shape = tuple(n for size in padded.shape for n in (size // _MM, _MM))
-        total: NDArray[np.float64] = padded.reshape(shape).sum(axis=(1, 3, 5))
+        padded = np.pad(values, ((3, 4), (1, 2), (3, 4)))
+        shape = tuple(n for size in padded.shape for n in (_MM, size // _MM))
+        total: NDArray[np.float64] = padded.reshape(shape, order="F").sum(axis=(0, 2, 4), dtype=np.float64)
         return total
 
     count = summed(brain)
