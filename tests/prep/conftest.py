@@ -6,11 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-sitk = pytest.importorskip("SimpleITK")
-
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN  # noqa: E402
-from brainfm.prep.image import like, template, to_array  # noqa: E402
-from brainfm.prep.quality import Prepared  # noqa: E402
+from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.prep.image import like, sitk, template, to_array
+from brainfm.prep.quality import Prepared
 
 
 def wrapped(brain: np.ndarray, mask: np.ndarray) -> np.ndarray:
