@@ -55,12 +55,12 @@ def rows(page):
 
 def test_failed_doubtful_and_unusual_scans_come_first(folder, tmp_path):
     assert write_page(folder, tmp_path / "qc.html")[:3] == ["fail", "look", "pass"]
-    assert rows((tmp_path / "qc.html").read_text())[:3] == ["bad", "doubtful", "unlike"]
+    assert rows((tmp_path / "qc.html").read_text(encoding="utf-8"))[:3] == ["bad", "doubtful", "unlike"]
 
 
 def test_page_is_one_file_with_pictures_figures_and_reasons(folder, tmp_path):
     write_page(folder, tmp_path / "qc.html")
-    page = (tmp_path / "qc.html").read_text()
+    page = (tmp_path / "qc.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 8
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "the scan cuts off the brain" in page
@@ -73,7 +73,7 @@ def test_page_is_one_file_with_pictures_figures_and_reasons(folder, tmp_path):
 def test_names_are_text_and_nothing_else(tmp_path):
     write_scan(tmp_path / "prep" / "a<b>&c")
     write_page(tmp_path / "prep", tmp_path / "qc.html")
-    page = (tmp_path / "qc.html").read_text()
+    page = (tmp_path / "qc.html").read_text(encoding="utf-8")
     assert "a&lt;b&gt;&amp;c" in page
     assert "a<b>" not in page
 

@@ -42,8 +42,9 @@ def page(tmp_path):
 def test_pictures_are_shown_and_columns_are_sorted(page, chromium, tmp_path):
     """In a copy whose policy lets one more script in: the one that looks."""
     digest = base64.b64encode(hashlib.sha256(LOOK.encode()).digest()).decode()
-    copy = page.read_text().replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
-    (tmp_path / "copy.html").write_text(copy.replace("</body>", f"<script>{LOOK}</script></body>"))
+    copy = page.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
+    copy = copy.replace("</body>", f"<script>{LOOK}</script></body>")
+    (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
     body = re.search("<body.*?>", chromium("--window-size=800,900", "--dump-dom", f"file://{tmp_path}/copy.html"))[0]
     assert 'data-first="z"' in body
     assert 'data-litres="0.4 1.2 1.5 1.9"' in body
