@@ -22,9 +22,10 @@ from brainfm.scan.grid import on_grid
 
 
 def make_scan_and_template(data: Path) -> None:
-    """Copy the sample scan and its mask, and average them to the 4 mm template."""
+    """Copy the sample scan, its mask and the registration's target; average the sample to the 4 mm template."""
     shutil.copy(data / "mni152_2009a_T1w_brain.nii.gz", ASSETS / "sample_T1w_brain.nii.gz")
     shutil.copy(data / "mni152_2009a_brain_mask.nii.gz", ASSETS / "sample_brain_mask.nii.gz")
+    shutil.copy(data / "mni152_2009c_sym_T1w_brain.nii.gz", ASSETS / "mni152_2009c_sym_T1w_brain.nii.gz")
     image, mask = (nib.load(ASSETS / f"sample_{name}.nii.gz") for name in ("T1w_brain", "brain_mask"))
     brain = np.asanyarray(mask.dataobj) > 0
     masked = np.asanyarray(image.dataobj)[None] * brain

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from brainfm.downstream.command import benchmark_command, finetune_command, probe_command
+from brainfm.prep.command import prep_command, qc_command
 
 EPILOG = "Documentation: README.md. Every refusal says what to do next."
 
@@ -261,6 +262,7 @@ def demo(model: str | None, output: str) -> None:
 )
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
+@click.option("--strict-qc", is_flag=True, help="Refuse scans that 'brainfm prep' judged to have failed.")
 def embed(
     inputs: tuple[str, ...],
     output: str,
@@ -272,6 +274,7 @@ def embed(
     dtype: Any,
     workers: int,
     strict: bool,
+    strict_qc: bool,
 ) -> None:
     """Embed scans into a table, a row a scan.
 
@@ -300,6 +303,7 @@ def embed(
         num_workers=workers,
         output=path,
         on_error="raise" if strict else "skip",
+        strict_qc=strict_qc,
         progress=sys.stderr.isatty() or len(records) > 1,
     )
     for _, message in table.errors[:10]:
@@ -404,6 +408,8 @@ def pretrain(arguments: tuple[str, ...]) -> None:
 main.add_command(probe_command)
 main.add_command(finetune_command)
 main.add_command(benchmark_command)
+main.add_command(prep_command)
+main.add_command(qc_command)
 
 
 def _indented(text: str) -> str:

@@ -115,6 +115,7 @@ def embed(
     num_workers: int = 2,
     output: str | os.PathLike[str] | None = None,
     on_error: Literal["skip", "raise"] = "skip",
+    strict_qc: bool = False,
     progress: bool = False,
 ) -> Embeddings:
     """Embed every scan of a list, each prepared as the model's input contract says.
@@ -135,6 +136,7 @@ def embed(
         num_workers: Threads that read and prepare scans ahead of the encoder; 0 reads in turn.
         output: Where to write the table: .csv, .parquet or .npz. Failed scans are listed in `<name>.errors.csv`.
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
+        strict_qc: Refuse scans that `brainfm prep` judged to have failed; without it, the column `qc` says so.
         progress: Show a progress bar.
 
     Returns:
@@ -168,22 +170,26 @@ def embed(
         logger.warning("%s: an evaluation on it is one on training data", overlap)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = resolve_device(device)
-    journal = _Journal(path, rank, fingerprint(encoder, dtype)) if path is not None else None
     width = getattr(encoder, "num_features", 0)
+    identity = fingerprint(encoder, dtype) if path is not None else ""
     fast = optimize(encoder, dtype).to(place)
     del encoder  # where a name was given, its weights are not kept twice
+
     mine = range(rank, len(records), world)
+    failed = {n: reason for n in mine if (reason := _failed_qc(records[n]))} if strict_qc else {}
+    if failed and on_error == "raise":
+        raise ScanError(failed[min(failed)])
+    journal = _Journal(path, rank, identity) if path is not None else None
     done: dict[int, NDArray[np.float32]] = {}
-    failed: dict[int, str] = {}
     if journal is not None:
-        done = {n: vector for n in mine if (vector := journal.find(records[n])) is not None}
+        done = {n: vector for n in mine if n not in failed and (vector := journal.find(records[n])) is not None}
         if done:
             logger.info("%s: %d scans were done by an earlier run", path, len(done))
-    todo = [n for n in mine if n not in done]
+    todo = [n for n in mine if n not in done and n not in failed]
     most = batch_size if batch_size != "auto" else _MOST_SCANS if place.type == "cuda" else 1
     batches = _Batches(_prepared(records, todo, transform, num_workers, num_workers + most), batch_size, place)
     try:
-        with _own_cores(place), _progress_bar(len(mine), len(done), progress and rank == 0) as bar:
+        with _own_cores(place), _progress_bar(len(mine), len(mine) - len(todo), progress and rank == 0) as bar:
             for n, outcome in _embedded(fast, batches, place):
                 if isinstance(outcome, ScanError):
                     if on_error == "raise":
@@ -204,6 +210,16 @@ def embed(
         _write(table, path)
         journal.remove()
     return table
+
+
+def _failed_qc(record: ScanRecord) -> str:
+    """Why a scan is refused where a failed preparation is; empty where it is not."""
+    if record.extra.get("qc") not in ("fail", "unreadable"):
+        return ""
+    return (
+        f"{record.image}: its preparation did not pass quality control (prep.json beside it: {record.extra['qc']}); "
+        "look at its qc.png, prepare it in another way, or embed without --strict-qc"
+    )
 
 
 def _embedded(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,15 +59,31 @@ def list_scans(scans: ScansLike) -> list[ScanRecord]:
             `mask.nii.gz`, at any depth) or of a BIDS-derivatives folder (`sub-*` with T1w images in MNI152 space); or a
             list of images, (image, mask) pairs and records.
 
+    A scan that `brainfm prep` made has its verdict (pass, look, fail) as the column `qc`.
+
     Raises:
         ScanError: There is no such path, the manifest has no rows, no `image_path` column or a row twice, or a folder
             holds no scans; the message says what was looked for.
     """
     if isinstance(scans, str | os.PathLike):
-        return _from_path(Path(scans))
+        return [_with_verdict(record) for record in _from_path(Path(scans))]
     if isinstance(scans, ScanRecord) or not isinstance(scans, Iterable):
         raise ScanError(f"scans must be a path or a list, not one {type(scans).__name__}; put it in a list")
-    return [_record(item) for item in scans]
+    return [_with_verdict(_record(item)) for item in scans]
+
+
+def _with_verdict(record: ScanRecord) -> ScanRecord:
+    """The record with the verdict of `brainfm prep` as its column `qc`, where a `prep.json` lies beside the scan."""
+    if not isinstance(record.image, str | os.PathLike):
+        return record
+    beside = Path(record.image).with_name("prep.json")
+    if Path(record.image).name != _TURBOPREP_IMAGE or not beside.exists():
+        return record
+    try:
+        verdict = str(json.loads(beside.read_text(encoding="utf-8"))["verdict"])
+    except (OSError, ValueError, KeyError, TypeError):
+        verdict = "unreadable"
+    return replace(record, extra=record.extra | {"qc": verdict})
 
 
 def _record(item: Any) -> ScanRecord:
@@ -156,7 +173,7 @@ def _refuse_folder(folder: Path) -> None:
     if any("_T1w.nii" in path.name for path in files):
         raise ScanError(
             f"{folder}: a BIDS folder with no T1w image in MNI152 space; give the derivatives folder of a run with "
-            "fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1, or prepare the scans with TurboPrep"
+            "fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1, or prepare the scans: brainfm prep"
         )
     images = [path for path in files if path.name.endswith(_IMAGE_SUFFIXES)]
     if images:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -100,6 +101,22 @@ def elsewhere(hub, tmp_path):
         return subprocess.run(
             command, env=os.environ | machine | environment, capture_output=True, text=True, timeout=120
         )
+
+    return run
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """A function (arguments) → what Chromium prints, without a network and with a profile of its own."""
+    program = next(filter(None, map(shutil.which, ("/usr/bin/chromium", "chromium", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no chromium or google-chrome on PATH")
+
+    def run(*arguments: str) -> str:
+        quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
     return run
 

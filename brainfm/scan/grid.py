@@ -60,7 +60,7 @@ def _refuse_other_spaces(
     if not is_axis_aligned(volume.affine, volume.shape):
         raise ScanError(
             f"{source}: the affine is rotated against the template's axes, so the scan is in scanner space; "
-            "register it to the template first (TurboPrep with -r r, or fMRIPrep's template-space output)"
+            "register it to the template first (brainfm prep, TurboPrep with -r r, or fMRIPrep's template-space output)"
         )
     coarser = volume.spacing > np.asarray(grid.spacing) * (1 + 1e-3)
     if coarser.any():

@@ -68,9 +68,9 @@ class Placement:
         if self.litres > MAX_LITRES:
             return (
                 f"the image is not skull-stripped, or its background is not 0: {self.litres:.1f} litres count as brain "
-                "and a brain has 1 to 2; pass mask= (its brain mask), or strip it first (SynthStrip, TurboPrep)"
+                "and a brain has 1 to 2; pass mask= (its brain mask), or strip it first (brainfm prep)"
             )
-        register = "register it to the template rigidly (TurboPrep with -r r), or check its affine"
+        register = "register it to the template rigidly (brainfm prep, or TurboPrep with -r r), or check its affine"
         if self.litres < MIN_LITRES:
             return (
                 f"only {self.litres:.2f} litres of brain are in the field of view, too little for a whole; {register}"

@@ -3,8 +3,6 @@
 import base64
 import hashlib
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,7 @@ from test_report import SCRIPT, TASKS, benchmark
 
 from brainfm.downstream.report import write_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("/usr/bin/chromium", "chromium", "google-chrome"))), None)
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH"),
-]
+pytestmark = pytest.mark.browser
 
 # Waits for every image, then notes on <body> how many have a size and how many columns were sorted by.
 COUNT = """
@@ -38,19 +31,6 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
 def page(tmp_path_factory) -> Path:
     """The page of a benchmark of two tasks."""
     return write_report(benchmark(tmp_path_factory.mktemp("page"), TASKS[2:], patients=30, seeds=2))
-
-
-@pytest.fixture
-def chromium(tmp_path):
-    """A function (arguments) → what Chromium prints, without a network and with a profile of its own."""
-
-    def run(*arguments: str) -> str:
-        quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-
-    return run
 
 
 def test_every_figure_is_shown_and_nothing_foreign_runs(page, chromium, tmp_path):

@@ -1,0 +1,137 @@
+"""`brainfm prep` on one head, moved in known ways: the error of the registration, the mask's overlap, the verdict.
+
+Each move turns the head by up to 20° about each axis and shifts it by up to 30 mm along each, puts it on voxels of
+1×1×3 mm, dims one side, adds Rician noise of 3 % of white matter, and stores the axes in a random order and direction.
+
+HEAD is a T1w image with skull that lies in MNI152 space, and MASK its brain (on any grid). No head comes with brainfm.
+
+python benchmarks/prep.py HEAD MASK [--moves 20] [--jobs 1] [--output FOLDER]
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.prep.batch import prepare_all
+from brainfm.prep.image import affine_of, sitk, template, to_array, to_itk
+
+MOVES = 20
+DEGREES, MILLIMETRES = 20, 30
+VOXEL, SIZE = (1.0, 1.0, 3.0), (256, 256, 86)
+CENTRE = (0.0, 18.0, 8.0)  # of the brain, LPS mm
+
+
+def read(path: Path) -> sitk.Image:
+    image = nib.load(path)
+    return to_itk(np.asanyarray(image.dataobj).astype(np.float32), image.affine)
+
+
+def random_move(draw: np.random.Generator) -> sitk.Euler3DTransform:
+    """A move from points of the scan to points of the head."""
+    move = sitk.Euler3DTransform()
+    move.SetCenter(CENTRE)
+    move.SetRotation(*np.radians(draw.uniform(-DEGREES, DEGREES, 3)).tolist())
+    move.SetTranslation(draw.uniform(-MILLIMETRES, MILLIMETRES, 3).tolist())
+    return move
+
+
+def moved(head: sitk.Image, seed: int, dimmed: bool = True) -> tuple[nib.Nifti1Image, sitk.Euler3DTransform]:
+    """The head as a scanner might have seen it, and the move from the scan's points to the head's."""
+    draw = np.random.default_rng(seed)
+    move = random_move(draw)
+    grid = sitk.Image(SIZE, sitk.sitkFloat32)
+    grid.SetSpacing(VOXEL)
+    grid.SetOrigin([c - (n - 1) * mm / 2 for c, n, mm in zip(CENTRE, SIZE, VOXEL, strict=True)])
+    thick = sitk.DiscreteGaussian(head, [0.01, 0.01, 1.2**2])  # a slice of 3 mm holds more than a plane
+    scan = sitk.Resample(thick, grid, move, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
+    array, affine = to_array(scan).copy(), affine_of(scan)
+    field = _bias(array.shape, draw)
+    array = _noisy(array * field if dimmed else array, draw)
+    for axis in range(3):
+        if draw.random() < 0.5:
+            array = np.flip(array, axis)
+            flip = np.eye(4)
+            flip[axis, axis], flip[axis, 3] = -1, array.shape[axis] - 1
+            affine = affine @ flip
+    order = draw.permutation(3)
+    return nib.Nifti1Image(array.transpose(order), affine[:, [*order, 3]]), move
+
+
+def _bias(shape: tuple[int, ...], draw: np.random.Generator) -> NDArray[np.float64]:
+    """A field of about 0.7 to 1.5, bright on one side."""
+    places = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
+    direction = draw.normal(0, 1, 3)
+    slope = np.tensordot(direction / np.linalg.norm(direction), places, 1)
+    field: NDArray[np.float64] = np.exp(0.3 * slope + 0.15 * places[draw.integers(3)] ** 2)
+    return field
+
+
+def _noisy(array: NDArray[np.floating], draw: np.random.Generator) -> NDArray[np.float32]:
+    spread = 0.03 * np.percentile(array[array > 20], 85)
+    real, imaginary = (draw.normal(0, spread, array.shape) for _ in range(2))
+    return np.hypot(array + real, imaginary).astype(np.float32)
+
+
+def error_mm(folder: Path, move: sitk.Transform) -> float:
+    """Mean distance over the template's brain between where a point is found and where it is."""
+    found = sitk.ReadTransform(str(folder / "affine_transf.mat"))
+    affine = np.diag((-1.0, -1.0, 1.0, 1.0)) @ affine_of(template())
+    points = np.argwhere(to_array(template()) > 0)[::997] @ affine[:3, :3].T + affine[:3, 3]
+    back = np.array([move.TransformPoint(found.TransformPoint(point)) for point in points.tolist()])
+    return float(np.linalg.norm(back - points, axis=1).mean())
+
+
+def mask_dice(folder: Path, true: sitk.Image, move: sitk.Transform) -> float:
+    """Overlap of the mask with the true one, where the registration has put the brain."""
+    found = sitk.ReadTransform(str(folder / "affine_transf.mat"))
+    there = sitk.Resample(true, template(), sitk.CompositeTransform([move, found]), sitk.sitkLinear, 0.0)
+    truth = to_array(there) > 0.5
+    mask = np.asanyarray(nib.load(folder / "mask.nii.gz").dataobj) > 0
+    return float(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
+
+
+def line(record: dict[str, Any], error: float, dice: float) -> str:
+    doubts = ", ".join(figure["name"] for figure in record["quality"] if figure["reason"])
+    seconds = sum(record["seconds"].values())
+    return (
+        f"{error:.2f} | {dice:.3f} | {record['verdict']} | {doubts} | {seconds:.0f} | {record['peak_memory_gb']:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("head", type=Path)
+    parser.add_argument("mask", type=Path)
+    parser.add_argument("--moves", type=int, default=MOVES)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="kept; scans that are in it already are not done again")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        output = arguments.output or Path(temporary, "prep")
+        head = read(arguments.head)
+        true = sitk.Resample(read(arguments.mask), head, sitk.Transform(), sitk.sitkNearestNeighbor, 0.0)
+        moves = {}
+        for seed in range(arguments.moves):
+            scan, move = moved(head, seed)
+            path = output.parent / "scans" / f"move{seed:02}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                scan.to_filename(path)
+            moves[path.name.removesuffix(".nii.gz")] = (path, move)
+        report = prepare_all([path for path, _ in moves.values()], output, jobs=arguments.jobs)
+        print("| move | error, mm | Dice | verdict | by | s | GB |\n|---|---|---|---|---|---|---|")
+        for name, (_, move) in moves.items():
+            if name in report.failed:
+                print(f"| {name} | – | – | refused | {report.failed[name]} | | |")
+                continue
+            folder = output / name
+            print(f"| {name} | {line(report.records[name], error_mm(folder, move), mask_dice(folder, true, move))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Images as ITK has them (LPS, [z, y, x]) and as this library has them (RAS, [x, y, z]); the template and its grid."""
+
+from __future__ import annotations
+
+import gzip
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.errors import MissingExtraError
+from brainfm.models.contracts import ASSETS, TURBOPREP_1MM
+from brainfm.weights import atomic_path
+
+try:
+    import SimpleITK as sitk
+except ModuleNotFoundError as error:
+    raise MissingExtraError("SimpleITK", "prep") from error
+
+__all__ = [
+    "TEMPLATE",
+    "affine_of",
+    "largest_part",
+    "like",
+    "on_template",
+    "save",
+    "sitk",
+    "template",
+    "to_array",
+    "to_itk",
+]
+
+TEMPLATE = ASSETS / "mni152_2009c_sym_T1w_brain.nii.gz"
+
+_LPS = np.diag((-1.0, -1.0, 1.0, 1.0))
+
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote headers, and headers hold names
+
+
+def to_itk(array: NDArray[Any], affine: NDArray[np.float64]) -> sitk.Image:
+    """An array [x, y, z] with its affine to RAS mm as an ITK image."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
+    lps = _LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    return image
+
+
+def to_array(image: sitk.Image) -> NDArray[Any]:
+    """The voxels [x, y, z] of an ITK image."""
+    array: NDArray[Any] = sitk.GetArrayFromImage(image).transpose(2, 1, 0)
+    return array
+
+
+def affine_of(image: sitk.Image) -> NDArray[np.float64]:
+    """The affine [4, 4] of an ITK image from voxels to RAS mm."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    ras: NDArray[np.float64] = _LPS @ affine
+    return ras
+
+
+def like(array: NDArray[Any], image: sitk.Image) -> sitk.Image:
+    """An array [x, y, z] as an ITK image that lies where `image` does."""
+    made = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
+    made.CopyInformation(image)
+    return made
+
+
+@cache
+def template() -> sitk.Image:
+    """MNI152 2009c symmetric T1w, brain only, 0…255, on the contract's grid: what scans are registered to."""
+    import nibabel as nib
+
+    stored = nib.load(TEMPLATE)
+    grid = TURBOPREP_1MM.grid
+    assert grid is not None
+    return to_itk(np.asanyarray(stored.dataobj).astype(np.float32), grid.affine("RAS"))
+
+
+def on_template(image: sitk.Image, transform: sitk.Transform) -> sitk.Image:
+    """An image in the scanner's space on the contract's grid, by linear interpolation; 0 beyond its edge.
+
+    `transform` takes points of the template to points of the scan, as ITK and ANTs have it.
+    """
+    return sitk.Resample(image, template(), transform, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
+
+
+def largest_part(mask: sitk.Image) -> sitk.Image:
+    """The largest connected part of a mask, its holes filled; an empty mask stays empty."""
+    parts = sitk.RelabelComponent(sitk.ConnectedComponent(mask), sortByObjectSize=True)
+    return sitk.BinaryFillhole(sitk.Cast(parts == 1, sitk.sitkUInt8))
+
+
+def save(image: NDArray[Any], path: Path) -> None:
+    """Write an array [x, y, z] on the contract's grid as NIfTI, whole or not at all; same voxels, same bytes."""
+    import nibabel as nib
+
+    affine = affine_of(template())
+    nifti = nib.Nifti1Image(image, affine)
+    nifti.header.set_xyzt_units("mm")
+    nifti.set_sform(affine, "mni")
+    nifti.set_qform(affine, "mni")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0))

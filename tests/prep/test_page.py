@@ -1,0 +1,161 @@
+"""The page of prepared scans, and what embed makes of their verdicts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import brainfm
+from brainfm.cli import main
+from brainfm.errors import BrainfmError, ScanError
+from brainfm.prep.quality import RANGES, Figure, _judged
+from brainfm.prep.report import write_page
+
+MIDDLE = {name: sum(usual.passes) / 2 for name, usual in RANGES.items()}
+
+
+def write_scan(folder, verdict="pass", **changed):
+    """A scan's folder as `brainfm prep` leaves it, but for its images."""
+    folder.mkdir(parents=True)
+    figures = [_judged(name, value) for name, value in (MIDDLE | changed).items()]
+    record = {
+        "input": {"path": "scan.nii.gz", "sha256": "0", "found": "", "stripped": False},
+        "settings": {"registration": "rigid", "mask": "extraction"},
+        "tools": {"extraction": "deepbet 1.0.2"},
+        "seconds": {"bias": 1.0},
+        "peak_memory_gb": 1.0,
+        "verdict": verdict,
+        "quality": [vars(figure) for figure in figures],
+    }
+    (folder / "prep.json").write_text(json.dumps(record))
+    Image.fromarray(np.full((200, 220, 3), 90, np.uint8)).save(folder / "qc.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight scans: one failed, one to look at, one unlike the others."""
+    prep = tmp_path / "prep"
+    for n in range(5):
+        write_scan(prep / f"sub-{n}", litres=1.3 + n / 100)
+    write_scan(prep / "unlike", litres=2.1)
+    write_scan(prep / "doubtful", "look", tilt=10)
+    write_scan(prep / "bad", "fail", unseen=0.3)
+    return prep
+
+
+def rows(page):
+    return re.findall(r'<tr><th scope="row">([^<]*)</th><td><img', page)
+
+
+def test_failed_doubtful_and_unusual_scans_come_first(folder, tmp_path):
+    assert write_page(folder, tmp_path / "qc.html")[:3] == ["fail", "look", "pass"]
+    assert rows((tmp_path / "qc.html").read_text(encoding="utf-8"))[:3] == ["bad", "doubtful", "unlike"]
+
+
+def test_page_is_one_file_with_pictures_figures_and_reasons(folder, tmp_path):
+    write_page(folder, tmp_path / "qc.html")
+    page = (tmp_path / "qc.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 8
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "the scan cuts off the brain" in page
+    assert "1 fail, 1 look, 6 pass" in page
+    for name, usual in RANGES.items():
+        assert f'<th scope="col">{name}</th>' in page
+        assert usual.title in page.replace("&#x27;", "'")
+
+
+def test_names_are_text_and_nothing_else(tmp_path):
+    write_scan(tmp_path / "prep" / "a<b>&c")
+    write_page(tmp_path / "prep", tmp_path / "qc.html")
+    page = (tmp_path / "qc.html").read_text(encoding="utf-8")
+    assert "a&lt;b&gt;&amp;c" in page
+    assert "a<b>" not in page
+
+
+def test_command_counts_the_verdicts(folder, tmp_path):
+    result = CliRunner().invoke(main, ["qc", str(folder), "-o", str(tmp_path / "qc.html")])
+    assert result.exit_code == 0
+    assert "8 scans (1 fail, 1 look, 6 pass)" in result.output
+
+
+def test_folder_without_prepared_scans_is_refused(tmp_path):
+    with pytest.raises(ScanError, match="brainfm prep"):
+        write_page(tmp_path, tmp_path / "qc.html")
+
+
+def test_page_that_is_no_html_is_refused(folder, tmp_path):
+    with pytest.raises(BrainfmError, match=r"ends in \.html"):
+        write_page(folder, tmp_path / "qc.pdf")
+
+
+def test_damaged_record_is_named(folder, tmp_path):
+    (folder / "sub-1" / "prep.json").write_text("{")
+    with pytest.raises(ScanError, match=r"sub-1/prep\.json"):
+        write_page(folder, tmp_path / "qc.html")
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(1.4, "pass"), (0.8, "look"), (2.2, "look"), (0.5, "fail"), (3, "fail")]
+)
+def test_figure_is_judged_by_its_ranges(value, verdict):
+    figure = _judged("litres", value)
+    assert isinstance(figure, Figure)
+    assert figure.verdict == verdict
+    assert bool(figure.reason) == (verdict != "pass")
+
+
+# --- embed ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(small_sample, tmp_path):
+    """Two scans that can be embedded: one with a good verdict, one with a bad; and one without any."""
+    for name, verdict in (("good", "pass"), ("bad", "fail"), ("plain", "")):
+        if verdict:
+            write_scan(tmp_path / "prep" / name, verdict)
+        else:
+            (tmp_path / "prep" / name).mkdir()
+        for file, item in zip(("normalized.nii.gz", "mask.nii.gz"), small_sample, strict=True):
+            (tmp_path / "prep" / name / file).write_bytes(item.read_bytes())
+    return tmp_path / "prep"
+
+
+def test_embed_copies_the_verdict(two, small_model, tmp_path):
+    table = brainfm.embed(two, small_model, output=tmp_path / "table.csv")
+    assert table.columns()["qc"] == ["fail", "pass", ""]
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["qc"] for row in csv.DictReader(file)] == ["fail", "pass", ""]
+
+
+def test_strict_qc_refuses_failed_scans_and_goes_on(two, small_model, tmp_path):
+    table = brainfm.embed(two, small_model, output=tmp_path / "table.csv", strict_qc=True)
+    assert [record.patient_id for record in table.records] == ["good", "plain"]
+    ((record, reason),) = table.errors
+    assert record.patient_id == "bad"
+    assert "did not pass quality control" in reason
+    with (tmp_path / "table.errors.csv").open() as file:
+        assert next(csv.DictReader(file))["qc"] == "fail"
+
+
+def test_strict_qc_refuses_a_verdict_that_cannot_be_read(two, small_model):
+    (two / "good" / "prep.json").write_text("{")
+    table = brainfm.embed(two, small_model, strict_qc=True)
+    assert [record.patient_id for record in table.records] == ["plain"]
+
+
+def test_strict_qc_on_the_command_line_is_exit_code_1(two, tmp_path):
+    arguments = ["embed", str(two), "-o", str(tmp_path / "t.csv"), "--model", "test_resnet_3d", "--strict-qc"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "2 scans → " in result.output
+
+
+def test_strict_qc_stops_where_errors_are_raised(two, small_model):
+    with pytest.raises(ScanError, match="did not pass quality control"):
+        brainfm.embed(two, small_model, strict_qc=True, on_error="raise")

@@ -1,0 +1,59 @@
+"""The page of prepared scans as Chromium shows it."""
+
+import base64
+import hashlib
+import re
+
+import pytest
+from PIL import Image
+from test_page import write_scan
+
+from brainfm.prep.report import write_page
+
+pytestmark = pytest.mark.browser
+
+# Sorts by the volume, then notes on <body> what is shown.
+LOOK = """
+Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).then(() => {
+  const table = document.querySelector("table");
+  const heads = [...table.tHead.rows[0].cells];
+  const column = heads.findIndex((head) => head.textContent === "litres");
+  document.body.dataset.first = table.tBodies[0].rows[0].cells[0].textContent;
+  heads[column].querySelector("button").click();
+  document.body.dataset.litres = [...table.tBodies[0].rows].map((row) => row.cells[column].textContent).join(" ");
+  document.body.dataset.shown = [...document.images].filter((i) => i.naturalWidth > 0 && i.clientHeight > 50).length;
+  const small = document.images[0].clientWidth;
+  document.images[0].focus();
+  document.body.dataset.grows = document.images[0].clientWidth > 2 * small;
+  document.body.dataset.wide = document.documentElement.scrollWidth > window.innerWidth;
+});
+"""
+
+
+@pytest.fixture
+def page(tmp_path):
+    for name, litres in (("a", 1.5), ("b", 1.2), ("c", 1.9)):
+        write_scan(tmp_path / "prep" / name, litres=litres)
+    write_scan(tmp_path / "prep" / "z", "fail", litres=0.4)
+    write_page(tmp_path / "prep", tmp_path / "qc.html")
+    return tmp_path / "qc.html"
+
+
+def test_pictures_are_shown_and_columns_are_sorted(page, chromium, tmp_path):
+    """In a copy whose policy lets one more script in: the one that looks."""
+    digest = base64.b64encode(hashlib.sha256(LOOK.encode()).digest()).decode()
+    copy = page.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
+    copy = copy.replace("</body>", f"<script>{LOOK}</script></body>")
+    (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
+    body = re.search("<body.*?>", chromium("--window-size=800,900", "--dump-dom", f"file://{tmp_path}/copy.html"))[0]
+    assert 'data-first="z"' in body
+    assert 'data-litres="0.4 1.2 1.5 1.9"' in body
+    assert 'data-shown="4"' in body
+    assert 'data-grows="true"' in body
+    assert 'data-wide="false"' in body
+
+
+def test_page_is_not_blank(page, chromium, tmp_path):
+    chromium("--window-size=1200,900", f"--screenshot={tmp_path / 'page.png'}", f"file://{page}")
+    with Image.open(tmp_path / "page.png") as image:
+        assert len(image.convert("L").getcolors()) > 50

