@@ -3,7 +3,6 @@
 import datetime
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,8 +33,9 @@ def alone(script: str, *arguments: str) -> Any:
 
 
 def peak_memory() -> float:
-    """The largest resident set of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """The largest resident set of this process so far, in GB (Linux; `ru_maxrss` counts the parent's, too)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def matrix_rate(dtype: torch.dtype = torch.float32) -> float:

@@ -9,14 +9,12 @@ python benchmarks/training_memory.py [--rounds 3] [--dtype float32]
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import time
 
-import monai
 import torch
+from _measure import alone, machine, peak_memory
 from monai.networks import nets
 
 import brainfm
@@ -26,7 +24,7 @@ WAYS = ("MONAI", "brainfm", "brainfm, checkpointed", "brainfm, checkpointed, cha
 
 def measure(way: str, dtype: torch.dtype) -> dict[str, float]:
     """Seconds of one forward and backward pass in this process, and GB above the imports."""
-    before = _peak()
+    before = peak_memory()
     torch.manual_seed(0)
     if way == "MONAI":
         model = nets.resnet18(
@@ -43,11 +41,7 @@ def measure(way: str, dtype: torch.dtype) -> dict[str, float]:
         embedding = model(volume)
     embedding.float().square().mean().backward()
     wall, processor = time.perf_counter() - start, time.process_time() - busy
-    return {"memory": _peak() - before, "wall": wall, "processor": processor}
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"memory": peak_memory() - before, "wall": wall, "processor": processor}
 
 
 def main() -> None:
@@ -64,9 +58,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
     for _ in range(arguments.rounds):
         for way in runs:
-            command = [sys.executable, __file__, "--measure", way, "--dtype", arguments.dtype]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[way].append(alone(__file__, "--measure", way, "--dtype", arguments.dtype))
             print(f"{way}: {runs[way][-1]}", file=sys.stderr)
     median = {
         way: {name: statistics.median(run[name] for run in found) for name in found[0]} for way, found in runs.items()
@@ -79,7 +71,7 @@ def main() -> None:
             f"| {way} | {found['memory']:.2f} | {first['memory'] / found['memory']:.1f}× | {found['wall']:.1f} | "
             f"{found['processor']:.1f} | {found['processor'] / first['processor']:.2f}× |"
         )
-    print(f"\n{arguments.rounds} rounds, interleaved; torch {torch.__version__}, monai {monai.__version__}")
+    print(f"\n{arguments.rounds} rounds, interleaved. {machine()}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from brainfm.errors import MissingExtraError, ScanError
 from brainfm.factory import create_model
-from brainfm.inference import DTypeName, optimize, resolve_device, resolve_dtype
+from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
 from brainfm.overlap import overlap_of_scans
 from brainfm.transforms import InputTransform, create_transform
@@ -351,8 +351,7 @@ def _own_cores(device: torch.device) -> Iterator[None]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     before = torch.get_num_threads()
     if device.type == "cpu" and local > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local))
+        torch.set_num_threads(max(1, available_cores() // local))
     try:
         yield
     finally:

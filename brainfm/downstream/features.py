@@ -81,13 +81,13 @@ def _write(path: Path, known: dict[str, NDArray[np.float32]]) -> None:
 
 def head_sizes(data: TaskData, path: Path) -> list[float | None]:
     """The volume of each scan's brain mask in ml, kept in a file; None where there is no mask, or it cannot be read."""
-    known: dict[str, float | None] = json.loads(path.read_text()) if path.is_file() else {}
+    known: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     names = [name_of(record) for record in data.records]
     for name, record in zip(names, data.records, strict=True):
         if name not in known:
             known[name] = _volume(record)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(known))
+        temporary.write_text(json.dumps(known), encoding="utf-8")
     return [known[name] for name in names]
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from brainfm.errors import BrainfmError
 from brainfm.inference.streaming import StreamedResNet
+from brainfm.models.encoder import Encoder
 from brainfm.models.resnet import ResNet
 
 logger = logging.getLogger("brainfm")
@@ -41,6 +42,8 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compi
     """
     kind = resolve_dtype(dtype)
     fast: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    if isinstance(fast, Encoder):
+        fast.set_grad_checkpointing(False)
     done = ["channels-last memory", str(kind).removeprefix("torch.")]
     if isinstance(fast, ResNet):
         _fold_batch_norms(fast)
@@ -82,6 +85,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise BrainfmError(
             f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
         ) from error
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cast_input(

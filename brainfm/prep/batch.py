@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from brainfm.errors import BrainfmError, ScanError
+from brainfm.inference import available_cores
 from brainfm.prep.pipeline import Settings, is_done, prepare, read_record
 from brainfm.prep.source import Source, find_sources
 from brainfm.weights.files import one_line
@@ -85,7 +86,7 @@ def prepare_all(
             outcomes[source.name] = one_line(error)
             if said:
                 said(source.name, one_line(error))
-    threads = max(1, _cores() // max(1, min(jobs, len(todo))))
+    threads = max(1, available_cores() // max(1, min(jobs, len(todo))))
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="brainfm-prep")
     running: list[Any] = []
     try:
@@ -149,10 +150,6 @@ def _end_with_the_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)  # it was killed, and nobody waits for this scan
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def list_records(folder: str | os.PathLike[str]) -> dict[str, tuple[Path, dict[str, Any]]]:

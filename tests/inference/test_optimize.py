@@ -137,3 +137,13 @@ def test_compiled_network_gives_the_same_embeddings(name):
     with torch.inference_mode():
         assert relative(fast(x), model(x)) < 1e-5
     assert fast.optimizations[-1] == "torch.compile"
+
+
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
+def test_checkpointing_is_left_behind(name):
+    model, x = build(name), volume(name)
+    model.set_grad_checkpointing()
+    fast = brainfm.optimize(model)
+    assert model.grad_checkpointing
+    with torch.inference_mode():
+        assert relative(fast(x), model(x)) < 1e-5

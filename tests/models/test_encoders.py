@@ -336,6 +336,8 @@ def test_state_dict_goes_round_strictly(name):
 @pytest.mark.parametrize("name", RUN)
 def test_computes_in_bfloat16_on_the_cpu(name):
     model, x = copy.deepcopy(shared(name)), volume(name, batch=1)
+    if isinstance(model, ResNet):
+        x = x[..., :16, :16, :16]  # without bfloat16 instructions, more takes half a minute
     model.reset_classifier(0)
     with torch.inference_mode():
         wanted = model(x)

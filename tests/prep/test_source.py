@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import locale
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,6 +13,14 @@ from brainfm.prep.image import affine_of, sitk, to_array, to_itk
 from brainfm.prep.source import find_sources, read_source
 
 NAME = "DOE^JANE"
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    """ITK's DICOM writer, which these tests use, sets the locale of the process to C."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture
@@ -120,6 +130,14 @@ def test_dicom_series_is_read_with_its_geometry(small, tmp_path, capfd):
     assert np.allclose(affine_of(head.image)[:3, 3], (80 - 4 * 39, 90 - 4 * 47, -70))
     assert NAME not in repr(head)
     assert NAME not in "".join(capfd.readouterr())
+
+
+def test_dicom_reader_leaves_the_locale_as_it_was(small, tmp_path):
+    before = locale.setlocale(locale.LC_ALL)
+    folder = write_series(tmp_path / "series", small[1])
+    locale.setlocale(locale.LC_ALL, before)
+    read_source(folder)
+    assert locale.setlocale(locale.LC_ALL) == before
 
 
 def test_dicom_of_several_series_is_refused_with_their_sizes(small, tmp_path):
