@@ -15,7 +15,6 @@ import brainfm
 from brainfm.errors import BrainfmError
 from brainfm.manifest import list_scans
 from brainfm.models.contracts import TURBOPREP_1MM, TURBOPREP_4MM
-from brainfm.models.resnet import ResNet
 from brainfm.phantom import SITES, make_cohort, make_labels, make_phantom
 
 PATIENTS = 100
@@ -291,7 +290,7 @@ def test_dark_voxels_on_one_side_follow_severity(phantoms, tensors):
 
 @pytest.mark.slow
 def test_small_network_learns_every_label_from_300_patients(phantoms, tensors):
-    train, epochs, batch = 300, 4, 20
+    train, epochs, batch = 300, 3, 10
     more = [[make_phantom(patient, spacing=4.0)] for patient in range(PATIENTS, train + 100)]
     inputs = torch.cat([torch.from_numpy(tensors[:, :1]), torch.stack([_tensor(scans[0]) for scans in more])])
     names = ("sex", "disease", "age", "severity")
@@ -299,7 +298,7 @@ def test_small_network_learns_every_label_from_300_patients(phantoms, tensors):
     targets = torch.from_numpy((values - values[:train].mean(axis=0)) / values[:train].std(axis=0)).float()
 
     torch.manual_seed(0)
-    model = ResNet("basic", (1, 1, 1, 1), (8, 16, 32, 64), num_classes=len(names)).train()
+    model = brainfm.create_model("test_resnet_3d", num_classes=len(names)).train()
     model, inputs = (each.to(memory_format=torch.channels_last_3d) for each in (model, inputs))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * train // batch)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import locale
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ __all__ = [
     "affine_of",
     "largest_part",
     "like",
+    "locale_kept",
     "on_template",
     "save",
     "sitk",
@@ -37,6 +41,16 @@ TEMPLATE = ASSETS / "mni152_2009c_sym_T1w_brain.nii.gz"
 _LPS = np.diag((-1.0, -1.0, 1.0, 1.0))
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote headers, and headers hold names
+
+
+@contextmanager
+def locale_kept() -> Iterator[None]:
+    """Put the process's locale back, which ITK sets to C when it reads a file: text would be ASCII from then on."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def to_itk(array: NDArray[Any], affine: NDArray[np.float64]) -> sitk.Image:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 import brainfm
 from brainfm.errors import ScanError
 from brainfm.prep import programs
-from brainfm.prep.image import TEMPLATE, largest_part, like, on_template, save, sitk, template, to_array
+from brainfm.prep.image import TEMPLATE, largest_part, like, locale_kept, on_template, save, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
 from brainfm.prep.quality import RANGES, Prepared, judge
@@ -123,6 +123,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return dict(record)
 
 
+@locale_kept()
 def prepare(source: Source, folder: Path, settings: Settings, threads: int = 1) -> dict[str, Any]:
     """Prepare one scan, write its folder, and return its record.
 

@@ -6,11 +6,9 @@ Nothing of a DICOM header but its geometry and its modality is looked at, and no
 from __future__ import annotations
 
 import hashlib
-import locale
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 from brainfm.errors import ScanError
 from brainfm.operations import Reorient, Volume
-from brainfm.prep.image import affine_of, largest_part, sitk, to_array, to_itk
+from brainfm.prep.image import affine_of, largest_part, locale_kept, sitk, to_array, to_itk
 from brainfm.scan.read import is_dicom, read_image
 from brainfm.weights.files import file_sha256
 
@@ -137,18 +135,8 @@ def _read_dicom(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]
         below = sorted(child.name for child in folder.iterdir() if child.is_dir())
         hint = f"; name one of the folders in it ({', '.join(below[:5])})" if below else ""
         raise ScanError(f"{folder}: a folder that holds neither a DICOM series nor a BIDS data set{hint}")
-    with _locale_kept():
+    with locale_kept():
         return _read_series(folder)
-
-
-@contextmanager
-def _locale_kept() -> Iterator[None]:
-    """Put the process's locale back, which ITK's DICOM reader sets to C: files would be read as ASCII from then on."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
 
 
 def _read_series(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:

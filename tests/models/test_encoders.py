@@ -12,6 +12,7 @@ from torch import nn
 
 from brainfm import create_model, get_pretrained_cfg, list_models
 from brainfm.models import Encoder
+from brainfm.models.resnet import ResNet
 
 NAMES = list_models()
 RUN = [name for name in NAMES if name not in ("mae_vit_base_3d", "mae_vit_large_3d")]  # those two only in outline

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import locale
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -39,3 +41,11 @@ def prepared(head_image) -> Prepared:
     for array in (made.image, made.brain, made.seen):
         array.setflags(write=False)
     return made
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    """ITK sets the locale of the process to C when it reads or writes, as these tests do themselves."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)

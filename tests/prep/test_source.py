@@ -15,14 +15,6 @@ from brainfm.prep.source import find_sources, read_source
 NAME = "DOE^JANE"
 
 
-@pytest.fixture(autouse=True)
-def same_locale():
-    """ITK's DICOM writer, which these tests use, sets the locale of the process to C."""
-    before = locale.setlocale(locale.LC_ALL)
-    yield
-    locale.setlocale(locale.LC_ALL, before)
-
-
 @pytest.fixture
 def small(tmp_path):
     """A scan of 4 mm in a file, its voxels and its affine."""
