@@ -190,6 +190,7 @@ def test_soop_keeps_patients_with_a_score_and_warns_of_the_pretraining(tmp_path)
     assert {record.patient_id: record.extra["nihss"] for record in records} == {
         f"sub-{n}": str(n % 8) for n in range(1, 31)
     } | {"sub-60": "42"}
+    assert {(record.extra["age"], record.extra["sex"]) for record in records} == {("89", "F")}
     sizes = counts(records)
     assert sum(sizes.values()) == 31
     assert sizes[("train",)] in (18, 19)
@@ -254,6 +255,8 @@ def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run_h
     rows += [aibl_row(12, "bl", 1), aibl_row(12, "m18", 3)]  # healthy at first
     rows += [aibl_row(20, "bl", -4), aibl_row(21, "m36", 2), aibl_row(22, "bl", 1), aibl_row(23, "m72", 1)]
     table = write_table(tmp_path / "aibl_pdxconv_01-Jun-2018.csv", AIBL_COLUMNS, rows)
+    people = [[rid, 2, 1 + rid % 2, f"/{1930 + rid}"] for rid in range(1, 11)] + [[11, 2, -4, -4]]
+    write_table(tmp_path / "aibl_ptdemog_01-Jun-2018.csv", ["RID", "SITEID", "PTGENDER", "PTDOB"], people)
     result = run("aibl.py", table, scans, "-o", tmp_path / "aibl.csv", "--train-per-class", 3)
     assert result.returncode == 0, result.stderr
 
@@ -261,6 +264,10 @@ def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run_h
     assert list(records) == [f"AIBL{rid}" for rid in range(1, 13)]
     assert (records["AIBL11"].scan_id, records["AIBL11"].extra["ad"]) == ("m18", "1")
     assert (records["AIBL12"].scan_id, records["AIBL12"].extra["ad"]) == ("bl", "0")
+    about = {rid: (record.extra["birth_year"], record.extra["sex"]) for rid, record in records.items()}
+    assert about["AIBL3"] == ("1933", "female")
+    assert about["AIBL4"] == ("1934", "male")
+    assert about["AIBL11"] == about["AIBL12"] == ("", "")
     assert records["AIBL11"].image == tmp_path / "aibl" / "sub-AIBL11" / "ses-M018" / "normalized.nii.gz"
     assert counts(records.values(), "ad") == {
         ("0", "train"): 3,

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,10 +143,17 @@ class Cohort:
     unused_rows: list[str]
 
 
-def join(name: str, folder: Path, identify: Callable[[str], ScanId | None], people: People) -> Cohort:
+def join(
+    name: str,
+    folder: Path,
+    identify: Callable[[str], ScanId | None],
+    people: People,
+    covariates: Mapping[Hashable, Mapping[str, str]] | None = None,
+) -> Cohort:
     """The prepared scans of a folder with their rows of the table; of a patient the first scan that has labels.
 
-    `identify` is given the scan's folder relative to `folder`, such as "IXI002-Guys-0828-T1".
+    `identify` is given the scan's folder relative to `folder`, such as "IXI002-Guys-0828-T1". `covariates` are further
+    columns of each row, for the control that predicts without an image; they may be empty.
     """
     if not folder.is_dir():
         raise BrainfmError(f"{folder}: no such folder")
@@ -177,6 +184,7 @@ def join(name: str, folder: Path, identify: Callable[[str], ScanId | None], peop
             continue
         patients.add(scan_id.patient)
         extra = {"dataset": name} | {label: f"{value:g}" for label, value in labels.items()}
+        extra |= (covariates or {}).get(scan_id.row, {})
         cohort.records.append(ScanRecord(scan.image, scan.mask, scan_id.patient, scan_id.scan, extra))
         cohort.labels.append(labels)
     if not cohort.records:

@@ -2,7 +2,8 @@
 
 python examples/cohorts/aibl.py aibl_pdxconv_01-Jun-2018.csv turboprep/ -o aibl.csv
 
-Label: ad, 0 healthy and 1 Alzheimer's disease, at the visit of the scan. What to download is in aibl.md.
+Label: ad, 0 healthy and 1 Alzheimer's disease, at the visit of the scan. What to download is in aibl.md. Where
+aibl_ptdemog_*.csv lies beside the table of diagnoses, sex and year of birth are kept for the control without an image.
 """
 
 import re
@@ -39,10 +40,13 @@ def main() -> None:
     options = parser.parse_args()
 
     people: People = {}
-    for row in read_table(diagnoses(options.phenotypes), ["RID", "VISCODE", "DXCURREN"]):
+    table = diagnoses(options.phenotypes)
+    for row in read_table(table, ["RID", "VISCODE", "DXCURREN"]):
         if (rid := number(row["RID"])) > 0:
             add_row(people, (int(rid), viscode(row["VISCODE"])), labels_of(row))
-    cohort = join("AIBL", options.scans, identify, people)
+    known = demographics(table.parent)
+    covariates = {key: known.get(key[0], {"birth_year": "", "sex": ""}) for key in people}
+    cohort = join("AIBL", options.scans, identify, people, covariates)
     splits = paper_split(cohort, options.train_per_class, options.seed)
     write_manifest(options.output, cohort, splits)
     summarise(options.output, cohort, splits)
@@ -56,6 +60,18 @@ def diagnoses(path):
     if len(found) != 1:
         raise BrainfmError(f"{path}: {len(found)} files aibl_pdxconv_*.csv; name the one to use")
     return found[0]
+
+
+def demographics(folder):
+    """Sex and year of birth by RID, from aibl_ptdemog_*.csv in a folder; nothing where there is none."""
+    known = {}
+    for path in sorted(folder.glob("aibl_ptdemog_*.csv")):
+        for row in read_table(path, ["RID", "PTGENDER", "PTDOB"]):
+            year = re.search(r"(19|20)\d\d$", row["PTDOB"])  # "/1932"
+            sex = {1: "male", 2: "female"}.get(number(row["PTGENDER"]), "")
+            if number(row["RID"]) > 0:
+                known[int(number(row["RID"]))] = {"birth_year": year[0] if year else "", "sex": sex}
+    return known
 
 
 def labels_of(row: dict[str, str]) -> Labels | str:

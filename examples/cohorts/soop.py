@@ -2,7 +2,7 @@
 
 python examples/cohorts/soop.py ds004889/participants.tsv turboprep/ -o soop.csv
 
-Label: nihss, the NIH Stroke Scale, a whole number from 0 to 42.
+Label: nihss, the NIH Stroke Scale, a whole number from 0 to 42. Age and sex are kept for the control without an image.
 """
 
 import re
@@ -19,7 +19,10 @@ def main() -> None:
     options = arguments(__doc__, "participants.tsv of OpenNeuro ds004889").parse_args()
 
     people: People = {}
-    for row in read_table(options.phenotypes, ["participant_id", "nihss"]):
+    covariates = {}
+    for row in read_table(options.phenotypes, ["participant_id", "nihss", "age", "sex"]):
+        # The oldest are "89+".
+        covariates[row["participant_id"]] = {"age": row["age"].removesuffix("+"), "sex": row["sex"]}
         nihss = number(row["nihss"])
         if nihss != nihss:
             add_row(people, row["participant_id"], "no NIHSS")
@@ -27,7 +30,7 @@ def main() -> None:
             add_row(people, row["participant_id"], f"an NIHSS that is no whole number from 0 to {WORST}")
         else:
             add_row(people, row["participant_id"], {"nihss": nihss})
-    cohort = join("SOOP", options.scans, identify, people)
+    cohort = join("SOOP", options.scans, identify, people, covariates)
     splits = make_split(
         cohort.records, [labels["nihss"] for labels in cohort.labels], kind="regression", seed=options.seed
     )
