@@ -7,10 +7,12 @@ from typing import Literal
 
 import numpy as np
 
+from brainfm.errors import ScanError
 from brainfm.prep.image import sitk, template
 
 STARTS_DEG = (-25.0, 0.0, 25.0)  # about each axis, from the centres of mass
 LEVELS = ((4, 2.0, 1.0), (2, 1.0, 0.5), (1, 0.5, 0.1))  # voxels a step, smoothing in mm, share of the voxels looked at
+MOST_STRETCH = 1.5  # of a head against the template, either way
 _COARSE_MM = 6.0
 _KEPT_STARTS = 3
 
@@ -25,6 +27,9 @@ def register(brain: sitk.Image, kind: Literal["rigid", "affine"] = "rigid") -> s
     Args:
         brain: The scan, 0 outside the brain.
         kind: Six degrees of freedom, or twelve.
+
+    Raises:
+        ScanError: The affine one would stretch the brain beyond what heads differ by.
     """
     fixed = template()
     near = sitk.BinaryDilate(sitk.Cast(fixed > 0, sitk.sitkUInt8), [5, 5, 5])
@@ -35,8 +40,17 @@ def register(brain: sitk.Image, kind: Literal["rigid", "affine"] = "rigid") -> s
         loose.SetCenter(transform.GetCenter())
         loose.SetMatrix(transform.GetMatrix())
         loose.SetTranslation(transform.GetTranslation())
-        transform = _optimise(fixed, near, brain, loose)
-    return as_affine(transform)
+        transform = _optimise(
+            fixed, near, brain, loose, step_mm=0.25
+        )  # in larger ones it can shrink the brain to nothing
+    found = as_affine(transform)
+    sizes = np.linalg.svd(np.reshape(found.GetMatrix(), (3, 3)), compute_uv=False)
+    if sizes.min() < 1 / MOST_STRETCH or sizes.max() > MOST_STRETCH:
+        raise ScanError(
+            f"the affine registration went astray (it would stretch the brain by {sizes.min():.2f} to "
+            f"{sizes.max():.2f}); use the rigid one"
+        )
+    return found
 
 
 def as_affine(transform: sitk.Transform) -> sitk.AffineTransform:
@@ -71,7 +85,9 @@ def _best_start(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image) -> sitk.
     return min(ends, key=lambda pair: pair[0])[1]
 
 
-def _optimise(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image, transform: sitk.Transform) -> sitk.Transform:
+def _optimise(
+    fixed: sitk.Image, near: sitk.Image, brain: sitk.Image, transform: sitk.Transform, step_mm: float = 1.0
+) -> sitk.Transform:
     shrink, sigmas, shares = zip(*LEVELS, strict=True)
     method = _method(near, transform)
     method.SetMetricSamplingStrategy(method.REGULAR)
@@ -79,7 +95,7 @@ def _optimise(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image, transform:
     method.SetShrinkFactorsPerLevel(shrink)
     method.SetSmoothingSigmasPerLevel(sigmas)
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 100, relaxationFactor=0.6)
+    method.SetOptimizerAsRegularStepGradientDescent(step_mm, 1e-3, 100, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()
     method.Execute(fixed, brain)
     return transform
