@@ -33,7 +33,7 @@ from brainfm.weights import atomic_path
 logger = logging.getLogger("brainfm")
 
 _FORMATS = (".csv", ".parquet", ".npz")
-_MOST_SCANS = 16  # a batch; larger ones are no faster
+_MOST_SCANS = 16  # a batch; ours
 _SHARE_OF_MEMORY = 0.8
 
 
@@ -129,8 +129,8 @@ def embed(
         scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images or
             (image, mask) pairs.
         model: An encoder of `create_model`, or the name of one with published weights.
-        batch_size: Scans a forward pass; "auto" is 1 on a CPU, where more are not faster, and on a GPU as many as its
-            free memory holds, by what the first scan took, at most 16.
+        batch_size: Scans a forward pass; "auto" is 1 on a CPU, and on a GPU as many as its free memory holds, by what
+            the first scan took, at most 16.
         device: "auto" (CUDA where there is one, else the CPU), or a torch device.
         dtype: See `brainfm.optimize`; "auto" is float32.
         num_workers: Threads that read and prepare scans ahead of the encoder; 0 reads in turn.
