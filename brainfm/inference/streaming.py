@@ -4,8 +4,8 @@ The widest map of a ResNet-18 is 64×150×192×192, and two thirds of a skull-st
 
 - the stem and the first two stages are streams of planes along z: each layer takes planes from the one before, keeps
   those that its next output needs too, and gives its own; no map of theirs but the last is ever there as a whole;
-- up to the first stage, a layer computes of each slab only the box that the brain can have reached. The rest is what the
-  network makes of an empty volume, which differs by the distance from the border alone, and is read off a small one.
+- up to the first stage, a layer computes of each slab only the box that the brain can have reached. The rest is what
+  the network makes of an empty volume: it differs by the distance from the border alone, and is read off a small one.
 
 Neither is an approximation. Slabs are small enough that the allocator keeps their memory: at this size, new pages cost
 more than the arithmetic.
