@@ -2,13 +2,14 @@
 
 The widest map of a ResNet-18 is 64×150×192×192, and two thirds of a skull-stripped volume are exactly 0. So
 
-- the stem and the first two stages are streams of planes along z: each layer takes planes from the one before, keeps
-  those that its next output needs too, and gives its own; no map of theirs but the last is ever there as a whole;
+- all but the last stage are streams of planes along z: each layer takes planes from the one before, keeps those that
+  its next output needs too, and gives its own; no map of theirs but the last is ever there as a whole;
 - up to the first stage, a layer computes of each slab only the box that the brain can have reached. The rest is what
-  the network makes of an empty volume: it differs by the distance from the border alone, and is read off a small one.
+  the network makes of an empty volume: it differs by the distance from the border alone, and is read off a small one;
+- on a processor in float32, convolutions along z are Winograd's, with half the multiplications.
 
-Neither is an approximation. Slabs are small enough that the allocator keeps their memory: at this size, new pages cost
-more than the arithmetic.
+None of them is an approximation. Slabs are small enough that the allocator keeps their memory, and of few sizes, so
+that it finds it again: new pages cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ from torch import Tensor, nn
 
 from brainfm.models.resnet import ResNet
 
-# Bytes of what a layer makes at a time. On a CPU below the 32 MB from which glibc asks the system for every piece anew.
-_SLAB = {"cpu": 15_000_000}
-_SLAB_ELSEWHERE = 400_000_000
+# Planes that a layer makes at a time: as many as Winograd's convolution makes at once, which a processor's cache holds.
+_TILE = 4
+_SLAB_BYTES = 400_000_000  # of what a layer makes at a time on other devices
 
 
 class StreamedResNet(ResNet):
     """A ResNet whose BatchNorms are folded into its convolutions, with a forward for inference. Made by `optimize`.
 
-    Hooks on modules inside the stem and the first two stages are not called. Where a gradient is asked for, or the
+    Hooks on modules inside the stem and the first three stages are not called. Where a gradient is asked for, or the
     network is traced, the forward is the plain one.
     """
 
@@ -45,17 +46,20 @@ class StreamedResNet(ResNet):
         if traced or (torch.is_grad_enabled() and x.requires_grad):
             return super().forward_features(x)
         self._check_input(x)
-        layer1, layer2 = self.get_submodule("layer1"), self.get_submodule("layer2")
-        stream = _stem(x, self.conv1, self.maxpool, border=_reach(layer1))
-        for block in layer1.children():
-            stream = _block(block, stream)
-        stream = _Stream(stream.planes)  # by now the brain has reached nearly everything
-        for block in layer2.children():
-            stream = _block(block, stream)
-        x = _channels_second(torch.cat(list(stream.planes), dim=1))
-        for name in ("layer3", "layer4"):
-            x = self._stage(name, x)
-        return x
+        if x.device.type == "cpu":  # one by one: caches hold more of it, and each has a box of its own
+            return torch.cat([self._streamed(volume) for volume in x.split(1)])  # type: ignore[no-untyped-call]
+        return self._streamed(x)
+
+    def _streamed(self, x: Tensor) -> Tensor:
+        stages = [list(self.get_submodule(name).children()) for name in ("layer1", "layer2", "layer3")]
+        stream = _stem(x, self.conv1, self.maxpool, border=_reach(stages[0]))
+        for number, blocks in enumerate(stages):
+            for block in blocks:
+                stream = _block(block, stream)
+            if number == 0:
+                stream = replace(stream, live=None, empty=None)  # by now the brain has reached nearly everything
+        x = torch.cat([slab[:, :, 1:-1, 1:-1] for slab in stream.slabs], dim=1)
+        return self._stage("layer4", x.permute(0, 4, 1, 2, 3))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,15 +121,20 @@ class Live:
 
 @dataclass(frozen=True, eq=False)
 class _Stream:
-    """A map, plane by plane.
+    """A map, a few planes at a time.
 
     Attributes:
-        planes: Slabs of it along z: [B, planes, rows, columns, C], not written to again.
-        live: Where it differs from that of an empty volume; None is everywhere.
+        slabs: Planes along z, in order: [B, at most `count`, 1 + rows + 1, 1 + columns + 1, C]. Around each plane is a
+            border of 0, which saves the convolutions theirs. Not written to again.
+        depth: Planes of the whole map.
+        count: Planes that a layer makes at a time.
+        live: Where the map differs from that of an empty volume; None is everywhere.
         empty: The map of a small empty volume, [1, C, d, h, w]: all its borders and corners, and a middle.
     """
 
-    planes: Iterator[Tensor]
+    slabs: Iterator[Tensor]
+    depth: int
+    count: int
     live: Live | None = None
     empty: Tensor | None = None
 
@@ -135,50 +144,68 @@ def _stem(x: Tensor, conv: nn.Conv3d, pool: nn.MaxPool3d, border: int) -> _Strea
     assert conv.bias is not None
     live = Live.of(x).behind(conv).behind(pool)
     constant = conv.bias.relu()  # of an empty volume
-    planes = _regrouped(_pooled(x, conv, live, constant), _slab_planes(x, len(constant) * math.prod(live.size)))
+    count = _planes_at_a_time(x, len(constant) * math.prod(live.size))
     size = [min(n, 2 * border + 1) for n in live.shape]
-    return _Stream(planes, live, constant[:, None, None, None].expand(-1, *size)[None])
+    empty = constant[:, None, None, None].expand(-1, *size)[None]
+    return _Stream(_pooled(x, conv, live, constant, count), live.shape[0], count, live, empty)
 
 
-def _pooled(x: Tensor, conv: nn.Conv3d, live: Live, constant: Tensor) -> Iterator[Tensor]:
-    """The planes of the stem's map; two planes of the convolution make one.
+def _pooled(x: Tensor, conv: nn.Conv3d, live: Live, constant: Tensor, count: int) -> Iterator[Tensor]:
+    """The slabs of the stem's map. Plane n of it is the largest of planes 2n - 1, 2n and 2n + 1 of the convolution.
+
+    ReLU comes last, where there is least to do: it keeps the order of voxels.
+    """
+    weight = conv.weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    depth, step = x.shape[2], 2 if count == _TILE else 2 * count
+    before = x.new_zeros(len(x), 1, *live.size, len(constant))  # plane 2n - 1; before a ReLU, 0 changes no maximum
+    for first in range(0, live.shape[0], count):
+        last = min(first + count, live.shape[0])
+        slab = _bordered(x, len(x), last - first, *live.size, len(constant))
+        slab[:, :, 1:-1, 1:-1] = constant
+        box = live.box(first, last)
+        if not box:
+            before = constant.expand_as(before)
+            yield slab
+            continue
+        largest, held = _inside(slab, box), before[:, :, box[0], box[1]]
+        for low in range(2 * first, 2 * last, step):
+            planes = _pooled_in_planes(x, conv, weight, slice(low, min(low + step, 2 * last, depth)), box)
+            if planes.shape[1] % 2:
+                planes = F.pad(planes, (0, 0, 0, 0, 0, 0, 0, 1))
+            part = largest[:, low // 2 - first :][:, : planes.shape[1] // 2]
+            torch.maximum(planes[:, ::2], planes[:, 1::2], out=part)
+            torch.maximum(part[:, :1], held, out=part[:, :1])
+            torch.maximum(part[:, 1:], planes[:, 1:-1:2], out=part[:, 1:])
+            held = planes[:, -1:]
+        largest.relu_()
+        before = constant.expand_as(before).clone()
+        before[:, :, box[0], box[1]] = held
+        yield slab
+
+
+def _pooled_in_planes(x: Tensor, conv: nn.Conv3d, weight: Tensor, planes: slice, box: tuple[slice, slice]) -> Tensor:
+    """[B, planes, rows, columns, C] of conv(x), max-pooled within each plane, of which the box is given.
 
     The convolution is one of planes, whose channels are the planes under its kernel: with few input channels that is
-    the faster way to compute the same.
+    the faster way to compute the same. Its weight [C, channels, rows, columns] is given.
     """
-    kernel, margin = conv.kernel_size[0], int(conv.padding[0])
-    weight = conv.weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
-    batch, _, depth, height, width = x.shape
-    padded = F.pad(x, (margin,) * 6)
-    step = 2 * max(1, _slab_planes(x, len(constant) * height * width) // 2)
-    held = x.new_zeros(batch, 1, *live.size, len(constant))  # behind a ReLU, 0 changes no maximum
-    for first in range(0, depth, step):
-        last = min(first + step, depth)
-        planes = constant.expand(batch, last - first, *live.size, -1).clone()
-        if box := live.box(first // 2, (last + 1) // 2):
-            sizes = (height, width)
-            rows, columns = (
-                slice(max(0, 2 * s.start - 1), min(2 * s.stop, n)) for s, n in zip(box, sizes, strict=True)
-            )
-            under = [slice(s.start, s.stop + kernel - 1) for s in (slice(first, last), rows, columns)]
-            windows = padded[:, :, under[0], under[1], under[2]].unfold(2, kernel, 1).permute(0, 2, 3, 4, 1, 5)
-            windows = windows.flatten(4).flatten(0, 1).permute(0, 3, 1, 2)  # [B · planes, channels, rows, columns]
-            maps = F.conv2d(windows, weight, conv.bias).relu_()
-            ends = [(int(s.start == 0), int(2 * s.stop > n)) for s, n in zip(box, sizes, strict=True)]
-            maps = F.max_pool2d(F.pad(maps, (*ends[1], *ends[0])), 3, 2)
-            planes[:, :, box[0], box[1]] = maps.permute(0, 2, 3, 1).view(batch, last - first, *maps.shape[2:], -1)
-        if (last - first) % 2:
-            planes = F.pad(planes, (0, 0, 0, 0, 0, 0, 0, 1))
-        threes = torch.cat([held, planes], dim=1)
-        held = planes[:, -1:]
-        yield torch.maximum(torch.maximum(threes[:, :-1:2], threes[:, 1::2]), threes[:, 2::2])
+    kernel, _, margin = _geometry(conv)
+    seen = [slice(max(0, 2 * s.start - 1), min(2 * s.stop, n)) for s, n in zip(box, x.shape[3:], strict=True)]
+    windows = _patch(x, (planes, *seen), margin).unfold(2, kernel, 1).permute(0, 2, 3, 4, 1, 5)
+    windows = windows.flatten(4).flatten(0, 1).permute(0, 3, 1, 2)  # [B · planes, channels, rows, columns]
+    maps = F.conv2d(windows, weight, conv.bias)
+    rows, columns = ((int(s.start == 0), int(2 * s.stop > n)) for s, n in zip(box, x.shape[3:], strict=True))
+    if any((*rows, *columns)):
+        maps = F.pad(maps, (*columns, *rows))
+    maps = F.max_pool2d(maps, 3, 2).permute(0, 2, 3, 1)
+    return maps.view(len(x), -1, *maps.shape[1:])
 
 
 def _block(block: Any, stream: _Stream) -> _Stream:
     """A residual block."""
     *inner, last = (conv for name, conv in block.named_children() if name.startswith("conv"))
-    planes, beside = _forked(stream.planes)
-    stream, shortcut = replace(stream, planes=planes), replace(stream, planes=beside)
+    slabs, beside = _forked(stream.slabs)
+    stream, shortcut = replace(stream, slabs=slabs), replace(stream, slabs=beside)
     if block.downsample is not None:
         shortcut = _convolved(shortcut, block.downsample[0], relu=False)
     for conv in inner:
@@ -194,98 +221,173 @@ def _convolved(stream: _Stream, conv: nn.Conv3d, shortcut: _Stream | None = None
         if shortcut is not None and shortcut.live is not None and shortcut.empty is not None:
             live, empty = live.joined(shortcut.live), empty + shortcut.empty
         empty = empty.relu() if relu else empty
-    windows = _Windows(stream.planes, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
-    # A map of them, not a generator: that would hold each slab while later layers work on it.
-    return _Stream(map(_Convolution(conv, live, empty, shortcut, relu), windows), live, empty)
+    # A map of windows, not a generator: that would hold each slab while later layers work on it.
+    slabs = map(_Layer(conv, live, empty, None if shortcut is None else shortcut.slabs, relu), _Windows(stream, conv))
+    return _Stream(slabs, _outputs(stream.depth, conv), stream.count, live, empty)
 
 
-class _Convolution:
-    """What `_convolved` does to a slab of the planes under its kernel; slabs are given in order."""
+class _Layer:
+    """What `_convolved` does to each window of planes; they are given in order."""
 
     def __init__(
-        self, conv: nn.Conv3d, live: Live | None, empty: Tensor | None, shortcut: _Stream | None, relu: bool
+        self, conv: nn.Conv3d, live: Live | None, empty: Tensor | None, shortcut: Iterator[Tensor] | None, relu: bool
     ) -> None:
-        self.conv, self.live, self.relu = conv, live, relu
+        self._conv, self._live, self._relu = conv, live, relu
         self._background = None if live is None or empty is None else _Background(empty, live.shape)
-        self._shortcut = None if shortcut is None else _Queue(shortcut.planes)
+        self._shortcut = None if shortcut is None else _Planes(shortcut)
+        self._compute = _Winograd(conv) if _Winograd.applies(conv) else _Direct(conv)
         self._done = 0
 
-    def __call__(self, slab: Tensor) -> Tensor:
-        kernel, margin = self.conv.kernel_size[0], int(self.conv.padding[0])
-        first = self._done
-        self._done += (slab.shape[1] - kernel) // self.conv.stride[0] + 1
-        added = None if self._shortcut is None else self._shortcut.take(self._done - first)
-        box = None if self.live is None else self.live.box(first, self._done)
-        if self._background is None or box == tuple(slice(0, n) for n in slab.shape[2:4]):
-            return self._values(slab, added, margin)
-        out = self._background.planes(len(slab), first, self._done)
-        if box:
-            rows, columns = box
-            added = None if added is None else added[:, :, rows, columns]
-            out[:, :, rows, columns] = self._values(_patch(slab, box, margin), added, 0)
-        return out
+    def __call__(self, window: Sequence[Tensor]) -> Tensor:
+        kernel, stride, margin = _geometry(self._conv)
+        batch, *bordered, _ = window[0].shape
+        rows, columns = (_outputs(n - 2, self._conv) for n in bordered)
+        count = (len(window) - kernel) // stride + 1
+        first, self._done = self._done, self._done + count
+        added = None if self._shortcut is None else self._shortcut.take(count)
 
-    def _values(self, slab: Tensor, added: Tensor | None, margin: int) -> Tensor:
-        """[B, planes, rows, columns, C], with `margin` rows and columns of zeros around the slab."""
-        weight, bias, padding = self.conv.weight, self.conv.bias, (0, margin, margin)
-        values = F.conv3d(_channels_second(slab), weight, bias, self.conv.stride, padding).permute(0, 2, 3, 4, 1)
-        if added is not None:
-            values += added
-        return values.relu_() if self.relu else values
+        box: tuple[slice, slice] | None = (slice(0, rows), slice(0, columns))
+        if self._background is None or self._live is None or box == (box := self._live.box(first, self._done)):
+            slab = _bordered(window[0], batch, count, rows, columns, self._conv.out_channels)
+        else:
+            slab = self._background.slab(batch, first, self._done)
+        if box:
+            values = _inside(slab, box)
+            # Counted with the border, output row r sees the rows from r · stride - margin + 1 on.
+            under = [slice(s.start * stride - margin + 1, (s.stop - 1) * stride - margin + 1 + kernel) for s in box]
+            self._compute([plane[:, under[0], under[1]] for plane in window], values)
+            for n, plane in enumerate(added or []):
+                values[:, n] += _inside(plane[:, None], box)[:, 0]
+            if self._relu:
+                values.relu_()
+        return slab
+
+
+class _Direct:
+    """A convolution of bordered planes [B, rows, columns, C], written to `out`, [B, planes, rows, columns, C]."""
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        self._conv = conv
+
+    def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
+        conv = self._conv
+        x = torch.stack(list(planes), dim=1).permute(0, 4, 1, 2, 3)  # torch's channels-last
+        out.copy_(F.conv3d(x, conv.weight, conv.bias, conv.stride).permute(0, 2, 3, 4, 1))
+
+
+class _Winograd:
+    """The same where the kernel has 3 planes: 6 convolutions of planes, in place of 12, give 4.
+
+    Winograd's F(4, 3) (Lavin and Gray 2015, arXiv 1509.09308) along z alone, where its transforms are sums of planes.
+    """
+
+    # Of the kernel's planes, for each of the points 0, 1, -1, 2, -2 and infinity.
+    _POINTS = (
+        (1 / 4, 0, 0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0, 0, 1),
+    )
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        self._bias = conv.bias
+        self._weights = [
+            torch.tensordot(conv.weight, conv.weight.new_tensor(point), ([2], [0])).contiguous(
+                memory_format=torch.channels_last
+            )
+            for point in self._POINTS
+        ]
+
+    @staticmethod
+    def applies(conv: nn.Conv3d) -> bool:
+        """Whether it can be used, and pays: in float32 it is off by 1e-6, which smaller types would make far more."""
+        kind = conv.weight.device.type, conv.weight.dtype
+        return kind == ("cpu", torch.float32) and conv.kernel_size[0] == 3 and conv.stride[0] == 1
+
+    def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
+        zeros = [torch.zeros_like(planes[0])] * (_TILE + 2 - len(planes))  # behind the last of a map
+        d0, d1, d2, d3, d4, d5 = *planes, *zeros
+        even, odd = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
+        at_1 = self._convolved(1, even + odd, self._bias)  # which all four outputs hold once, and so the bias
+        at_minus_1 = self._convolved(2, even.sub_(odd))
+        even, odd = d4 - d2, torch.sub(d3, d1, out=odd)
+        at_2 = self._convolved(3, torch.add(even, odd, alpha=2))
+        at_minus_2 = self._convolved(4, torch.sub(even, odd, alpha=2))
+        at_0 = self._convolved(0, even.add_(d0, alpha=4).sub_(d2, alpha=4))
+        at_infinity = self._convolved(5, torch.sub(d5, d3).sub_(odd, alpha=4))
+
+        made = out if out.shape[1] == _TILE else out.new_empty(len(out), _TILE, *out.shape[2:])
+        y0, y1, y2, y3 = made.unbind(1)
+        ones, twos = at_1 + at_minus_1, at_2 + at_minus_2
+        torch.add(ones, twos, out=y0).add_(at_0)
+        torch.add(ones, twos, alpha=4, out=y2)
+        ones, twos = at_1.sub_(at_minus_1), at_2.sub_(at_minus_2)
+        torch.add(ones, twos, alpha=2, out=y1)
+        torch.add(ones, twos, alpha=8, out=y3).add_(at_infinity)
+        if made is not out:
+            out.copy_(made[:, : out.shape[1]])
+
+    def _convolved(self, point: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x.permute(0, 3, 1, 2), self._weights[point], bias).permute(0, 2, 3, 1)
 
 
 class _Windows:
-    """Slabs with all the planes that a convolution along z takes for its next outputs; 0 beyond the ends of the map."""
+    """The planes under a convolution for its next outputs, 0 beyond the ends of the map.
 
-    def __init__(self, planes: Iterator[Tensor], kernel: int, stride: int, margin: int) -> None:
-        self._planes, self._kernel, self._stride, self._margin = planes, kernel, stride, margin
-        self._held: Tensor | None = None
+    Each slab that comes gives as many outputs as it can, so that two of its planes are all that is kept. Where the
+    stride halves that, it waits for a whole slab of outputs.
+    """
+
+    def __init__(self, stream: _Stream, conv: nn.Conv3d) -> None:
+        self._slabs, self._missing, self._count = stream.slabs, stream.depth, stream.count
+        self._kernel, self._stride, self._margin = _geometry(conv)
+        self._held: list[Tensor] = []
 
     def __iter__(self) -> _Windows:
         return self
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> list[Tensor]:
         while True:
-            slab = next(self._planes, None)
-            held = self._joined(slab)
-            outputs = (held.shape[1] - self._kernel) // self._stride + 1
-            if slab is not None:
-                outputs = min(outputs, held.shape[1] // self._stride)  # the next window may begin behind what is held
-            elif outputs < 1:
+            held, stride = self._held, self._stride
+            count = min(self._count, (len(held) - self._kernel) // stride + 1)
+            if self._missing:
+                count = min(count, len(held) // stride)  # the next window may begin behind what is held
+            if count > 0 and (count == self._count or stride == 1 or not self._missing):
+                self._held = held[count * stride :]
+                return held[: (count - 1) * stride + self._kernel]
+            if not self._missing:
                 raise StopIteration
-            self._held = held[:, outputs * self._stride :].clone()  # a view would keep all of it
-            if outputs > 0:
-                return held[:, : (outputs - 1) * self._stride + self._kernel]
+            self._take(next(self._slabs))
 
-    def _joined(self, slab: Tensor | None) -> Tensor:
-        margin = self._margin
-        if slab is None:
-            assert self._held is not None
-            self._margin = 0  # the end comes once
-            return F.pad(self._held, (0, 0, 0, 0, 0, 0, 0, margin))
-        return F.pad(slab, (0, 0, 0, 0, 0, 0, margin, 0)) if self._held is None else torch.cat([self._held, slab], 1)
+    def _take(self, slab: Tensor) -> None:
+        self._missing -= slab.shape[1]
+        planes = [*self._held, *slab.unbind(1)]
+        if not self._held:
+            planes = [*self._beyond(slab), *planes]
+        self._held = planes if self._missing else [*planes, *self._beyond(slab)]
 
-
-def _patch(x: Tensor, box: tuple[slice, slice], margin: int) -> Tensor:
-    """The box of planes [B, planes, rows, columns, C] and `margin` around it, 0 beyond the ends of the map."""
-    inside = [slice(max(0, s.start - margin), min(n, s.stop + margin)) for s, n in zip(box, x.shape[2:4], strict=True)]
-    rows, columns = ((margin - s.start + i.start, margin - i.stop + s.stop) for s, i in zip(box, inside, strict=True))
-    return F.pad(x[:, :, inside[0], inside[1]], (0, 0, *columns, *rows))
+    def _beyond(self, slab: Tensor) -> list[Tensor]:
+        return [torch.zeros_like(slab[:, 0])] * self._margin
 
 
-def _regrouped(planes: Iterator[Tensor], count: int) -> Iterator[Tensor]:
-    """The same planes in slabs of at least `count`, but for the last."""
-    waiting: list[Tensor] = []
-    for slab in planes:
-        waiting.append(slab)
-        if sum(each.shape[1] for each in waiting) >= count:
-            yield torch.cat(waiting, dim=1)
-            waiting = []
-    if waiting:
-        yield torch.cat(waiting, dim=1)
+class _Planes:
+    """The planes of slabs, in other numbers than they come in."""
+
+    def __init__(self, slabs: Iterator[Tensor]) -> None:
+        self._slabs = slabs
+        self._waiting: list[Tensor] = []
+
+    def take(self, count: int) -> list[Tensor]:
+        """The next `count` planes."""
+        while len(self._waiting) < count:
+            self._waiting += next(self._slabs).unbind(1)
+        taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return taken
 
 
-def _forked(planes: Iterator[Tensor]) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+def _forked(slabs: Iterator[Tensor]) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
     """The slabs twice. The second iterator has to stay behind the first; `itertools.tee` keeps dozens."""
     waiting: deque[Tensor] = deque()
 
@@ -297,27 +399,11 @@ def _forked(planes: Iterator[Tensor]) -> tuple[Iterator[Tensor], Iterator[Tensor
         while waiting:
             yield waiting.popleft()
 
-    return map(keep, planes), follow()
-
-
-class _Queue:
-    """Planes of a stream, in slabs of another size than they come in."""
-
-    def __init__(self, planes: Iterator[Tensor]) -> None:
-        self._planes = planes
-        self._waiting: Tensor | None = None
-
-    def take(self, count: int) -> Tensor:
-        """The next `count` planes."""
-        while self._waiting is None or self._waiting.shape[1] < count:
-            more = next(self._planes)
-            self._waiting = more if self._waiting is None else torch.cat([self._waiting, more], dim=1)
-        taken, self._waiting = self._waiting[:, :count], self._waiting[:, count:].clone()
-        return taken
+    return map(keep, slabs), follow()
 
 
 class _Background:
-    """The planes of an empty volume's map, from a small one's: they differ by the distance to the border alone."""
+    """The slabs of an empty volume's map, from a small one's: its planes differ by the distance to the border alone."""
 
     def __init__(self, small: Tensor, shape: Sequence[int]) -> None:
         self._small = small[0].permute(1, 2, 3, 0).contiguous()
@@ -326,14 +412,24 @@ class _Background:
         self._rows, self._columns = (place.to(small.device) for place in places[1:])
         self._plane = self._small[0], -1
 
-    def planes(self, batch: int, first: int, last: int) -> Tensor:
-        """Planes `first` up to, not including, `last`, [batch, planes, rows, columns, C] in new memory."""
-        out = self._small.new_empty(batch, last - first, len(self._rows), len(self._columns), self._small.shape[-1])
+    def slab(self, batch: int, first: int, last: int) -> Tensor:
+        """Planes `first` up to, not including, `last`, in new memory."""
+        size = len(self._rows), len(self._columns), self._small.shape[-1]
+        out = _bordered(self._small, batch, last - first, *size)
         for n, z in enumerate(self._z[first:last]):
             if self._plane[1] != z:  # most planes are the middle one
                 self._plane = self._small[z].index_select(0, self._rows).index_select(1, self._columns), z
-            out[:, n] = self._plane[0]
+            out[:, n, 1:-1, 1:-1] = self._plane[0]
         return out
+
+
+def _patch(x: Tensor, places: Sequence[slice], margin: int) -> Tensor:
+    """The places along the last axes of x and `margin` around them, 0 beyond its ends."""
+    sizes = x.shape[-len(places) :]
+    inside = [slice(max(0, s.start - margin), min(n, s.stop + margin)) for s, n in zip(places, sizes, strict=True)]
+    ends = [(margin - s.start + i.start, margin - i.stop + s.stop) for s, i in zip(places, inside, strict=True)]
+    index: tuple[Any, ...] = (..., *inside)
+    return F.pad(x[index], [end for pair in reversed(ends) for end in pair])
 
 
 def _nearest_border(n: int, small: int) -> Tensor:
@@ -342,20 +438,42 @@ def _nearest_border(n: int, small: int) -> Tensor:
     return torch.where(place < half, place, torch.where(n - place < small - half, small - n + place, half))
 
 
-def _reach(stage: nn.Module) -> int:
-    """How far into a stage's map the border of its input reaches."""
-    convolutions = [conv for conv in stage.modules() if isinstance(conv, nn.Conv3d)]
+def _reach(blocks: Sequence[nn.Module]) -> int:
+    """How far into the map of blocks the border of their input reaches."""
+    convolutions = [conv for block in blocks for conv in block.modules() if isinstance(conv, nn.Conv3d)]
     return sum(int(conv.padding[0]) for conv in convolutions)
 
 
-def _slab_planes(x: Tensor, values: int) -> int:
-    """How many planes of so many values, for each volume of a batch, are made at a time."""
-    return max(1, _SLAB.get(x.device.type, _SLAB_ELSEWHERE) // (len(x) * values * x.element_size()))
+def _planes_at_a_time(x: Tensor, values: int) -> int:
+    """How many planes of so many values for each volume of x a layer makes at a time."""
+    if x.device.type == "cpu":
+        return _TILE
+    return _TILE * max(1, _SLAB_BYTES // (_TILE * len(x) * values * x.element_size()))
 
 
-def _channels_second(x: Tensor) -> Tensor:
-    """[B, D, H, W, C] → [B, C, D, H, W], the same memory: torch's channels-last."""
-    return x.permute(0, 4, 1, 2, 3)
+def _bordered(like: Tensor, batch: int, planes: int, rows: int, columns: int, channels: int) -> Tensor:
+    """New memory for a slab, whose border alone is set."""
+    slab = like.new_empty(batch, planes, rows + 2, columns + 2, channels)
+    for edge in (slab[:, :, 0], slab[:, :, -1], slab[:, :, :, 0], slab[:, :, :, -1]):
+        edge.zero_()
+    return slab
+
+
+def _inside(slab: Tensor, box: tuple[slice, slice]) -> Tensor:
+    """A view of the box of each plane, which is counted without the border."""
+    rows, columns = (slice(s.start + 1, s.stop + 1) for s in box)
+    return slab[:, :, rows, columns]
+
+
+def _outputs(size: int, conv: nn.Conv3d) -> int:
+    """How many outputs a convolution has along an axis of so many inputs."""
+    kernel, stride, margin = _geometry(conv)
+    return (size + 2 * margin - kernel) // stride + 1
+
+
+def _geometry(conv: nn.Conv3d) -> tuple[int, int, int]:
+    """Kernel, stride and padding of a cubic convolution."""
+    return conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
 
 
 def _one(value: int | Sequence[int]) -> int:

@@ -39,16 +39,65 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("shape", [(40, 48, 48), (41, 33, 45), (9, 8, 10), (5, 60, 61)])
+def convolve_directly(monkeypatch, planes: int) -> None:
+    """As on a GPU: convolutions of torch's own, so many planes at a time."""
+    monkeypatch.setattr(streaming._Winograd, "applies", lambda conv: False)
+    monkeypatch.setattr(streaming, "_planes_at_a_time", lambda x, values: planes)
+
+
+@pytest.mark.parametrize("shape", [(40, 48, 48), (41, 33, 45), (9, 8, 10), (5, 60, 61), (1, 1, 1)])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
-@pytest.mark.parametrize("slab", [20_000, 10**9])
-def test_streamed_map_is_the_plain_one(monkeypatch, block, shape, slab):
-    monkeypatch.setitem(streaming._SLAB, "cpu", slab)
+@pytest.mark.parametrize("planes", ["of a processor", 4, 8, 1000])
+def test_streamed_map_is_the_plain_one(monkeypatch, block, shape, planes):
     model = small(block)
     fast = brainfm.optimize(model)
+    if planes != "of a processor":
+        convolve_directly(monkeypatch, planes)
     with torch.inference_mode():
         assert isinstance(fast, StreamedResNet)
         assert relative(fast.forward_features(head(shape)), model.forward_features(head(shape))) < 1e-5
+
+
+@pytest.mark.parametrize("depth", range(1, 14))
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("sizes", [4, 3, 1])
+def test_each_output_gets_the_planes_under_it(depth, stride, kernel, sizes):
+    """Planes that hold their own number, in slabs of some size → windows of the right numbers, in order."""
+    conv = nn.Conv3d(1, 1, kernel, stride=stride, padding=kernel // 2)
+    numbers = torch.arange(1.0, depth + 1)[None, :, None, None, None]
+    stream = streaming._Stream(iter(numbers.split(sizes, dim=1)), depth, count=4)
+    found = []
+    for window in streaming._Windows(stream, conv):
+        values = [int(plane) for plane in window]
+        outputs = (len(values) - kernel) // stride + 1
+        assert 1 <= outputs <= 4
+        found += [values[n * stride :][:kernel] for n in range(outputs)]
+    padded = [0] * (kernel // 2) + list(range(1, depth + 1)) + [0] * (kernel // 2)
+    assert found == [padded[n * stride :][:kernel] for n in range((depth - 1) // stride + 1)]
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3, 4])
+def test_winograds_convolution_is_the_convolution(outputs):
+    """Against float64."""
+    torch.manual_seed(0)
+    conv = nn.Conv3d(32, 24, 3, padding=1)
+    planes = torch.randn(2, outputs + 2, 9, 12, 32)
+    out = torch.empty(2, outputs, 7, 10, 24)
+    with torch.inference_mode():
+        assert streaming._Winograd.applies(conv)
+        streaming._Winograd(conv)(planes.unbind(1), out)
+        wanted = nn.functional.conv3d(
+            planes.permute(0, 4, 1, 2, 3).double(), conv.weight.double(), conv.bias.double()
+        ).permute(0, 2, 3, 4, 1)
+    assert relative(out.double(), wanted) < 3e-6  # float32 by itself: some 3e-7
+
+
+def test_it_is_for_float32_on_a_processor_alone():
+    assert not streaming._Winograd.applies(nn.Conv3d(1, 1, 3, dtype=torch.bfloat16))
+    assert not streaming._Winograd.applies(nn.Conv3d(1, 1, 3, device="meta"))
+    assert not streaming._Winograd.applies(nn.Conv3d(1, 1, 3, stride=2))
+    assert not streaming._Winograd.applies(nn.Conv3d(1, 1, 1))
 
 
 EMPTY = {
@@ -65,12 +114,16 @@ EMPTY = {
 
 @pytest.mark.parametrize("empty", EMPTY)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_what_is_known_of_empty_space_is_exact(empty, batch):
+def test_what_is_known_of_empty_space_is_exact(monkeypatch, empty, batch):
     model = small("basic")
     x = torch.randn(batch, 1, 40, 48, 48, generator=torch.Generator().manual_seed(1))
     EMPTY[empty](x[-1:])  # the other scan of a batch stays full
+    fast = brainfm.optimize(model)
     with torch.inference_mode():
-        assert relative(brainfm.optimize(model).forward_features(x), model.forward_features(x)) < 1e-5
+        wanted = model.forward_features(x)
+        assert relative(fast.forward_features(x), wanted) < 1e-5
+        convolve_directly(monkeypatch, 8)
+        assert relative(fast._streamed(x), wanted) < 1e-5  # all of a batch at once, as on a GPU
 
 
 def test_several_channels_and_a_head():
@@ -82,7 +135,7 @@ def test_several_channels_and_a_head():
 
 def test_only_what_the_brain_reaches_is_computed(monkeypatch):
     computed = []
-    plain = torch.nn.functional.conv3d
+    plain = torch.nn.functional.conv2d
 
     def counting(x, *rest):
         computed.append(x.numel())
@@ -95,7 +148,7 @@ def test_only_what_the_brain_reaches_is_computed(monkeypatch):
         computed.clear()
         with torch.inference_mode(), monkeypatch.context() as patched:
             fast = brainfm.optimize(model)
-            patched.setattr(torch.nn.functional, "conv3d", counting)
+            patched.setattr(torch.nn.functional, "conv2d", counting)
             fast.forward_features(x)
         counts.append(sum(computed))
     assert counts[1] < 0.75 * counts[0]
