@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -42,12 +43,15 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compi
         >>> fast = brainfm.optimize(brainfm.create_model("simclr_resnet18_3d", pretrained=True))
     """
     kind = resolve_dtype(dtype)
-    fast: Any = copy.deepcopy(model).eval().requires_grad_(False)
+    # A weight that is folded is made anew, and need not be copied before.
+    folded = list(_convolutions_with_norms(model)) if isinstance(model, ResNet) else []
+    shared = {id(conv.weight): nn.Parameter(conv.weight.detach(), requires_grad=False) for _, conv, _ in folded}
+    fast: Any = copy.deepcopy(model, shared).eval().requires_grad_(False)
     if isinstance(fast, Encoder):
         fast.set_grad_checkpointing(False)
     done = ["channels-last memory", str(kind).removeprefix("torch.")]
     if isinstance(fast, ResNet):
-        _fold_batch_norms(fast)
+        _fold_batch_norms(fast, kind)
         done.insert(0, "BatchNorm folded")
     if type(fast) is ResNet:
         fast.__class__ = StreamedResNet  # the same modules under another forward
@@ -103,21 +107,25 @@ def _cast_output(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor
     return output.float()
 
 
-def _fold_batch_norms(module: nn.Module) -> None:
-    """Fold each BatchNorm3d of a ResNet into the convolution before it.
+def _convolutions_with_norms(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv3d, str]]:
+    """Each convolution of a ResNet that a BatchNorm3d follows, the module they are in, and the norm's name there.
 
     In MONAI's ResNets the order of registration is that of the forward pass, within a block (conv1, bn1, conv2, bn2, …)
     and within `downsample`; that does not hold for any network, so other families are left as they are.
     """
     previous: nn.Module | None = None
-    for name, child in list(module.named_children()):
+    for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm3d) and isinstance(previous, nn.Conv3d):
-            mean, variance = cast(Tensor, child.running_mean), cast(Tensor, child.running_var)
-            previous.weight, previous.bias = fuse_conv_bn_weights(
-                previous.weight, previous.bias, mean, variance, child.eps, child.weight, child.bias
-            )
-            previous.requires_grad_(False)
-            setattr(module, name, nn.Identity().eval())
-        else:
-            _fold_batch_norms(child)
+            yield module, previous, name
+        yield from _convolutions_with_norms(child)
         previous = child
+
+
+def _fold_batch_norms(model: ResNet, dtype: torch.dtype) -> None:
+    """Fold each norm into its convolution, whose weights are made anew in the type, one by one to save memory."""
+    for module, conv, name in list(_convolutions_with_norms(model)):
+        norm: Any = getattr(module, name)
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        conv.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        setattr(module, name, nn.Identity().eval())
