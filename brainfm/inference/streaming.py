@@ -20,16 +20,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from brainfm.inference.convolution import TILE, Direct, Winograd, geometry, outputs
+from brainfm.inference.empty import Background, Live
 from brainfm.models.resnet import ResNet
 
-# Planes that a layer makes at a time: as many as Winograd's convolution makes at once, which a processor's cache holds.
-_TILE = 4
 _SLAB_BYTES = 400_000_000  # of what a layer makes at a time on other devices
 
 
@@ -60,63 +58,6 @@ class StreamedResNet(ResNet):
                 stream = replace(stream, live=None, empty=None)  # by now the brain has reached nearly everything
         x = torch.cat([slab[:, :, 1:-1, 1:-1] for slab in stream.slabs], dim=1)
         return self._stage("layer4", x.permute(0, 4, 1, 2, 3))
-
-
-@dataclass(frozen=True, eq=False)
-class Live:
-    """Where a map can differ from that of an empty volume: a box in each plane.
-
-    Attributes:
-        low: [planes, 2], the first row and column of the box.
-        high: [planes, 2], the row and column behind its last; at most `low` where the plane has none.
-        size: Rows and columns of a plane.
-    """
-
-    low: NDArray[np.int64]
-    high: NDArray[np.int64]
-    size: tuple[int, int]
-
-    @classmethod
-    def of(cls, x: Tensor) -> Live:
-        """Of volumes [B, C, D, H, W]: what is not 0 in any."""
-        filled: NDArray[np.bool_] = (x != 0).flatten(0, 1).any(dim=0).cpu().numpy()
-        low, high = np.empty((len(filled), 2), np.int64), np.empty((len(filled), 2), np.int64)
-        for axis, other in ((0, 2), (1, 1)):
-            found: NDArray[np.bool_] = np.any(filled, axis=other)
-            any_there = np.any(found, axis=1)
-            low[:, axis] = np.where(any_there, found.argmax(axis=1), found.shape[1])
-            high[:, axis] = np.where(any_there, found.shape[1] - found[:, ::-1].argmax(axis=1), 0)
-        return cls(low, high, filled.shape[1:])
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Planes, rows and columns of the map."""
-        return len(self.low), *self.size
-
-    def behind(self, layer: Any) -> Live:
-        """Of the layer's output: every place whose window has a live one in it."""
-        kernel, stride, padding = (_one(getattr(layer, name)) for name in ("kernel_size", "stride", "padding"))
-        planes, *size = ((n + 2 * padding - kernel) // stride + 1 for n in self.shape)
-        first = np.arange(planes) * stride - padding
-        windows = first[:, None] + np.arange(kernel)
-        inside = ((windows >= 0) & (windows < len(self.low)))[..., None]
-        windows = windows.clip(0, len(self.low) - 1)
-        low = np.where(inside, self.low[windows], max(self.size)).min(axis=1)
-        high = np.where(inside, self.high[windows], 0).max(axis=1)
-        return Live(
-            np.maximum(0, -((kernel - 1 - padding - low) // stride)),
-            np.minimum(size, (high - 1 + padding) // stride + 1),
-            (size[0], size[1]),
-        )
-
-    def joined(self, other: Live) -> Live:
-        """Of a sum of two maps."""
-        return Live(np.minimum(self.low, other.low), np.maximum(self.high, other.high), self.size)
-
-    def box(self, first: int, last: int) -> tuple[slice, slice] | None:
-        """The rows and columns that hold what is live in planes `first` up to, not including, `last`."""
-        (top, left), (bottom, right) = self.low[first:last].min(axis=0), self.high[first:last].max(axis=0)
-        return (slice(int(top), int(bottom)), slice(int(left), int(right))) if top < bottom and left < right else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +97,7 @@ def _pooled(x: Tensor, conv: nn.Conv3d, live: Live, constant: Tensor, count: int
     ReLU comes last, where there is least to do: it keeps the order of voxels.
     """
     weight = conv.weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
-    depth, step = x.shape[2], 2 if count == _TILE else 2 * count
+    depth, step = x.shape[2], 2 if count == TILE else 2 * count
     before = x.new_zeros(len(x), 1, *live.size, len(constant))  # plane 2n - 1; before a ReLU, 0 changes no maximum
     for first in range(0, live.shape[0], count):
         last = min(first + count, live.shape[0])
@@ -189,7 +130,7 @@ def _pooled_in_planes(x: Tensor, conv: nn.Conv3d, weight: Tensor, planes: slice,
     The convolution is one of planes, whose channels are the planes under its kernel: with few input channels that is
     the faster way to compute the same. Its weight [C, channels, rows, columns] is given.
     """
-    kernel, _, margin = _geometry(conv)
+    kernel, _, margin = geometry(conv)
     seen = [slice(max(0, 2 * s.start - 1), min(2 * s.stop, n)) for s, n in zip(box, x.shape[3:], strict=True)]
     windows = _patch(x, (planes, *seen), margin).unfold(2, kernel, 1).permute(0, 2, 3, 4, 1, 5)
     windows = windows.flatten(4).flatten(0, 1).permute(0, 3, 1, 2)  # [B · planes, channels, rows, columns]
@@ -223,7 +164,7 @@ def _convolved(stream: _Stream, conv: nn.Conv3d, shortcut: _Stream | None = None
         empty = empty.relu() if relu else empty
     # A map of windows, not a generator: that would hold each slab while later layers work on it.
     slabs = map(_Layer(conv, live, empty, None if shortcut is None else shortcut.slabs, relu), _Windows(stream, conv))
-    return _Stream(slabs, _outputs(stream.depth, conv), stream.count, live, empty)
+    return _Stream(slabs, outputs(stream.depth, conv), stream.count, live, empty)
 
 
 class _Layer:
@@ -233,24 +174,24 @@ class _Layer:
         self, conv: nn.Conv3d, live: Live | None, empty: Tensor | None, shortcut: Iterator[Tensor] | None, relu: bool
     ) -> None:
         self._conv, self._live, self._relu = conv, live, relu
-        self._background = None if live is None or empty is None else _Background(empty, live.shape)
+        self._background = None if live is None or empty is None else Background(empty, live.shape)
         self._shortcut = None if shortcut is None else _Planes(shortcut)
-        self._compute = _Winograd(conv) if _Winograd.applies(conv) else _Direct(conv)
+        self._compute = Winograd(conv) if Winograd.applies(conv) else Direct(conv)
         self._done = 0
 
     def __call__(self, window: Sequence[Tensor]) -> Tensor:
-        kernel, stride, margin = _geometry(self._conv)
+        kernel, stride, margin = geometry(self._conv)
         batch, *bordered, _ = window[0].shape
-        rows, columns = (_outputs(n - 2, self._conv) for n in bordered)
+        rows, columns = (outputs(n - 2, self._conv) for n in bordered)
         count = (len(window) - kernel) // stride + 1
         first, self._done = self._done, self._done + count
         added = None if self._shortcut is None else self._shortcut.take(count)
 
-        box: tuple[slice, slice] | None = (slice(0, rows), slice(0, columns))
-        if self._background is None or self._live is None or box == (box := self._live.box(first, self._done)):
-            slab = _bordered(window[0], batch, count, rows, columns, self._conv.out_channels)
-        else:
-            slab = self._background.slab(batch, first, self._done)
+        slab = _bordered(window[0], batch, count, rows, columns, self._conv.out_channels)
+        whole = slice(0, rows), slice(0, columns)
+        box = whole if self._live is None else self._live.box(first, self._done)
+        if self._background is not None and box != whole:
+            self._background.fill(_inside(slab, whole), first)
         if box:
             values = _inside(slab, box)
             # Counted with the border, output row r sees the rows from r · stride - margin + 1 on.
@@ -263,76 +204,6 @@ class _Layer:
         return slab
 
 
-class _Direct:
-    """A convolution of bordered planes [B, rows, columns, C], written to `out`, [B, planes, rows, columns, C]."""
-
-    def __init__(self, conv: nn.Conv3d) -> None:
-        self._conv = conv
-
-    def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
-        conv = self._conv
-        x = torch.stack(list(planes), dim=1).permute(0, 4, 1, 2, 3)  # torch's channels-last
-        out.copy_(F.conv3d(x, conv.weight, conv.bias, conv.stride).permute(0, 2, 3, 4, 1))
-
-
-class _Winograd:
-    """The same where the kernel has 3 planes: 6 convolutions of planes, in place of 12, give 4.
-
-    Winograd's F(4, 3) (Lavin and Gray 2015, arXiv 1509.09308) along z alone, where its transforms are sums of planes.
-    """
-
-    # Of the kernel's planes, for each of the points 0, 1, -1, 2, -2 and infinity.
-    _POINTS = (
-        (1 / 4, 0, 0),
-        (-1 / 6, -1 / 6, -1 / 6),
-        (-1 / 6, 1 / 6, -1 / 6),
-        (1 / 24, 1 / 12, 1 / 6),
-        (1 / 24, -1 / 12, 1 / 6),
-        (0, 0, 1),
-    )
-
-    def __init__(self, conv: nn.Conv3d) -> None:
-        self._bias = conv.bias
-        self._weights = [
-            torch.tensordot(conv.weight, conv.weight.new_tensor(point), ([2], [0])).contiguous(
-                memory_format=torch.channels_last
-            )
-            for point in self._POINTS
-        ]
-
-    @staticmethod
-    def applies(conv: nn.Conv3d) -> bool:
-        """Whether it can be used, and pays: in float32 it is off by 1e-6, which smaller types would make far more."""
-        kind = conv.weight.device.type, conv.weight.dtype
-        return kind == ("cpu", torch.float32) and conv.kernel_size[0] == 3 and conv.stride[0] == 1
-
-    def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
-        zeros = [torch.zeros_like(planes[0])] * (_TILE + 2 - len(planes))  # behind the last of a map
-        d0, d1, d2, d3, d4, d5 = *planes, *zeros
-        even, odd = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
-        at_1 = self._convolved(1, even + odd, self._bias)  # which all four outputs hold once, and so the bias
-        at_minus_1 = self._convolved(2, even.sub_(odd))
-        even, odd = d4 - d2, torch.sub(d3, d1, out=odd)
-        at_2 = self._convolved(3, torch.add(even, odd, alpha=2))
-        at_minus_2 = self._convolved(4, torch.sub(even, odd, alpha=2))
-        at_0 = self._convolved(0, even.add_(d0, alpha=4).sub_(d2, alpha=4))
-        at_infinity = self._convolved(5, torch.sub(d5, d3).sub_(odd, alpha=4))
-
-        made = out if out.shape[1] == _TILE else out.new_empty(len(out), _TILE, *out.shape[2:])
-        y0, y1, y2, y3 = made.unbind(1)
-        ones, twos = at_1 + at_minus_1, at_2 + at_minus_2
-        torch.add(ones, twos, out=y0).add_(at_0)
-        torch.add(ones, twos, alpha=4, out=y2)
-        ones, twos = at_1.sub_(at_minus_1), at_2.sub_(at_minus_2)
-        torch.add(ones, twos, alpha=2, out=y1)
-        torch.add(ones, twos, alpha=8, out=y3).add_(at_infinity)
-        if made is not out:
-            out.copy_(made[:, : out.shape[1]])
-
-    def _convolved(self, point: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(x.permute(0, 3, 1, 2), self._weights[point], bias).permute(0, 2, 3, 1)
-
-
 class _Windows:
     """The planes under a convolution for its next outputs, 0 beyond the ends of the map.
 
@@ -342,7 +213,7 @@ class _Windows:
 
     def __init__(self, stream: _Stream, conv: nn.Conv3d) -> None:
         self._slabs, self._missing, self._count = stream.slabs, stream.depth, stream.count
-        self._kernel, self._stride, self._margin = _geometry(conv)
+        self._kernel, self._stride, self._margin = geometry(conv)
         self._held: list[Tensor] = []
 
     def __iter__(self) -> _Windows:
@@ -402,27 +273,6 @@ def _forked(slabs: Iterator[Tensor]) -> tuple[Iterator[Tensor], Iterator[Tensor]
     return map(keep, slabs), follow()
 
 
-class _Background:
-    """The slabs of an empty volume's map, from a small one's: its planes differ by the distance to the border alone."""
-
-    def __init__(self, small: Tensor, shape: Sequence[int]) -> None:
-        self._small = small[0].permute(1, 2, 3, 0).contiguous()
-        places = [_nearest_border(n, size) for n, size in zip(shape, small.shape[2:], strict=True)]
-        self._z = places[0].tolist()
-        self._rows, self._columns = (place.to(small.device) for place in places[1:])
-        self._plane = self._small[0], -1
-
-    def slab(self, batch: int, first: int, last: int) -> Tensor:
-        """Planes `first` up to, not including, `last`, in new memory."""
-        size = len(self._rows), len(self._columns), self._small.shape[-1]
-        out = _bordered(self._small, batch, last - first, *size)
-        for n, z in enumerate(self._z[first:last]):
-            if self._plane[1] != z:  # most planes are the middle one
-                self._plane = self._small[z].index_select(0, self._rows).index_select(1, self._columns), z
-            out[:, n, 1:-1, 1:-1] = self._plane[0]
-        return out
-
-
 def _patch(x: Tensor, places: Sequence[slice], margin: int) -> Tensor:
     """The places along the last axes of x and `margin` around them, 0 beyond its ends."""
     sizes = x.shape[-len(places) :]
@@ -430,12 +280,6 @@ def _patch(x: Tensor, places: Sequence[slice], margin: int) -> Tensor:
     ends = [(margin - s.start + i.start, margin - i.stop + s.stop) for s, i in zip(places, inside, strict=True)]
     index: tuple[Any, ...] = (..., *inside)
     return F.pad(x[index], [end for pair in reversed(ends) for end in pair])
-
-
-def _nearest_border(n: int, small: int) -> Tensor:
-    """For each of n places, the one of `small` places that is as far from the same border, or the middle one."""
-    place, half = torch.arange(n), small // 2
-    return torch.where(place < half, place, torch.where(n - place < small - half, small - n + place, half))
 
 
 def _reach(blocks: Sequence[nn.Module]) -> int:
@@ -447,8 +291,8 @@ def _reach(blocks: Sequence[nn.Module]) -> int:
 def _planes_at_a_time(x: Tensor, values: int) -> int:
     """How many planes of so many values for each volume of x a layer makes at a time."""
     if x.device.type == "cpu":
-        return _TILE
-    return _TILE * max(1, _SLAB_BYTES // (_TILE * len(x) * values * x.element_size()))
+        return TILE
+    return TILE * max(1, _SLAB_BYTES // (TILE * len(x) * values * x.element_size()))
 
 
 def _bordered(like: Tensor, batch: int, planes: int, rows: int, columns: int, channels: int) -> Tensor:
@@ -463,18 +307,3 @@ def _inside(slab: Tensor, box: tuple[slice, slice]) -> Tensor:
     """A view of the box of each plane, which is counted without the border."""
     rows, columns = (slice(s.start + 1, s.stop + 1) for s in box)
     return slab[:, :, rows, columns]
-
-
-def _outputs(size: int, conv: nn.Conv3d) -> int:
-    """How many outputs a convolution has along an axis of so many inputs."""
-    kernel, stride, margin = _geometry(conv)
-    return (size + 2 * margin - kernel) // stride + 1
-
-
-def _geometry(conv: nn.Conv3d) -> tuple[int, int, int]:
-    """Kernel, stride and padding of a cubic convolution."""
-    return conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
-
-
-def _one(value: int | Sequence[int]) -> int:
-    return value if isinstance(value, int) else value[0]

@@ -1,0 +1,97 @@
+"""Convolutions of a few planes of a map at a time, and how many outputs they have.
+
+Planes lie along z, channels last: [B, rows, columns, C]. The kernels are cubes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TILE = 4  # planes that Winograd's convolution makes at once
+
+
+def outputs(size: int, conv: nn.Conv3d) -> int:
+    """How many outputs a convolution has along an axis of so many inputs."""
+    kernel, stride, margin = geometry(conv)
+    return (size + 2 * margin - kernel) // stride + 1
+
+
+def geometry(conv: nn.Conv3d) -> tuple[int, int, int]:
+    """Kernel, stride and padding of a cubic convolution."""
+    return conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+
+
+class Direct:
+    """A convolution by torch's own."""
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        self._conv = conv
+
+    def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
+        """Write to `out` [B, n, rows, columns, C] the n outputs of (n - 1) · stride + kernel planes, padded already."""
+        conv = self._conv
+        x = torch.stack(list(planes), dim=1).permute(0, 4, 1, 2, 3)  # torch's channels-last
+        out.copy_(F.conv3d(x, conv.weight, conv.bias, conv.stride).permute(0, 2, 3, 4, 1))
+
+
+class Winograd:
+    """A convolution whose kernel has 3 planes: 6 convolutions of planes, in place of 12, give 4.
+
+    Winograd's F(4, 3) (Lavin and Gray 2015, arXiv 1509.09308) along z alone, where its transforms are sums of planes.
+    """
+
+    # Of the kernel's planes, for each of the points 0, 1, -1, 2, -2 and infinity.
+    _POINTS = (
+        (1 / 4, 0, 0),
+        (-1 / 6, -1 / 6, -1 / 6),
+        (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6),
+        (1 / 24, -1 / 12, 1 / 6),
+        (0, 0, 1),
+    )
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        self._bias = conv.bias
+        self._weights = [
+            torch.tensordot(conv.weight, conv.weight.new_tensor(point), ([2], [0])).contiguous(
+                memory_format=torch.channels_last
+            )
+            for point in self._POINTS
+        ]
+
+    @staticmethod
+    def applies(conv: nn.Conv3d) -> bool:
+        """Whether it can be used, and pays: in float32 it is off by 1e-6, which smaller types would make far more."""
+        kind = conv.weight.device.type, conv.weight.dtype
+        return kind == ("cpu", torch.float32) and conv.kernel_size[0] == 3 and conv.stride[0] == 1
+
+    def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
+        """As `Direct`, of at most `TILE` outputs."""
+        zeros = [torch.zeros_like(planes[0])] * (TILE + 2 - len(planes))  # behind the last of a map
+        d0, d1, d2, d3, d4, d5 = *planes, *zeros
+        even, odd = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
+        at_1 = self._convolved(1, even + odd, self._bias)  # which all four outputs hold once, and so the bias
+        at_minus_1 = self._convolved(2, even.sub_(odd))
+        even, odd = d4 - d2, torch.sub(d3, d1, out=odd)
+        at_2 = self._convolved(3, torch.add(even, odd, alpha=2))
+        at_minus_2 = self._convolved(4, torch.sub(even, odd, alpha=2))
+        at_0 = self._convolved(0, even.add_(d0, alpha=4).sub_(d2, alpha=4))
+        at_infinity = self._convolved(5, torch.sub(d5, d3).sub_(odd, alpha=4))
+
+        made = out if out.shape[1] == TILE else out.new_empty(len(out), TILE, *out.shape[2:])
+        y0, y1, y2, y3 = made.unbind(1)
+        ones, twos = at_1 + at_minus_1, at_2 + at_minus_2
+        torch.add(ones, twos, out=y0).add_(at_0)
+        torch.add(ones, twos, alpha=4, out=y2)
+        ones, twos = at_1.sub_(at_minus_1), at_2.sub_(at_minus_2)
+        torch.add(ones, twos, alpha=2, out=y1)
+        torch.add(ones, twos, alpha=8, out=y3).add_(at_infinity)
+        if made is not out:
+            out.copy_(made[:, : out.shape[1]])
+
+    def _convolved(self, point: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x.permute(0, 3, 1, 2), self._weights[point], bias).permute(0, 2, 3, 1)
