@@ -123,7 +123,7 @@ def _convolutions_with_norms(module: nn.Module) -> Iterator[tuple[nn.Module, nn.
 
 def _fold_batch_norms(model: ResNet, dtype: torch.dtype) -> None:
     """Fold each norm into its convolution, whose weights are made anew in the type, one by one to save memory."""
-    for module, conv, name in list(_convolutions_with_norms(model)):
+    for module, conv, name in reversed(list(_convolutions_with_norms(model))):  # the largest first leave no gaps
         norm: Any = getattr(module, name)
         statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
