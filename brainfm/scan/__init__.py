@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +109,8 @@ def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
         )
     if corner_distance(stored.affine, image.affine, stored.array.shape) > TOLERANCE_MM:
         raise ScanError(f"{names} lies elsewhere: its affine is not the scan's; resample it to the scan's grid")
-    values, step = stored.array, 0.0
+    values: NDArray[Any] = stored.array
+    step: float = 0  # an integer for integers: against 0.0 they are compared as float64
     if (stored.slope, stored.inter) != (1.0, 0.0):
         values = values * np.float32(stored.slope) + np.float32(stored.inter)
         step = abs(stored.slope) / 2  # scaled integers hold 0 and 1 to half a step
@@ -120,7 +121,8 @@ def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
             raise ScanError(f"{names} holds fractions between 0 and 1 (a probability map?); threshold it first")
     if values.dtype.kind != "u" and (values < -step).any():
         raise ScanError(f"{names} holds negative values: is it an image? Make it 0 outside the brain and 1 inside")
-    brain: NDArray[np.bool_] = values > step
+    is_zero_or_one = values.dtype == np.uint8 and values.max() <= 1  # as nearly all masks: those bytes are booleans
+    brain: NDArray[np.bool_] = values.view(np.bool_) if is_zero_or_one else values > step
     if not brain.any():
         raise ScanError(f"{names} is empty: no voxel is above 0; make it 1 inside the brain")
     return brain
@@ -130,12 +132,13 @@ def _check_content(volume: Volume, spec: InputSpec, source: str) -> None:
     """Refuse what the header lets through: empty, not finite, not stripped, or not where its affine says it is."""
     seen = _field_of_view(volume, spec)
     image = seen.stored[0]
-    if image.dtype.kind == "f" and not np.isfinite(image).all():
+    low, high = image.min(), image.max()
+    if not np.isfinite([low, high]).all():  # each of them is NaN where one voxel is
         raise ScanError(
             f"{source}: the image holds NaN or infinite values; replace them "
             "(0 outside the brain; inside it the scan is damaged)"
         )
-    if not image.any() or image.min() == image.max():
+    if low == high:
         raise ScanError(
             f"{source}: every voxel in the field of view has the same value: there is no image; check the file"
         )

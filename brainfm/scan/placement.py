@@ -32,6 +32,7 @@ much like an upright one's to refuse it without refusing patients.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,51 +95,81 @@ class Placement:
 
 def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     """Where the voxels marked in `brain` [i, j, k] lie against the template's brain. At least one must be marked."""
-    template, affine = _template()
+    template = _template()
     steps = np.maximum(1, np.floor(2.001 / volume.spacing)).astype(int)  # about every 2 mm is enough
     every = tuple(slice(None, None, int(step)) for step in steps)
-    found = np.argwhere(brain[every]) * steps
-    if len(found) == 0:
-        steps, found = np.ones(3, dtype=int), np.argwhere(brain)
-    intensities = volume.stored[0][tuple(found.T)].astype(np.float64) * volume.slope + volume.inter
-    points = found @ volume.affine[:3, :3].T + volume.affine[:3, 3]
-    cubic_mm = abs(float(np.linalg.det(volume.affine[:3, :3] * steps)))
+    found = np.ascontiguousarray(brain[every])
+    if not found.any():
+        steps, every, found = np.ones(3, dtype=int), (slice(None),) * 3, brain
+    affine = volume.affine @ np.diag([*steps, 1])
+    number, centre, covariance = _moments(found, affine)
+    cubic_mm = abs(float(np.linalg.det(affine[:3, :3])))
 
-    cells = np.rint((points - affine[:3, 3]) / np.diag(affine)[:3]).astype(int)
-    in_box = ((cells >= 0) & (cells < template.shape)).all(axis=1)
-    flat = np.ravel_multi_index(tuple(cells[in_box].T), template.shape)
-    count = np.bincount(flat, minlength=template.size)
-    total = np.bincount(flat, weights=intensities[in_box], minlength=template.size)
-    in_template = template.ravel() > 0
-    inside = int(count[in_template].sum())
-    template_mm3 = in_template.sum() * abs(float(np.linalg.det(affine[:3, :3])))
-    core = _inner(template > 0) & _inner(count.reshape(template.shape) > 0)  # rims are dark in any average
-    both = core.ravel()
+    cells = _cells(found.shape, affine, template)[found]
+    intensities = volume.stored[0][every][found].astype(np.float64) * volume.slope + volume.inter
+    count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
+    inside = int(count[template.brain].sum())
+    core = template.core & _inner(count > 0)  # rims are dark in any average
 
-    template_points = np.argwhere(template > 0) @ affine[:3, :3].T + affine[:3, 3]
+    litres = number * cubic_mm / 1e6
     return Placement(
-        litres=len(points) * cubic_mm / 1e6,
-        overlap=float(2 * inside * cubic_mm / (len(points) * cubic_mm + template_mm3)),
-        outside=1 - inside / len(points),
-        offset_mm=float(np.linalg.norm(points.mean(axis=0) - template_points.mean(axis=0))),
-        tilt_deg=_tilt(points, template_points),
-        correlation=_correlation(total[both] / count[both], template.ravel()[both]),
+        litres=litres,
+        overlap=2 * inside * cubic_mm / 1e6 / (litres + template.litres),
+        outside=1 - inside / number,
+        offset_mm=float(np.linalg.norm(centre - template.centre)),
+        tilt_deg=_tilt(covariance, template.covariance) if number >= 4 else 0.0,
+        correlation=_correlation(total[core] / count[core], template.voxels[core]),
     )
 
 
-def _tilt(points: NDArray[np.float64], template_points: NDArray[np.float64]) -> float:
+def _moments(
+    brain: NDArray[np.bool_], affine: NDArray[np.float64]
+) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """How many voxels a brain has, and the mean [3] and covariance [3, 3] of where they lie in mm."""
+    middle = (np.asarray(brain.shape) - 1) / 2
+    sums = brain.astype(np.float64)  # becomes [p, q, r]: of i^p · j^q · k^r from the middle, for powers up to 2
+    for size, half in zip(brain.shape[::-1], middle[::-1], strict=True):
+        sums = np.moveaxis(sums @ np.vander(np.arange(size) - half, 3, increasing=True), -1, 0)
+    mean = np.array([sums[1, 0, 0], sums[0, 1, 0], sums[0, 0, 1]]) / sums[0, 0, 0]
+    powers = np.eye(3, dtype=int)[:, None] + np.eye(3, dtype=int)[None]
+    covariance = sums[tuple(np.moveaxis(powers, -1, 0))] / sums[0, 0, 0] - np.outer(mean, mean)
+    axes = affine[:3, :3]
+    return int(sums[0, 0, 0]), axes @ (mean + middle) + affine[:3, 3], axes @ covariance @ axes.T
+
+
+def _cells(shape: tuple[int, ...], affine: NDArray[np.float64], template: _Template) -> NDArray[np.int32]:
+    """In which of the template's voxels each voxel of a grid lies: a number for `_per_cell`.
+
+    The template has a rim of one voxel here, for all that lies outside.
+    """
+    indices = np.ogrid[tuple(slice(size) for size in shape)]
+    cells = np.zeros((1, 1, 1), dtype=np.int32)
+    for axis, (size, to_mm) in enumerate(zip(template.voxels.shape, affine[:3], strict=True)):
+        # Along an axis-aligned grid a coordinate varies in one direction only, and stays one line of numbers.
+        mm = sum(factor * index for factor, index in zip(to_mm[:3], indices, strict=True) if factor) + to_mm[3]
+        cell = np.rint((mm - template.affine[axis, 3]) / template.affine[axis, axis])
+        cells = cells * (size + 2) + (cell.clip(-1, size) + 1).astype(np.int32)
+    return cells
+
+
+def _per_cell(
+    cells: NDArray[np.int32], weights: NDArray[np.float64] | None, template: _Template
+) -> NDArray[np.int_] | NDArray[np.float64]:
+    """[x, y, z]: how many of `cells` fall into each of the template's voxels, or the sum of their weights."""
+    shape = tuple(size + 2 for size in template.voxels.shape)
+    return np.bincount(cells, weights, math.prod(shape)).reshape(shape)[1:-1, 1:-1, 1:-1]
+
+
+def _tilt(own: NDArray[np.float64], template: NDArray[np.float64]) -> float:
     """How far the brain is turned against the template's in degrees, nodding (y–z plane) or turning (y–x plane).
 
-    By the mixed second moment: turning a brain of the template's shape by θ changes it by (difference of its two own
-    moments) · sin 2θ / 2. Sizes are made equal first. Brains of another shape have much the same mixed moment, where
-    the direction of their longest axis can be anything if two axes are nearly as long. Beyond 45° the ratio of the two
-    moments tells: against the template's it is 0.65 or more for shapes of 0.85 to 1.05, and 0.56 or less from 60° on.
+    Both are given by the covariance of their voxels' places. By the mixed second moment: turning a brain of the
+    template's shape by θ changes it by (difference of its two own moments) · sin 2θ / 2. Sizes are made equal first.
+    Brains of another shape have much the same mixed moment, where the direction of their longest axis can be anything
+    if two axes are nearly as long. Beyond 45° the ratio of the two moments tells: against the template's it is 0.65 or
+    more for shapes of 0.85 to 1.05, and 0.56 or less from 60° on.
     """
-    if len(points) < 4:
-        return 0.0
-    template = np.cov(template_points.T)
-    own = np.cov(points.T)
-    own *= np.trace(template) / np.trace(own)
+    own = own * np.trace(template) / np.trace(own)
     angles = []
     for other in (2, 0):
         spread = template[1, 1] - template[other, other]
@@ -166,10 +197,36 @@ def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
+@dataclass(frozen=True, eq=False)
+class _Template:
+    """The template's brain.
+
+    Attributes:
+        voxels: [x, y, z] mean T1w intensity in each 4 mm voxel, 0 outside the brain.
+        affine: To RAS millimetres; diagonal.
+        brain: Where the brain is.
+        core: `_inner` of it.
+        litres: Its volume.
+        centre: Of its voxels, mm.
+        covariance: Of its voxels' places.
+    """
+
+    voxels: NDArray[np.float64]
+    affine: NDArray[np.float64]
+    brain: NDArray[np.bool_]
+    core: NDArray[np.bool_]
+    litres: float
+    centre: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+
 @cache
-def _template() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean T1w intensity of the brain in each 4 mm voxel (0 outside), and the affine."""
+def _template() -> _Template:
     import nibabel as nib
 
     image = nib.load(TEMPLATE)
-    return np.asanyarray(image.dataobj).astype(np.float64), image.affine
+    voxels = np.asanyarray(image.dataobj).astype(np.float64)
+    brain = voxels > 0
+    number, centre, covariance = _moments(brain, image.affine)
+    litres = number * abs(float(np.linalg.det(image.affine[:3, :3]))) / 1e6
+    return _Template(voxels, image.affine, brain, _inner(brain), litres, centre, covariance)

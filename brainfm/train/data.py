@@ -22,7 +22,7 @@ from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.operations import Triple
 from brainfm.pretrained import InputSpec
-from brainfm.train.augment import Augmentation, View, draw_view, make_view
+from brainfm.train.augment import Augmentation, View, draw_view, make_view, new_memory
 from brainfm.train.cache import ScanCache, key_of, read_brain
 
 _DRAWS = 20  # of a view whose mask is empty, before its scan is given up
@@ -220,16 +220,16 @@ class PretrainingData(TrainingData):
         return zlib.crc32((record.patient_id or key_of(record, self.root)).encode())
 
     def _views(self, scan: int, epoch: int, name: int) -> Tensor:
-        views = []
-        for attempts in self._attempts(scan, epoch, name):
+        views = new_memory((self.views, 1, *self.shape), torch.device("cpu"))
+        for out, attempts in zip(views, self._attempts(scan, epoch, name), strict=True):
             for last, crop in attempts:
                 try:
-                    views.append(make_view(crop.image, crop.mask, crop.view, self.shape))
+                    make_view(crop.image, crop.mask, crop.view, self.shape, out)
                     break
                 except ValueError:  # no brain in the crop
                     if last:
                         raise
-        return torch.stack(views)
+        return views
 
     def _crops(self, scan: int, epoch: int, name: int) -> tuple[Crop, ...]:
         """The first crop of each view that has brain in it, or else the last."""
@@ -346,4 +346,6 @@ class Batch:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples → a batch, views first."""
     failed = {scan: reason for sample in samples for scan, reason in sample.failed}
-    return Batch(torch.stack([sample.views for sample in samples], dim=1), [s.scan for s in samples], failed)
+    views = [sample.views for sample in samples]
+    joined = new_memory((len(views[0]), len(views), *views[0].shape[1:]), views[0].device)
+    return Batch(torch.stack(views, dim=1, out=joined), [sample.scan for sample in samples], failed)

@@ -19,29 +19,35 @@ def inflater(request, monkeypatch):
     pytest.importorskip(request.param)
     for faster in MODULES[: MODULES.index(request.param)]:
         monkeypatch.setitem(sys.modules, faster, None)
-    read._inflater.cache_clear()
+    read._gzip_open.cache_clear()
     yield request.param
-    read._inflater.cache_clear()
+    read._gzip_open.cache_clear()
 
 
 def test_fastest_gzip_that_is_installed_is_taken(inflater):
-    assert read._inflater().__module__.startswith(inflater.split(".")[0])
+    assert read._gzip_open().__module__.startswith(inflater.split(".")[0])
 
 
-def test_scan_is_the_same(inflater, small_sample, tmp_path):
+@pytest.mark.parametrize("members", [1, 2, 30])
+@pytest.mark.parametrize("padding", [0, 512])
+def test_scan_is_the_same(inflater, small_sample, tmp_path, members, padding):
     plain = read.read_image(small_sample[0])
     content = (gzip.decompress if str(small_sample[0]).endswith(".gz") else bytes)(small_sample[0].read_bytes())
     packed = tmp_path / "scan.nii.gz"
-    packed.write_bytes(gzip.compress(content[: len(content) // 2]) + gzip.compress(content[len(content) // 2 :]))
+    step = -(-len(content) // members)
+    parts = [gzip.compress(content[at : at + step]) for at in range(0, len(content), step)]
+    packed.write_bytes(b"".join(parts) + bytes(padding))
     assert (read.read_image(packed).array == plain.array).all()
 
 
-@pytest.mark.parametrize("fault", ["half", "flipped bit", "nothing behind the header"])
+@pytest.mark.parametrize("fault", ["half", "flipped bit", "another length", "nothing behind the header"])
 def test_damaged_file_is_refused(inflater, small_sample, tmp_path, fault):
     content = (gzip.decompress if str(small_sample[0]).endswith(".gz") else bytes)(small_sample[0].read_bytes())
     packed = bytearray(gzip.compress(content))
     if fault == "flipped bit":
         packed[-5] ^= 1
+    elif fault == "another length":
+        packed[-2] ^= 1
     else:
         del packed[len(packed) // 2 if fault == "half" else 10 :]
     path = tmp_path / "scan.nii.gz"

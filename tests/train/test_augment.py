@@ -15,8 +15,8 @@ from brainfm.train.augment import (
     draw_view,
     make_view,
     masked_zscore_,
-    resize,
-    rotate,
+    place_image,
+    place_mask,
 )
 
 SHAPE = (30, 38, 44)
@@ -35,20 +35,27 @@ def brain():
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.3, -0.785])
-@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
-def test_rotation_is_that_of_monai_in_three_dimensions(angle, mode, volume):
-    theirs = Rotate((angle, 0, 0), keep_size=True, mode=mode, padding_mode="border")(volume[None])[0]
-    assert torch.allclose(rotate(volume, angle, mode), theirs, atol=1e-3)
+def test_rotation_is_that_of_monai_in_three_dimensions(angle, volume):
+    view, speckles = View((0, 0, 0), SHAPE, angle=angle), volume > 20
+    turn = {"angle": (angle, 0, 0), "keep_size": True, "padding_mode": "border"}
+    image = Rotate(mode="bilinear", **turn)(volume[None])[0].as_tensor()
+    mask = Rotate(mode="nearest", **turn)(speckles[None].float())[0].as_tensor()
+    assert torch.allclose(place_image(volume, view, torch.empty(SHAPE)), image, atol=1e-3)
+    assert torch.equal(place_mask(speckles, view, SHAPE), mask > 0)
 
 
-@pytest.mark.parametrize("mode", ["trilinear", "nearest"])
-@pytest.mark.parametrize("shape", [(41, 50, 60), (20, 38, 50)])
-def test_resizing_is_that_of_monai(shape, mode, volume):
-    theirs = Resize(shape, mode=mode)(volume[None])[0].as_tensor()
-    assert torch.allclose(resize(volume, shape, mode), theirs, rtol=0, atol=1e-5 if mode == "trilinear" else 0)
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shape", [(41, 50, 60), (20, 38, 50), (1, 3, 5)])
+def test_resizing_and_mirroring_are_those_of_monai(shape, flip, volume):
+    view, speckles = View((0, 0, 0), SHAPE, flip), volume > 20
+    image, mask = Resize(shape, mode="trilinear")(volume[None])[0], Resize(shape, mode="nearest")(speckles[None])[0]
+    if flip:
+        image, mask = image.flip(-1), mask.flip(-1)
+    assert torch.allclose(place_image(volume, view, torch.empty(shape)), image.as_tensor(), rtol=0, atol=1e-5)
+    assert torch.equal(place_mask(speckles, view, shape), mask.as_tensor() > 0)
 
 
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5, 4.0])
 def test_contrast_is_that_of_monai(gamma, volume):
     theirs = AdjustContrast(gamma)(volume[None])[0].as_tensor()
     assert torch.allclose(adjust_contrast_(volume.clone(), gamma), theirs, atol=1e-5)
@@ -57,7 +64,7 @@ def test_contrast_is_that_of_monai(gamma, volume):
 def test_zscore_is_that_of_the_input_contract(volume, brain):
     operation = ZScore(region="mask", eps=1e-12, eps_rule="under_root", background="zero")
     wanted = operation(Volume(volume.numpy()[None], brain.numpy(), np.eye(4))).image[0]
-    assert np.abs(masked_zscore_(volume.clone(), brain.float()).numpy() - wanted).max() < 1e-5
+    assert np.abs(masked_zscore_(volume.clone(), brain).numpy() - wanted).max() < 1e-5
 
 
 def test_whole_view_is_that_of_the_released_pipeline(volume, brain):
@@ -114,7 +121,7 @@ def test_view_without_brain_or_with_values_that_are_not_finite_is_refused(volume
         make_view(volume[view.box], brain[view.box], view, (8, 8, 8))
     volume[15, 19, 22] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        masked_zscore_(volume, brain.float())
+        masked_zscore_(volume, brain)
 
 
 @pytest.mark.parametrize("fields", [{"flip": 1.5}, {"crop_min": (0, 4, 4)}, {"gamma": (1.5, 0.5)}, {"rotate": -0.1}])
