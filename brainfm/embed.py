@@ -230,7 +230,7 @@ def _embedded(
         tensors = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
         vectors: list[NDArray[np.float32]] = []
         if tensors:
-            joined = torch.stack(tensors)
+            joined = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one is not copied
             if device.type == "cuda":
                 joined = joined.pin_memory()
             with torch.inference_mode():
