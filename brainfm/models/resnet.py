@@ -7,7 +7,6 @@ strictly in the other. Ours is the encoder contract around them. MONAI is import
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from brainfm.models.contracts import (
     TURBOPREP_4MM,
 )
 from brainfm.models.encoder import Encoder, chosen_stages
-from brainfm.models.slabs import convolution, norm_add_relu, norm_relu_conv, pooled_stem, scale_shift_relu
+from brainfm.models.slabs import pooled_stem, residual_block
 from brainfm.pretrained import PretrainedCfg, Score
 from brainfm.registry import register_model
 
@@ -99,7 +98,7 @@ class ResNet(Encoder):
 
     def _stage(self, name: str, *inputs: Tensor) -> Tensor:
         for block in self.get_submodule(name).children():
-            inputs = (self._run(partial(_lean, block), *inputs) if self.grad_checkpointing else block(*inputs),)
+            inputs = (residual_block(block, *inputs) if self.grad_checkpointing else block(*inputs),)
         return inputs[0]
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -135,7 +134,7 @@ class ResNet(Encoder):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As the contract says, and the stem goes by slabs, so that its full-size activation never exists.
 
-        Hooks on the stem's modules, on blocks and on their norms are not called then.
+        Hooks on the stem's modules, on blocks and on what is in them are not called then.
         """
         self.grad_checkpointing = enable
 
@@ -146,20 +145,6 @@ class ResNet(Encoder):
         """Take the encoder out of a SimCLR checkpoint (`encoder.…` beside `projector.…`), then as every family does."""
         inside = {key[8:]: value for key, value in state.items() if key.startswith("encoder.")}
         return super().filter_state_dict(inside or state)
-
-
-def _lean(block: Any, x: Tensor, *scale_and_shift: Tensor) -> Tensor:
-    """A block of MONAI's, keeping less for the backward pass; to be called inside a checkpoint.
-
-    The first block takes what `pooled_stem` gives.
-    """
-    if scale_and_shift:
-        x = scale_shift_relu(x, *scale_and_shift)
-    residual = x if block.downsample is None else block.downsample(x)
-    x = norm_relu_conv(convolution(x, block.conv1), block.bn1, block.conv2)
-    if not hasattr(block, "conv3"):
-        return norm_add_relu(x, block.bn2, residual)
-    return norm_add_relu(norm_relu_conv(x, block.bn2, block.conv3), block.bn3, residual)
 
 
 def _neuro_simclr(num_features: int, **changes: Any) -> PretrainedCfg:

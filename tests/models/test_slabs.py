@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm import create_model
-from brainfm.models.slabs import convolution, norm_add_relu, norm_relu_conv, pooled_stem, scale_shift_relu
+from brainfm.models.resnet import ResNet
+from brainfm.models.slabs import pooled_stem, residual_block
 
 
 def stem(channels: int = 1, width: int = 6, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -36,7 +37,11 @@ def in_turn(layers: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def by_slabs(layers: nn.Sequential, x: Tensor, slab_bytes: int = 1) -> Tensor:
-    return scale_shift_relu(*pooled_stem(x, *layers, slab_bytes))
+    return scaled(*pooled_stem(x, *layers, slab_bytes))
+
+
+def scaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.relu(x * scale[:, None, None, None] + shift[:, None, None, None])
 
 
 def learned(layers: nn.Sequential, x: Tensor, way) -> dict[str, Tensor]:
@@ -78,25 +83,53 @@ def test_statistics_without_a_momentum_are_the_mean_over_batches():
     assert_same(dict(other.named_buffers()), dict(layers.named_buffers()))
 
 
+class AsModule(nn.Module):
+    """A residual block behind a stem, or alone."""
+
+    def __init__(self, block: nn.Module, behind_stem: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.scale = nn.Parameter(torch.randn(6, dtype=torch.float64)) if behind_stem else None
+        self.shift = nn.Parameter(torch.randn(6, dtype=torch.float64)) if behind_stem else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x if self.scale is None else scaled(x, self.scale, self.shift))
+
+    def in_little_memory(self, x: Tensor) -> Tensor:
+        return residual_block(self.block, x, *(() if self.scale is None else (self.scale, self.shift)))
+
+
+@pytest.fixture(params=[1, 2], ids=["slabs of one plane", "of two"])
+def small_slabs(request, monkeypatch):
+    monkeypatch.setattr("brainfm.models.slabs._SLAB_BYTES", 1)
+    monkeypatch.setattr("brainfm.models.slabs._SLAB_PLANES", request.param)
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+@pytest.mark.parametrize("place", ["behind the stem", "first of a stage", "another"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_norm_and_relu_within_a_block_are_those_of_the_modules(training, stride, layout, monkeypatch):
-    monkeypatch.setattr("brainfm.models.slabs._SLAB_BYTES", 2**15)  # several slabs
+def test_residual_block_is_that_of_the_modules(kind, place, training, layout, small_slabs):
     torch.manual_seed(0)
-    first, second = (stem(6).train(training).to(memory_format=layout) for _ in range(2))
-    second[0] = nn.Conv3d(6, 6, 3, stride=stride, padding=1, bias=False).double().to(memory_format=layout)
-    layers = nn.Sequential(*first, *second)
-    residual = torch.randn(2, 6, -(-5 // stride), -(-6 // stride), -(-7 // stride), dtype=torch.float64)
+    network = ResNet(kind, (2, 2, 1, 1), (6, 8, 8, 8)).double()
+    stage, number = {"behind the stem": (network.layer1, 0), "first of a stage": (network.layer2, 0)}.get(
+        place, (network.layer2, 1)
+    )
+    layers = AsModule(stage[number], place == "behind the stem").train(training)
+    with torch.no_grad():
+        for values in (*layers.parameters(), *layers.buffers()):
+            if values.ndim == 1:
+                values.copy_(torch.rand_like(values) + 0.5)
+    x = volume(2, layers.block.conv1.in_channels, 7, 6, 9).contiguous(memory_format=layout)
+    layers = layers.to(memory_format=layout)
+    assert_same(learned(layers, x, AsModule.in_little_memory), learned(layers, x, AsModule.__call__))
 
-    def modules(m: nn.Sequential, v: Tensor) -> Tensor:
-        return F.relu(m[3](m[2](F.relu(m[1](m[0](v))))) + residual)
 
-    def ours(m: nn.Sequential, v: Tensor) -> Tensor:
-        return norm_add_relu(norm_relu_conv(convolution(v, m[0]), m[1], m[2]), m[3], residual)
-
-    x = volume(2, 6, 5, 6, 7).contiguous(memory_format=layout)
-    assert_same(learned(layers, x, ours), learned(layers, x, modules))
+def test_residual_block_may_be_passed_back_twice():
+    block, x = create_model("test_resnet_3d").double().train().layer1[0], volume(1, 16, 5, 6, 7)
+    y = residual_block(block, x.requires_grad_()).square().sum()
+    first, second = (torch.autograd.grad(y, [x, *block.parameters()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("channels", [1, 2])
