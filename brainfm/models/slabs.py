@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight, conv3d_input, conv3d_weight
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -278,6 +279,7 @@ class _PooledConvolution(torch.autograd.Function):
         return pooled, moments.mean, moments.variance
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         of_pooled, of_mean, of_variance = gradients
         x, weight = ctx.saved_tensors
@@ -376,6 +378,7 @@ class _ResidualBlock(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,), (x, scale, shift, *_) = gradients, ctx.saved_tensors
         start = _start(x, scale, shift)

@@ -163,3 +163,10 @@ def test_gradients_under_autocast_are_as_near_to_those_of_float32_as_without():
     plain, ours = (torch.cosine_similarity(gradient(True, way), exact, dim=0) for way in (False, True))
     assert ours.dtype == torch.float32
     assert ours > plain - 0.01 > 0.9
+
+
+def test_second_derivatives_are_refused():
+    block, x = create_model("test_resnet_3d").double().train().layer1[0], volume(1, 16, 5, 6, 7).requires_grad_()
+    (gradient,) = torch.autograd.grad(residual_block(block, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
