@@ -23,7 +23,7 @@ def main() -> None:
     print(f"# Benchmarks\n\n{machine()}\n", flush=True)
     for name in arguments.only:
         rounds = [] if arguments.rounds is None else ["--rounds", str(arguments.rounds)]
-        print(f"## `python benchmarks/{name}.py {' '.join(rounds)}`\n".replace(" `", "`"), flush=True)
+        print(f"## `{' '.join(['python', f'benchmarks/{name}.py', *rounds])}`\n", flush=True)
         done = subprocess.run(
             [sys.executable, Path(__file__).with_name(f"{name}.py"), *rounds], stdout=subprocess.PIPE, text=True
         )
