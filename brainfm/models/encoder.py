@@ -157,17 +157,17 @@ class Encoder(nn.Module, ABC):
                 + ("; add the batch axis: model(tensor[None])" if x.ndim == 4 else "")
             )
 
-    def _run(self, block: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """`block(*inputs)`, recomputed in the backward pass where gradient checkpointing is on."""
+    def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`block(x)`, recomputed in the backward pass where gradient checkpointing is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint
 
             def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
                 return nullcontext(), self._still_statistics()
 
-            recomputed: Tensor = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+            recomputed: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
             return recomputed
-        return block(*inputs)
+        return block(x)
 
     @contextmanager
     def _still_statistics(self) -> Iterator[None]:
