@@ -6,6 +6,7 @@ Planes lie along z, channels last: [B, rows, columns, C]. The kernels are cubes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 TILE = 4  # planes that Winograd's convolution makes at once
 
 
-def outputs(size: int, conv: nn.Conv3d) -> int:
-    """How many outputs a convolution has along an axis of so many inputs."""
-    kernel, stride, margin = geometry(conv)
+def outputs(size: int, layer: nn.Conv3d | nn.MaxPool3d) -> int:
+    """How many outputs a layer has along an axis of so many inputs."""
+    kernel, stride, margin = geometry(layer)
     return (size + 2 * margin - kernel) // stride + 1
 
 
-def geometry(conv: nn.Conv3d) -> tuple[int, int, int]:
-    """Kernel, stride and padding of a cubic convolution."""
-    return conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+def geometry(layer: nn.Conv3d | nn.MaxPool3d) -> tuple[int, int, int]:
+    """Kernel, stride and padding, which are the same along each axis."""
+    sizes: Any = layer.kernel_size, layer.stride, layer.padding
+    kernel, stride, margin = (size if isinstance(size, int) else size[0] for size in sizes)
+    return kernel, stride, margin
 
 
 class Direct:

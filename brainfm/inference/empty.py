@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from brainfm.inference.convolution import geometry, outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +44,10 @@ class Live:
         """Planes, rows and columns of the map."""
         return len(self.low), *self.size
 
-    def behind(self, layer: Any) -> Live:
+    def behind(self, layer: nn.Conv3d | nn.MaxPool3d) -> Live:
         """Of the layer's output: every place whose window has a live one in it."""
-        kernel, stride, padding = (_one(getattr(layer, name)) for name in ("kernel_size", "stride", "padding"))
-        planes, *size = ((n + 2 * padding - kernel) // stride + 1 for n in self.shape)
+        kernel, stride, padding = geometry(layer)
+        planes, *size = (outputs(n, layer) for n in self.shape)
         first = np.arange(planes) * stride - padding
         windows = first[:, None] + np.arange(kernel)
         inside = ((windows >= 0) & (windows < len(self.low)))[..., None]
@@ -91,7 +92,3 @@ def _nearest_border(n: int, small: int) -> Tensor:
     """For each of n places, the one of `small` places that is as far from the same border, or the middle one."""
     place, half = torch.arange(n), small // 2
     return torch.where(place < half, place, torch.where(n - place < small - half, small - n + place, half))
-
-
-def _one(value: int | Sequence[int]) -> int:
-    return value if isinstance(value, int) else value[0]

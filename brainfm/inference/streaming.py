@@ -8,8 +8,8 @@ The widest map of a ResNet-18 is 64×150×192×192, and two thirds of a skull-st
   the network makes of an empty volume: it differs by the distance from the border alone, and is read off a small one;
 - on a processor in float32, convolutions along z are Winograd's, with half the multiplications.
 
-None of them is an approximation. Slabs are small enough that the allocator keeps their memory, and of few sizes, so
-that it finds it again: new pages cost more than the arithmetic.
+None of them is an approximation: the results differ by rounding alone. Slabs are small enough that the allocator keeps
+their memory, and of few sizes, so that it finds it again: new pages cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from brainfm.inference.convolution import TILE, Direct, Winograd, geometry, outputs
 from brainfm.inference.empty import Background, Live
 from brainfm.models.resnet import ResNet
+from brainfm.models.slabs import planes_under
 
 _SLAB_BYTES = 400_000_000  # of what a layer makes at a time on other devices
 
@@ -97,7 +98,7 @@ def _pooled(x: Tensor, conv: nn.Conv3d, live: Live, constant: Tensor, count: int
     ReLU comes last, where there is least to do: it keeps the order of voxels.
     """
     weight = conv.weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
-    depth, step = x.shape[2], 2 if count == TILE else 2 * count
+    depth, step = x.shape[2], 2 if count == TILE else 2 * count  # the convolution's planes are the widest map
     before = x.new_zeros(len(x), 1, *live.size, len(constant))  # plane 2n - 1; before a ReLU, 0 changes no maximum
     for first in range(0, live.shape[0], count):
         last = min(first + count, live.shape[0])
@@ -127,14 +128,11 @@ def _pooled(x: Tensor, conv: nn.Conv3d, live: Live, constant: Tensor, count: int
 def _pooled_in_planes(x: Tensor, conv: nn.Conv3d, weight: Tensor, planes: slice, box: tuple[slice, slice]) -> Tensor:
     """[B, planes, rows, columns, C] of conv(x), max-pooled within each plane, of which the box is given.
 
-    The convolution is one of planes, whose channels are the planes under its kernel: with few input channels that is
-    the faster way to compute the same. Its weight [C, channels, rows, columns] is given.
+    The weight is that of the convolution of planes: see `planes_under`.
     """
     kernel, _, margin = geometry(conv)
     seen = [slice(max(0, 2 * s.start - 1), min(2 * s.stop, n)) for s, n in zip(box, x.shape[3:], strict=True)]
-    windows = _patch(x, (planes, *seen), margin).unfold(2, kernel, 1).permute(0, 2, 3, 4, 1, 5)
-    windows = windows.flatten(4).flatten(0, 1).permute(0, 3, 1, 2)  # [B · planes, channels, rows, columns]
-    maps = F.conv2d(windows, weight, conv.bias)
+    maps = F.conv2d(planes_under(_patch(x, (planes, *seen), margin), kernel), weight, conv.bias)
     rows, columns = ((int(s.start == 0), int(2 * s.stop > n)) for s, n in zip(box, x.shape[3:], strict=True))
     if any((*rows, *columns)):
         maps = F.pad(maps, (*columns, *rows))

@@ -272,7 +272,7 @@ class _PooledConvolution(torch.autograd.Function):
         x, moments = F.pad(x, _sides(weight)), _Moments(len(weight), x)
         for first, last in _windows(x, weight, slab_bytes):
             seen, new = _seen(x, weight, first, last)
-            z = _convolved_planes(_under(x[seen], weight), weight, len(x))
+            z = _convolved_planes(planes_under(x[seen], weight.shape[2]), weight, len(x))
             pooled[:, :, first:last] = _pooled(z, new, last - first)
             moments.add(z[:, :, new:])
         ctx.slab_bytes, ctx.count, ctx.mean = slab_bytes, moments.count, moments.mean
@@ -290,7 +290,7 @@ class _PooledConvolution(torch.autograd.Function):
         mean, level, slope = map(_by_channel, (mean, of_mean / ctx.count, of_variance * 2 / ctx.count))
         for first, last in _windows(x, weight, ctx.slab_bytes):
             seen, new = _seen(x, weight, first, last)
-            under = _under(x[seen], weight)
+            under = planes_under(x[seen], weight.shape[2])
             z = _convolved_planes(under, weight, len(x)).requires_grad_()
             with torch.enable_grad():
                 pooled = _pooled(z, new, last - first)
@@ -332,14 +332,18 @@ def _seen(x: Tensor, weight: Tensor, first: int, last: int) -> tuple[_Slab, int]
     return _planes(low, high + reach), 2 * first - low
 
 
-def _under(x: Tensor, weight: Tensor) -> Tensor:
-    """Planes of padded x → [B · planes of the convolution, in_chans · planes under its kernel, H, W]."""
-    under = x.unfold(2, weight.shape[2], 1).permute(0, 2, 3, 4, 1, 5)
+def planes_under(x: Tensor, kernel: int) -> Tensor:
+    """Padded planes [B, C, D, H, W] → [B · outputs along z, C · planes under the kernel, H, W], channels last.
+
+    A convolution of these planes, by `weight.flatten(1, 2)`, is that of the volume; with few input channels it is the
+    faster way to compute the same.
+    """
+    under = x.unfold(2, kernel, 1).permute(0, 2, 3, 4, 1, 5)
     return under.flatten(4).flatten(0, 1).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _convolved_planes(under: Tensor, weight: Tensor, batch: int) -> Tensor:
-    """The convolution as one of planes, which with few input channels is the faster way to compute the same."""
+    """[B, C, D, H, W], the convolution of what `planes_under` gives."""
     z = F.conv2d(under, weight.flatten(1, 2))
     return z.view(batch, -1, *z.shape[1:]).transpose(1, 2)
 
