@@ -40,9 +40,8 @@ def register(brain: sitk.Image, kind: Literal["rigid", "affine"] = "rigid") -> s
         loose.SetCenter(transform.GetCenter())
         loose.SetMatrix(transform.GetMatrix())
         loose.SetTranslation(transform.GetTranslation())
-        transform = _optimise(
-            fixed, near, brain, loose, step_mm=0.25
-        )  # in larger ones it can shrink the brain to nothing
+        # In larger steps it can shrink the brain to nothing.
+        transform = _optimise(fixed, near, brain, loose, step_mm=0.25)
     found = as_affine(transform)
     sizes = np.linalg.svd(np.reshape(found.GetMatrix(), (3, 3)), compute_uv=False)
     if sizes.min() < 1 / MOST_STRETCH or sizes.max() > MOST_STRETCH:
