@@ -390,9 +390,10 @@ class _ResidualBlock(torch.autograd.Function):
         shown = torch.empty_like(maps[-1].z, dtype=torch.bool)
         for slab in _slabs(maps[-1].z):
             shown[slab] = maps[-1][slab].add_(beside[-1][slab]) > 0
-        of_x, of_weights = _through_layers(gradient, shown, maps, ctx.path)
+        wanted = ctx.needs_input_grad[5::4]  # of the layers' convolutions; frozen ones are spared the work
+        of_x, of_weights = _through_layers(gradient, shown, maps, ctx.path, wanted)
         if ctx.shortcut:
-            of_weights += _through_layers(gradient, shown, beside, ctx.shortcut, of_x)[1]
+            of_weights += _through_layers(gradient, shown, beside, ctx.shortcut, wanted[len(ctx.path) :], of_x)[1]
         else:
             for slab in _slabs(x):
                 g = _at(gradient, slab, shown)
@@ -423,22 +424,28 @@ def _as_applied(layers: _Layers, maps: Sequence[_Map]) -> list[tuple[nn.Conv3d, 
 
 
 def _through_layers(
-    gradient: Tensor, shown: Tensor, maps: list[_Map], layers: _Layers, onto: Tensor | None = None
+    gradient: Tensor,
+    shown: Tensor,
+    maps: list[_Map],
+    layers: _Layers,
+    wanted: Sequence[bool],
+    onto: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The gradient of what layers give, where it is `shown` → that of what they take, and those of their weights.
 
-    The first is added to `onto`, where that is given. The maps are used up, and written over.
+    Those of convolutions are computed where they are wanted. The first is added to `onto`, where that is given. The
+    maps are used up, and written over.
     """
     found: list[Tensor | None] = []
     after = maps.pop()
     of_z = after.z
     of_norm = _known(after.norm).backward(gradient, of_z, of_z, shown)
-    for conv, _ in reversed(layers):
+    for number, (conv, _) in reversed(list(enumerate(layers))):
         before = maps.pop()
         into = of_z if of_z.shape == before.z.shape else torch.empty_like(before.z)
         if onto is not None and not maps:
             into = onto
-        of_conv = _through_convolution(of_z, before, conv, into, add=into is onto)
+        of_conv = _through_convolution(of_z, before, conv, into, wanted[number], add=into is onto)
         found[:0] = [*of_conv, *of_norm]
         if maps:
             of_norm = _known(before.norm).backward(into, before.z, into)
@@ -459,11 +466,12 @@ def _convolved(x: _Map, conv: nn.Conv3d) -> Tensor:
 
 
 def _through_convolution(
-    gradient: Tensor, x: _Map, conv: nn.Conv3d, of_x: Tensor, add: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of `conv(x)` → those of its weight and bias, and in `of_x`, or added to it, that of x before a ReLU.
+    gradient: Tensor, x: _Map, conv: nn.Conv3d, of_x: Tensor, wanted: bool, add: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of `conv(x)` → those of its weight, where it is wanted, and bias.
 
-    `of_x` may be the gradient: planes are written when no later slab needs those of the gradient.
+    That of x before a ReLU is written to `of_x`, or added to it. `of_x` may be the gradient: planes are written when no
+    later slab needs those of the gradient.
     """
     weight = conv.weight.to(gradient.dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -474,7 +482,8 @@ def _through_convolution(
     held: Tensor | float = 0
     for planes, low, y in _inputs(x, conv):
         g = gradient[:, :, planes]
-        of_weight += _weight_gradient(y, weight.shape, g, *geometry)
+        if wanted:
+            of_weight += _weight_gradient(y, weight.shape, g, *geometry)
         of_y = conv3d_input(y.shape, weight, g, *geometry)  # type: ignore[no-untyped-call]
         of_y[:, :, :shared] += held
         ready = y.shape[2] - shared
@@ -486,7 +495,7 @@ def _through_convolution(
         into = slice(max(low, 0), min(low + ready, of_x.shape[2]))
         done = of_y[:, :, into.start - low : into.stop - low]
         of_x[:, :, into] = done.add_(of_x[:, :, into]) if add else done
-    return of_weight.to(conv.weight.dtype), of_bias
+    return of_weight.to(conv.weight.dtype) if wanted else None, of_bias
 
 
 def _size(x: Tensor, conv: nn.Conv3d) -> list[int]:

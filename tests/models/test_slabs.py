@@ -125,6 +125,21 @@ def test_residual_block_is_that_of_the_modules(kind, place, training, layout, sm
     assert_same(learned(layers, x, AsModule.in_little_memory), learned(layers, x, AsModule.__call__))
 
 
+@pytest.mark.parametrize("frozen", ["conv1", "conv2", "downsample.0"])
+def test_frozen_convolution_is_spared_its_gradient(frozen, monkeypatch):
+    from brainfm.models import slabs
+
+    block, computed = create_model("test_resnet_3d").double().train().layer2[0], []
+    gradient = slabs._weight_gradient
+    monkeypatch.setattr(slabs, "_weight_gradient", lambda *given: computed.append(given[1]) or gradient(*given))
+    block.get_submodule(frozen).requires_grad_(False)
+    x = volume(1, 16, 5, 6, 7).requires_grad_()
+    others = [x, *(parameter for parameter in block.parameters() if parameter.requires_grad)]
+    found, wanted = (torch.autograd.grad(y.square().sum(), others) for y in (residual_block(block, x), block(x)))
+    assert_same(dict(enumerate(found)), dict(enumerate(wanted)))
+    assert len(computed) == 2  # of the other two, of one slab each
+
+
 def test_residual_block_may_be_passed_back_twice():
     block, x = create_model("test_resnet_3d").double().train().layer1[0], volume(1, 16, 5, 6, 7)
     y = residual_block(block, x.requires_grad_()).square().sum()
