@@ -102,7 +102,7 @@ def test_slurm_job_that_is_stopped_saves_itself_and_goes_back_to_the_queue(two_g
     requeued, run = tmp_path / "requeued", tmp_path / "run"
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "PROCESSES_PER_NODE": "2"}
-    fields = ["test_resnet_3d", f"manifest={two_groups}", f"output={run}", "batch_size=4", "epochs=1000", "device=cpu"]
+    fields = ["test_vit_3d", f"manifest={two_groups}", f"output={run}", "batch_size=4", "epochs=1000", "device=cpu"]
     with (tmp_path / "job.log").open("w") as log:
         job = subprocess.Popen(
             ["bash", str(tmp_path / "job.sh"), *fields, "precision=float32"],

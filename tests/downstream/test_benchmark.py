@@ -25,7 +25,7 @@ from brainfm.downstream.task import load_task, make_task, read_task
 from brainfm.train.trainer import RunInterruptedError
 
 SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
-PLAN = Plan(models=("test_resnet_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
+PLAN = Plan(models=("test_vit_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_patient_in_two_parts_of_a_split_stops_the_grid(data, tmp_path, monkeypa
 
 
 def test_age_bias_is_corrected_by_what_val_says(data, tmp_path):
-    plan = Plan(models=PLAN.models, modes=("probe",), seeds=1, controls=False)
+    plan = Plan(models=("test_resnet_3d",), modes=("probe",), seeds=1, controls=False)
     found = []
     for rule in ("keep", "cole"):
         one = replace(data[1], task=replace(data[1].task, age_bias=rule))
@@ -228,7 +228,7 @@ def test_signal_in_a_training_ends_the_command_as_one_that_can_go_on(phantoms, t
         "--kind",
         "binary",
         "--models",
-        "test_resnet_3d",
+        "test_vit_3d",
         "--no-controls",
         "-o",
         tmp_path / "out",
@@ -283,8 +283,8 @@ def test_probe_does_not_depend_on_order_or_resuming(phantoms, tmp_path, monkeypa
     benchmark([whole], plan, tmp_path / "one")
     from brainfm.downstream.features import read_features
 
-    model = brainfm.create_model("test_resnet_3d", pretrained=True)
-    read_features(whole.records[::-2], model, tmp_path / "two" / "embeddings", "test_resnet_3d", batch_size=3)
+    model = brainfm.create_model("test_vit_3d", pretrained=True)
+    read_features(whole.records[::-2], model, tmp_path / "two" / "embeddings", "test_vit_3d", batch_size=3)
     benchmark([whole], plan, tmp_path / "two")
     first, second = (
         [float(r["prediction"]) for r in rows_of(tmp_path / n / "predictions.csv")] for n in ("one", "two")
@@ -314,7 +314,7 @@ def test_several_processes_train_together_and_refuse_to_probe(phantoms, tmp_path
         "--kind",
         "binary",
         "--models",
-        "test_resnet_3d",
+        "test_vit_3d",
         "--seeds",
         "1",
         "-o",
@@ -343,7 +343,7 @@ def test_command_line_takes_tasks_with_one_manifest_or_each_its_own(phantoms, tm
         "phantom_sex",
         "phantom_age",
         "--models",
-        "test_resnet_3d",
+        "test_vit_3d",
         "--modes",
         "probe",
         "--seeds",
@@ -356,9 +356,7 @@ def test_command_line_takes_tasks_with_one_manifest_or_each_its_own(phantoms, tm
     )
     assert "no such task" in run(*fixed, "--manifest", f"other={phantoms}").output
     (tmp_path / "mine.yaml").write_text(f"label: sex\nkind: binary\nmanifest: {phantoms}\n")
-    result = run(tmp_path / "mine.yaml", "--models", "test_resnet_3d", "--modes", "probe", "scratches", "--seeds", 1)
+    result = run(tmp_path / "mine.yaml", "--models", "test_vit_3d", "--modes", "probe", "scratches", "--seeds", 1)
     assert "unknown mode 'scratches'" in result.output
-    result = run(
-        "phantom_sex", "--manifest", phantoms, "--models", "test_resnet_3d", "--modes", "scratch", "--robustness"
-    )
+    result = run("phantom_sex", "--manifest", phantoms, "--models", "test_vit_3d", "--modes", "scratch", "--robustness")
     assert "--robustness is of the linear probe; add probe to --modes" in result.output

@@ -25,7 +25,7 @@ def size_of(name: str) -> tuple[int, int, int]:
     with torch.device("meta"):
         model = create_model(name)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return tuple(2 * size for size in patch) if patch else (32, 40, 40)
+    return tuple(2 * size for size in patch) if patch else (24, 28, 28)
 
 
 def build(name: str, seed: int = 0, **kwargs) -> Encoder:

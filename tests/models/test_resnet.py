@@ -124,15 +124,18 @@ def relative(found: torch.Tensor, wanted: list[float]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("depth", ["resnet18", "resnet50"])
-def test_embedding_and_projection_of_the_sample_are_those_of_the_released_code(depth, parity, upstream_state, sample):
+@pytest.mark.parametrize(("depth", "way"), [("resnet18", "plain"), ("resnet50", "optimized")])
+def test_embedding_and_projection_of_the_sample_are_those_of_the_released_code(
+    depth, way, parity, upstream_state, sample
+):
     wanted = parity["models"][depth]
     network = SimCLR(brainfm.create_model(f"simclr_{depth}_3d")).eval()
     network.load_state_dict(upstream_state(depth), strict=True)
+    encoder = network.encoder if way == "plain" else brainfm.optimize(network.encoder)
     image, mask = sample
     x = brainfm.create_transform(network.encoder)(image, mask=mask)[None]
     with torch.inference_mode():
-        z = network.encoder(x)
+        z = encoder(x)
         projection = network.projector(z)[0]
     assert z.shape == (1, network.encoder.num_features)
     assert relative(z[0, : len(wanted["embedding"])], wanted["embedding"]) < 1e-4
