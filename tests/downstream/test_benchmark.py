@@ -314,7 +314,7 @@ def test_several_processes_train_together_and_refuse_to_probe(phantoms, tmp_path
         "--kind",
         "binary",
         "--models",
-        "test_vit_3d",
+        "test_resnet_3d",
         "--seeds",
         "1",
         "-o",
