@@ -93,9 +93,14 @@ class Volume:
             chosen = self.image > 0
         else:
             chosen = np.ones(self.stored.shape, dtype=np.bool_)
-        if not all(channel.any() for channel in chosen):
+        if not all(map(any_true, chosen)):
             raise ScanError(f"no voxel is left in the {_REGIONS[name]} after the crop of the input contract")
         return chosen
+
+
+def any_true(region: NDArray[np.bool_]) -> bool:
+    """Whether a voxel of [i, j, k] is True; looked for plane by plane, as the first planes with brain are enough."""
+    return any(plane.any() for plane in region)
 
 
 def not_zero(stored: NDArray[Any], slope: float, inter: float) -> NDArray[np.bool_]:
@@ -518,10 +523,16 @@ class ZScore(Checked):
             mean = values.sum() / count
             variance = float(((values * values).sum() / count - mean * mean).clamp(min=0)) * count / (count - self.ddof)
             return float(mean), self._divisor(variance)
-        mean64 = float(inside.mean(dtype=np.float64))
-        # By blocks, so that the float64 of them never leaves the processor's cache.
-        blocks = (inside[at : at + _BLOCK].astype(np.float64) - mean64 for at in range(0, count, _BLOCK))
-        return mean64, self._divisor(sum(float(block @ block) for block in blocks) / (count - self.ddof))
+        # About a mean that is nearly right, then corrected. By blocks, so that their float64 stays in the processor's
+        # cache; by einsum, as the BLAS behind @ sets other threads spinning, beside the network's own.
+        near = float(inside[:_BLOCK].mean(dtype=np.float64))
+        total = squares = 0.0
+        for at in range(0, count, _BLOCK):
+            block = inside[at : at + _BLOCK].astype(np.float64)
+            block -= near
+            total += float(block.sum())
+            squares += float(np.einsum("i,i->", block, block))
+        return near + total / count, self._divisor(max(0.0, squares - total**2 / count) / (count - self.ddof))
 
     def _divisor(self, variance: float) -> float:
         spread = math.sqrt(variance)

@@ -523,6 +523,15 @@ def test_two_pass_keeps_its_digits_where_one_pass_loses_them():
 
 
 @pytest.mark.parametrize("ddof", [0, 1])
+def test_z_score_of_more_voxels_than_a_block_whose_first_are_far_from_the_mean(ddof):
+    values = np.sort(np.random.default_rng(0).gamma(2, 1000, 3 * operations._BLOCK + 17)).astype(np.float32)
+    exact = values.astype(np.float64)
+    expected = (exact - exact.mean()) / exact.std(ddof=ddof)
+    scored = ZScore(ddof=ddof)(image_of(values.reshape(1, 1, -1))).image.ravel()
+    np.testing.assert_allclose(scored, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
 def test_one_pass_and_two_pass_agree_on_a_brain(brain, ddof):
     image, mask, affine = brain
     volume = CropBox((1, 19, 10), (193, 211, 160))(Volume(image[None], mask.astype(bool), affine))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.errors import ScanError
-from brainfm.operations import CropBox, CropCenter, Reorient, Transpose, Volume, not_zero
+from brainfm.operations import CropBox, CropCenter, Reorient, Transpose, Volume, any_true, not_zero
 from brainfm.pretrained import InputSpec
 from brainfm.scan.grid import TOLERANCE_MM, corner_distance, on_grid
 from brainfm.scan.placement import measure
@@ -132,13 +132,12 @@ def _check_content(volume: Volume, spec: InputSpec, source: str) -> None:
     """Refuse what the header lets through: empty, not finite, not stripped, or not where its affine says it is."""
     seen = _field_of_view(volume, spec)
     image = seen.stored[0]
-    low, high = image.min(), image.max()
-    if not np.isfinite([low, high]).all():  # each of them is NaN where one voxel is
+    if not _is_finite(image):
         raise ScanError(
             f"{source}: the image holds NaN or infinite values; replace them "
             "(0 outside the brain; inside it the scan is damaged)"
         )
-    if low == high:
+    if all((plane == image[0, 0, 0]).all() for plane in image):
         raise ScanError(
             f"{source}: every voxel in the field of view has the same value: there is no image; check the file"
         )
@@ -147,13 +146,21 @@ def _check_content(volume: Volume, spec: InputSpec, source: str) -> None:
     brain = seen.mask
     if brain is None:
         brain = not_zero(image, seen.slope, seen.inter)
-    if not brain.any():
+    if not any_true(brain):
         raise ScanError(f"{source}: no brain voxel is in the contract's field of view; is the mask the scan's own?")
     if spec.space is None or not spec.space.startswith("MNI152") or spec.representation != "T1w":
         return
     placement = measure(seen, brain)
     if placement.fault:
         raise ScanError(f"{source}: {placement.fault}")
+
+
+def _is_finite(image: NDArray[Any]) -> bool:
+    """Whether all voxels are. So they are where their sum is, and einsum sums a crop several times as fast as `sum`."""
+    if image.dtype.kind != "f":
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.einsum("ijk->", image)) or np.isfinite(image).all())
 
 
 def _field_of_view(volume: Volume, spec: InputSpec) -> Volume:

@@ -127,9 +127,12 @@ def _moments(
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
     """How many voxels a brain has, and the mean [3] and covariance [3, 3] of where they lie in mm."""
     middle = (np.asarray(brain.shape) - 1) / 2
-    sums = brain.astype(np.float64)  # becomes [p, q, r]: of i^p · j^q · k^r from the middle, for powers up to 2
+    # Becomes [p, q, r]: of i^p · j^q · k^r from the middle, for powers up to 2. float32 will do for the first of the
+    # three products: its sums are multiples of a quarter, and exact for an axis of up to 360 voxels.
+    sums = brain.astype(np.float32)
     for size, half in zip(brain.shape[::-1], middle[::-1], strict=True):
-        sums = np.moveaxis(sums @ np.vander(np.arange(size) - half, 3, increasing=True), -1, 0)
+        terms = np.vander(np.arange(size) - half, 3, increasing=True).astype(sums.dtype)
+        sums = np.moveaxis(sums @ terms, -1, 0).astype(np.float64)
     mean = np.array([sums[1, 0, 0], sums[0, 1, 0], sums[0, 0, 1]]) / sums[0, 0, 0]
     powers = np.eye(3, dtype=int)[:, None] + np.eye(3, dtype=int)[None]
     covariance = sums[tuple(np.moveaxis(powers, -1, 0))] / sums[0, 0, 0] - np.outer(mean, mean)

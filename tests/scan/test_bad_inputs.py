@@ -9,6 +9,7 @@ import zlib
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from nibabel.affines import from_matvec
 
 import brainfm
@@ -243,6 +244,13 @@ def inf_in_the_brain(folder, brain):
 
 
 @bad("NaN or infinite")
+def inf_both_ways(folder, brain):
+    image = with_one(brain, np.inf)
+    image[97, 110, 80] = -np.inf
+    return nifti(folder, brain, image)
+
+
+@bad("NaN or infinite")
 def nan_background(folder, brain):
     return nifti(folder, brain, np.where(brain[1] > 0, brain[0], np.float32(np.nan)))
 
@@ -468,6 +476,15 @@ def test_unreadable_qform_beside_a_good_sform_does_no_harm(tmp_path, brain, spec
     path = patched(tmp_path, brain, 252, "2h3f", 1, 2, 1.0, 1.0, 1.0)  # quaternion longer than 1
     transform = brainfm.create_transform(spec)
     assert transform(path).equal(transform((brain[0], brain[2])))
+
+
+def test_intensities_whose_sum_is_beyond_float32_are_no_bad_input(brain, spec):
+    transform = brainfm.create_transform(spec)
+    image, mask, affine = brain
+    huge = image.astype(np.float32) * np.float32(2.0**115)
+    with np.errstate(over="ignore"):
+        assert np.isinf(huge.sum())
+    torch.testing.assert_close(transform((huge, affine), mask), transform((image, affine), mask), rtol=0, atol=1e-5)
 
 
 def test_whole_head_with_its_brain_mask_is_no_bad_input(tmp_path, brain, spec):
