@@ -6,7 +6,7 @@ The widest map of a ResNet-18 is 64×150×192×192, and two thirds of a skull-st
   its next output needs too, and gives its own; no map of theirs but the last is ever there as a whole;
 - up to the first stage, a layer computes of each slab only the box that the brain can have reached. The rest is what
   the network makes of an empty volume: it differs by the distance from the border alone, and is read off a small one;
-- on a processor in float32, convolutions along z are Winograd's, with half the multiplications.
+- on a processor, convolutions along z are Winograd's, with half the multiplications in float32, two thirds in bfloat16.
 
 None of them is an approximation: the results differ by rounding alone. Slabs are small enough that the allocator keeps
 their memory, and of few sizes, so that it finds it again: new pages cost more than the arithmetic.
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.inference.convolution import TILE, Direct, Winograd, geometry, outputs
+from brainfm.inference.convolution import TILE, fastest, geometry, outputs
 from brainfm.inference.empty import Background, Live
 from brainfm.models.resnet import ResNet
 from brainfm.models.slabs import planes_under
@@ -174,7 +174,7 @@ class _Layer:
         self._conv, self._live, self._relu = conv, live, relu
         self._background = None if live is None or empty is None else Background(empty, live.shape)
         self._shortcut = None if shortcut is None else _Planes(shortcut)
-        self._compute = Winograd(conv) if Winograd.applies(conv) else Direct(conv)
+        self._compute = fastest(conv)
         self._done = 0
 
     def __call__(self, window: Sequence[Tensor]) -> Tensor:
