@@ -2,9 +2,9 @@
 
 The peer is the eager `resnet18` of MONAI that the weights were trained in. Every run is a process of its own, and its
 memory the largest resident set less that after the imports: weights and their gradients are in it. `checkpointed` is
-`set_grad_checkpointing()`, in the memory format of the name.
+`set_grad_checkpointing()`, in the memory format of the name. Both compute in bfloat16 where the processor has it.
 
-python benchmarks/training_memory.py [--rounds 3] [--dtype float32]
+python benchmarks/training_memory.py [--rounds 3] [--dtype float32|bfloat16]
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import time
 
 import torch
-from _measure import alone, machine, peak_memory
+from _measure import alone, has_bfloat16, machine, peak_memory
 from monai.networks import nets
 
 import brainfm
@@ -47,7 +47,8 @@ def measure(way: str, dtype: torch.dtype) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    dtype = "bfloat16" if has_bfloat16() else "float32"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=dtype)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["MONAI", "brainfm, checkpointed, channels last"])
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

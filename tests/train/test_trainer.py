@@ -219,19 +219,52 @@ def test_signal_stops_behind_a_step_and_the_same_command_ends_bit_identical(reci
     assert [line["loss"] for line in log(tmp_path / "run")] == [line["loss"] for line in log(tmp_path / "whole")]
 
 
+# Imports all that a run needs, and then forks one after another; says the id of each and, at its end, its status.
+RUNS = """
+import json, os, sys, torch, traceback
+import brainfm
+from brainfm.train.recipe import recipe_from_dict
+from brainfm.train.pretraining import pretrain
+
+threads = torch.get_num_threads()
+torch.set_num_threads(1)  # so that no thread is there to be lost by the forks
+fields = json.loads(sys.argv[1])
+brainfm.create_model(fields["model"])
+while True:
+    run = os.fork()
+    if not run:
+        try:
+            torch.set_num_threads(threads)
+            pretrain(recipe_from_dict(fields))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(run, flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(run, 0)[1])
+    print(status, flush=True)
+    if status != -9:
+        break
+"""
+
+
 @pytest.mark.slow
 def test_run_that_is_killed_five_times_ends_bit_identical(cohort, tmp_path):
     fields = SIMCLR | {"manifest": str(cohort), "epochs": 6}
     pretrain(recipe_from_dict(fields | {"output": str(tmp_path / "whole")}))
-    arguments = [sys.executable, "-c", STEPS, json.dumps(fields | {"output": str(tmp_path / "run")})]
-    for kill_at in (2, 5, 6, 10, 16):  # lines of the log, in the middle of epochs and at their ends
-        running = subprocess.Popen(arguments, stderr=subprocess.PIPE)
-        path = tmp_path / "run" / "log.jsonl"
-        while running.poll() is None and (not path.is_file() or len(path.read_text().splitlines()) < kill_at):
-            time.sleep(0.005)
-        running.kill()
-        running.communicate()
-    subprocess.run(arguments, check=True, timeout=120)
+    path, statuses = tmp_path / "run" / "log.jsonl", []
+    command = [sys.executable, "-c", RUNS, json.dumps(fields | {"output": str(tmp_path / "run")})]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as runs:
+        for kill_at in (2, 5, 6, 10, 16):  # lines of the log, in the middle of epochs and at their ends
+            run = int(runs.stdout.readline())
+            until = time.monotonic() + 60
+            while time.monotonic() < until and (not path.is_file() or len(path.read_text().splitlines()) < kill_at):
+                time.sleep(0.005)
+            os.kill(run, signal.SIGKILL)
+            statuses.append(int(runs.stdout.readline()))
+        runs.stdout.readline()
+        statuses.append(int(runs.stdout.readline()))
+    assert statuses == [-9, -9, -9, -9, -9, 0]
     assert same(network(tmp_path / "run"), network(tmp_path / "whole"))
     whole = [line["loss"] for line in log(tmp_path / "whole")]
     assert [line["loss"] for line in log(tmp_path / "run")] == whole
