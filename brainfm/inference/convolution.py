@@ -34,7 +34,7 @@ def geometry(layer: nn.Conv3d | nn.MaxPool3d) -> tuple[int, int, int]:
 
 
 def fastest(conv: nn.Conv3d) -> Direct | Winograd4 | Winograd2:
-    """The convolution for a few planes at a time, at most `TILE` outputs by those of Winograd."""
+    """The fastest way to compute a convolution a few planes at a time. Winograd's give at most `TILE` outputs."""
     if conv.weight.device.type == "cpu" and conv.kernel_size[0] == 3 and conv.stride[0] == 1:
         if conv.weight.dtype == torch.float32:
             return Winograd4(conv)
@@ -56,7 +56,26 @@ class Direct:
         out.copy_(F.conv3d(x, conv.weight, conv.bias, conv.stride).permute(0, 2, 3, 4, 1))
 
 
-class Winograd4:
+class _Winograd:
+    """Convolutions of planes, with the kernels of planes that a kernel [out, in, 3, rows, columns] gives at points."""
+
+    _POINTS: Sequence[Sequence[float]]
+
+    def __init__(self, conv: nn.Conv3d) -> None:
+        planes = conv.weight.float()
+        self._bias = conv.bias
+        self._weights = [
+            torch.tensordot(planes, planes.new_tensor(point), ([2], [0])).to(
+                conv.weight.dtype, memory_format=torch.channels_last
+            )
+            for point in self._POINTS
+        ]
+
+    def _convolved(self, point: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x.permute(0, 3, 1, 2), self._weights[point], bias).permute(0, 2, 3, 1)
+
+
+class Winograd4(_Winograd):
     """Winograd's F(4, 3): 6 convolutions of planes, in place of 12, give 4."""
 
     # Of the kernel's planes, for each of the points 0, 1, -1, 2, -2 and infinity.
@@ -68,10 +87,6 @@ class Winograd4:
         (1 / 24, -1 / 12, 1 / 6),
         (0, 0, 1),
     )
-
-    def __init__(self, conv: nn.Conv3d) -> None:
-        self._bias = conv.bias
-        self._weights = _at_points(conv.weight, self._POINTS)
 
     def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
         """As `Direct`, of at most `TILE` outputs."""
@@ -97,49 +112,29 @@ class Winograd4:
         if made is not out:
             out.copy_(made[:, : out.shape[1]])
 
-    def _convolved(self, point: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.conv2d(x.permute(0, 3, 1, 2), self._weights[point], bias).permute(0, 2, 3, 1)
 
-
-class Winograd2:
+class Winograd2(_Winograd):
     """Winograd's F(2, 3): 4 convolutions of planes, in place of 6, give 2."""
 
-    _POINTS = ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1))  # 0, 1, -1 and infinity
-
-    def __init__(self, conv: nn.Conv3d) -> None:
-        self._bias = conv.bias
-        self._weights = _at_points(conv.weight, self._POINTS)
+    # As above, for 0, 1, -1 and infinity.
+    _POINTS = ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1))
 
     def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
         """As `Direct`; pairs of outputs are made as if they were volumes of a batch."""
         batch, count = out.shape[:2]
-        pairs = (count + 1) // 2
         planes = [*planes, *[torch.zeros_like(planes[0])] * (count % 2)]  # behind the last of a map
-        made = out.new_empty(4, batch, pairs, *planes[0].shape[1:])
-        for pair, x in enumerate(made.unbind(2)):
+        pairs = (len(planes) - 2) // 2
+        sums = out.new_empty(4, batch, pairs, *planes[0].shape[1:])
+        for pair, x in enumerate(sums.unbind(2)):
             d0, d1, d2, d3 = planes[2 * pair : 2 * pair + 4]
             torch.sub(d0, d2, out=x[0])
             torch.add(d1, d2, out=x[1])
             torch.sub(d2, d1, out=x[2])
             torch.sub(d1, d3, out=x[3])
-        biases = None, self._bias, None, None  # both outputs hold the one at 1 once
         at_0, at_1, at_minus_1, at_infinity = (
-            F.conv2d(x.flatten(0, 1).permute(0, 3, 1, 2), weight, bias)
-            .permute(0, 2, 3, 1)
-            .reshape(batch, pairs, *out.shape[2:])
-            for x, weight, bias in zip(made, self._weights, biases, strict=True)
-        )
+            self._convolved(point, x.flatten(0, 1), bias).reshape(batch, pairs, *out.shape[2:])
+            for point, (x, bias) in enumerate(zip(sums, (None, self._bias, None, None), strict=True))
+        )  # both outputs hold the one at 1 once, and so the bias
         torch.add(at_1, at_minus_1, out=out[:, ::2]).add_(at_0)
         odd = slice(count // 2)
         torch.sub(at_1[:, odd], at_minus_1[:, odd], out=out[:, 1::2]).sub_(at_infinity[:, odd])
-
-
-def _at_points(weight: Tensor, points: Sequence[Sequence[float]]) -> list[Tensor]:
-    """The kernels of planes that a kernel [out, in, 3, rows, columns] gives at Winograd's points; summed in float32."""
-    planes = weight.float()
-    return [
-        torch.tensordot(planes, planes.new_tensor(point), ([2], [0])).to(
-            weight.dtype, memory_format=torch.channels_last
-        )
-        for point in points
-    ]
