@@ -164,7 +164,9 @@ def test_whole_encoder_learns_the_same(channels, frozen):
 
 
 def test_gradients_under_autocast_are_as_near_to_those_of_float32_as_without():
-    model, x = create_model("test_resnet_3d").train(), volume(2, 1, 16, 20, 24, dtype=torch.float32)
+    # No stage's map has two planes: of those, oneDNN 3.12 gives weight gradients with unset memory in bfloat16.
+    torch.manual_seed(0)
+    model, x = create_model("test_resnet_3d").train(), volume(2, 1, 36, 20, 24, dtype=torch.float32)
 
     def gradient(bfloat16: bool, checkpointed: bool) -> Tensor:
         network = copy.deepcopy(model)
