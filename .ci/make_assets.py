@@ -15,25 +15,46 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 import brainfm
-from brainfm.hub.fingerprint import compute
-from brainfm.models.contracts import ASSETS, TURBOPREP_4MM
-from brainfm.operations import Volume
+from brainfm.assets import (
+    ASSETS,
+    COARSE_BRAIN,
+    COARSE_GREY_MATTER,
+    GOLDEN_EMBEDDINGS,
+    SAMPLE_MASK,
+    SAMPLE_SCAN,
+    TEMPLATE,
+)
+from brainfm.contract import Volume
+from brainfm.hub.golden import compute
 from brainfm.scan.grid import on_grid
 
+SPEC = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec  # at 4 mm
 
-def make_scan_and_template(data: Path) -> None:
-    """Copy the sample scan, its mask and the registration's target; average the sample to the 4 mm template."""
-    shutil.copy(data / "mni152_2009a_T1w_brain.nii.gz", ASSETS / "sample_T1w_brain.nii.gz")
-    shutil.copy(data / "mni152_2009a_brain_mask.nii.gz", ASSETS / "sample_brain_mask.nii.gz")
-    shutil.copy(data / "mni152_2009c_sym_T1w_brain.nii.gz", ASSETS / "mni152_2009c_sym_T1w_brain.nii.gz")
-    image, mask = (nib.load(ASSETS / f"sample_{name}.nii.gz") for name in ("T1w_brain", "brain_mask"))
+
+def make_scan_and_templates(data: Path) -> None:
+    """Copy the sample scan, its mask and the registration's target; average brain and grey matter to 4 mm."""
+    shutil.copy(data / "mni152_2009a_T1w_brain.nii.gz", SAMPLE_SCAN)
+    shutil.copy(data / "mni152_2009a_brain_mask.nii.gz", SAMPLE_MASK)
+    shutil.copy(data / "mni152_2009c_sym_T1w_brain.nii.gz", TEMPLATE)
+    image, mask = nib.load(SAMPLE_SCAN), nib.load(SAMPLE_MASK)
     brain = np.asanyarray(mask.dataobj) > 0
-    masked = np.asanyarray(image.dataobj)[None] * brain
-    coarse = on_grid(Volume(masked, brain, image.affine), TURBOPREP_4MM, "resample", "sample")[0]
-    share = on_grid(Volume(brain[None].astype(np.float32), brain, image.affine), TURBOPREP_4MM, "resample", "sample")[0]
-    mean = np.where(coarse.mask, coarse.image[0] / np.maximum(share.image[0], 0.5), 0)
-    template = np.where(coarse.mask, np.clip(np.rint(mean), 1, 255), 0).astype(np.uint8)
-    nib.Nifti1Image(template, coarse.affine).to_filename(ASSETS / "mni152_brain_4mm.nii.gz")
+    coarse = averaged(np.asanyarray(image.dataobj) * brain, brain, image.affine)
+    fraction = averaged(brain.astype(np.float32), brain, image.affine)
+    mean = np.where(coarse.mask, coarse.image[0] / np.maximum(fraction.image[0], 0.5), 0)
+    save(np.where(coarse.mask, np.clip(np.rint(mean), 1, 255), 0), coarse.affine, COARSE_BRAIN)
+    grey = nib.load(data / "mni152_2009a_gm_probability.nii.gz")
+    coarse = averaged(np.asanyarray(grey.dataobj).astype(np.float32), None, grey.affine)
+    save(np.rint(coarse.image[0]), coarse.affine, COARSE_GREY_MATTER)
+
+
+def averaged(image: np.ndarray, mask: np.ndarray | None, affine: np.ndarray) -> Volume:
+    """An image as the means of 4 mm voxels."""
+    return on_grid(Volume(image[None], mask, affine), SPEC, "resample", "sample")[0]
+
+
+def save(voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write voxels as uint8."""
+    nib.Nifti1Image(voxels.astype(np.uint8), affine).to_filename(path)
 
 
 def make_test_weights(runs: Path) -> None:
@@ -48,14 +69,14 @@ def make_test_weights(runs: Path) -> None:
         (ASSETS / f"{name}.log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in short))
 
 
-def make_fingerprints() -> None:
+def make_golden_embeddings() -> None:
     """Embed the sample scan with the packaged weights, for `brainfm verify`."""
     names = brainfm.list_pretrained("test_*")
-    prints = {name: compute(brainfm.create_model(name, pretrained=True)) for name in names}
-    (ASSETS / "fingerprints.json").write_text(json.dumps(prints, indent=1) + "\n")
+    golden = {name: compute(brainfm.create_model(name, pretrained=True)) for name in names}
+    GOLDEN_EMBEDDINGS.write_text(json.dumps(golden, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    make_scan_and_template(Path(sys.argv[1]))
+    make_scan_and_templates(Path(sys.argv[1]))
     make_test_weights(Path(sys.argv[2]))
-    make_fingerprints()
+    make_golden_embeddings()

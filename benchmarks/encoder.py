@@ -15,7 +15,7 @@ from _measure import alone, has_bfloat16, interleaved, machine, matrix_rate, pea
 from monai.networks.nets import resnet18
 
 import brainfm
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 
 GFLOP = 1332  # of a volume, two for each of the 666 G multiply-adds of its convolutions
 WAYS = ("MONAI", "float32", "bfloat16")

@@ -19,7 +19,7 @@ import torch
 from _measure import interleaved, machine, print_table
 
 import brainfm
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.scan.read import _gzip_open, _inflated
 
 

@@ -11,14 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brainfm.embed import Embeddings
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.factory import create_model
+from brainfm.files import atomic_path
 from brainfm.inference import optimize
 from brainfm.manifest import ScanRecord
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.registry import get_pretrained_cfg
+from brainfm.table import Embeddings
 from brainfm.transforms import create_transform
-from brainfm.weights import atomic_path, cached_weights
+from brainfm.weights import cached_weights
 
 REAL_MODEL, TEST_MODEL = "simclr_resnet18_3d", "test_resnet_3d"
 

@@ -2,123 +2,121 @@
 
 from __future__ import annotations
 
-import csv
-import glob
-import hashlib
-import json
 import logging
 import os
-import re
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from brainfm.errors import MissingExtraError, ScanError
+from brainfm.dense import DenseDType, dense_affine, dense_paths, write_dense
+from brainfm.errors import ScanError
 from brainfm.factory import create_model
+from brainfm.files import progress_bar, write_json
 from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
+from brainfm.journal import Journal
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
 from brainfm.overlap import overlap_of_scans
+from brainfm.readout import Reader
+from brainfm.table import Embeddings, Origin, check_output, write
 from brainfm.transforms import InputTransform, create_transform
-from brainfm.weights import atomic_path
+from brainfm.weights import weights_digest
 
 logger = logging.getLogger("brainfm")
 
-_FORMATS = (".csv", ".parquet", ".npz")
 _MOST_SCANS = 16  # a batch; ours
-_SHARE_OF_MEMORY = 0.8
+_FRACTION_OF_MEMORY = 0.8
 
 
-@dataclass(frozen=True, eq=False)
-class Embeddings:
-    """A table of embeddings, a row a scan; NumPy and scikit-learn take it as its vectors.
+@dataclass(frozen=True)
+class _Options:
+    """What `embed` is told beside scans, models and places; see there."""
 
-    Attributes:
-        vectors: [scans, width] float32, in the order of the scans.
-        records: The scans of the rows.
-        errors: The scans that failed, and why.
-    """
+    batch_size: int | Literal["auto"]
+    device: str | torch.device
+    dtype: DTypeName | torch.dtype
+    num_workers: int
+    dense_dtype: DenseDType
+    on_error: Literal["skip", "raise"]
+    strict_qc: bool
+    progress: bool
 
-    vectors: NDArray[np.float32]
-    records: list[ScanRecord]
-    errors: list[tuple[ScanRecord, str]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.vectors, dtype=dtype) if copy else np.asarray(self.vectors, dtype=dtype)
-
-    def columns(self) -> dict[str, list[str]]:
-        """The text columns: image_path, mask_path, patient_id, scan_id and the manifest's own."""
-        return _text_columns(self.records)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table, atomically: .csv, .parquet (needs the extra [eval]) or .npz.
-
-        CSV and Parquet have the text columns, then e0, e1, …; the .npz holds `embeddings` and an array a text column.
-        """
-        path = Path(path)
-        check_output(path, self.records)
-        texts = self.columns()
-        with atomic_path(path) as temporary:
-            if path.suffix == ".npz":
-                arrays: dict[str, Any] = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
-                with temporary.open("wb") as file:
-                    np.savez(file, embeddings=self.vectors, **arrays)
-            elif path.suffix == ".parquet":
-                pyarrow, parquet = _pyarrow()
-                numbers = {f"e{n}": np.ascontiguousarray(column) for n, column in enumerate(self.vectors.T)}
-                parquet.write_table(pyarrow.table(texts | numbers), temporary)
-            else:
-                with temporary.open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.writer(file)
-                    writer.writerow([*texts, *(f"e{n}" for n in range(self.vectors.shape[1]))])
-                    for row, vector in zip(zip(*texts.values(), strict=True), self.vectors, strict=True):
-                        writer.writerow([*row, *(f"{value:.9g}" for value in vector)])
+    def __post_init__(self) -> None:
+        if self.on_error not in ("skip", "raise"):
+            raise ValueError(f'on_error must be "skip" or "raise", not {self.on_error!r}')
+        if self.dense_dtype not in ("float16", "float32"):
+            raise ValueError(f'dense_dtype must be "float16" or "float32", not {self.dense_dtype!r}')
+        if self.num_workers < 0 or (self.batch_size != "auto" and self.batch_size < 1):
+            raise ValueError(
+                'batch_size must be at least 1 or "auto", and num_workers at least 0, '
+                f"not {self.batch_size!r} and {self.num_workers}"
+            )
 
 
-def check_output(path: Path, records: Sequence[ScanRecord] = ()) -> None:
-    """Raise ScanError for a table that could not be written, before any work is done for it."""
-    if path.suffix not in _FORMATS:
-        raise ScanError(f"{path}: a table is written as {', '.join(_FORMATS)}, by the ending of its name")
-    if path.is_dir():
-        raise ScanError(f"{path}: a folder; name the table in it")
-    if path.suffix == ".parquet":
-        _pyarrow()
-    names = {name for record in records for name in record.extra}
-    clash = sorted(name for name in names if re.fullmatch(r"e\d+|embeddings|error|file|allow_pickle", name))
-    if clash:
-        raise ScanError(f"the manifest's column {', '.join(clash)} has a name of the table's own; rename it")
+@overload
+def embed(
+    scans: ScansLike,
+    model: nn.Module | str,
+    *,
+    batch_size: int | Literal["auto"] = ...,
+    device: str | torch.device = ...,
+    dtype: DTypeName | torch.dtype = ...,
+    num_workers: int = ...,
+    output: str | os.PathLike[str] | None = ...,
+    dense: str | os.PathLike[str] | None = ...,
+    dense_dtype: DenseDType = ...,
+    report: str | os.PathLike[str] | None = ...,
+    on_error: Literal["skip", "raise"] = ...,
+    strict_qc: bool = ...,
+    progress: bool = ...,
+) -> Embeddings: ...
 
 
-def errors_path(output: Path) -> Path:
-    """Where the failed scans of a table are listed: `out.errors.csv` beside `out.csv`."""
-    return output.with_name(output.stem + ".errors.csv")
+@overload
+def embed(
+    scans: ScansLike,
+    model: list[Any],
+    *,
+    batch_size: int | Literal["auto"] = ...,
+    device: str | torch.device = ...,
+    dtype: DTypeName | torch.dtype = ...,
+    num_workers: int = ...,
+    output: str | os.PathLike[str] | None = ...,
+    dense: str | os.PathLike[str] | None = ...,
+    dense_dtype: DenseDType = ...,
+    report: str | os.PathLike[str] | None = ...,
+    on_error: Literal["skip", "raise"] = ...,
+    strict_qc: bool = ...,
+    progress: bool = ...,
+) -> list[Embeddings]: ...
 
 
 def embed(
     scans: ScansLike,
-    model: nn.Module | str,
+    model: nn.Module | str | list[Any],
     *,
     batch_size: int | Literal["auto"] = "auto",
     device: str | torch.device = "auto",
     dtype: DTypeName | torch.dtype = "auto",
     num_workers: int = 2,
     output: str | os.PathLike[str] | None = None,
+    dense: str | os.PathLike[str] | None = None,
+    dense_dtype: DenseDType = "float16",
+    report: str | os.PathLike[str] | None = None,
     on_error: Literal["skip", "raise"] = "skip",
     strict_qc: bool = False,
     progress: bool = False,
-) -> Embeddings:
-    """Embed every scan of a list, each prepared as the model's input contract says.
+) -> Embeddings | list[Embeddings]:
+    """Embed every scan of a list, each prepared as the model's input contract says and read out as its readout says.
 
     With `output`, finished rows are kept in a journal beside it as they come, and the table is written at the end; a
     run that was interrupted goes on where it stopped when it is started again with the same model and dtype. Scans
@@ -126,21 +124,26 @@ def embed(
     returns all.
 
     Args:
-        scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images or
-            (image, mask) pairs.
-        model: An encoder of `create_model`, or the name of one with published weights.
+        scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images, scans of
+            several channels {channel: image}, or (image, mask) pairs.
+        model: An encoder of `create_model`, or the name of one with published weights; or several of them.
         batch_size: Scans a forward pass; "auto" is 1 on a CPU, and on a GPU as many as its free memory holds, by what
-            the first scan took, at most 16.
+            the first scan took, at most 16. Scans whose tensors differ in shape are not put in one batch.
         device: "auto" (CUDA where there is one, else the CPU), or a torch device.
         dtype: See `brainfm.optimize`; "auto" is float32.
         num_workers: Threads that read and prepare scans ahead of the encoder; 0 reads in turn.
-        output: Where to write the table: .csv, .parquet or .npz. Failed scans are listed in `<name>.errors.csv`.
+        output: Where to write the table: .csv, .parquet or .npz. Failed scans are listed in `<name>.errors.csv`. Of
+            several models, each has its table: `<name>.<model>.csv`.
+        dense: A folder for dense features: the last feature map of each scan as NIfTI [x, y, z, C], whose affine puts
+            every cell where it looks. The table's column `dense_path` names the files.
+        dense_dtype: Of the dense features; see `brainfm.dense.write_dense`.
+        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, and the scans that failed.
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
         strict_qc: Refuse scans that `brainfm prep` judged to have failed; without it, the column `qc` says so.
         progress: Show a progress bar.
 
     Returns:
-        The table, in the order of the scans.
+        The table, in the order of the scans; of several models a list of tables.
 
     Raises:
         ScanError: The list itself is wrong, or with on_error="raise" a scan.
@@ -152,16 +155,55 @@ def embed(
         >>> table.vectors.shape
         (24, 512)
     """
-    if on_error not in ("skip", "raise"):
-        raise ValueError(f'on_error must be "skip" or "raise", not {on_error!r}')
-    if num_workers < 0 or (batch_size != "auto" and batch_size < 1):
-        raise ValueError(
-            f'batch_size must be at least 1 or "auto", and num_workers at least 0, not {batch_size!r} and {num_workers}'
-        )
+    options = _Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress)
     records = list_scans(scans)
-    path = None if output is None else Path(output)
-    if path is not None:
-        check_output(path, records)
+    if isinstance(model, nn.Module | str):
+        return _embed(records, model, options, _path(output), _path(dense), _path(report))
+    names = [_file_name(one) for one in model]
+    if len(set(names)) != len(names):
+        raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
+    return [
+        _embed(
+            records,
+            one,
+            options,
+            _path(output, name),
+            None if dense is None else Path(dense) / name,
+            _path(report, name),
+        )
+        for one, name in zip(model, names, strict=True)
+    ]
+
+
+def _path(path: str | os.PathLike[str] | None, model: str = "") -> Path | None:
+    """A path, of several models with the model's name before its ending."""
+    if path is None:
+        return None
+    path = Path(path).expanduser()
+    return path.with_name(f"{path.stem}.{model}{path.suffix}") if model else path
+
+
+def _file_name(model: nn.Module | str) -> str:
+    cfg = getattr(model, "pretrained_cfg", None)
+    name = model if isinstance(model, str) else getattr(cfg, "name", "") or type(model).__name__
+    return "".join(letter if letter.isalnum() or letter in "_-." else "-" for letter in name)
+
+
+def _embed(
+    records: list[ScanRecord],
+    model: nn.Module | str,
+    options: _Options,
+    output: Path | None,
+    dense: Path | None,
+    report: Path | None,
+) -> Embeddings:
+    """One model's table."""
+    started = time.monotonic()
+    maps = [] if dense is None else dense_paths(records, dense)
+    if maps:
+        records = [replace(r, extra=r.extra | {"dense_path": str(path)}) for r, path in zip(records, maps, strict=True)]
+    if output is not None:
+        check_output(output, records)
     encoder = create_model(model, pretrained=True) if isinstance(model, str) else model
     if getattr(encoder, "num_classes", 0):
         raise ValueError("this model ends in a classifier and gives logits; call model.reset_classifier(0) first")
@@ -169,47 +211,91 @@ def embed(
     for overlap in overlap_of_scans(encoder, records):
         logger.warning("%s: an evaluation on it is one on training data", overlap)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    place = resolve_device(device)
+    place = resolve_device(options.device)
     width = getattr(encoder, "num_features", 0)
-    identity = fingerprint(encoder, dtype) if path is not None else ""
-    fast = optimize(encoder, dtype).to(place)
+    origin = origin_of(encoder, options.dtype)
+    reader = Reader(optimize(encoder, options.dtype).to(place), dense=dense is not None)
     del encoder  # where a name was given, its weights are not kept twice
 
     mine = range(rank, len(records), world)
-    failed = {n: reason for n in mine if (reason := _failed_qc(records[n]))} if strict_qc else {}
-    if failed and on_error == "raise":
+    failed = {n: reason for n in mine if (reason := _failed_qc(records[n]))} if options.strict_qc else {}
+    if failed and options.on_error == "raise":
         raise ScanError(failed[min(failed)])
-    journal = _Journal(path, rank, identity) if path is not None else None
+    journal = Journal(output, rank, origin.digest) if output else None
     done: dict[int, NDArray[np.float32]] = {}
     if journal is not None:
-        done = {n: vector for n in mine if n not in failed and (vector := journal.find(records[n])) is not None}
+        left = [n for n in mine if n not in failed and (not maps or maps[n].is_file())]
+        done = {n: vector for n in left if (vector := journal.find(records[n])) is not None}
         if done:
-            logger.info("%s: %d scans were done by an earlier run", path, len(done))
+            logger.info("%s: %d scans were done by an earlier run", output, len(done))
+    resumed = len(done)
     todo = [n for n in mine if n not in done and n not in failed]
-    most = batch_size if batch_size != "auto" else _MOST_SCANS if place.type == "cuda" else 1
-    batches = _Batches(_prepared(records, todo, transform, num_workers, num_workers + most), batch_size, place)
+    size, workers = options.batch_size, options.num_workers
+    most = size if size != "auto" else _MOST_SCANS if place.type == "cuda" else 1
+    batches = _Batches(_prepared(records, todo, transform, workers, workers + most), size, place)
+    shown = options.progress and rank == 0
+    bar = progress_bar(total=len(mine), unit="scan", doing="embedding", shown=shown, done=len(mine) - len(todo))
     try:
-        with _own_cores(place), _progress_bar(len(mine), len(mine) - len(todo), progress and rank == 0) as bar:
-            for n, outcome in _embedded(fast, batches, place):
+        with _own_cores(place), bar:
+            for n, outcome in _embedded(reader, batches, place):
                 if isinstance(outcome, ScanError):
-                    if on_error == "raise":
+                    if options.on_error == "raise":
                         raise outcome
                     failed[n] = str(outcome)
                 else:
-                    done[n] = outcome
+                    done[n] = outcome.vector
+                    if outcome.cells is not None:
+                        write_dense(outcome.cells, outcome.affine, maps[n], options.dense_dtype)
                     if journal is not None:
-                        journal.add(records[n], outcome)
+                        journal.add(records[n], outcome.vector)
                 bar.update()
     finally:
         if journal is not None:
             journal.close()
     if world > 1:
         done, failed = _gathered(done, failed, world)
-    table = _table(records, done, failed, width)
-    if path is not None and journal is not None and rank == 0:
-        _write(table, path)
-        journal.remove()
+    origin = replace(origin, scans=len(records), failed=len(failed))
+    table = _table(records, done, failed, width, origin)
+    if rank == 0:
+        if output is not None and journal is not None:
+            write(table, output)
+            journal.remove()
+        if report is not None:
+            write_json(report, _report(table, output, resumed, time.monotonic() - started))
     return table
+
+
+def origin_of(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> Origin:
+    """What a table of this model says of itself; the digest is of every weight."""
+    from brainfm import __version__
+
+    cfg = getattr(model, "pretrained_cfg", None)
+    spec, readout = getattr(cfg, "input_spec", None), getattr(cfg, "readout", None)
+    said = readout.to_dict() if readout else {}
+    if said.get("pool") != "brain":
+        said["pool"] = getattr(model, "global_pool", None)
+    return Origin(
+        model=getattr(cfg, "name", "") or type(model).__name__,
+        weights=weights_digest(model),
+        contract=spec.to_dict() if spec else None,
+        readout=said,
+        dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
+        brainfm=__version__,
+        torch=torch.__version__,
+    )
+
+
+def _report(table: Embeddings, output: Path | None, resumed: int, seconds: float) -> dict[str, Any]:
+    assert table.origin is not None
+    return {
+        "origin": table.origin.to_dict(),
+        "output": None if output is None else str(output),
+        "scans": table.origin.scans,
+        "embedded": len(table),
+        "of_an_earlier_run": resumed,
+        "failed": [{"scan": record.name, "error": reason} for record, reason in table.errors],
+        "seconds": round(seconds, 3),
+    }
 
 
 def _failed_qc(record: ScanRecord) -> str:
@@ -217,65 +303,78 @@ def _failed_qc(record: ScanRecord) -> str:
     if record.extra.get("qc") not in ("fail", "unreadable"):
         return ""
     return (
-        f"{record.image}: its preparation did not pass quality control (prep.json beside it: {record.extra['qc']}); "
+        f"{record.name}: its preparation did not pass quality control (prep.json beside it: {record.extra['qc']}); "
         "look at its qc.png, prepare it in another way, or embed without --strict-qc"
     )
 
 
-def _embedded(
-    model: nn.Module, batches: _Batches, device: torch.device
-) -> Iterator[tuple[int, NDArray[np.float32] | ScanError]]:
-    """A vector, or the reason why there is none, for each scan of the batches."""
-    for numbers, outcomes in batches:
-        tensors = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
-        vectors: list[NDArray[np.float32]] = []
-        if tensors:
-            joined = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one is not copied
-            if device.type == "cuda":
-                joined = joined.pin_memory()
-            with torch.inference_mode():
-                vectors = list(model(joined.to(device, non_blocking=True)).float().cpu().numpy())
-        remaining = iter(vectors)
-        for n, outcome in zip(numbers, outcomes, strict=True):
-            if isinstance(outcome, ScanError):
-                yield n, outcome
-                continue
-            vector = next(remaining)
-            finite = np.isfinite(vector).all()
-            yield n, vector if finite else ScanError("the embedding is not finite: an overflow; use dtype float32")
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A scan as its contract's tensor [C, D, H, W], with its brain mask and affine."""
+
+    tensor: Tensor
+    mask: NDArray[np.bool_] | None
+    affine: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Embedded:
+    """A scan's vector, and where they were asked for its dense features [C, d, h, w] with their affine."""
+
+    vector: NDArray[np.float32]
+    cells: NDArray[np.float32] | None
+    affine: NDArray[np.float64]
+
+
+def _embedded(reader: Reader, batches: _Batches, device: torch.device) -> Iterator[tuple[int, _Embedded | ScanError]]:
+    """What each scan of the batches becomes, or the reason why it does not."""
+    for numbers, scans in batches:
+        try:
+            found: Sequence[_Embedded | ScanError] = _batch_embedded(reader, scans, device)
+        except ScanError as error:  # of one of them: found out alone
+            found = [_alone(reader, scan, device) for scan in scans] if len(scans) > 1 else [error]
+        yield from zip(numbers, found, strict=True)
+
+
+def _alone(reader: Reader, scan: _Prepared | ScanError, device: torch.device) -> _Embedded | ScanError:
+    try:
+        return _batch_embedded(reader, [scan], device)[0]
+    except ScanError as error:
+        return error
+
+
+def _batch_embedded(
+    reader: Reader, scans: Sequence[_Prepared | ScanError], device: torch.device
+) -> list[_Embedded | ScanError]:
+    prepared = [scan for scan in scans if isinstance(scan, _Prepared)]
+    if not prepared:
+        return [scan for scan in scans if isinstance(scan, ScanError)]
+    tensors = [scan.tensor for scan in prepared]
+    joined = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one is not copied
+    if device.type == "cuda":
+        joined = joined.pin_memory()
+    features = reader(joined.to(device, non_blocking=True), [scan.mask for scan in prepared])
+    vectors = features.vectors.cpu().numpy()
+    maps = None if features.maps is None else features.maps.cpu().numpy()
+    made: list[_Embedded | ScanError] = []
+    for n, scan in enumerate(prepared):
+        if not np.isfinite(vectors[n]).all():
+            made.append(ScanError("the embedding is not finite: an overflow; use dtype float32"))
+            continue
+        affine = scan.affine if maps is None else dense_affine(scan.affine, reader.model.feature_info[-1])
+        # A copy: a view would keep the whole batch alive, and with it memory of torch's.
+        made.append(_Embedded(vectors[n].copy(), None if maps is None else maps[n], affine))
+    remaining = iter(made)
+    return [scan if isinstance(scan, ScanError) else next(remaining) for scan in scans]
 
 
 def _table(
-    records: list[ScanRecord], done: dict[int, NDArray[np.float32]], failed: dict[int, str], width: int
+    records: list[ScanRecord], done: dict[int, NDArray[np.float32]], failed: dict[int, str], width: int, origin: Origin
 ) -> Embeddings:
     order = sorted(done)
     vectors = np.stack([done[n] for n in order]) if order else np.empty((0, width), dtype=np.float32)
-    return Embeddings(vectors, [records[n] for n in order], [(records[n], failed[n]) for n in sorted(failed)])
-
-
-def _write(table: Embeddings, path: Path) -> None:
-    """Write the table and the list of failed scans; neither is left over from an earlier run."""
-    if len(table):
-        table.save(path)
-    else:
-        path.unlink(missing_ok=True)
-    listed = errors_path(path)
-    if not table.errors:
-        listed.unlink(missing_ok=True)
-        return
-    texts = _text_columns([record for record, _ in table.errors])
-    with atomic_path(listed) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*texts, "error"])
-        writer.writerows(
-            [*row, message] for *row, message in zip(*texts.values(), [e for _, e in table.errors], strict=True)
-        )
-
-
-def _text_columns(records: Sequence[ScanRecord]) -> dict[str, list[str]]:
-    rows = [record.columns() for record in records]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name, "") for row in rows] for name in names}
+    errors = [(records[n], failed[n]) for n in sorted(failed)]
+    return Embeddings(vectors, [records[n] for n in order], errors, origin)
 
 
 # --- Reading ahead --------------------------------------------------------------------------------
@@ -283,16 +382,17 @@ def _text_columns(records: Sequence[ScanRecord]) -> dict[str, list[str]]:
 
 def _prepared(
     records: list[ScanRecord], todo: list[int], transform: InputTransform, num_workers: int, most_ahead: int
-) -> Iterator[tuple[int, Tensor | ScanError]]:
+) -> Iterator[tuple[int, _Prepared | ScanError]]:
     """Tensors in order, prepared by threads (inflating and NumPy release the interpreter's lock) a little ahead."""
 
-    def prepare(n: int) -> Tensor | ScanError:
+    def prepare(n: int) -> _Prepared | ScanError:
         try:
-            return transform(records[n].image, records[n].mask)
+            volume = transform.volume(records[n].image, records[n].mask)
+            return _Prepared(transform.tensor(volume), volume.mask, volume.affine)
         except ScanError as error:
             return error
         except Exception as error:  # one bad scan never stops a batch
-            name = records[n].columns()["image_path"] or f"scan {n}"
+            name = records[n].name or f"scan {n}"
             return ScanError(f"{name}: {type(error).__name__}: {error}")
 
     if num_workers == 0:
@@ -300,7 +400,7 @@ def _prepared(
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="brainfm-scan")
     try:
-        ahead: deque[tuple[int, Future[Tensor | ScanError]]] = deque()
+        ahead: deque[tuple[int, Future[_Prepared | ScanError]]] = deque()
         for n in todo:
             ahead.append((n, pool.submit(prepare, n)))
             if len(ahead) > most_ahead:
@@ -314,35 +414,41 @@ def _prepared(
 
 
 class _Batches:
-    """Scans in batches of a size, or of one that grows from 1 to what a GPU's memory holds."""
+    """Scans in batches of a size, or of one that grows from 1 to what a GPU's memory holds, all of one shape."""
 
     def __init__(
-        self, items: Iterator[tuple[int, Tensor | ScanError]], size: int | Literal["auto"], device: torch.device
+        self, items: Iterator[tuple[int, _Prepared | ScanError]], size: int | Literal["auto"], device: torch.device
     ) -> None:
         self._items, self._device = items, device
         self._size = 1 if size == "auto" else size
         self._grows = size == "auto" and device.type == "cuda"
 
-    def __iter__(self) -> Iterator[tuple[list[int], list[Tensor | ScanError]]]:
+    def __iter__(self) -> Iterator[tuple[list[int], list[_Prepared | ScanError]]]:
         numbers: list[int] = []
-        outcomes: list[Tensor | ScanError] = []
-        for n, outcome in self._items:
+        scans: list[_Prepared | ScanError] = []
+        shape: torch.Size | None = None
+        for n, scan in self._items:
+            if isinstance(scan, _Prepared):
+                if shape is not None and scan.tensor.shape != shape:
+                    yield numbers, scans
+                    numbers, scans = [], []
+                shape = scan.tensor.shape
             numbers.append(n)
-            outcomes.append(outcome)
-            if sum(isinstance(o, Tensor) for o in outcomes) == self._size:
-                yield numbers, outcomes
-                numbers, outcomes = [], []
+            scans.append(scan)
+            if sum(isinstance(one, _Prepared) for one in scans) == self._size:
+                yield numbers, scans
+                numbers, scans, shape = [], [], None
                 if self._grows:
                     self._size, self._grows = self._affordable(), False
         if numbers:
-            yield numbers, outcomes
+            yield numbers, scans
 
     def _affordable(self) -> int:
         """Scans that the free memory of the GPU holds, by the most that the first one took."""
         taken = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         free = torch.cuda.mem_get_info(self._device)[0] + cached
-        return max(1, min(_MOST_SCANS, int(_SHARE_OF_MEMORY * free / max(taken, 1))))
+        return max(1, min(_MOST_SCANS, int(_FRACTION_OF_MEMORY * free / max(taken, 1))))
 
 
 @contextmanager
@@ -356,12 +462,6 @@ def _own_cores(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _progress_bar(total: int, initial: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, unit="scan", desc="embedding", disable=not shown)
 
 
 def _gathered(
@@ -378,89 +478,3 @@ def _gathered(
     if ours:
         dist.destroy_process_group()
     return {n: v for part, _ in parts for n, v in part.items()}, {n: m for _, part in parts for n, m in part.items()}
-
-
-# --- The journal ----------------------------------------------------------------------------------
-
-
-def fingerprint(model: nn.Module, dtype: DTypeName | torch.dtype) -> str:
-    """Which features these are: architecture, every weight, input contract and dtype."""
-    digest = hashlib.sha256(
-        f"{type(model).__name__} {resolve_dtype(dtype)} {getattr(model, 'global_pool', '')}".encode()
-    )
-    spec = getattr(getattr(model, "pretrained_cfg", None), "input_spec", None)
-    digest.update(json.dumps(spec.to_dict() if spec else None, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-class _Journal:
-    """Finished rows of an interrupted run: one JSON line a scan, added and flushed as it is done."""
-
-    def __init__(self, output: Path, rank: int, fingerprint: str) -> None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        self._output = output
-        self._path = output.with_name(f".{output.name}.rank{rank}.journal")
-        self._fingerprint = fingerprint
-        self._rows: dict[str, list[float]] = {}
-        for path in output.parent.glob(
-            f".{glob.escape(output.name)}.rank*.journal"
-        ):  # whoever did it, with however many processes
-            self._read(path)
-        self._file = self._path.open("a", encoding="utf-8")
-
-    def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the line that was being written when the run was killed
-            if isinstance(row, dict) and row.get("model") == self._fingerprint:
-                self._rows[row["scan"]] = row["vector"]
-
-    def find(self, record: ScanRecord) -> NDArray[np.float32] | None:
-        identity = _identity(record)
-        vector = None if identity is None else self._rows.get(identity)
-        return None if vector is None else np.array(vector, dtype=np.float32)
-
-    def add(self, record: ScanRecord, vector: NDArray[np.float32]) -> None:
-        identity = _identity(record)
-        if identity is None:
-            return
-        row = {"model": self._fingerprint, "scan": identity, "vector": vector.astype(float).tolist()}
-        self._file.write("\n" + json.dumps(row))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
-
-    def remove(self) -> None:
-        for path in self._output.parent.glob(f".{glob.escape(self._output.name)}.rank*.journal"):
-            path.unlink(missing_ok=True)
-
-
-def _identity(record: ScanRecord) -> str | None:
-    """A scan's files with their sizes and times: a file that changed is another scan. Images in memory have none."""
-    parts: list[list[Any]] = []
-    for item in (record.image, record.mask):
-        if item is None:
-            parts.append([])
-        elif isinstance(item, str | os.PathLike) and Path(item).exists():
-            stat = Path(item).stat()
-            parts.append([str(Path(item).resolve()), stat.st_size, stat.st_mtime_ns])
-        else:
-            return None
-    return json.dumps(parts)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("pyarrow", "eval") from error
-    return pyarrow, pyarrow.parquet

@@ -12,12 +12,12 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.errors import BrainfmError, MissingExtraError
+from brainfm.files import atomic_path
 from brainfm.inference import optimize
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.models.encoder import Encoder
 from brainfm.transforms import create_transform
-from brainfm.weights import atomic_path
 
 Format = Literal["onnx", "torch-export"]
 TOLERANCE = 1e-4  # relative, between two orders of the same float32 sums; ours

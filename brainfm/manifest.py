@@ -6,17 +6,18 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from brainfm.errors import ScanError
-from brainfm.scan import ImageLike
+from brainfm.scan import ImageLike, ScanLike
+from brainfm.scan.load import image_of, name_of
 from brainfm.scan.read import is_dicom
 
-# A path (of an image, a manifest or a folder), an image, a pair (image, mask), or a list of images and pairs.
-ScansLike: TypeAlias = "str | os.PathLike[str] | Sequence[ImageLike | tuple[ImageLike, ImageLike] | ScanRecord]"
+# A path (of an image, a manifest or a folder), or a list of images, scans of several channels, and pairs with masks.
+ScansLike: TypeAlias = "str | os.PathLike[str] | Sequence[ScanLike | tuple[ScanLike, ImageLike] | ScanRecord]"
 
 _IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 _TURBOPREP_IMAGE, _TURBOPREP_MASK = "normalized.nii.gz", "mask.nii.gz"
@@ -27,28 +28,63 @@ class ScanRecord:
     """One scan of a list.
 
     Attributes:
-        image: The scan: a path, or an image in memory.
+        image: The scan: a path, an image in memory, or of several channels {channel: path or image}.
         mask: Its brain mask, or None.
         patient_id: Who was scanned, where known.
         scan_id: Which scan of that patient, where known.
         extra: Further columns of the manifest.
     """
 
-    image: ImageLike
+    image: ScanLike
     mask: ImageLike | None = None
     patient_id: str = ""
     scan_id: str = ""
     extra: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def images(self) -> dict[str, ImageLike]:
+        """The image of each channel; of a scan of one, under the name ""."""
+        return dict(self.image) if isinstance(self.image, Mapping) else {"": self.image}
+
+    @property
+    def name(self) -> str:
+        """What the scan is called in messages: its path or paths; empty for images in memory."""
+        return name_of(self.image)
+
     def columns(self) -> dict[str, str]:
         """The record as a row of text, without the images themselves."""
-        paths = [str(item) if isinstance(item, str | os.PathLike) else "" for item in (self.image, self.mask)]
-        return {
-            "image_path": paths[0],
-            "mask_path": paths[1],
-            "patient_id": self.patient_id,
-            "scan_id": self.scan_id,
-        } | self.extra
+        paths = {
+            f"{channel.lower()}_path" if channel else "image_path": image for channel, image in self.images.items()
+        }
+        texts = {
+            column: str(item) if isinstance(item, str | os.PathLike) else ""
+            for column, item in (paths | {"mask_path": self.mask}).items()
+        }
+        return texts | {"patient_id": self.patient_id, "scan_id": self.scan_id} | self.extra
+
+    @classmethod
+    def from_columns(cls, row: Mapping[str, str], folder: Path | None = None) -> ScanRecord:
+        """The record that `columns` described; relative paths are relative to `folder`.
+
+        `image_path` is the scan's, or a column a channel, such as `t1w_path` and `flair_path`.
+        """
+
+        def path(text: str) -> str | Path:
+            return folder / text if folder else text
+
+        values = dict(row)
+        mask, patient, scan = (values.pop(name, "") for name in ("mask_path", "patient_id", "scan_id"))
+        if "image_path" in values:
+            image: Any = path(values.pop("image_path"))
+        else:
+            channels = [name for name in values if is_channel_column(name)]
+            image = {name.removesuffix("_path"): path(text) for name in channels if (text := values.pop(name))}
+        return cls(image, path(mask) if mask else None, patient, scan, values)
+
+
+def is_channel_column(name: str) -> bool:
+    """Whether a manifest's column names the images of a channel, such as `t1w_path`."""
+    return name.endswith("_path") and name not in ("image_path", "mask_path", "dense_path")
 
 
 def list_scans(scans: ScansLike) -> list[ScanRecord]:
@@ -90,8 +126,8 @@ def _record(item: Any) -> ScanRecord:
     if isinstance(item, ScanRecord):
         return item
     if isinstance(item, tuple) and len(item) == 2 and not _is_array_and_affine(item):
-        return ScanRecord(item[0], item[1], *_bids_ids(item[0]))
-    return ScanRecord(item, None, *_bids_ids(item))
+        return ScanRecord(item[0], item[1], *_bids_ids(image_of(item[0])))
+    return ScanRecord(item, None, *_bids_ids(image_of(item)))
 
 
 def _is_array_and_affine(item: tuple[Any, Any]) -> bool:
@@ -111,8 +147,9 @@ def _from_path(path: Path) -> list[ScanRecord]:
 def read_manifest(path: Path) -> list[ScanRecord]:
     """The rows of a CSV (or TSV) manifest.
 
-    `image_path` is needed; `mask_path`, `patient_id`, `scan_id` are optional, and other columns are kept. Relative
-    paths are relative to the manifest. Raises ScanError as `list_scans` does.
+    `image_path` is needed, or a column a channel such as `t1w_path` and `flair_path`; `mask_path`, `patient_id`,
+    `scan_id` are optional, and other columns are kept. Relative paths are
+    relative to the manifest. Raises ScanError as `list_scans` does.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -126,28 +163,33 @@ def read_manifest(path: Path) -> list[ScanRecord]:
         raise ScanError(f"{path}: not a readable CSV manifest ({error})") from error
     if not names:
         raise ScanError(f"{path}: the manifest is empty; it needs a header line with image_path (and mask_path)")
-    if "image_path" not in names:
-        raise ScanError(f"{path}: the manifest has no column image_path (it has {', '.join(names)})")
+    channels = [name for name in names if is_channel_column(name)]
+    if "image_path" not in names and not channels:
+        raise ScanError(
+            f"{path}: the manifest has no column image_path, nor one a channel such as t1w_path (it has "
+            f"{', '.join(names)})"
+        )
+    paths = ["image_path"] if "image_path" in names else channels
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ScanError(f"{path}: the manifest has the column {', '.join(twice)} twice")
     if not rows:
         raise ScanError(f"{path}: the manifest has a header but no rows")
-    records, seen = [], dict[tuple[str, str], int]()
+    records, seen = [], dict[tuple[str, ...], int]()
     for line, row in rows:
         if None in row:
             raise ScanError(f"{path}, line {line}: more fields than the header has; quote fields that hold a comma")
         values = {name: (row[name] or "").strip() for name in names}
-        image = values.pop("image_path")
-        mask = values.pop("mask_path", "")
-        if not image:
-            raise ScanError(f"{path}, line {line}: image_path is empty")
-        same = (os.path.normpath(image), os.path.normpath(mask))
+        images = [values[name] for name in paths if values[name]]
+        if not images:
+            raise ScanError(f"{path}, line {line}: {' and '.join(paths)} {'are' if len(paths) > 1 else 'is'} empty")
+        same = tuple(os.path.normpath(text) for text in (*images, values.get("mask_path", "")))
         if same in seen:
-            raise ScanError(f"{path}, line {line}: {image} is already in line {seen[same]}; remove one of them")
+            raise ScanError(
+                f"{path}, line {line}: {', '.join(images)} is already in line {seen[same]}; remove one of them"
+            )
         seen[same] = line
-        patient, scan = values.pop("patient_id", ""), values.pop("scan_id", "")
-        records.append(ScanRecord(path.parent / image, path.parent / mask if mask else None, patient, scan, values))
+        records.append(ScanRecord.from_columns(values, path.parent))
     return records
 
 

@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from brainfm.manifest import ScanRecord
-from brainfm.pretrained import Cohort, PretrainedCfg
+from brainfm.pretrained import PretrainedCfg
+from brainfm.zoo.cards import Cohort
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Other names of the cohorts: phases, samples, spelled-out names, OpenNeuro accessions, and collections that hold them.
 # Each with what it is. A name that is not here proves nothing.
@@ -149,7 +152,7 @@ def overlap_of_scans(model: nn.Module | PretrainedCfg | str, records: Iterable[S
 
 def _cfg(model: nn.Module | PretrainedCfg | str) -> PretrainedCfg:
     if isinstance(model, str):
-        from brainfm.factory import resolve
+        from brainfm.names import resolve
 
         return resolve(model).cfg
     cfg = model if isinstance(model, PretrainedCfg) else getattr(model, "pretrained_cfg", None)

@@ -44,13 +44,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.contract import Grid, InputSpec, Volume
 from brainfm.errors import BrainfmError
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN, TURBOPREP_1MM, TURBOPREP_4MM
-from brainfm.operations import Volume
-from brainfm.pretrained import Grid, InputSpec
+from brainfm.files import atomic_path
+from brainfm.registry import get_pretrained_cfg
 from brainfm.scan.grid import on_grid
 from brainfm.scan.read import read_image
-from brainfm.weights import atomic_path
 
 _Array: TypeAlias = NDArray[np.float32]
 _Point: TypeAlias = "tuple[float, float, float] | _Array"
@@ -201,8 +201,8 @@ def make_phantom(patient: int, scan: int = 0, *, spacing: float = 1.0, seed: int
     Args:
         patient: Which patient, from 0 (`sub-0001` in a cohort).
         scan: Which scan of the patient, from 0 (`ses-1`).
-        spacing: Millimetres a voxel, 1 to 8. At 1 the grid is that of `TURBOPREP_1MM`, at 4 that of `TURBOPREP_4MM`,
-            and else it covers the latter's field of view.
+        spacing: Millimetres a voxel, 1 to 8. At 1 the grid is that of `simclr_resnet18_3d`, at 4 that of
+            `test_resnet_3d`, and else it covers the latter's field of view.
         seed: Which world of patients, 0 or more.
 
     Raises:
@@ -414,12 +414,17 @@ def _near_brain(anatomy: _Anatomy, acquisition: _Acquisition, spacing: float) ->
 # --- Grids, fields and the template ---------------------------------------------------------------
 
 
+def _grid_of(model: str) -> Grid:
+    spec = get_pretrained_cfg(model).input_spec
+    assert spec is not None
+    assert spec.grid is not None
+    return spec.grid
+
+
 @lru_cache
 def _grid(spacing: float) -> Grid:
     """The contract's grid at 1 mm; else voxels that fill the field of view of the contract at 4 mm, at 4 mm its own."""
-    full, view = TURBOPREP_1MM.grid, TURBOPREP_4MM.grid
-    assert full is not None
-    assert view is not None
+    full, view = _grid_of("simclr_resnet18_3d"), _grid_of("test_resnet_3d")
     if spacing == full.spacing[0]:
         return full
     corner = [origin - size / 2 for origin, size in zip(view.origin, view.spacing, strict=True)]
@@ -433,8 +438,7 @@ def _template(spacing: float) -> torch.Tensor:
     """[5, x, y, z] shares: CSF (cortex thick), CSF (cortex thin), white matter, blurred ventricles, brain."""
     intensity, stored = read_image(SAMPLE_SCAN).array, read_image(SAMPLE_MASK)
     brain = stored.array > 0
-    assert TURBOPREP_1MM.grid is not None
-    places = _voxel_centres(TURBOPREP_1MM.grid, slice(None))
+    places = _voxel_centres(_grid(MIN_SPACING_MM), slice(None))
     ventricles = brain & (intensity < THICK_CORTEX[1]) & (_distance(places, VENTRICLES_CENTRE, VENTRICLES_SIZE_MM) < 1)
 
     def above(limits: tuple[float, float]) -> _Array:

@@ -1,174 +1,19 @@
-"""What a weight is and what tensor it expects: `PretrainedCfg` and `InputSpec`, frozen dataclasses that go to JSON."""
+"""What a weight is, where it lives, and what it expects: `PretrainedCfg`, and the way from a card to it and back."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from brainfm.contract import InputSpec, Readout
+from brainfm.errors import WeightsError
+from brainfm.files import one_line
+from brainfm.schema import Checked, check_keys
+from brainfm.zoo.cards import Card, Cohort, Keys, Licence, ModelCard, Publication, Score, WeightsCard, WeightsSource
 
-from brainfm.operations import Checked, Operation, Triple, Volume, axes_towards, operation_from_dict, operation_to_dict
-
-_ASSETS = Path(__file__).parent / "assets"
-
-
-@dataclass(frozen=True)
-class Grid(Checked):
-    """A voxel grid whose axes run along the world's.
-
-    Attributes:
-        shape: Voxels along the three axes, in the order of the spec's orientation.
-        spacing: Millimetres a voxel along them.
-        origin: RAS millimetres of the centre of the first voxel.
-    """
-
-    shape: Triple
-    spacing: tuple[float, float, float]
-    origin: tuple[float, float, float]
-
-    def affine(self, axcodes: str) -> NDArray[np.float64]:
-        """[4, 4] from voxel indices to RAS millimetres, for axes that point along `axcodes`."""
-        axes, flips = axes_towards(np.eye(4), axcodes)
-        affine = np.eye(4)
-        affine[:3, :3] = 0
-        for column, (axis, flip) in enumerate(zip(axes, flips, strict=True)):
-            affine[axis, column] = -self.spacing[column] if flip else self.spacing[column]
-        affine[:3, 3] = self.origin
-        return affine
-
-
-@dataclass(frozen=True)
-class InputSpec(Checked):
-    """The input contract of a weight: which scans it takes, and every step from the stored scan to its tensor.
-
-    The first fields say what a scan must be before any step; `operations` are then applied in order. The order is part
-    of the contract: swapping two steps gives another tensor.
-
-    Attributes:
-        representation: What the voxels are, such as "T1w", "any contrast" or "VBM grey matter".
-        channels: The channels' names in order.
-        missing_channel: What to do when a channel is missing.
-        space: The template whose space the scan must be in, such as "MNI152NLin2009cSym"; None takes any.
-        registration: How the scan was brought there.
-        orientation: Where the scan's axes point before the first operation, such as "RAS"; None leaves them as stored.
-        grid: The template grid, in that orientation; None takes any grid.
-        skull_strip: Whether only the brain may be left in the image.
-        mask: Where the brain mask comes from. "file or nonzero" takes a mask file, and else the non-zero voxels.
-        preparation: The steps before this contract begins, in words, for people.
-        operations: The steps, in order.
-        output_shape: [C, i, j, k] of the tensor, or None where it depends on the scan.
-    """
-
-    representation: str = "T1w"
-    channels: tuple[str, ...] = ("T1w",)
-    missing_channel: Literal["refuse", "zeros"] = "refuse"
-    space: str | None = None
-    registration: Literal["rigid", "affine", "linear", "nonlinear", "none"] = "none"
-    orientation: str | None = None
-    grid: Grid | None = None
-    skull_strip: Literal["required", "forbidden", "any"] = "any"
-    mask: Literal["file or nonzero", "file", "nonzero", "none"] = "none"
-    preparation: tuple[str, ...] = ()
-    operations: tuple[Operation, ...] = ()
-    output_shape: tuple[int, int, int, int] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.grid is not None and self.orientation is None:
-            raise ValueError("an input contract with a grid needs the orientation of its axes")
-        if self.orientation is not None:
-            axes_towards(np.eye(4), self.orientation)
-
-    def apply(self, volume: Volume) -> Volume:
-        """Run the operations, in order, on a volume that keeps the identity fields, as `brainfm.load_scan` gives it."""
-        for operation in self.operations:
-            volume = operation(volume)
-        return volume
-
-    def with_operation(self, kind: type[Operation], **changes: Any) -> InputSpec:
-        """The same contract with the parameters of its operations of class `kind` changed.
-
-        Example:
-            >>> spec = brainfm.get_pretrained_cfg("simclr_resnet18_3d").input_spec
-            >>> upstream = spec.with_operation(ZScore, method="one_pass")
-        """
-        if not any(isinstance(operation, kind) for operation in self.operations):
-            raise ValueError(f"this input contract has no operation {kind.__name__}")
-        changed = (replace(op, **changes) if isinstance(op, kind) else op for op in self.operations)  # type: ignore[type-var]
-        return replace(self, operations=tuple(changed))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The contract as JSON-ready data."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["grid"] = None if self.grid is None else _lists(asdict(self.grid))
-        data["operations"] = [operation_to_dict(operation) for operation in self.operations]
-        return _lists(data)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> InputSpec:
-        """The contract that `to_dict` described. Raises ValueError for an unknown field, operation or parameter."""
-        values = _known_fields(cls, data)
-        if values.get("grid") is not None:
-            values["grid"] = Grid(**_known_fields(Grid, values["grid"]))
-        if not isinstance(values.get("operations", ()), tuple):
-            raise ValueError("the operations of an input contract are a list")
-        values["operations"] = tuple(operation_from_dict(item) for item in values.get("operations", ()))
-        return cls(**values)
-
-
-def describe(spec: InputSpec) -> str:
-    """An input contract in plain words, a line a fact, the operations numbered in their order."""
-    where = f"in the space of {spec.space} ({spec.registration} registration)" if spec.space else "in its own space"
-    strip = {"required": "brain only, skull removed", "forbidden": "with skull", "any": "with or without skull"}
-    mask = {
-        "file or nonzero": "from a file; else the non-zero voxels of the skull-stripped image",
-        "file": "from a file",
-        "nonzero": "the non-zero voxels of the image",
-        "none": "not used",
-    }
-    lines = [f"image        {spec.representation}, {where}; {strip[spec.skull_strip]}"]
-    if spec.preparation:
-        lines.append(f"prepared by  {' → '.join(spec.preparation)}")
-    if len(spec.channels) > 1:
-        lines.append(f"channels     {', '.join(spec.channels)}; a missing one: {spec.missing_channel}")
-    lines.append(f"axes         {spec.orientation or 'as stored'}")
-    if spec.grid:
-        grid = spec.grid
-        lines.append(
-            f"grid         {'×'.join(map(str, grid.shape))} voxels of {'×'.join(f'{s:g}' for s in grid.spacing)} mm, "
-            f"first voxel at RAS ({', '.join(f'{o:g}' for o in grid.origin)}) mm"
-        )
-    lines.append(f"brain mask   {mask[spec.mask]}")
-    lines += [f"step {n:<7} {operation}" for n, operation in enumerate(spec.operations, start=1)]
-    if spec.output_shape:
-        lines.append(f"tensor       [{', '.join(map(str, spec.output_shape))}] float32")
-    return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Cohort(Checked):
-    """A data set that a weight was pretrained on: its name, its numbers of patients and scans, and their conditions."""
-
-    name: str
-    patients: int
-    scans: int
-    conditions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Score(Checked):
-    """A published result: `value` ± `sd` of `metric` on `task`, reached by using the encoder as `mode` says."""
-
-    task: str
-    metric: str
-    mode: str
-    value: float
-    sd: float | None = None
-    source: str = ""
+_SOURCES = ("file", "hub_id", "hub_revision", "hub_filename", "url", "sha256", "git_blob")
 
 
 @dataclass(frozen=True)
@@ -184,19 +29,29 @@ class PretrainedCfg(Checked):
         url: Where the file can be downloaded otherwise.
         file: A file on this machine; comes before the Hub and the URL.
         sha256: Of the file at the source; checked where given. None switches the check off.
+        git_blob: The id that Git gives the file at the source, likewise.
+        container: What the file at the source is, in words.
+        keys: How its names become the network's.
         input_spec: The input contract.
+        readout: How features become the embedding.
         num_features: Width of the embedding.
         num_classes: Outputs of the classifier in the weights; 0 for an encoder without one.
         in_chans: Input channels of the weights.
         ssl_method: How the weights were pretrained, such as "SimCLR", "MAE", or None.
         cohorts: What they were pretrained on.
         licence: Of the weights (an SPDX name where there is one).
+        code_licence: Of the authors' code.
+        gated: Whether the weights are given out only to those who asked.
+        redistribute: Whether they may be passed on.
+        terms: What else the licence asks.
+        title: Of the publication.
         paper: Where they were published.
         repository: The authors' code.
         citation: BibTeX.
         recipe: The recipe of `brainfm.train` that makes such weights.
         notes: What a user should know.
         scores: Published results.
+        facts: "seen", or "third-party" where nobody here could check what is said of the file.
     """
 
     architecture: str = ""
@@ -207,19 +62,33 @@ class PretrainedCfg(Checked):
     url: str | None = None
     file: str | None = None
     sha256: str | None = None
+    git_blob: str | None = None
+    container: str = ""
+    keys: Keys = Keys()
     input_spec: InputSpec | None = None
+    readout: Readout = Readout()
     num_features: int = 0
     num_classes: int = 0
     in_chans: int = 1
     ssl_method: str | None = None
     cohorts: tuple[Cohort, ...] = ()
     licence: str | None = None
+    code_licence: str | None = None
+    gated: bool = False
+    redistribute: bool = True
+    terms: str = ""
+    title: str = ""
     paper: str | None = None
     repository: str | None = None
     citation: str | None = None
     recipe: str | None = None
     notes: str = ""
     scores: tuple[Score, ...] = ()
+    facts: str = "seen"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", None if self.file is None else str(self.file))
+        super().__post_init__()
 
     @property
     def name(self) -> str:
@@ -234,61 +103,112 @@ class PretrainedCfg(Checked):
     @property
     def source(self) -> str:
         """Where `create_model(..., pretrained=True)` takes the weights from, in words; empty where there are none."""
-        if self.file:
-            return "in this package" if Path(self.file).parent == _ASSETS else self.file
-        if self.hub_id:
-            return f"hf-hub:{self.hub_id}" + (f"@{self.hub_revision}" if self.hub_revision else "")
-        return self.url or ""
+        return WeightsSource(self.file, self.hub_id, self.hub_revision, self.hub_filename, self.url).words
 
     def overlay(self, changes: Mapping[str, Any]) -> PretrainedCfg:
         """The same cfg with some fields replaced. Raises ValueError for a field that does not exist.
 
-        A new source replaces the old ones, and with them their hash, unless the changes give that too.
+        A new source replaces the old ones, and with them their digest, unless the changes give that too.
         """
-        values = _cfg_values(changes)
+        check_keys(changes, PretrainedCfg)
+        given = PretrainedCfg.from_dict(changes)  # what is nested in plain data becomes what it stands for
+        values = {name: getattr(given, name) for name in changes}
         if any(values.get(source) for source in ("file", "hub_id", "url")):
-            cleared = ("file", "hub_id", "hub_revision", "hub_filename", "url", "sha256")
-            values = {f.name: f.default for f in fields(self) if f.name in cleared} | values
+            values = {f.name: f.default for f in fields(self) if f.name in _SOURCES} | values
         return replace(self, **values)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The cfg as JSON-ready data. A file on this machine means nothing elsewhere and is left out."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "file"}
-        data["input_spec"] = None if self.input_spec is None else self.input_spec.to_dict()
-        data["cohorts"] = [_lists(asdict(cohort)) for cohort in self.cohorts]
-        data["scores"] = [asdict(score) for score in self.scores]
+    def to_dict(self, *, sparse: bool = False) -> dict[str, Any]:
+        """The cfg as plain data. A file on this machine means nothing elsewhere and is left out."""
+        data = super().to_dict(sparse=sparse)
+        data.pop("file", None)
         return data
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PretrainedCfg:
-        """The cfg that `to_dict` described. Raises ValueError for an unknown field."""
-        return cls(**_cfg_values(data))
+
+def cfg_of(card: Card, architecture: str, tag: str = "", folder: Path | None = None) -> PretrainedCfg:
+    """The cfg of one set of weights of a card; without a tag, of the first, or of a model that has none.
+
+    Args:
+        card: The card.
+        architecture: One of its models.
+        tag: One of that model's weights.
+        folder: What files in the card are relative to.
+
+    Raises:
+        WeightsError: The card's contract or readout is not one.
+    """
+    model = card.models[architecture]
+    tag = tag or next(iter(model.weights), "")
+    weights = model.weights.get(tag, WeightsCard())
+    source = weights.source
+    kind, _, digest = (weights.digest or "").partition(":")
+    try:
+        spec = InputSpec.from_dict(card.inputs[model.input]) if model.input is not None else None
+        readout = Readout.from_dict(model.readout)
+    except (ValueError, TypeError) as error:
+        raise WeightsError(f"the card of {architecture}: {one_line(error)}") from error
+    cohorts = card.cohorts if weights.cohorts is None else weights.cohorts
+    return PretrainedCfg(
+        architecture=architecture,
+        tag=tag,
+        hub_id=source.hub,
+        hub_revision=source.revision,
+        hub_filename=source.filename,
+        url=source.url,
+        file=str((folder or Path()) / source.file) if source.file else None,
+        sha256=digest if kind == "sha256" else None,
+        git_blob=digest if kind == "git-blob" else None,
+        container=weights.container,
+        keys=weights.keys,
+        input_spec=spec,
+        readout=readout,
+        num_features=model.num_features,
+        num_classes=weights.num_classes,
+        in_chans=model.in_chans,
+        ssl_method=model.ssl_method,
+        cohorts=cohorts if model.weights else (),
+        licence=card.licence.weights if model.weights else None,
+        code_licence=card.licence.code,
+        gated=card.licence.gated,
+        redistribute=card.licence.redistribute,
+        terms=card.licence.terms,
+        title=card.publication.title,
+        paper=card.publication.paper,
+        repository=card.publication.repository,
+        citation=card.publication.citation,
+        recipe=model.recipe,
+        notes=model.notes if weights.notes is None else weights.notes,
+        scores=weights.scores,
+        facts=weights.facts,
+    )
 
 
-def _cfg_values(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a PretrainedCfg from data that may come from JSON: what is nested there becomes what it stands for."""
-    values = _known_fields(PretrainedCfg, data)
-    if isinstance(values.get("input_spec"), Mapping):
-        values["input_spec"] = InputSpec.from_dict(values["input_spec"])
-    for key, cls in (("cohorts", Cohort), ("scores", Score)):
-        if key in values:
-            items = values[key]
-            values[key] = tuple(cls(**_known_fields(cls, i)) if isinstance(i, Mapping) else i for i in items)
-    if values.get("file") is not None:
-        values["file"] = str(values["file"])
-    return values
-
-
-def _known_fields(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with lists made tuples, after a check that `cls` has every field named there."""
-    names = [f.name for f in fields(cls)]
-    for key in data:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}"
-            raise ValueError(f"{cls.__name__} has no field {key!r}{hint}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-
-
-def _lists(data: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
+def card_of(cfg: PretrainedCfg, network: str, args: Mapping[str, Any]) -> Card:
+    """A card of one model with one set of weights, whose file lies beside it: that of a model's folder."""
+    digest = f"sha256:{cfg.sha256}" if cfg.sha256 else f"git-blob:{cfg.git_blob}" if cfg.git_blob else None
+    facts: Any = cfg.facts
+    weights = WeightsCard(
+        source=WeightsSource(file=cfg.hub_filename),
+        digest=digest,
+        num_classes=cfg.num_classes,
+        scores=cfg.scores,
+        facts=facts,
+    )
+    model = ModelCard(
+        network=network,
+        num_features=cfg.num_features,
+        args=dict(args),
+        input="input" if cfg.input_spec else None,
+        readout=cfg.readout.to_dict(),
+        in_chans=cfg.in_chans,
+        ssl_method=cfg.ssl_method,
+        recipe=cfg.recipe,
+        notes=cfg.notes,
+        weights={cfg.tag: weights},
+    )
+    return Card(
+        publication=Publication(cfg.title, cfg.paper, cfg.repository, cfg.citation),
+        licence=Licence(cfg.code_licence, cfg.licence, cfg.gated, cfg.redistribute, cfg.terms),
+        cohorts=cfg.cohorts,
+        inputs={"input": cfg.input_spec.to_dict()} if cfg.input_spec else {},
+        models={cfg.architecture: model},
+    )

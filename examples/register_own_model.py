@@ -11,8 +11,8 @@ import argparse
 import torch
 
 import brainfm
+from brainfm.contract import CropForeground, Resize, ZScore
 from brainfm.models import ResNet
-from brainfm.operations import CropForeground, Resize, ZScore
 from brainfm.weights import save_state
 
 SPEC = brainfm.InputSpec(

@@ -34,7 +34,7 @@ import pytest
 import torch
 
 import brainfm
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 
 
 @pytest.fixture(scope="session")

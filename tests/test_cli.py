@@ -18,9 +18,10 @@ from PIL import Image
 
 import brainfm
 from brainfm import demo, registry
+from brainfm.assets import ASSETS
 from brainfm.cli import main
-from brainfm.models.contracts import ASSETS
-from brainfm.weights import file_sha256, save_state
+from brainfm.files import file_sha256
+from brainfm.weights import save_state
 
 SMALL = ("--model", "test_resnet_3d")
 

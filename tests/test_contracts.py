@@ -12,8 +12,7 @@ from scipy import ndimage
 
 import brainfm
 from brainfm import Grid, InputSpec
-from brainfm.models.contracts import TURBOPREP_1MM
-from brainfm.operations import (
+from brainfm.contract import (
     Clip,
     CropBox,
     CropCenter,
@@ -113,7 +112,7 @@ NEUROVFM = InputSpec(  # its tokens and their policy come behind the tensor
     ),
 )
 CONTRACTS = {
-    "simclr": TURBOPREP_1MM,
+    "simclr": brainfm.get_pretrained_cfg("simclr_resnet18_3d").input_spec,
     "sfcn": SFCN,
     "brainiac": BRAINIAC,
     "openmind": OPENMIND,

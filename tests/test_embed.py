@@ -400,7 +400,7 @@ def test_another_model_does_not_go_on_from_the_rows_of_the_first(change, pairs, 
 
 
 def test_another_contract_does_not_go_on_from_the_rows_of_the_first(pairs, tmp_path, counted):
-    from brainfm.operations import ZScore
+    from brainfm.contract import ZScore
 
     model = interrupted(pairs, tmp_path / "out.csv")
     spec = model.pretrained_cfg.input_spec.with_operation(ZScore, eps=0.5)

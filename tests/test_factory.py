@@ -13,8 +13,8 @@ from loopback_hub import Fault
 
 import brainfm
 from brainfm import ModelNameError, PretrainedCfg, WeightsError, WeightsNotFoundError, create_model, registry, weights
+from brainfm.assets import ASSETS
 from brainfm.hub import convert
-from brainfm.models.contracts import ASSETS
 
 ASSET = ASSETS / "test_resnet_3d.safetensors"
 

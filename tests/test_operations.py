@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 
 from brainfm import MissingExtraError, ScanError, operations
-from brainfm.operations import (
+from brainfm.contract import (
     Clip,
     CropBox,
     CropCenter,
@@ -33,9 +33,8 @@ from brainfm.operations import (
     Transpose,
     Volume,
     ZScore,
-    operation_from_dict,
-    operation_to_dict,
 )
+from brainfm.contract.volume import operation_from_dict, operation_to_dict
 
 # Oblique, with voxel axes near posterior, superior and left, of 2, 1 and 1.5 mm.
 AFFINE = np.array([[0.2, 0.05, -1.49, 40.0], [-1.98, 0.1, -0.15, 30.0], [0.15, 0.99, 0.1, -20.0], [0, 0, 0, 1.0]])

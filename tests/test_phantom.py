@@ -16,10 +16,12 @@ from torch import nn
 import brainfm
 from brainfm.errors import BrainfmError
 from brainfm.manifest import list_scans
-from brainfm.models.contracts import TURBOPREP_1MM, TURBOPREP_4MM
 from brainfm.phantom import SITES, make_cohort, make_labels, make_phantom
 
 PATIENTS = 100
+
+SPEC_1MM = brainfm.get_pretrained_cfg("simclr_resnet18_3d").input_spec
+SPEC_4MM = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +131,8 @@ def test_files_lie_on_the_contracts_grid(folder):
     phantom = make_phantom(1, 1, spacing=4.0)
 
     for stored in (image, mask):
-        assert stored.shape == TURBOPREP_4MM.grid.shape
-        np.testing.assert_array_equal(stored.affine, TURBOPREP_4MM.grid.affine("RAS"))
+        assert stored.shape == SPEC_4MM.grid.shape
+        np.testing.assert_array_equal(stored.affine, SPEC_4MM.grid.affine("RAS"))
         assert (int(stored.header["qform_code"]), int(stored.header["sform_code"])) == (4, 4)
     assert (image.get_data_dtype(), mask.get_data_dtype()) == (np.int16, np.uint8)
     np.testing.assert_array_equal(np.asarray(image.dataobj), phantom.image)
@@ -215,9 +217,7 @@ def test_folder_with_other_files_is_refused(tmp_path):
 def test_contract_accepts_finer_phantoms_and_finds_the_same_anatomy(phantoms, tensors):
     fine = make_phantom(3, spacing=2.0)
 
-    tensor = TURBOPREP_4MM.apply(
-        brainfm.load_scan((fine.image, fine.affine), (fine.mask, fine.affine), spec=TURBOPREP_4MM)
-    )
+    tensor = SPEC_4MM.apply(brainfm.load_scan((fine.image, fine.affine), (fine.mask, fine.affine), spec=SPEC_4MM))
     likeness = [np.corrcoef(tensor.image.ravel(), other[0].ravel())[0, 1] for other in tensors]
     assert np.argmax(likeness) == 3
     assert likeness[3] > 0.85
@@ -228,9 +228,9 @@ def test_full_size_phantom_keeps_the_published_contract():
     phantom = make_phantom(0)
 
     scan = brainfm.load_scan(
-        (phantom.image, phantom.affine), (phantom.mask, phantom.affine), spec=TURBOPREP_1MM, on_mismatch="raise"
+        (phantom.image, phantom.affine), (phantom.mask, phantom.affine), spec=SPEC_1MM, on_mismatch="raise"
     )
-    assert TURBOPREP_1MM.apply(scan).image.shape == TURBOPREP_1MM.output_shape
+    assert SPEC_1MM.apply(scan).image.shape == SPEC_1MM.output_shape
     assert scan.notes == ()
 
 
@@ -327,9 +327,9 @@ def test_small_network_learns_every_label_from_300_patients(phantoms, tensors):
 
 def _tensor(phantom):
     scan = brainfm.load_scan(
-        (phantom.image, phantom.affine), (phantom.mask, phantom.affine), spec=TURBOPREP_4MM, on_mismatch="raise"
+        (phantom.image, phantom.affine), (phantom.mask, phantom.affine), spec=SPEC_4MM, on_mismatch="raise"
     )
-    return torch.from_numpy(TURBOPREP_4MM.apply(scan).image)
+    return torch.from_numpy(SPEC_4MM.apply(scan).image)
 
 
 def _masks(phantoms):
@@ -342,6 +342,6 @@ def _labels(phantoms, name):
 
 def _places():
     """RAS mm of the tensors' voxels, [z, y, x] each."""
-    grid = TURBOPREP_4MM.grid
+    grid = SPEC_4MM.grid
     axes = [start + 4.0 * np.arange(size) for start, size in zip(grid.origin, grid.shape, strict=True)]
     return [axis.T for axis in np.meshgrid(*axes, indexing="ij")]

@@ -11,7 +11,7 @@ import pytest
 
 import brainfm
 from brainfm import Cohort, Grid, InputSpec, PretrainedCfg, Score, registry
-from brainfm.operations import CropBox, Standardize, Transpose, Volume, ZScore
+from brainfm.contract import CropBox, Standardize, Transpose, Volume, ZScore
 
 CFGS = [cfg for tagged in registry._cfgs.values() for cfg in tagged.values()]
 every_cfg = pytest.mark.parametrize("cfg", CFGS, ids=lambda cfg: cfg.name)

@@ -37,12 +37,13 @@ from brainfm.downstream.statistics import (
 )
 from brainfm.downstream.task import Task, TaskData, TaskError
 from brainfm.errors import BrainfmError, RecipeError, WeightsNotFoundError
-from brainfm.factory import create_model, resolve
+from brainfm.factory import create_model
+from brainfm.files import atomic_path
+from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans, pretraining_overlap
 from brainfm.pretrained import PretrainedCfg
 from brainfm.train.distributed import Processes, processes
-from brainfm.train.recipe import check_keys, read_overrides
-from brainfm.weights import atomic_path
+from brainfm.train.recipe import read_overrides
 
 logger = logging.getLogger("brainfm")
 
@@ -108,8 +109,7 @@ def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
         if ours in values:
             raise RecipeError(f"{ours} is not set here; see --seeds, --output and --epochs-scale")
     try:
-        check_keys(values, Finetuning, "")
-        Finetuning(**values)
+        Finetuning.from_dict(values)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     return values

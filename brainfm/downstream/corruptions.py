@@ -27,10 +27,10 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.contract import InputSpec
+from brainfm.contract.volume import axes_towards
 from brainfm.errors import MissingExtraError
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
-from brainfm.operations import axes_towards
-from brainfm.pretrained import InputSpec
 from brainfm.scan import load_scan
 from brainfm.scan.read import read_image
 

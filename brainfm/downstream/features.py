@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.downstream.task import TaskData, TaskError, is_missing
-from brainfm.embed import embed, fingerprint
+from brainfm.embed import embed, origin_of
+from brainfm.files import atomic_path
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder
 from brainfm.scan.read import read_image
-from brainfm.weights import atomic_path
 
 logger = logging.getLogger("brainfm")
 
@@ -45,7 +45,7 @@ def read_features(
         [n, num_features]; a row of NaN where a scan cannot be read (they are listed beside the table).
     """
     plain = re.sub(r"[^\w.-]+", "-", name)[-60:]
-    path = Path(folder) / f"{plain}.{fingerprint(model, 'auto')[:12]}.npz"
+    path = Path(folder) / f"{plain}.{origin_of(model).digest[:12]}.npz"
     known = _read(path)
     todo = [record for record in records if name_of(record) not in known]
     if todo:

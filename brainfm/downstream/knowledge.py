@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from brainfm.downstream.statistics import icc, metrics
 from brainfm.errors import BrainfmError, MissingExtraError
-from brainfm.weights import atomic_path
+from brainfm.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

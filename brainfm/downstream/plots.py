@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.errors import MissingExtraError
-from brainfm.weights import atomic_path
+from brainfm.files import atomic_path
 
 try:
     import matplotlib

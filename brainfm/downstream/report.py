@@ -38,7 +38,7 @@ from brainfm.downstream.wording import (
     progress_text,
     score_text,
 )
-from brainfm.weights import atomic_path
+from brainfm.files import atomic_path
 
 _TEMPLATES = Path(__file__).parent / "templates"
 

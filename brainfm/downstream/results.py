@@ -14,7 +14,7 @@ import numpy as np
 
 from brainfm.downstream.statistics import HIGHER_IS_BETTER
 from brainfm.errors import BrainfmError, MissingExtraError
-from brainfm.operations import Checked
+from brainfm.schema import Checked
 
 try:
     import pandas as pd

@@ -17,12 +17,12 @@ from brainfm.downstream.features import name_of, read_features
 from brainfm.downstream.probe import fit_probe, predict_probe
 from brainfm.downstream.statistics import metrics
 from brainfm.downstream.task import TaskData
-from brainfm.embed import embed, fingerprint
+from brainfm.embed import embed, origin_of
 from brainfm.errors import BrainfmError
 from brainfm.factory import create_model
+from brainfm.files import atomic_path
 from brainfm.models.encoder import Encoder
 from brainfm.transforms import create_transform
-from brainfm.weights import atomic_path
 
 COLUMNS = ("task", "model", "mode", "corruption", "unit", "strength", "metric", "value", "n_test", "made_of")
 
@@ -80,7 +80,7 @@ def robustness(
 def _made_of(data: TaskData, model: Encoder, seed: int) -> str:
     """Says which scans, labels and weights a curve is of."""
     scans = [[name_of(record), record.patient_id] for record in data.records]
-    content = [scans, data.labels.tolist(), data.split(seed), fingerprint(model, "auto"), seed, data.task.metric]
+    content = [scans, data.labels.tolist(), data.split(seed), origin_of(model).digest, seed, data.task.metric]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 

@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from brainfm.contract import Triple, Volume
 from brainfm.errors import BrainfmError, MissingExtraError
+from brainfm.files import atomic_path
 from brainfm.inference import optimize
 from brainfm.models.encoder import Encoder
 from brainfm.models.vit import VisionTransformer
-from brainfm.operations import Triple, Volume
 from brainfm.scan import ImageLike, load_scan
 from brainfm.scan.read import read_image
 from brainfm.transforms import create_transform
-from brainfm.weights import atomic_path
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.errors import BrainfmError
+from brainfm.files import atomic_path
 from brainfm.manifest import ScanRecord, read_manifest
-from brainfm.weights import atomic_path
 
 Kind: TypeAlias = Literal["binary", "multiclass", "regression"]
 

@@ -20,8 +20,8 @@ from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, Kind, check_split,
 from brainfm.downstream.statistics import HIGHER_IS_BETTER, metrics
 from brainfm.errors import BrainfmError
 from brainfm.manifest import ScanRecord, read_manifest
-from brainfm.operations import Checked
-from brainfm.train.recipe import check_keys, read_yaml
+from brainfm.schema import Checked
+from brainfm.train.recipe import read_yaml
 
 logger = logging.getLogger("brainfm")
 
@@ -166,8 +166,7 @@ def load_task(name: str | os.PathLike[str]) -> Task:
     if not isinstance(values, dict):
         raise TaskError(f"{path}: a task is a list of 'key: value' lines")
     try:
-        check_keys(values, Task, "")
-        task = Task(**{"name": path.stem, **values})
+        task = Task.from_dict({"name": path.stem, **values})
     except (ValueError, TypeError) as error:
         raise TaskError(f"{path}: {error}") from error
     return task

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from brainfm.contract import describe
 from brainfm.models.encoder import Encoder
-from brainfm.pretrained import PretrainedCfg, describe
+from brainfm.pretrained import PretrainedCfg
 
 # The Hub's identifiers of licences are SPDX's in lower case; these are the ones weights are given.
 _HUB_LICENCES = (

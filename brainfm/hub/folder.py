@@ -17,18 +17,19 @@ import torch
 from torch import nn
 
 from brainfm.errors import BrainfmError, ScanError, WeightsError, WeightsNotFoundError
-from brainfm.factory import CONFIG_FORMAT, create_model, hub_mirror, resolve
-from brainfm.hub import fingerprint
+from brainfm.factory import create_model
+from brainfm.files import file_sha256, write_json
+from brainfm.hub import golden
 from brainfm.hub.card import model_card
 from brainfm.models.encoder import Encoder
-from brainfm.pretrained import PretrainedCfg
-from brainfm.registry import get_pretrained_cfg, is_model, model_entrypoint
+from brainfm.names import CONFIG_FORMAT, hub_mirror, resolve
+from brainfm.pretrained import PretrainedCfg, card_of
+from brainfm.registry import get_pretrained_cfg, network
 from brainfm.weights import (
     HUB_CONFIG,
     HUB_WEIGHTS,
     Checkpoint,
     WeightsReport,
-    file_sha256,
     find_weights,
     hub_file,
     load_checkpoint,
@@ -49,7 +50,7 @@ def save_for_hub(
     """Write a model as a folder that `local-dir:` reads and `push_to_hub` uploads.
 
     The folder is read back as a user would read it, and the embedding of the packaged sample scan is kept in its config
-    as a fingerprint, for `verify`.
+    as the golden one, for `verify`.
 
     Cohorts, scores, licence and citation of the model's cfg are written only for weights that are, to the bit, the ones
     the cfg describes. Weights trained further keep all but the scores, and say from what; others keep nothing. Say what
@@ -72,7 +73,7 @@ def save_for_hub(
         >>> model = brainfm.create_model("simclr_resnet18_3d", pretrained=True)
         >>> brainfm.save_for_hub(model, "simclr_resnet18_3d")
     """
-    if not isinstance(model, Encoder) or not is_model(model.pretrained_cfg.architecture):
+    if not isinstance(model, Encoder) or not model.network:
         raise BrainfmError(
             f"a {type(model).__name__} cannot be saved for the Hub: it takes an encoder of brainfm.create_model, "
             "unwrapped (of DistributedDataParallel the .module, of SimCLR the .encoder)"
@@ -90,20 +91,20 @@ def save_for_hub(
         save_state(model.state_dict(), temporary / HUB_WEIGHTS, {"architecture": cfg.architecture} | provenance)
         sources = {"file": None, "url": None, "hub_id": None, "hub_revision": None, "hub_filename": HUB_WEIGHTS}
         shape = {"num_features": model.num_features, "num_classes": model.num_classes, "in_chans": model.in_chans}
-        cfg = cfg.overlay(sources | shape | {"sha256": file_sha256(temporary / HUB_WEIGHTS)})
+        readout = cfg.readout if cfg.readout.pool == "brain" else replace(cfg.readout, pool=model.global_pool)
+        cfg = replace(cfg.overlay(sources | shape), readout=readout, sha256=file_sha256(temporary / HUB_WEIGHTS))
+        args = _json_ready(model.model_args | {"global_pool": model.global_pool}, cfg.architecture)
         config = {
             "library_name": "brainfm",
             "brainfm_version": __version__,
             "format": CONFIG_FORMAT,
-            "architecture": cfg.architecture,
-            "model_args": _json_ready(model.model_args | {"global_pool": model.global_pool}, cfg.architecture),
-            "pretrained_cfg": cfg.to_dict(),
+            **card_of(cfg, model.network, args).to_dict(sparse=True),
             "provenance": provenance | {"brainfm_version": __version__, "torch_version": torch.__version__},
         }
-        _write_json(temporary / HUB_CONFIG, config)
+        write_json(temporary / HUB_CONFIG, config, indent=2)
         again = create_model(f"local-dir:{temporary}")
-        config["fingerprint"] = _fingerprint(again)
-        _write_json(temporary / HUB_CONFIG, config)
+        config["golden"] = _golden(again)
+        write_json(temporary / HUB_CONFIG, config, indent=2)
         (temporary / CARD).write_text(model_card(again, config), encoding="utf-8")
     return folder
 
@@ -181,7 +182,7 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
     folder = Path(to).expanduser()
     with _whole_folder(folder) as temporary:
         shutil.copyfile(weights, temporary / HUB_WEIGHTS)
-        _write_json(temporary / HUB_CONFIG, source.config)
+        write_json(temporary / HUB_CONFIG, source.config, indent=2)
         try:
             shutil.copyfile(_beside(source.cfg, CARD, cache_dir), temporary / CARD)
         except (WeightsNotFoundError, FileNotFoundError):
@@ -192,9 +193,7 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
 def _check_names(model: Encoder) -> None:
     """Refuse what `optimize` made: without its BatchNorms it is no longer the network that a name stands for."""
     with torch.device("meta"):
-        fresh = model_entrypoint(model.pretrained_cfg.architecture)(
-            num_classes=model.num_classes, in_chans=model.in_chans, **model.model_args
-        )
+        fresh = network(model.network)(num_classes=model.num_classes, in_chans=model.in_chans, **model.model_args)
     if fresh.state_dict().keys() != model.state_dict().keys():
         raise WeightsError(
             f"this {type(model).__name__} has other tensors than a {model.pretrained_cfg.architecture}: save the model "
@@ -258,11 +257,11 @@ def _unclaimed(cfg: PretrainedCfg, notes: str) -> PretrainedCfg:
     return replace(cfg, tag="", notes=notes, **nothing)
 
 
-def _fingerprint(model: Encoder) -> dict[str, Any] | None:
+def _golden(model: Encoder) -> dict[str, Any] | None:
     try:
-        return fingerprint.compute(model)
+        return golden.compute(model)
     except (ScanError, ValueError, RuntimeError) as error:  # another contract than a T1w brain in MNI152 space
-        logger.warning("no fingerprint: the packaged sample scan is no input of this model (%s)", error)
+        logger.warning("no golden embedding: the packaged sample scan is no input of this model (%s)", error)
         return None
 
 
@@ -297,7 +296,8 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
 
 def _holds_model(folder: Path) -> bool:
     try:
-        return "pretrained_cfg" in json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / HUB_CONFIG).read_text(encoding="utf-8"))
+        return "models" in config or "pretrained_cfg" in config
     except (OSError, ValueError, TypeError):
         return False
 
@@ -334,7 +334,3 @@ def _json_ready(args: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     except TypeError as error:
         raise BrainfmError(f"{architecture}: its arguments cannot be written as JSON ({error})") from error
     return ready
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,30 @@
-"""The registered encoders, one file a family. Importing this package registers them."""
+"""The networks, a file or folder a family; a card names one by its module, such as `resnet`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
 from brainfm.models.encoder import Encoder
-from brainfm.models.resnet import ResNet
-from brainfm.models.vit import VisionTransformer
 
-__all__ = ["Encoder", "ResNet", "VisionTransformer"]
+__all__ = ["Encoder", "ResNet", "VisionTransformer", "constructor"]
+
+
+def constructor(network: str) -> Callable[..., Encoder]:
+    """The encoder class that a family's module, or its folder, defines; there is one."""
+    module = import_module(f"{__name__}.{network}")
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Encoder) and value.__module__.startswith(module.__name__)
+    ]
+    (family,) = found
+    return family
+
+
+def __getattr__(name: str) -> Any:
+    families = {"ResNet": "resnet", "VisionTransformer": "vit"}
+    if name in families:
+        return constructor(families[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,34 +2,57 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import copy
+import re
+from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from brainfm.contract import Triple
 from brainfm.pretrained import PretrainedCfg
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def stage(
+    module: str, num_chs: int, reduction: Triple, offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+) -> dict[str, Any]:
+    """An entry of `feature_info`.
+
+    Args:
+        module: The stage's module.
+        num_chs: Channels of its map.
+        reduction: Voxels of the input from one cell of the map to the next, by axis.
+        offset: Where the centre of the first cell's receptive field lies, in voxels of the input.
+    """
+    return {"num_chs": num_chs, "reduction": reduction, "offset": offset, "module": module}
 
 
 class Encoder(nn.Module, ABC):
     """A 3D encoder: volumes [B, in_chans, D, H, W] in, embeddings [B, num_features] or logits out.
 
-    A subclass builds its layers, then calls `reset_classifier`, and writes `forward_features`, `pool`,
-    `forward_intermediates`, `set_grad_checkpointing` and `group_matcher`.
+    A family builds its layers, lists its stages in `feature_info`, sets `num_features`, and calls `reset_classifier`.
+    Where stages are modules that are called in turn, and their maps are averaged, nothing more is to be written; else
+    it says how volumes become what the first stage takes (`_begin`), what a stage does (`_stage`), what comes after the
+    last (`_finish`), how that becomes one vector (`pool`) and a map (`_as_map`).
 
     Attributes:
         num_features: Width of the embedding.
         num_classes: Outputs of the classifier; 0 without one.
         in_chans: Input channels.
         global_pool: How a feature map or tokens become one vector; one of `pools`.
-        feature_info: A dict a stage: "num_chs", "reduction" (voxels a step, by axis) and "module".
+        feature_info: A dict a stage, see `stage`.
         pretrained_cfg: What the weights are and expect; set by `create_model`.
+        optimizations: What `for_inference` did to this copy, in words; empty for what `create_model` gives.
     """
 
-    pools: ClassVar[tuple[str, ...]]  # the first is the default
+    pools: ClassVar[tuple[str, ...]] = ("avg",)  # the first is the default
     classifier: ClassVar[str]  # name of the head's module, as in the family's checkpoints
     first_conv: ClassVar[str]  # name of the layer that sees the input channels
 
@@ -39,9 +62,11 @@ class Encoder(nn.Module, ABC):
     global_pool: str
     feature_info: list[dict[str, Any]]
     pretrained_cfg: PretrainedCfg
+    network: str  # the constructor's name, by which a config asks for it
     model_args: dict[str, Any]  # what `create_model` gave the constructor, beside channels, classes and dropout
     saved_args: dict[str, Any]  # the same of the model whose weights these are, where their config says
     weights_report: object | None  # what `create_model` loaded, a `brainfm.weights.WeightsReport`
+    optimizations: tuple[str, ...] = ()
 
     def __init__(self, num_classes: int, in_chans: int, global_pool: str | None, drop_rate: float) -> None:
         super().__init__()
@@ -50,20 +75,69 @@ class Encoder(nn.Module, ABC):
         self.global_pool = self._checked_pool(global_pool or self.pools[0])
         self.head_drop = nn.Dropout(drop_rate)
         self.pretrained_cfg = PretrainedCfg()
-        self.model_args, self.saved_args = {}, {}
+        self.network, self.model_args, self.saved_args = "", {}, {}
         self.weights_report = None
         self.grad_checkpointing = False
         self._frozen = False
 
-    @abstractmethod
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, D, H, W] → the last feature map [B, num_features, d, h, w], or tokens [B, N, num_features]."""
+    # --- what a family may say of itself ---
 
-    @abstractmethod
     def pool(self, features: Tensor) -> Tensor:
         """What `forward_features` gives → [B, num_features]."""
+        return features.mean(dim=(2, 3, 4))
 
-    @abstractmethod
+    def _begin(self, x: Tensor) -> Any:
+        """Volumes [B, in_chans, D, H, W] → what the first stage takes."""
+        return x
+
+    def _stage(self, number: int, x: Any, needed: bool) -> Any:  # noqa: ARG002 - for those that can spare a map
+        """One stage. Where its map is not `needed` itself, it may give the next stage something cheaper."""
+        return self._run(self.get_submodule(self.feature_info[number]["module"]), x)
+
+    def _finish(self, x: Any) -> Tensor:
+        """What the last stage gives → what `forward_features` does."""
+        return x  # type: ignore[no-any-return]
+
+    def _as_map(self, x: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: ARG002 - for tokens, which do not say
+        """What a stage or `forward_features` gives for volumes of a shape → [B, C, d, h, w]."""
+        return x
+
+    def _new_head(self, num_classes: int) -> nn.Module:
+        """A new classifier of one output or more."""
+        head = nn.Linear(self.num_features, num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - for families of many blocks
+        """Patterns that sort the parameters into "stem" and "blocks", for layer-wise learning rates."""
+        stages = [rf"^{re.escape(info['module'])}\." for info in self.feature_info]
+        return {"stem": f"^(?!{'|'.join(s[1:] for s in stages)})", "blocks": [(s, (n,)) for n, s in enumerate(stages)]}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone, beside biases and norms."""
+        return set()
+
+    def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The one place where a family says how checkpoints of others fit: renamed, dropped and reshaped tensors.
+
+        Here: the input layer is adapted to `in_chans`. What is left is loaded strictly.
+        """
+        weight = state.get(f"{self.first_conv}.weight")
+        if weight is not None and weight.ndim == 5 and weight.shape[1] != self.in_chans:
+            state = state | {f"{self.first_conv}.weight": adapt_input_weight(weight, self.in_chans)}
+        return state
+
+    # --- forward ---
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, D, H, W] → the last feature map [B, num_features, d, h, w], or tokens [B, N, num_features]."""
+        self._check_input(x)
+        x = self._begin(x)
+        for number in range(len(self.feature_info)):
+            x = self._stage(number, x, needed=False)
+        return self._finish(x)
+
     def forward_intermediates(
         self, x: Tensor, indices: int | Sequence[int] | None = None, intermediates_only: bool = False
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
@@ -72,20 +146,26 @@ class Encoder(nn.Module, ABC):
         Args:
             x: [B, in_chans, D, H, W].
             indices: Which stages of `feature_info`: a list (negative counts from the end), the last n, or None for all.
-            intermediates_only: Return the list alone, and compute nothing behind the last chosen stage.
+            intermediates_only: Return the list alone, and compute nothing after the last chosen stage.
         """
+        wanted = chosen_stages(indices, len(self.feature_info))
+        self._check_input(x)
+        shape, found = x.shape[2:], []
+        x = self._begin(x)
+        for number in range(len(self.feature_info)):
+            x = self._stage(number, x, needed=number in wanted)
+            if number in wanted:
+                found.append(self._as_map(x, shape))
+            if intermediates_only and number == wanted[-1]:
+                return found
+        return self._finish(x), found
 
-    @abstractmethod
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only the inputs of each block and compute the rest again in the backward pass."""
+    def dense(self, x: Tensor) -> Tensor:
+        """[B, in_chans, D, H, W] → the last feature map [B, C, d, h, w]; of tokens, their grid without a class token.
 
-    @abstractmethod
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort the parameters into "stem" and "blocks", for layer-wise learning rates."""
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone, beside biases and norms."""
-        return set()
+        Cell (i, j, k) looks at the voxel `reduction · (i, j, k) + offset` of the last entry of `feature_info`.
+        """
+        return self._as_map(self.forward_features(x), x.shape[2:])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gives → [B, num_features], and through the classifier unless `pre_logits`."""
@@ -95,6 +175,8 @@ class Encoder(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, D, H, W] → [B, num_features], or [B, num_classes] where a head was asked for."""
         return self.forward_head(self.forward_features(x))
+
+    # --- the head, training, inference ---
 
     def get_classifier(self) -> nn.Module:
         """The last layer: a Linear, or an Identity where there are no classes."""
@@ -109,12 +191,15 @@ class Encoder(nn.Module, ABC):
         self.num_classes = num_classes
         head: nn.Module = nn.Identity()
         if num_classes:
-            # Beside the trunk's parameters, in place, type and mode.
-            like = next(self.parameters(), torch.empty(0))
-            head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
-        setattr(self, self.classifier, head.train(self.training))
+            like = next(self.parameters(), torch.empty(0))  # beside the trunk's parameters: in place, type and mode
+            with torch.device(like.device):
+                head = self._new_head(num_classes).to(like.dtype)
+        parent, _, name = self.classifier.rpartition(".")
+        setattr(self.get_submodule(parent), name, head.train(self.training))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only the inputs of each block and compute the rest again in the backward pass."""
+        self.grad_checkpointing = enable
 
     def freeze(self) -> Encoder:
         """Hold the trunk still: no gradients, and eval mode (BatchNorm and dropout included) even under `.train()`.
@@ -133,17 +218,24 @@ class Encoder(nn.Module, ABC):
             for name, child in self.named_children():
                 if name not in (self.classifier, "head_drop"):
                     child.eval()
+            self.get_classifier().train(mode)
         return self
 
-    def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The one place where a family says how checkpoints of others fit: renamed, dropped and reshaped tensors.
+    def for_inference(self, dtype: torch.dtype) -> Encoder:
+        """A copy that gives the same embeddings, faster and in less memory: `brainfm.optimize` asks for it.
 
-        Here: the input layer is adapted to `in_chans`. What is left is loaded strictly.
+        It takes and returns float32 whatever it computes in, and its `optimizations` say what was done to it. A family
+        that knows more of its layers than that memory is best channels-last says so here.
         """
-        weight = state.get(f"{self.first_conv}.weight")
-        if weight is not None and weight.ndim == 5 and weight.shape[1] != self.in_chans:
-            state = state | {f"{self.first_conv}.weight": adapt_input_weight(weight, self.in_chans)}
-        return state
+        return computing_in(self._copy_for_inference(), dtype)
+
+    def _copy_for_inference(self, shared: dict[int, Any] | None = None) -> Encoder:
+        """A copy in eval mode without gradients; `shared` are parts that it need not copy, by their ids."""
+        fast = copy.deepcopy(self, shared or {}).eval().requires_grad_(False)
+        fast.set_grad_checkpointing(False)
+        return fast
+
+    # --- shared by the families ---
 
     def _checked_pool(self, name: str) -> str:
         if name not in self.pools:
@@ -179,6 +271,28 @@ class Encoder(nn.Module, ABC):
         finally:
             for buffer, value in saved:
                 buffer.copy_(value)
+
+
+def computing_in(model: M, dtype: torch.dtype) -> M:
+    """The module itself, channels-last, computing in a type, while it takes and returns float32."""
+    model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    if dtype is not torch.float32:
+        model = model.to(dtype)
+        model.register_forward_pre_hook(partial(_cast_input, dtype), with_kwargs=True)
+        model.register_forward_hook(_cast_output)
+    done = ("channels-last memory", str(dtype).removeprefix("torch."))
+    model.optimizations = (*getattr(model, "optimizations", ()), *done)  # type: ignore[assignment]
+    return model
+
+
+def _cast_input(
+    dtype: torch.dtype, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    return tuple(x.to(dtype) for x in inputs), {name: x.to(dtype) for name, x in named.items()}
+
+
+def _cast_output(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.float()
 
 
 def adapt_input_weight(weight: Tensor, in_chans: int) -> Tensor:

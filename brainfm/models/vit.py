@@ -14,20 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.models.contracts import (
-    ASSETS,
-    CITATION,
-    PAPER,
-    PHANTOMS,
-    PHANTOMS_NOTE,
-    REPOSITORY,
-    TURBOPREP_1MM,
-    TURBOPREP_4MM,
-)
-from brainfm.models.encoder import Encoder, chosen_stages
-from brainfm.operations import Triple
-from brainfm.pretrained import PretrainedCfg
-from brainfm.registry import register_model
+from brainfm.contract import Triple
+from brainfm.models.encoder import Encoder, stage
 
 
 def sincos_positions(dim: int, grid: Triple) -> Tensor:
@@ -161,7 +149,8 @@ class VisionTransformer(Encoder):
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.feature_info = [{"num_chs": dim, "reduction": patch_size, "module": f"blocks.{n}"} for n in range(depth)]
+        z, y, x = ((size - 1) / 2 for size in patch_size)
+        self.feature_info = [stage(f"blocks.{n}", dim, patch_size, (z, y, x)) for n in range(depth)]
         self.apply(_init_linear)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
@@ -179,41 +168,20 @@ class VisionTransformer(Encoder):
         """Whether positions are the fixed ones, as closely as bfloat16 can hold them."""
         return torch.allclose(positions.float().cpu(), sincos_positions(self.num_features, grid), atol=2.5e-3)
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        self._check_input(x)
+    def _begin(self, x: Tensor) -> Tensor:
         positions = self.positions(self.patch_embed.grid(x.shape[2:]))
         patches = self.patch_embed(x) + positions[:, 1:]
         cls_token = (self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token, patches], dim=1)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self._tokens(x)
-        for block in self.blocks:
-            x = self._run(block, x)
+    def _finish(self, x: Tensor) -> Tensor:
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _as_map(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        return x[:, 1:].transpose(1, 2).reshape(len(x), -1, *self.patch_embed.grid(shape))
 
     def pool(self, features: Tensor) -> Tensor:
         return features[:, 0] if self.global_pool == "token" else features[:, 1:].mean(dim=1)
-
-    def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, intermediates_only: bool = False
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As the contract says; the maps hold the patch tokens behind each chosen block, before the final norm."""
-        wanted = chosen_stages(indices, len(self.blocks))
-        self._check_input(x)
-        grid = self.patch_embed.grid(x.shape[2:])
-        x = self._tokens(x)
-        found = []
-        for number, block in enumerate(self.blocks):
-            x = self._run(block, x)
-            if number in wanted:
-                found.append(x[:, 1:].transpose(1, 2).reshape(x.shape[0], -1, *grid))
-            if intermediates_only and number == wanted[-1]:
-                return found
-        return self.norm(x), found
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - the contract's
         return {
@@ -253,71 +221,3 @@ def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def _mae_cfg(num_features: int) -> PretrainedCfg:
-    return PretrainedCfg(
-        input_spec=TURBOPREP_1MM,
-        num_features=num_features,
-        ssl_method="MAE",
-        paper=PAPER,
-        repository=REPOSITORY,
-        citation=CITATION,
-        recipe="mae_vit_tiny_3d",
-        notes="The authors released no MAE weights.",
-    )
-
-
-@register_model(cfgs={"": _mae_cfg(192)})
-def mae_vit_tiny_3d(**kwargs: Any) -> VisionTransformer:
-    """ViT-Tiny, 192-d: the encoder of the paper's masked autoencoder; no weights were published."""
-    return VisionTransformer(192, 12, 3, **kwargs)
-
-
-@register_model(cfgs={"": _mae_cfg(768)})
-def mae_vit_base_3d(**kwargs: Any) -> VisionTransformer:
-    """ViT-Base, 768-d, for masked-autoencoder pretraining; no weights were published."""
-    return VisionTransformer(768, 12, 12, **kwargs)
-
-
-@register_model(cfgs={"": _mae_cfg(1024)})
-def mae_vit_large_3d(**kwargs: Any) -> VisionTransformer:
-    """ViT-Large, 1024-d, for masked-autoencoder pretraining; no weights were published."""
-    return VisionTransformer(1024, 24, 16, **kwargs)
-
-
-@register_model(
-    cfgs={
-        "": PretrainedCfg(
-            input_spec=TURBOPREP_1MM,
-            num_features=192,
-            paper=PAPER,
-            repository=REPOSITORY,
-            citation=CITATION,
-            notes="A supervised baseline of the paper: trained from scratch for each task.",
-        )
-    }
-)
-def vit_tiny_3d(**kwargs: Any) -> VisionTransformer:
-    """ViT-Tiny, 192-d: the paper's supervised baseline, trained from scratch."""
-    return VisionTransformer(192, 12, 3, **kwargs)
-
-
-@register_model(
-    cfgs={
-        "phantoms": PretrainedCfg(
-            file=str(ASSETS / "test_vit_3d.safetensors"),
-            input_spec=TURBOPREP_4MM,
-            num_features=96,
-            ssl_method="MAE",
-            cohorts=(PHANTOMS,),
-            recipe="test_vit_3d",
-            licence="Apache-2.0",
-            notes=PHANTOMS_NOTE,
-        )
-    }
-)
-def test_vit_3d(**kwargs: Any) -> VisionTransformer:
-    """A ViT of 0.5 M parameters at 4 mm, 96-d, for tests and demos."""
-    kwargs = {"img_size": (40, 48, 48), "patch_size": (8, 8, 8)} | kwargs
-    return VisionTransformer(96, 4, 3, **kwargs)

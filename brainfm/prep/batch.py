@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from brainfm.errors import BrainfmError, ScanError
+from brainfm.files import one_line
 from brainfm.inference import available_cores
 from brainfm.prep.pipeline import Settings, is_done, prepare, read_record
 from brainfm.prep.source import Source, find_sources
-from brainfm.weights.files import one_line
 
 # Read by ITK, OpenMP and the BLAS libraries when a process begins.
 _THREAD_VARIABLES = (

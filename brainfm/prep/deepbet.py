@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from brainfm.errors import BrainfmError, MissingExtraError, ScanError
+from brainfm.files import file_sha256
 from brainfm.prep.image import largest_part, like, sitk, to_array
-from brainfm.weights.files import file_sha256
 
 FILES = {
     "data/models/bbox_model.pt": "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",

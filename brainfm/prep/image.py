@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.assets import TEMPLATE
 from brainfm.errors import MissingExtraError
-from brainfm.models.contracts import ASSETS, TURBOPREP_1MM
-from brainfm.weights import atomic_path
+from brainfm.files import atomic_path
+from brainfm.registry import get_pretrained_cfg
 
 try:
     import SimpleITK as sitk
@@ -35,8 +36,6 @@ __all__ = [
     "to_array",
     "to_itk",
 ]
-
-TEMPLATE = ASSETS / "mni152_2009c_sym_T1w_brain.nii.gz"
 
 _LPS = np.diag((-1.0, -1.0, 1.0, 1.0))
 
@@ -92,7 +91,8 @@ def template() -> sitk.Image:
     import nibabel as nib
 
     stored = nib.load(TEMPLATE)
-    grid = TURBOPREP_1MM.grid
+    spec = get_pretrained_cfg("simclr_resnet18_3d").input_spec
+    grid = spec.grid if spec else None
     assert grid is not None
     return to_itk(np.asanyarray(stored.dataobj).astype(np.float32), grid.affine("RAS"))
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.files import atomic_path
 from brainfm.prep.image import like, sitk, template, to_array
 from brainfm.prep.quality import Prepared
-from brainfm.weights import atomic_path
 
 SHOWN_MM = 8  # around the brain
 _SLICES_MM = {2: (-30, 5, 40), 1: (-60, -20, 25), 0: (-35, 2, 35)}  # RAS: axial, coronal, sagittal

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 import brainfm
 from brainfm.errors import ScanError
+from brainfm.files import atomic_path, file_sha256
 from brainfm.prep import programs
 from brainfm.prep.image import TEMPLATE, largest_part, like, locale_kept, on_template, save, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
@@ -32,8 +33,6 @@ from brainfm.prep.quality import RANGES, Prepared, judge
 from brainfm.prep.registration import as_affine
 from brainfm.prep.source import Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
-from brainfm.weights import atomic_path
-from brainfm.weights.files import file_sha256
 
 RECORD = "prep.json"
 IMAGE, MASK, TRANSFORM, PICTURE = "normalized.nii.gz", "mask.nii.gz", "affine_transf.mat", "qc.png"

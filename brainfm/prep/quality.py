@@ -32,7 +32,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.operations import Volume
+from brainfm.contract import Volume
 from brainfm.prep.image import affine_of, like, sitk, template, to_array
 from brainfm.prep.normalize import white_peak
 from brainfm.scan.placement import MAX_OFFSET_MM, MAX_TILT_DEG, MIN_CORRELATION, MIN_OVERLAP, measure

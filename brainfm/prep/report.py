@@ -16,9 +16,9 @@ import numpy as np
 import brainfm
 from brainfm import downstream
 from brainfm.errors import BrainfmError
+from brainfm.files import atomic_path
 from brainfm.prep.batch import list_records
 from brainfm.prep.quality import RANGES, VERDICTS, Range
-from brainfm.weights import atomic_path
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _PAGES = Path(downstream.__file__).parent / "templates"  # the look and the sorting of every page of brainfm

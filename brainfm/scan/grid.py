@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.contract.geometry import Reorient
+from brainfm.contract.spec import Grid, InputSpec
+from brainfm.contract.volume import Triple, Volume
 from brainfm.errors import ScanError
-from brainfm.operations import Reorient, Triple, Volume
-from brainfm.pretrained import Grid, InputSpec
 
 TOLERANCE_MM = 1e-3
 
@@ -26,8 +27,8 @@ def on_grid(volume: Volume, spec: InputSpec, on_mismatch: str, source: str) -> t
     """The volume on the contract's grid and orientation, and in words what was done to bring it there.
 
     A scan that already lies there is returned as a view. One that is shifted by whole voxels is copied. One with
-    another offset or finer voxels is averaged: each new voxel is the mean of the old ones, weighted by the share of it
-    that they fill (linear interpolation where the spacing is the same). What lies outside the scan is 0.
+    another offset or finer voxels is averaged: each new voxel is the mean of the old ones, weighted by the fraction of
+    it that they fill (linear interpolation where the spacing is the same). What lies outside the scan is 0.
 
     Raises:
         ScanError: The scan's axes are rotated, its voxels are coarser than the contract's, or `on_mismatch` is "raise"
@@ -40,6 +41,12 @@ def on_grid(volume: Volume, spec: InputSpec, on_mismatch: str, source: str) -> t
     target = spec.grid.affine(spec.orientation or "RAS")
     if volume.shape == spec.grid.shape and corner_distance(volume.affine, target, volume.shape) <= TOLERANCE_MM:
         return replace(volume, affine=target), ""
+    if spec.space is not None and not spec.in_mni152:
+        raise ScanError(
+            f"{source}: not on the grid of the space {spec.space!r} ({spec.grid.shape} voxels of "
+            f"{_mm(spec.grid.spacing)} mm from RAS {_mm(target[:3, 3])}), and nothing else shows it to be there; "
+            "register it to that template, on its own grid"
+        )
     _refuse_other_spaces(volume, spec.grid, target, on_mismatch, source)
     # Both grids are axis-aligned and turned the same way: one start and one step along each axis say it all.
     start = (np.linalg.inv(volume.affine) @ target)[:3, 3]
@@ -109,7 +116,7 @@ def _averaged(
 
 
 def _overlap(start: float, step: float, size: int, have: int) -> NDArray[np.float32]:
-    """[size, have]: the share of each new voxel, `step` old voxels wide, that each old voxel fills."""
+    """[size, have]: the fraction of each new voxel, `step` old voxels wide, that each old voxel fills."""
     centres = start + step * np.arange(size)[:, None]
     edges = np.arange(have)[None, :]
     covered = np.minimum(centres + step / 2, edges + 0.5) - np.maximum(centres - step / 2, edges - 0.5)

@@ -40,16 +40,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.operations import Volume
-
-TEMPLATE = Path(__file__).parent.parent / "assets" / "mni152_brain_4mm.nii.gz"
+from brainfm.assets import COARSE_BRAIN, COARSE_GREY_MATTER
+from brainfm.contract.volume import Volume
 
 MIN_LITRES, MAX_LITRES = 0.6, 2.4
 MIN_OVERLAP = 0.60  # Dice coefficient with the template's brain
-MAX_OUTSIDE = 0.30  # share of the scan's brain outside the template's
+MAX_OUTSIDE = 0.30  # fraction of the scan's brain outside the template's
 MAX_OFFSET_MM = 10.0  # between the centres of the two brains
 MAX_TILT_DEG = 14.0  # between their long axes, nose up or down, or nose left or right
+MIN_OVERLAP_AFFINE = 0.85  # where registration gave the brain the template's size
 MIN_CORRELATION = 0.20  # of T1w intensities at 4 mm: another contrast gives about −0.7, noise 0
+MIN_GREY_CORRELATION = 0.40  # of a map of grey matter, with the template's
+
+_REGISTRATIONS = {"affine": "an affine", "linear": "an affine", "nonlinear": "a nonlinear registration"}
 
 
 @dataclass(frozen=True)
@@ -63,41 +66,78 @@ class Placement:
     tilt_deg: float
     correlation: float
 
-    @property
-    def fault(self) -> str:
-        """What is wrong and what to do next, or an empty string."""
+    def fault(self, registration: str = "rigid") -> str:
+        """What is wrong with a scan that was registered so, and what to do next, or an empty string."""
         if self.litres > MAX_LITRES:
             return (
                 f"the image is not skull-stripped, or its background is not 0: {self.litres:.1f} litres count as brain "
                 "and a brain has 1 to 2; pass mask= (its brain mask), or strip it first (brainfm prep)"
             )
-        register = "register it to the template rigidly (brainfm prep, or TurboPrep with -r r), or check its affine"
+        kept_size = registration in ("rigid", "none")
+        how = "rigidly (brainfm prep, or TurboPrep with -r r)" if kept_size else f"by {_REGISTRATIONS[registration]}"
+        register = f"register it to the template {how}, or check its affine"
         if self.litres < MIN_LITRES:
             return (
                 f"only {self.litres:.2f} litres of brain are in the field of view, too little for a whole; {register}"
             )
+        overlap = MIN_OVERLAP if kept_size else MIN_OVERLAP_AFFINE
         figures = (
             (self.offset_mm > MAX_OFFSET_MM, f"its centre is {self.offset_mm:.0f} mm from the template's"),
             (self.tilt_deg > MAX_TILT_DEG, f"it is turned by {self.tilt_deg:.0f}° against the template's"),
-            (self.overlap < MIN_OVERLAP, f"its overlap (Dice) with the template's is {self.overlap:.2f}"),
+            (self.overlap < overlap, f"its overlap (Dice) with the template's is {self.overlap:.2f}"),
             (self.outside > MAX_OUTSIDE, f"{self.outside:.0%} of it lie outside the template's"),
         )
         wrong = "; ".join(words for is_wrong, words in figures if is_wrong)
-        if wrong:
-            return f"the brain does not lie where the template's does: {wrong}; {register}"
-        if self.correlation < MIN_CORRELATION:
-            return (
-                f"inside the brain, the intensities do not follow a T1w image (correlation {self.correlation:.2f} with "
-                "the template): another contrast, a label map, or a scan turned upside down; use the T1w scan"
-            )
-        return ""
+        return f"the brain does not lie where the template's does: {wrong}; {register}" if wrong else ""
+
+
+def contrast_fault(correlation: float, kind: str) -> str:
+    """What is wrong with the contrast of an image in the template's space, or an empty string.
+
+    Args:
+        correlation: Of its intensities with the template's: `Placement.correlation`, or that of `correlate`.
+        kind: "T1w", "T2w" or "grey matter"; another word takes any contrast.
+    """
+    if kind == "grey matter" and correlation < MIN_GREY_CORRELATION:
+        return (
+            f"the values do not follow a map of grey matter (correlation {correlation:.2f} with the template's): an "
+            "image, or another tissue's map; use the grey-matter map, such as CAT12's mwp1"
+        )
+    if kind == "T1w" and correlation < MIN_CORRELATION:
+        return (
+            f"inside the brain, the intensities do not follow a T1w image (correlation {correlation:.2f} with "
+            "the template): another contrast, a label map, or a scan turned upside down; use the T1w scan"
+        )
+    if kind == "T2w" and correlation > MIN_CORRELATION:
+        return (
+            f"inside the brain, the intensities follow a T1w image (correlation {correlation:.2f} with the template); "
+            "use the T2w scan"
+        )
+    return ""
+
+
+def correlate(volume: Volume, kind: str) -> float:
+    """How a volume of one channel correlates with the template's brain, or its "grey matter", at 4 mm, brain or not."""
+    template = _template(COARSE_GREY_MATTER if kind == "grey matter" else COARSE_BRAIN)
+    steps, every = _about_two_mm(volume)
+    image = volume.stored[0][every]
+    cells = _cells(image.shape, volume.affine @ np.diag([*steps, 1]), template).ravel()
+    intensities = image.astype(np.float64).ravel() * volume.slope + volume.inter
+    count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
+    core = template.core & (count > 0)
+    return _correlation(total[core] / count[core], template.voxels[core])
+
+
+def _about_two_mm(volume: Volume) -> tuple[NDArray[np.int_], tuple[slice, ...]]:
+    """Steps along the axes that leave a voxel about every 2 mm, and the slices that take them."""
+    steps = np.maximum(1, np.floor(2.001 / volume.spacing)).astype(int)
+    return steps, tuple(slice(None, None, int(step)) for step in steps)
 
 
 def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     """Where the voxels marked in `brain` [i, j, k] lie against the template's brain. At least one must be marked."""
-    template = _template()
-    steps = np.maximum(1, np.floor(2.001 / volume.spacing)).astype(int)  # about every 2 mm is enough
-    every = tuple(slice(None, None, int(step)) for step in steps)
+    template = _template(COARSE_BRAIN)
+    steps, every = _about_two_mm(volume)
     found = np.ascontiguousarray(brain[every])
     if not found.any():
         steps, every, found = np.ones(3, dtype=int), (slice(None),) * 3, brain
@@ -224,10 +264,10 @@ class _Template:
 
 
 @cache
-def _template() -> _Template:
+def _template(file: Path) -> _Template:
     import nibabel as nib
 
-    image = nib.load(TEMPLATE)
+    image = nib.load(file)
     voxels = np.asanyarray(image.dataobj).astype(np.float64)
     brain = voxels > 0
     number, centre, covariance = _moments(brain, image.affine)

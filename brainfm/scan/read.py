@@ -65,6 +65,14 @@ def read_image(image: ImageLike, what: str = "scan") -> StoredImage:
     )
 
 
+def split_channels(image: ImageLike, count: int) -> list[ImageLike] | None:
+    """The channels of a tensor [count, x, y, z] that carries its affine, such as MONAI's MetaTensor; None of others."""
+    tensor: Any = image
+    if not (hasattr(tensor, "affine") and hasattr(tensor, "numpy")) or tensor.ndim != 4 or len(tensor) != count:
+        return None
+    return list(tensor)
+
+
 def _from_pair(pair: tuple[Any, Any], what: str) -> StoredImage:
     try:
         array, affine = (np.asarray(item.detach().cpu() if hasattr(item, "detach") else item) for item in pair)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brainfm.operations import Checked, Triple
+from brainfm.contract import Triple
+from brainfm.schema import Checked
 
 _GAMMA_EPS = 1e-7  # MONAI's AdjustContrast
 _TINY = 1e-30  # in place of 0, whose logarithm is slow to compute with

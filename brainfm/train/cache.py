@@ -21,12 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from brainfm.contract import InputSpec, ZScore
 from brainfm.errors import BrainfmError, ScanError
+from brainfm.files import atomic_path
 from brainfm.manifest import ScanRecord
-from brainfm.operations import ZScore
-from brainfm.pretrained import InputSpec
 from brainfm.scan import load_scan
-from brainfm.weights import atomic_path
 
 _FORMAT = 1
 

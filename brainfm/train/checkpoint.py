@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from brainfm.errors import RecipeError, WeightsError
+from brainfm.files import atomic_path
 from brainfm.train.recipe import Training
-from brainfm.weights import atomic_path
 
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_share", "save_every", "resume", "tf32", "channels_last"}

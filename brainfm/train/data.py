@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from brainfm.contract import InputSpec, Triple
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
-from brainfm.operations import Triple
-from brainfm.pretrained import InputSpec
 from brainfm.train.augment import Augmentation, View, draw_view, make_view, new_memory
 from brainfm.train.cache import ScanCache, key_of, read_brain
 

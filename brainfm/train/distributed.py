@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from brainfm.inference import resolve_device
-from brainfm.models.slabs import count_batch
+from brainfm.models.resnet.checkpointed import count_batch
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.contract import Triple
 from brainfm.models.vit import Block, VisionTransformer, sincos_positions
-from brainfm.operations import Triple
 
 
 class MaskedAutoencoder(nn.Module):

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
+from brainfm.contract import InputSpec, Resize, Triple
 from brainfm.errors import RecipeError
 from brainfm.factory import create_model
 from brainfm.hub import save_for_hub
 from brainfm.manifest import ScanRecord, read_manifest
-from brainfm.operations import Resize, Triple
-from brainfm.pretrained import Cohort, InputSpec
 from brainfm.registry import get_pretrained_cfg
 from brainfm.train.cache import key_of
 from brainfm.train.data import PretrainingData, count_patients
@@ -25,6 +24,7 @@ from brainfm.train.method import METHODS, PretrainingMethod
 from brainfm.train.recipe import Recipe
 from brainfm.train.trainer import Trainer
 from brainfm.weights import save_state
+from brainfm.zoo.cards import Cohort
 
 
 def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:

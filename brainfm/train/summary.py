@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brainfm.contract import InputSpec
 from brainfm.errors import RecipeError
-from brainfm.pretrained import InputSpec
 from brainfm.train.data import count_patients
 from brainfm.train.pretraining import make_method, read_data
 from brainfm.train.recipe import Recipe

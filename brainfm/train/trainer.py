@@ -20,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from brainfm.errors import BrainfmError, RecipeError
+from brainfm.files import atomic_path
 from brainfm.train.checkpoint import Progress, read_run, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
 from brainfm.train.distributed import Processes, synchronise_batch_norm
 from brainfm.train.method import Method
 from brainfm.train.optim import learning_rate, make_optimiser
 from brainfm.train.recipe import Training
-from brainfm.weights import atomic_path
 
 logger = logging.getLogger("brainfm")
 

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainfm.contract import InputSpec, Volume, describe
+from brainfm.contract.volume import with_image
 from brainfm.errors import ModelNameError, ScanError
-from brainfm.factory import resolve
-from brainfm.operations import Volume
-from brainfm.pretrained import InputSpec, PretrainedCfg, describe
-from brainfm.scan import ImageLike, Scan, load_scan
+from brainfm.names import resolve
+from brainfm.pretrained import PretrainedCfg
+from brainfm.scan import ImageLike, Scan, ScanLike, load_scan
 
 if TYPE_CHECKING:
     from brainfm.transforms.dictionary import InputTransformd
@@ -40,20 +41,30 @@ class InputTransform:
         self.on_mismatch: Literal["resample", "raise"] = on_mismatch
         self.augment = augment
 
-    def __call__(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
+    def __call__(self, image: ScanLike, mask: ImageLike | None = None) -> Tensor:
         """A scan as [C, D, H, W] float32; add the batch axis with `[None]`.
 
         Args:
-            image: A file, a nibabel image, or a pair (array, affine); see `brainfm.load_scan`.
+            image: A file, a nibabel image, a pair (array, affine), or {channel: any of these}; see `brainfm.load_scan`.
             mask: Its brain mask; without one, the non-zero voxels of a skull-stripped image.
 
         Raises:
             ScanError: The scan cannot give the tensor of the contract; the message says why and what to do.
         """
+        return self.tensor(self.volume(image, mask))
+
+    def volume(self, image: ScanLike, mask: ImageLike | None = None) -> Volume:
+        """The same with its brain mask and its affine. Raises ScanError as the call does."""
         scan = load_scan(image, mask, spec=self.spec, on_mismatch=self.on_mismatch)
-        voxels = self.apply(scan).image
-        # A contract without arithmetic must not hand out the caller's own memory, or a read-only file's.
-        tensor = torch.from_numpy(voxels.copy() if np.may_share_memory(voxels, scan.stored) else voxels)
+        volume = self.apply(scan)
+        if np.may_share_memory(volume.stored, scan.stored):
+            # A contract without arithmetic must not hand out the caller's own memory, or a read-only file's.
+            volume = with_image(volume, volume.image.copy())
+        return volume
+
+    def tensor(self, volume: Volume) -> Tensor:
+        """What `volume` gives as the tensor, augmented where this transform augments."""
+        tensor = torch.from_numpy(volume.image)
         return tensor if self.augment is None else self.augment(tensor)
 
     def apply(self, scan: Scan) -> Volume:
@@ -81,7 +92,7 @@ def create_transform(
 
     Args:
         model_or_name_or_cfg: A model of `create_model`, its name, its `PretrainedCfg`, or an `InputSpec`.
-        is_training: Add the random augmentation of the paper's supervised runs behind the contract; see
+        is_training: Add the random augmentation of the paper's supervised runs after the contract; see
             `brainfm.transforms.supervised.SupervisedAugmentation`.
 
     Returns:

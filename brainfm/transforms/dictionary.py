@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from numpy.typing import NDArray
 
-from brainfm.pretrained import InputSpec
+from brainfm.contract import InputSpec
 from brainfm.scan import load_scan
 from brainfm.transforms import InputTransform
 

@@ -6,7 +6,7 @@ import torch
 from monai import transforms as monai
 from torch import Tensor
 
-from brainfm.pretrained import InputSpec
+from brainfm.contract import InputSpec
 
 _PUBLISHED = (150, 192, 192)
 

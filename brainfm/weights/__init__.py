@@ -1,31 +1,36 @@
-"""Fetch and read weights. Whatever the source, a weight ends as one flat state dict that loads strictly."""
+"""Fetch and read weights. Whatever the source, a weight ends as one flat state dict that loads strictly.
 
-from brainfm.weights.checkpoint import Checkpoint, WeightsReport, load_checkpoint, read_checkpoint
-from brainfm.weights.fetch import (
-    HUB_CONFIG,
-    HUB_WEIGHTS,
-    cached_weights,
-    default_cache_dir,
-    find_weights,
-    hub_file,
-    hub_reason,
+Names are imported when they are first asked for: finding weights needs no torch, reading them does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from brainfm.weights.checkpoint import Checkpoint as Checkpoint
+    from brainfm.weights.checkpoint import WeightsReport as WeightsReport
+    from brainfm.weights.checkpoint import load_checkpoint as load_checkpoint
+    from brainfm.weights.checkpoint import read_checkpoint as read_checkpoint
+    from brainfm.weights.checkpoint import save_state as save_state
+    from brainfm.weights.checkpoint import weights_digest as weights_digest
+    from brainfm.weights.fetch import HUB_CONFIG as HUB_CONFIG
+    from brainfm.weights.fetch import HUB_WEIGHTS as HUB_WEIGHTS
+    from brainfm.weights.fetch import cached_weights as cached_weights
+    from brainfm.weights.fetch import default_cache_dir as default_cache_dir
+    from brainfm.weights.fetch import find_weights as find_weights
+    from brainfm.weights.fetch import hub_file as hub_file
+    from brainfm.weights.fetch import hub_reason as hub_reason
+
+_CHECKPOINT = ("Checkpoint", "WeightsReport", "load_checkpoint", "read_checkpoint", "save_state", "weights_digest")
+_FETCH = (
+    *("HUB_CONFIG", "HUB_WEIGHTS", "cached_weights", "default_cache_dir", "find_weights", "hub_file", "hub_reason"),
 )
-from brainfm.weights.files import atomic_path, file_sha256, one_line, save_state
 
-__all__ = [
-    "HUB_CONFIG",
-    "HUB_WEIGHTS",
-    "Checkpoint",
-    "WeightsReport",
-    "atomic_path",
-    "cached_weights",
-    "default_cache_dir",
-    "file_sha256",
-    "find_weights",
-    "hub_file",
-    "hub_reason",
-    "load_checkpoint",
-    "one_line",
-    "read_checkpoint",
-    "save_state",
-]
+
+def __getattr__(name: str) -> Any:
+    for module, names in (("checkpoint", _CHECKPOINT), ("fetch", _FETCH)):
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

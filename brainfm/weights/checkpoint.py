@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import lzma
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.errors import WeightsError, WeightsNotFoundError
+from brainfm.files import atomic_path, one_line
 from brainfm.models.encoder import Encoder
-from brainfm.weights.files import one_line
+from brainfm.pretrained import PretrainedCfg
+from brainfm.zoo.cards import Keys
 
 logger = logging.getLogger("brainfm")
 
@@ -64,8 +67,13 @@ class WeightsReport:
 # --- Reading --------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Checkpoint:
     """Read a safetensors file, a `torch.save` checkpoint, or a tar archive that holds one such file.
+
+    Args:
+        path: The file.
+        take: Where a checkpoint keeps the network, see `brainfm.zoo.cards.Keys`; where there is nothing of that name,
+            as without one, it is looked for in the usual places.
 
     Raises:
         WeightsNotFoundError: There is no such file.
@@ -79,13 +87,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if _is_safetensors(path):
         return _read_safetensors(path)
     if _is_tar(path):  # before zip: a tar that ends with a zip looks like one
-        return _read_tar(path)
+        return _read_tar(path, take)
     if zipfile.is_zipfile(path):
-        return _unwrap(_torch_load(path, str(path)), str(path))
+        return _unwrap(_torch_load(path, str(path)), str(path), take)
     with path.open("rb") as file:
         head = file.read(64)
     if head[:1] == b"\x80":  # a pickle: torch.save's format before 1.6
-        return _unwrap(_torch_load(path, str(path)), str(path))
+        return _unwrap(_torch_load(path, str(path)), str(path), take)
     if head.startswith(b"PK\x03\x04"):
         raise WeightsError(f"{path}: an incomplete PyTorch checkpoint: its end is missing; fetch or copy it again")
     found = "is empty" if not head else f"begins with {head[:16]!r}"
@@ -134,7 +142,7 @@ def _is_tar(path: Path) -> bool:
         raise WeightsError(f"{path}: damaged compressed archive ({one_line(error)}); fetch it again") from error
 
 
-def _read_tar(path: Path) -> Checkpoint:
+def _read_tar(path: Path, take: str | None) -> Checkpoint:
     """Read the one weight file in a tar, without unpacking it."""
     try:
         with tarfile.open(path) as archive:
@@ -156,7 +164,7 @@ def _read_tar(path: Path) -> Checkpoint:
             head = file.read(9)
             file.seek(0)
             if head[8:9] != b"{":
-                return _unwrap(_torch_load(file, name), name)
+                return _unwrap(_torch_load(file, name), name, take)
             from safetensors import SafetensorError
             from safetensors.torch import load
 
@@ -220,13 +228,17 @@ def _plain_namespaces() -> AbstractContextManager[None]:
     return safe_globals([argparse.Namespace]) if safe_globals else nullcontext()
 
 
-def _unwrap(content: Any, name: str) -> Checkpoint:
+def _unwrap(content: Any, name: str, take: str | None) -> Checkpoint:
     """The network's tensors out of a checkpoint's dictionary."""
     dropped: tuple[str, ...] = ()
+    for key in (take or "").split("."):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            dropped += tuple(str(other) for other in content if other != key)
+            content = content[key]
     if isinstance(content, Mapping):
         for key in _STATE_KEYS:
             if isinstance(content.get(key), Mapping):
-                dropped = tuple(str(other) for other in content if other != key)
+                dropped += tuple(str(other) for other in content if other != key)
                 content = content[key]
                 break
     if not isinstance(content, Mapping) or not content:
@@ -247,6 +259,30 @@ def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def save_state(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically. The same tensors and provenance give the same file, to the bit."""
+    from safetensors.torch import save_file
+
+    with atomic_path(Path(path)) as temporary:
+        tensors = {key: value.contiguous().clone() for key, value in state.items()}
+        # One entry, because safetensors writes several in an order that changes.
+        save_file(tensors, temporary, metadata={"provenance": json.dumps(dict(provenance or {}), sort_keys=True)})
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of the names and numbers of a module's state: which weights these are, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
 # --- Loading --------------------------------------------------------------------------------------
 
 
@@ -257,8 +293,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str 
         WeightsError: The file cannot be read, its names or shapes are not the model's (they are listed), or it holds
             values that are not finite.
     """
-    checkpoint = read_checkpoint(path)
-    state = checkpoint.state
+    keys = _keys_of(model)
+    checkpoint = read_checkpoint(path, keys.take)
+    state = renamed(checkpoint.state, keys)
     family_filter = getattr(model, "filter_state_dict", None)
     if callable(family_filter):
         state = family_filter(state)
@@ -274,12 +311,28 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str 
     return report
 
 
+def renamed(state: Mapping[str, Tensor], keys: Keys) -> dict[str, Tensor]:
+    """A state dict under the network's names, without what the encoder does not need."""
+    found = dict(state)
+    for prefix in keys.strip:
+        if found and all(key.startswith(prefix) for key in found):
+            found = {key[len(prefix) :]: value for key, value in found.items()}
+    for pattern, new in keys.rename.items():
+        found = {re.sub(pattern, new, key): value for key, value in found.items()}
+    return {key: value for key, value in found.items() if not any(re.search(drop, key) for drop in keys.drop)}
+
+
+def _keys_of(model: nn.Module) -> Keys:
+    cfg = getattr(model, "pretrained_cfg", None)
+    return cfg.keys if isinstance(cfg, PretrainedCfg) else Keys()
+
+
 def _match_head(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give an encoder the classifier that the file has, or none, so that the rest can be loaded strictly."""
     if not isinstance(model, Encoder):
         return
     weight = state.get(f"{model.classifier}.weight")
-    classes = len(weight) if weight is not None and weight.ndim == 2 else 0
+    classes = len(weight) if weight is not None and weight.ndim >= 2 else 0
     if classes != model.num_classes:
         model.reset_classifier(classes)
 

@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 
 from brainfm.errors import WeightsError, WeightsNotFoundError
+from brainfm.files import file_git_blob, file_sha256, one_line
 from brainfm.pretrained import PretrainedCfg
-from brainfm.weights.checkpoint import read_checkpoint
-from brainfm.weights.files import file_sha256, one_line, save_state
 from brainfm.weights.url import download
 
 logger = logging.getLogger("brainfm")
@@ -45,7 +44,7 @@ def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = 
         path = Path(cfg.file)
         if not path.is_file():
             raise WeightsNotFoundError(f"{cfg.name}: its weight file {path} is not there")
-        check_hash(path, cfg)
+        check_digest(path, cfg)
         return path
     if cfg.hub_id:
         return _from_hub(cfg, cache_dir)
@@ -74,13 +73,14 @@ def cached_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None 
     return next((path for path in (converted, downloaded) if path.is_file()), None) if cfg.url else None
 
 
-def check_hash(path: Path, cfg: PretrainedCfg) -> None:
-    """Raises WeightsError where the file's sha256 is not the cfg's; a cfg without one has nothing to check."""
-    if cfg.sha256 is not None and (digest := file_sha256(path)) != cfg.sha256.lower():
-        raise WeightsError(
-            f"{path}: sha256 is {digest}, and {cfg.name} expects {cfg.sha256}; the file is damaged or "
-            'not the published one. If you trust it, pass pretrained_cfg_overlay={"sha256": None}'
-        )
+def check_digest(path: Path, cfg: PretrainedCfg) -> None:
+    """Raises WeightsError where the file's digest is not the cfg's; a cfg without one has nothing to check."""
+    for kind, expected, digest_of in (("sha256", cfg.sha256, file_sha256), ("git_blob", cfg.git_blob, file_git_blob)):
+        if expected is not None and (digest := digest_of(path)) != expected.lower():
+            raise WeightsError(
+                f"{path}: {kind} is {digest}, and {cfg.name} expects {expected}; the file is damaged or "
+                f'not the published one. If you trust it, pass pretrained_cfg_overlay={{"{kind}": None}}'
+            )
 
 
 # --- The Hub --------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def _from_hub(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
     if cfg.sha256 and not path.is_symlink() and file_sha256(path) != cfg.sha256.lower():
         path.unlink()  # a cache without links does not say what was announced: once more, then it is the Hub's
         path = hub_file(str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
-    check_hash(path, cfg)
+    check_digest(path, cfg)
     return path
 
 
@@ -233,13 +233,13 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
         for leftover in converted.parent.glob(f".{converted.stem}-*"):  # of a process that was killed
             leftover.unlink()
         if by_hand.is_file():
-            check_hash(by_hand, cfg)
+            check_digest(by_hand, cfg)
             _convert(by_hand, converted, cfg)
             return converted
         partial = by_hand.with_name(by_hand.name + ".part")
         download(str(cfg.url), partial, by_hand)
         try:
-            check_hash(partial, cfg)
+            check_digest(partial, cfg)
             _convert(partial, converted, cfg)
         finally:  # neither a wrong file nor a gigabyte of optimiser state is worth keeping
             partial.unlink(missing_ok=True)
@@ -267,8 +267,10 @@ def _cache_paths(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -
 
 def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
     """Write the network's tensors as safetensors, whole: the encoder is taken out of them at each load."""
-    checkpoint = read_checkpoint(source)
-    provenance = {"source": cfg.url, "source_sha256": cfg.sha256, "left_out": checkpoint.dropped}
+    from brainfm.weights.checkpoint import read_checkpoint, save_state
+
+    checkpoint = read_checkpoint(source, cfg.keys.take)
+    provenance = {"source": cfg.url, "source_sha256": cfg.sha256 or file_sha256(source), "left_out": checkpoint.dropped}
     save_state(checkpoint.state, target, provenance)
     logger.info("%s: converted to %s, left out %s", source.name, target, ", ".join(checkpoint.dropped) or "nothing")
 

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 from brainfm.errors import WeightsNotFoundError
-from brainfm.weights.files import one_line
+from brainfm.files import one_line
 
 logger = logging.getLogger("brainfm")
 

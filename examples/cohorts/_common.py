@@ -17,8 +17,8 @@ from pathlib import Path
 import brainfm
 from brainfm.downstream.split import SPLITS, check_split
 from brainfm.errors import BrainfmError
+from brainfm.files import atomic_path
 from brainfm.manifest import ScanRecord, list_scans
-from brainfm.weights import atomic_path
 
 Labels = dict[str, float]
 People = dict[Hashable, Labels | str]  # a row of the table: its labels, or why it cannot be used

@@ -12,9 +12,10 @@ import torch
 
 import brainfm
 from brainfm import BrainfmError, WeightsError
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.files import file_sha256
 from brainfm.hub import Check, fingerprint, save_for_hub, verify
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
-from brainfm.weights import file_sha256, read_checkpoint, save_state
+from brainfm.weights import read_checkpoint, save_state
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from torch import nn
 import brainfm
 from brainfm import BrainfmError, Cohort, ModelNameError, PretrainedCfg, Score, WeightsError, WeightsNotFoundError
 from brainfm import registry as models
-from brainfm.factory import CONFIG_FORMAT
+from brainfm.assets import ASSETS
+from brainfm.contract import CropForeground, Resize, ZScore
 from brainfm.hub import convert, fetch, save_for_hub
 from brainfm.models import ResNet
-from brainfm.models.contracts import ASSETS
-from brainfm.operations import CropForeground, Resize, ZScore
+from brainfm.names import CONFIG_FORMAT
 from brainfm.train.simclr import SimCLR
 from brainfm.weights import read_checkpoint, save_state
 

@@ -9,9 +9,9 @@ from torch import nn
 
 import brainfm
 from brainfm.inference import streaming
-from brainfm.inference.convolution import Direct
-from brainfm.inference.streaming import StreamedResNet
 from brainfm.models.resnet import ResNet
+from brainfm.models.resnet.streamed import StreamedResNet
+from brainfm.models.resnet.winograd import Direct
 
 
 def scrambled(model: nn.Module) -> nn.Module:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm import create_model
-from brainfm.models.resnet import ResNet
-from brainfm.models.slabs import pooled_stem, residual_block
+from brainfm.models.resnet import ResNet, checkpointed
+from brainfm.models.resnet.checkpointed import pooled_stem, residual_block
 
 
 def stem(channels: int = 1, width: int = 6, dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -101,8 +101,8 @@ class AsModule(nn.Module):
 
 @pytest.fixture(params=[1, 2], ids=["slabs of one plane", "of two"])
 def small_slabs(request, monkeypatch):
-    monkeypatch.setattr("brainfm.models.slabs._SLAB_BYTES", 1)
-    monkeypatch.setattr("brainfm.models.slabs._SLAB_PLANES", request.param)
+    monkeypatch.setattr("brainfm.models.resnet.checkpointed._SLAB_BYTES", 1)
+    monkeypatch.setattr("brainfm.models.resnet.checkpointed._SLAB_PLANES", request.param)
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
@@ -127,11 +127,10 @@ def test_residual_block_is_that_of_the_modules(kind, place, training, layout, sm
 
 @pytest.mark.parametrize("frozen", ["conv1", "conv2", "downsample.0"])
 def test_frozen_convolution_is_spared_its_gradient(frozen, monkeypatch):
-    from brainfm.models import slabs
 
     block, computed = create_model("test_resnet_3d").double().train().layer2[0], []
-    gradient = slabs._weight_gradient
-    monkeypatch.setattr(slabs, "_weight_gradient", lambda *given: computed.append(given[1]) or gradient(*given))
+    gradient = checkpointed._weight_gradient
+    monkeypatch.setattr(checkpointed, "_weight_gradient", lambda *given: computed.append(given[1]) or gradient(*given))
     block.get_submodule(frozen).requires_grad_(False)
     x = volume(1, 16, 5, 6, 7).requires_grad_()
     others = [x, *(parameter for parameter in block.parameters() if parameter.requires_grad)]

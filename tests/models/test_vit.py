@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import brainfm
+from brainfm.assets import ASSETS
 from brainfm.models import VisionTransformer
-from brainfm.models.contracts import ASSETS
 from brainfm.models.vit import Attention, Block, interpolate_positions, sincos_positions
 
 PATCH = (2, 3, 4)

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.prep.image import like, sitk, template, to_array
 from brainfm.prep.quality import Prepared
 

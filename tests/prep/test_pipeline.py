@@ -22,9 +22,10 @@ from click.testing import CliRunner
 from test_source import NAME, write_series
 
 import brainfm
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.cli import main
 from brainfm.errors import BrainfmError, ScanError
-from brainfm.models.contracts import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.files import file_sha256
 from brainfm.prep import bias, deepbet, pipeline, registration, steps
 from brainfm.prep.batch import prepare_all
 from brainfm.prep.image import like, sitk, template, to_array, to_itk
@@ -32,7 +33,6 @@ from brainfm.prep.normalize import white_peak, white_stripe
 from brainfm.prep.pipeline import Settings, is_done, prepare, read_record
 from brainfm.prep.programs import synthseg, synthstrip
 from brainfm.prep.source import Source
-from brainfm.weights.files import file_sha256
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import torch
 from nibabel import orientations
 
 import brainfm
-from brainfm.operations import ZScore
+from brainfm.contract import ZScore
 
 ALL_AXES = ["".join(codes) for axes in permutations(("LR", "PA", "IS")) for codes in product(*axes)]
 SOME_AXES = ["LAS", "PIR", "SLA", "IRP"]

@@ -9,7 +9,7 @@ from nibabel.affines import from_matvec
 from scipy import ndimage
 
 from brainfm import Grid, ScanError, load_scan
-from brainfm.operations import Transpose
+from brainfm.contract import Transpose
 
 CENTRE = np.array([0.0, -18.0, 8.0])  # of the template's brain, mm
 SPACING = 2.0

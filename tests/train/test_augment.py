@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.transforms import AdjustContrast, Resize, Rotate
 
-from brainfm.operations import Volume, ZScore
+from brainfm.contract import Volume, ZScore
 from brainfm.train.augment import (
     Augmentation,
     View,

@@ -15,8 +15,8 @@ import torch
 
 import brainfm
 from brainfm import BrainfmError, RecipeError
+from brainfm.contract import Resize
 from brainfm.hub import convert
-from brainfm.operations import Resize
 from brainfm.train.data import Batch
 from brainfm.train.pretraining import pretrain
 from brainfm.train.recipe import load_recipe, recipe_from_dict, with_fields

@@ -17,7 +17,7 @@ from torch import nn
 
 import brainfm
 from brainfm import InputSpec, ModelNameError, PretrainedCfg, ScanError
-from brainfm.operations import Transpose
+from brainfm.contract import Transpose
 from brainfm.scan.read import read_image
 from brainfm.transforms import InputTransform, InputTransformd, create_transform
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from weight_files import same
 
-from brainfm.weights import atomic_path, read_checkpoint, save_state
+from brainfm.files import atomic_path
+from brainfm.weights import read_checkpoint, save_state
 
 
 @pytest.mark.parametrize("before", [None, "old"])

@@ -17,17 +17,17 @@ class _ManyValues(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         repeated = {name for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
-        spread: list[str] = []
+        flat: list[str] = []
         current: str | None = None
         for arg in args:
             if arg.startswith("-"):
                 current = arg if arg in repeated else None
-                spread.append(arg)
-            elif current is not None and spread[-1] != current:
-                spread += [current, arg]
+                flat.append(arg)
+            elif current is not None and flat[-1] != current:
+                flat += [current, arg]
             else:
-                spread.append(arg)
-        return super().parse_args(ctx, spread)
+                flat.append(arg)
+        return super().parse_args(ctx, flat)
 
 
 def _common(command: Any) -> Any:
@@ -49,7 +49,7 @@ def _common(command: Any) -> Any:
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
 @click.option("--modes", multiple=True, default=("probe", "finetune", "scratch"), show_default=True)
 @click.option("--fractions", multiple=True, type=float, help="Shares of the training patients, such as 0.2 0.4 0.6.")
-@click.option("--robustness", "spoilt", is_flag=True, help="Also probe test scans that are spoilt more and more.")
+@click.option("--robustness", "corrupted", is_flag=True, help="Also probe test scans that are corrupted more and more.")
 @click.option("--manifest", "manifests", multiple=True, metavar="[TASK=]CSV", help="A task's, or that of all.")
 @_common
 def benchmark_command(
@@ -58,7 +58,7 @@ def benchmark_command(
     modes: tuple[str, ...],
     fractions: tuple[float, ...],
     manifests: tuple[str, ...],
-    spoilt: bool,
+    corrupted: bool,
     **options: Any,
 ) -> None:
     """Evaluate models on TASKS: names that ship with brainfm (age_ixi), or YAML files; and write tables and a page.
@@ -79,7 +79,7 @@ def benchmark_command(
         read_task(task, given.get(task.name) or next(iter(for_all), None) or _beside(name, task))
         for name, task in zip(tasks, loaded, strict=True)
     ]
-    _run(data, models, modes, fractions=fractions, spoilt=spoilt, **options)
+    _run(data, models, modes, fractions=fractions, corrupted=corrupted, **options)
 
 
 def _beside(name: str, task: Any) -> Path | None:
@@ -130,13 +130,13 @@ def _run(
     no_controls: bool,
     refuse_overlap: bool,
     fractions: tuple[float, ...] = (),
-    spoilt: bool = False,
+    corrupted: bool = False,
 ) -> None:
     from brainfm.downstream.benchmark import Plan, benchmark, read_settings
     from brainfm.errors import BrainfmError
     from brainfm.train.trainer import INTERRUPTED, RunInterruptedError
 
-    if spoilt and "probe" not in modes:
+    if corrupted and "probe" not in modes:
         raise BrainfmError("--robustness is of the linear probe; add probe to --modes, or leave it out")
     plan = Plan(
         models=models,
@@ -152,10 +152,10 @@ def _run(
     except RunInterruptedError as stopped:
         click.echo(str(stopped), err=True)
         sys.exit(INTERRUPTED)
-    if spoilt:
+    if corrupted:
         from brainfm.downstream.report import write_report
         from brainfm.downstream.robustness import robustness
-        from brainfm.factory import resolve
+        from brainfm.names import resolve
 
         able = [model for model in models if resolve(model).cfg.has_weights]
         robustness(data, able, output, device=str(plan.settings.get("device", "auto")), progress=True)

@@ -24,41 +24,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.inference.convolution import TILE, fastest, geometry, outputs
-from brainfm.inference.empty import Background, Live
-from brainfm.models.resnet import ResNet
-from brainfm.models.slabs import planes_under
+from brainfm.models.resnet.checkpointed import planes_under
+from brainfm.models.resnet.empty import Background, Live
+from brainfm.models.resnet.winograd import TILE, fastest, geometry, outputs
 
 _SLAB_BYTES = 400_000_000  # of what a layer makes at a time on other devices
 
 
-class StreamedResNet(ResNet):
-    """A ResNet whose BatchNorms are folded into its convolutions, with a forward for inference. Made by `optimize`.
+def streamed_features(model: Any, x: Tensor) -> Tensor:
+    """`forward_features` of a ResNet whose BatchNorms are folded into its convolutions."""
+    if x.device.type == "cpu":  # one by one: caches hold more of it, and each has a box of its own
+        return torch.cat([_streamed(model, volume) for volume in x.split(1)])  # type: ignore[no-untyped-call]
+    return _streamed(model, x)
 
-    Hooks on modules inside the stem and the first three stages are not called. Where a gradient is asked for, or the
-    network is traced, the forward is the plain one.
-    """
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """As `Encoder.forward_features`."""
-        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if traced or (torch.is_grad_enabled() and x.requires_grad):
-            return super().forward_features(x)
-        self._check_input(x)
-        if x.device.type == "cpu":  # one by one: caches hold more of it, and each has a box of its own
-            return torch.cat([self._streamed(volume) for volume in x.split(1)])  # type: ignore[no-untyped-call]
-        return self._streamed(x)
-
-    def _streamed(self, x: Tensor) -> Tensor:
-        stages = [list(self.get_submodule(name).children()) for name in ("layer1", "layer2", "layer3")]
-        stream = _stem(x, self.conv1, self.maxpool, border=_reach(stages[0]))
-        for number, blocks in enumerate(stages):
-            for block in blocks:
-                stream = _block(block, stream)
-            if number == 0:
-                stream = replace(stream, live=None, empty=None)  # by now the brain has reached nearly everything
-        x = torch.cat([slab[:, :, 1:-1, 1:-1] for slab in stream.slabs], dim=1)
-        return self._stage("layer4", x.permute(0, 4, 1, 2, 3))
+def _streamed(model: Any, x: Tensor) -> Tensor:
+    stages = [list(model.get_submodule(name).children()) for name in ("layer1", "layer2", "layer3")]
+    stream = _stem(x, model.conv1, model.maxpool, border=_reach(stages[0]))
+    for number, blocks in enumerate(stages):
+        for block in blocks:
+            stream = _block(block, stream)
+        if number == 0:
+            stream = replace(stream, live=None, empty=None)  # by now the brain has reached nearly everything
+    x = torch.cat([slab[:, :, 1:-1, 1:-1] for slab in stream.slabs], dim=1).permute(0, 4, 1, 2, 3)
+    for block in model.layer4.children():
+        x = block(x)
+    return x
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,72 @@
+"""`brainfm …`: thin, no logic of its own. Errors are one line and a non-zero exit; --debug gives the traceback.
+
+A module here is a group of commands. Each imports what it needs when it runs, so that help and lists wait for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from brainfm.cli.evaluation import benchmark_command, finetune_command, probe_command
+from brainfm.cli.models import (
+    convert_command,
+    export_command,
+    fetch_command,
+    info_command,
+    list_command,
+    push_command,
+    verify_command,
+)
+from brainfm.cli.preparation import prep_command, qc_command
+from brainfm.cli.scans import demo_command, embed_command, phantom_command
+from brainfm.cli.training import cache_group, pretrain_command
+
+EPILOG = "Documentation: README.md. Every refusal says what to do next."
+
+
+class _Commands(click.Group):
+    """A group whose commands end, on an error of brainfm, with one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from brainfm.errors import BrainfmError
+
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # 'brainfm list | head': click ends in silence
+        except (BrainfmError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="brainfm")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error, and what happens behind the scenes.")
+def main(debug: bool) -> None:
+    """Pretrained encoders for 3D brain MRI, each with the exact input its weights expect."""
+    import logging
+    import os
+
+    logger = logging.getLogger("brainfm")
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+    logging.getLogger("brainfm.scan").setLevel(logging.DEBUG if debug else logging.WARNING)  # else a line a scan
+    if not debug:  # each retry of a download is no news; what fails in the end is said once
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
+for _command in (
+    *(list_command, info_command, demo_command, embed_command),
+    *(fetch_command, convert_command, verify_command, push_command, export_command),
+    *(phantom_command, cache_group, prep_command, qc_command),
+    *(pretrain_command, probe_command, finetune_command, benchmark_command),
+):
+    main.add_command(_command)

@@ -1,0 +1,205 @@
+"""What is known of models, and their folders: list, info, fetch, convert, push, verify, export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("list")
+@click.argument("pattern", default="")
+@click.option("--pretrained", is_flag=True, help="Only models whose weights exist, by their full names.")
+def list_command(pattern: str, pretrained: bool) -> None:
+    """List the models, or those that match PATTERN, such as '*vit*'."""
+    import brainfm
+
+    names = brainfm.list_models(pattern, pretrained=pretrained)
+    if not names:
+        raise brainfm.ModelNameError(f"no model matches {pattern!r}; 'brainfm list' names them all")
+    for name in names:
+        cfg = brainfm.get_pretrained_cfg(name)
+        click.echo(f"{name:34} {cfg.num_features:5}-d  {cfg.source or 'no published weights'}")
+
+
+@click.command("info")
+@click.argument("model")
+@click.argument("datasets", nargs=-1)
+@click.option("--overlap", is_flag=True, help="Say which of DATASETS were in the pretraining data.")
+def info_command(model: str, datasets: tuple[str, ...], overlap: bool) -> None:
+    """Say what MODEL is: weights, input contract, cohorts, licence, citation.
+
+    With --overlap, say which of DATASETS were in its pretraining data: brainfm info MODEL --overlap IXI ADNI my_study
+    """
+    from brainfm.contract import describe
+    from brainfm.names import hub_mirror, parse_name, resolve
+    from brainfm.weights import cached_weights
+
+    if overlap != bool(datasets):
+        raise click.UsageError("data sets are named behind --overlap: brainfm info MODEL --overlap IXI ADNI")
+    cfg = resolve(model).cfg
+    if overlap:
+        _say_overlap(cfg, datasets)
+        return
+    source = cfg.source
+    if (mirror := hub_mirror()) and parse_name(model)[0] == "" and not cfg.file:
+        source = f"hf-hub:{mirror}/{cfg.name} (by BRAINFM_HUB_ORG)"
+    here = cached_weights(cfg) if cfg.has_weights else None
+    facts = {
+        "model": cfg.name,
+        "embedding": f"{cfg.num_features}-d",
+        "weights": (source or "none published") + (f" (here: {here})" if here else ""),
+        "sha256": cfg.sha256,
+        "pretraining": cfg.ssl_method,
+        "licence": cfg.licence,
+        "paper": cfg.paper,
+        "code": cfg.repository,
+        "notes": cfg.notes,
+    }
+    for name, value in facts.items():
+        if value:
+            click.echo(f"{name:12} {value}")
+    if cfg.input_spec:
+        click.echo("\nInput contract\n" + _indented(describe(cfg.input_spec)))
+    if cfg.cohorts:
+        patients, scans = sum(c.patients for c in cfg.cohorts), sum(c.scans for c in cfg.cohorts)
+        click.echo(
+            f"\nPretrained on {patients:,} patients, {scans:,} scans; testing on these is testing on training data"
+        )
+        for cohort in cfg.cohorts:
+            click.echo(f"  {cohort.name:10} {cohort.patients:6,} {cohort.scans:7,}  {', '.join(cohort.conditions)}")
+    if cfg.scores:
+        click.echo("\nPublished scores")
+        for score in cfg.scores:
+            spread = f" ± {score.sd:g}" if score.sd is not None else ""
+            click.echo(f"  {score.task:32} {score.mode:14} {score.value:g}{spread} {score.metric}")
+    if cfg.citation:
+        click.echo("\nCitation\n" + _indented(cfg.citation))
+
+
+def _say_overlap(cfg: Any, datasets: tuple[str, ...]) -> None:
+    import brainfm
+
+    for dataset in datasets:
+        found = brainfm.pretraining_overlap(cfg, dataset)
+        for overlap in found:
+            click.echo(overlap)
+        if not found:
+            unknown = "not among the pretraining cohorts by any name known here"
+            click.echo(f"{dataset}: {unknown if cfg.cohorts else f'{cfg.name} records no pretraining cohorts'}")
+
+
+@click.command("fetch")
+@click.argument("model")
+@click.option("--to", metavar="DIR", help="A folder for a machine without a network: 'local-dir:DIR' loads it there.")
+@click.option("--cache-dir", help="Where to keep the weights instead of the usual cache.")
+def fetch_command(model: str, to: str | None, cache_dir: str | None) -> None:
+    """Bring the weights of MODEL to this machine ahead of time; afterwards no network is needed."""
+    from brainfm import hub
+
+    path = hub.fetch(model, to, cache_dir)
+    click.echo(f"{model} → {path}" + (f" (load it as local-dir:{path})" if to else ""))
+
+
+@click.command("convert")
+@click.argument("source")
+@click.argument("folder", metavar="DIR")
+@click.option("--model", required=True, help="The registered model that SOURCE holds the weights of.")
+@click.option(
+    "--cfg", "cfg_file", type=click.File(), help="JSON with fields of the cfg to set: licence, cohorts, notes…"
+)
+def convert_command(source: str, folder: str, model: str, cfg_file: Any) -> None:
+    """Turn SOURCE, a checkpoint of any kind, into a model's folder, ready for local-dir: and 'brainfm push'.
+
+    SOURCE is the authors' file, a SimCLR or MAE checkpoint, a state dict, or a folder with one of them. With
+    --model NAME.TAG it must be the published file, by its hash.
+    """
+    import json
+
+    import brainfm
+    from brainfm import hub
+    from brainfm.names import resolve
+
+    try:
+        overlay = json.load(cfg_file) if cfg_file else {}
+        path = hub.convert(source, folder, model, pretrained_cfg_overlay=overlay)
+    except (ValueError, TypeError) as error:
+        if not cfg_file or isinstance(error, brainfm.BrainfmError):
+            raise
+        raise brainfm.BrainfmError(f"{cfg_file.name}: {error}") from error
+    cfg = resolve(f"local-dir:{path}").cfg
+    click.echo(f"{path}: {cfg.name}, {cfg.num_features} numbers; sha256 {cfg.sha256}")
+    click.echo(cfg.notes)
+    unstated = [field for field in ("cohorts", "licence") if not getattr(cfg, field)]
+    if unstated:
+        click.echo(f"Not stated on its card: {', '.join(unstated)}; say what you know of the weights with --cfg.")
+
+
+@click.command("push")
+@click.argument("folder", metavar="DIR")
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", help="The branch to commit to, made where there is none.")
+def push_command(folder: str, repository: str, private: bool, revision: str | None) -> None:
+    """Upload DIR, a model's folder, to the Hugging Face Hub as ORG/NAME. HF_TOKEN must have the right to write."""
+    import brainfm
+    from brainfm.names import resolve
+
+    name = brainfm.push_to_hub(folder, repository, private=private, revision=revision)
+    pinned = resolve(f"local-dir:{folder}").cfg.sha256
+    click.echo(f"{name}\nsha256 {pinned}: with the commit above, what a cfg must pin")
+
+
+@click.command("verify")
+@click.argument("model")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default=["float32", "bfloat16"],
+    show_default=True,
+    help="What 'brainfm.optimize' computes in; repeat it.",
+)
+@click.option("--device", default="cpu", show_default=True)
+def verify_command(model: str, dtypes: tuple[Any, ...], device: str) -> None:
+    """Check that this machine gives the published features: embed the packaged scan, compare with the fingerprint.
+
+    The exit code is 1 where an error is beyond what rounding explains.
+    """
+    import brainfm
+
+    checks = brainfm.verify(model, dtypes, device)
+    for check in checks:
+        verdict = "ok" if check.ok else "OFF"
+        click.echo(f"{check.computation:22} relative error {check.error:.1e}   {verdict} (at most {check.tolerance:g})")
+    if not all(check.ok for check in checks):
+        click.echo(f"these are not the features of {model}; the input, the weights or the arithmetic differ", err=True)
+        sys.exit(1)
+
+
+@click.command("export")
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file: .onnx, or .pt2.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["onnx", "torch-export"]),
+    help="ONNX, or a program of torch.export; without it, what the ending of OUTPUT says.",
+)
+@click.option("--checkpoint", help="A weight file to use instead of the published weights.")
+def export_command(model: str, output: Path, kind: Any, checkpoint: str | None) -> None:
+    """Write MODEL as a file that runs without brainfm, for a batch of any size, and check it against the model."""
+    import brainfm
+    from brainfm.export import export
+
+    encoder = brainfm.create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
+    report = export(encoder, output, kind or ("torch-export" if output.suffix == ".pt2" else "onnx"))
+    click.echo(f"{model} → {report.path}, checked: relative error {report.error:.1e} on the packaged scan")
+    click.echo("It takes tensors prepared as the input contract says, which is in it: brainfm_input_spec")
+
+
+def _indented(text: str) -> str:
+    return "  " + text.replace("\n", "\n  ")

@@ -1,0 +1,132 @@
+"""Scans → tables: demo, embed, phantom."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("demo")
+@click.option("--model", help="The model; by default the published one if its weights are here, else the test model.")
+@click.option("-o", "--output", default="brainfm_demo", show_default=True, help="Folder for the two files it writes.")
+def demo_command(model: str | None, output: str) -> None:
+    """Embed the packaged sample scan, and draw the tensor that the encoder saw."""
+    from brainfm import demo as job
+    from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
+
+    name = model or job.default_model()
+    click.echo(f"scan       {SAMPLE_SCAN}\nmask       {SAMPLE_MASK}\n           (MNI152 2009a: 152 brains averaged)")
+    result = job.run(name, output)
+    click.echo(f"model      {result.model_name}: {result.notes}")
+    click.echo(
+        f"tensor     {list(result.input_shape)}, prepared as the model's input contract says (brainfm info {name})"
+    )
+    first = ", ".join(f"{value:.4f}" for value in result.vector[:4])
+    click.echo(f"embedding  {len(result.vector)} numbers: {first}, …")
+    click.echo(
+        f"written    {result.embedding_file}\n           {result.picture_file} (the three middle planes of the tensor)"
+    )
+    if name == job.TEST_MODEL:
+        click.echo(
+            "\nThis was a tiny test model, not a brain encoder: it shows that everything is in place.\n"
+            f"The real one, fetched on first use: brainfm demo --model {job.REAL_MODEL}"
+        )
+
+
+@click.command("embed")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("-o", "--output", required=True, help="The table: .csv, .parquet or .npz.")
+@click.option("--model", default="simclr_resnet18_3d", show_default=True, help="Name of the model.")
+@click.option("--mask", help="Brain mask, where INPUT is one scan.")
+@click.option("--checkpoint", help="A weight file to use instead of the published weights.")
+@click.option("--batch-size", type=click.IntRange(1), help="Scans a forward pass; without it, by the GPU's memory.")
+@click.option("--device", default="auto", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+)
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
+@click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
+@click.option("--strict-qc", is_flag=True, help="Refuse scans that 'brainfm prep' judged to have failed.")
+def embed_command(
+    inputs: tuple[str, ...],
+    output: str,
+    model: str,
+    mask: str | None,
+    checkpoint: str | None,
+    batch_size: int | None,
+    device: str,
+    dtype: Any,
+    workers: int,
+    strict: bool,
+    strict_qc: bool,
+) -> None:
+    """Embed scans into a table, a row a scan.
+
+    INPUT is a scan (.nii, .nii.gz, .mgz), a manifest (.csv with image_path, and mask_path), a TurboPrep folder, or a
+    BIDS-derivatives folder. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1.
+    """
+    import brainfm
+    from brainfm.manifest import ScanRecord, list_scans
+    from brainfm.table import check_output, errors_path
+
+    path = Path(output)
+    check_output(path)
+    if mask is not None:
+        if len(inputs) != 1:
+            raise brainfm.ScanError("--mask goes with one scan; list several with their masks in a manifest")
+        records = [ScanRecord(inputs[0], mask)]
+    else:
+        records = [record for item in inputs for record in list_scans(item)]
+    encoder = brainfm.create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
+    table = brainfm.embed(
+        records,
+        encoder,
+        batch_size=batch_size or "auto",
+        device=device,
+        dtype=dtype,
+        num_workers=workers,
+        output=path,
+        on_error="raise" if strict else "skip",
+        strict_qc=strict_qc,
+        progress=sys.stderr.isatty() or len(records) > 1,
+    )
+    for _, message in table.errors[:10]:
+        click.echo(f"ScanError: {message}", err=True)
+    if len(table):
+        click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each)")
+    if table.errors:
+        if len(records) > 1:
+            click.echo(f"{len(table.errors)} of {len(records)} scans failed; see {errors_path(path)}", err=True)
+        sys.exit(1)
+
+
+@click.command("phantom")
+@click.option("--n", "patients", type=click.IntRange(1), required=True, help="Patients.")
+@click.option("--out", "folder", required=True, metavar="DIR")
+@click.option("--spacing", type=click.FloatRange(1, 8), default=1.0, show_default=True, help="Millimetres a voxel.")
+@click.option("--scans-per-patient", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Threads.")
+def phantom_command(
+    patients: int, folder: str, spacing: float, scans_per_patient: int, seed: int, workers: int
+) -> None:
+    """Write a cohort of phantoms: synthetic T1 scans with known labels, for tests and benchmarks. Never real data.
+
+    DIR gets a folder a scan (normalized.nii.gz, mask.nii.gz) and manifest.csv with age, sex, disease and severity. At
+    4 mm they fit the test models as they are.
+    """
+    from brainfm.phantom import make_cohort
+
+    manifest = make_cohort(
+        patients,
+        folder,
+        spacing=spacing,
+        scans_per_patient=scans_per_patient,
+        seed=seed,
+        workers=workers,
+        progress=True,
+    )
+    click.echo(f"{manifest}: {patients * scans_per_patient} scans of {patients} phantoms, not of people")

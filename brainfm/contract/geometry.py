@@ -1,0 +1,274 @@
+"""Operations that move voxels: turned, cropped, padded, resized, resampled.
+
+What only picks, flips or reorders voxels works on views of the stored array, so that a crop costs nothing until the
+first arithmetic needs the numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.contract.operation import Operation, register_operation, times
+from brainfm.contract.volume import REGIONS, Region, Triple, Volume, axes_towards, permute, pick
+from brainfm.errors import MissingExtraError, ScanError
+
+# --- Geometry on views: voxels are picked, flipped or reordered, never changed --------------------
+
+
+@register_operation
+@dataclass(frozen=True)
+class Reorient(Operation):
+    """Flip and permute the axes so that they point along `axcodes`, such as "RAS" or "LAS"."""
+
+    axcodes: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        axes_towards(np.eye(4), self.axcodes)
+
+    def __call__(self, volume: Volume) -> Volume:
+        axes, flips = axes_towards(volume.affine, self.axcodes)
+        return pick(permute(volume, axes), tuple(slice(None, None, -1 if flip else 1) for flip in flips))
+
+    def __str__(self) -> str:
+        return f"turn the axes to {self.axcodes}"
+
+
+@register_operation
+@dataclass(frozen=True)
+class Transpose(Operation):
+    """Put the spatial axes in the order `axes`: (2, 1, 0) turns (x, y, z) into (z, y, x)."""
+
+    axes: Triple
+
+    def __call__(self, volume: Volume) -> Volume:
+        return permute(volume, self.axes)
+
+    def __str__(self) -> str:
+        return f"put the axes in the order {self.axes}"
+
+
+@register_operation
+@dataclass(frozen=True)
+class CropBox(Operation):
+    """Keep the voxels `start` up to, not including, `stop` along each axis. A box that sticks out is a ScanError."""
+
+    start: Triple
+    stop: Triple
+
+    def __call__(self, volume: Volume) -> Volume:
+        if not all(0 <= a < b <= n for a, b, n in zip(self.start, self.stop, volume.shape, strict=True)):
+            raise ScanError(f"{self} does not fit in a volume of {volume.shape} voxels")
+        return pick(volume, tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True)))
+
+    def __str__(self) -> str:
+        return "crop the fixed box [" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
+
+
+@register_operation
+@dataclass(frozen=True)
+class CropCenter(Operation):
+    """Keep at most `shape` voxels around the centre; an axis that is already shorter stays as it is."""
+
+    shape: Triple
+
+    def __call__(self, volume: Volume) -> Volume:
+        sizes = [min(want, have) for want, have in zip(self.shape, volume.shape, strict=True)]
+        starts = [(have - size) // 2 for have, size in zip(volume.shape, sizes, strict=True)]
+        return pick(volume, tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True)))
+
+    def __str__(self) -> str:
+        return f"crop the centre to at most {times(self.shape)} voxels"
+
+
+@register_operation
+@dataclass(frozen=True)
+class CropForeground(Operation):
+    """Crop to the smallest box that holds every voxel of `region`, in any channel."""
+
+    region: Region = "nonzero"
+
+    def __call__(self, volume: Volume) -> Volume:
+        found: NDArray[np.bool_] = np.asarray(volume.region(self.region).any(axis=0))
+        box = []
+        for axis in range(3):
+            hits = np.flatnonzero(np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1).any(axis=1))
+            box.append(slice(int(hits[0]), int(hits[-1]) + 1))
+        return pick(volume, tuple(box))
+
+    def __str__(self) -> str:
+        return f"crop to the bounding box of the {REGIONS[self.region]}"
+
+
+@register_operation
+@dataclass(frozen=True)
+class CropToMultiple(Operation):
+    """Crop the centre so that each size is the largest multiple of `divisors` that fits."""
+
+    divisors: Triple
+
+    def __call__(self, volume: Volume) -> Volume:
+        shape = [have // divisor * divisor for have, divisor in zip(volume.shape, self.divisors, strict=True)]
+        if 0 in shape:
+            raise ScanError(f"a volume of {volume.shape} voxels is smaller than one multiple of {self.divisors}")
+        return CropCenter((shape[0], shape[1], shape[2]))(volume)
+
+    def __str__(self) -> str:
+        return f"crop the centre to multiples of {self.divisors} voxels"
+
+
+@register_operation
+@dataclass(frozen=True)
+class Pad(Operation):
+    """Pad the centre out to at least `shape`, with a number or with each channel's minimum; the odd voxel goes last."""
+
+    shape: Triple
+    value: float | Literal["minimum"] = 0.0
+
+    def __call__(self, volume: Volume) -> Volume:
+        extra = [max(0, want - have) for want, have in zip(self.shape, volume.shape, strict=True)]
+        if not any(extra):
+            return volume
+        before = [n // 2 for n in extra]
+        image = volume.image
+        size = tuple(have + n for have, n in zip(volume.shape, extra, strict=True))
+        inner = tuple(slice(a, a + have) for a, have in zip(before, volume.shape, strict=True))
+        fill = image.min(axis=(1, 2, 3), keepdims=True) if self.value == "minimum" else np.float32(self.value)
+        padded = np.empty((len(image), *size), dtype=np.float32)
+        padded[...] = fill
+        padded[(slice(None), *inner)] = image
+        mask = None
+        if volume.mask is not None:
+            mask = np.zeros(size, dtype=np.bool_)
+            mask[inner] = volume.mask
+        affine = volume.affine.copy()
+        affine[:3, 3] -= affine[:3, :3] @ before
+        return replace(volume, stored=padded, mask=mask, affine=affine, slope=1.0, inter=0.0)
+
+    def __str__(self) -> str:
+        return f"pad the centre to at least {times(self.shape)} voxels with {self.value}"
+
+
+# --- Geometry that interpolates -------------------------------------------------------------------
+
+
+@register_operation
+@dataclass(frozen=True)
+class Resize(Operation):
+    """Resize the whole array to `shape`, whatever that does to the spacing; the mask follows by nearest neighbour.
+
+    The modes are those of `torch.nn.functional.interpolate`, which keep the edges of the volume in place; "nearest" is
+    its "nearest-exact". "nearest_corners" keeps the centres of the first and last voxels in place instead, as
+    `scipy.ndimage.zoom(order=0)` does.
+    """
+
+    shape: Triple
+    mode: Literal["nearest", "nearest_corners", "trilinear", "area"] = "trilinear"
+
+    def __call__(self, volume: Volume) -> Volume:
+        if self.mode == "nearest_corners":
+            return self._corners(volume)
+        mode = "nearest-exact" if self.mode == "nearest" else self.mode
+        return _regridded(volume, _interpolated(volume.image, self.shape, mode))
+
+    def _corners(self, volume: Volume) -> Volume:
+        steps = [(have - 1) / max(want - 1, 1) for have, want in zip(volume.shape, self.shape, strict=True)]
+        picked = np.ix_(*(np.floor(s * np.arange(n) + 0.5).astype(int) for s, n in zip(steps, self.shape, strict=True)))
+        affine = volume.affine.copy()
+        affine[:3, :3] *= steps
+        mask = None if volume.mask is None else volume.mask[picked]
+        return replace(volume, stored=volume.stored[(slice(None), *picked)], mask=mask, affine=affine)
+
+    def __str__(self) -> str:
+        return f"resize to {times(self.shape)} voxels ({self.mode})"
+
+
+@register_operation
+@dataclass(frozen=True)
+class Resample(Operation):
+    """Resample to `spacing` mm a voxel, by splines of `order` (0 nearest, 1 linear, 3 cubic). Needs SciPy ([eval]).
+
+    Attributes:
+        spacing: Millimetres a voxel.
+        order: Of the splines; values beyond the edge repeat it.
+        anti_alias: Smooth axes that get coarser first (Gaussian, σ = (ratio − 1) / 2 voxels, scikit-image's rule).
+        keep: "edges": the edges of the volume stay in place and the size is size × old / new spacing, rounded, so that
+            the new spacing is met only nearly (nnU-Net, scikit-image). "first_voxel": the centre of the first voxel
+            stays, and the spacing is exact (MONAI's `Spacing`).
+        clip: Clip to the range of the input, since cubic splines overshoot (scikit-image's default).
+    """
+
+    spacing: tuple[float, float, float]
+    order: Literal[0, 1, 2, 3] = 1
+    anti_alias: bool = False
+    keep: Literal["edges", "first_voxel"] = "edges"
+    clip: bool = False
+
+    def __call__(self, volume: Volume) -> Volume:
+        try:
+            from scipy import ndimage
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("scipy", "eval") from error
+        ratio = np.asarray(self.spacing) / volume.spacing
+        if np.allclose(ratio, 1, rtol=1e-6):
+            return volume
+        have = np.asarray(volume.shape)
+        size = np.rint((have - 1) / ratio + 1) if self.keep == "first_voxel" else np.maximum(1, np.rint(have / ratio))
+        shape = tuple(int(n) for n in size)
+        step = ratio if self.keep == "first_voxel" else have / size
+        start = (step - 1) / 2 if self.keep == "edges" else np.zeros(3)
+
+        def moved(channel: NDArray[Any], order: int) -> NDArray[Any]:
+            out: NDArray[Any] = ndimage.affine_transform(channel, step, start, shape, order=order, mode="nearest")
+            return out
+
+        channels = []
+        for channel in volume.image:
+            low, high = channel.min(), channel.max()
+            if self.anti_alias:
+                channel = ndimage.gaussian_filter(channel, np.maximum(0, (step - 1) / 2), mode="nearest")
+            new = moved(channel, self.order)
+            channels.append(np.clip(new, low, high) if self.clip else new)
+        affine = volume.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ start
+        affine[:3, :3] *= step
+        mask = None if volume.mask is None else moved(volume.mask.astype(np.uint8), 0).astype(np.bool_)
+        return replace(volume, stored=np.stack(channels), mask=mask, affine=affine, slope=1.0, inter=0.0)
+
+    def __str__(self) -> str:
+        smooth = ", smoothed first where it gets coarser" if self.anti_alias else ""
+        clipped = ", clipped to the range of the input" if self.clip else ""
+        place = "edges" if self.keep == "edges" else "first voxel"
+        return (
+            f"resample to {times(self.spacing)} mm (spline order {self.order}, {place} kept in place{smooth}{clipped})"
+        )
+
+
+# --- Shared -----------------------------------------------------------------------------------------
+
+
+def _regridded(volume: Volume, image: NDArray[np.float32]) -> Volume:
+    """The volume with `image`, which covers the same box with another number of voxels."""
+    ratio = np.divide(volume.shape, image.shape[1:])
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ ((ratio - 1) / 2)
+    affine[:3, :3] *= ratio
+    mask = volume.mask
+    if mask is not None:
+        bytes_of_mask = np.ascontiguousarray(mask).view(np.uint8)[None]
+        mask = _interpolated(bytes_of_mask, image.shape[1:], "nearest-exact")[0].astype(np.bool_)
+    return replace(volume, stored=image, mask=mask, affine=affine, slope=1.0, inter=0.0)
+
+
+def _interpolated(image: NDArray[Any], shape: tuple[int, ...], mode: str) -> NDArray[Any]:
+    """[C, *shape] of an image, by torch's interpolation; it takes no read-only memory."""
+    import torch
+    import torch.nn.functional as F
+
+    source = torch.from_numpy(image if image.flags.writeable else image.copy())
+    resized: NDArray[Any] = F.interpolate(source[None], shape, mode=mode)[0].numpy()
+    return resized

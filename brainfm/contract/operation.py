@@ -1,0 +1,74 @@
+"""What an operation of an input contract is, and how one is found by its name.
+
+To add one: a frozen dataclass that is an `Operation`, with `__call__` and `__str__`, under `@register_operation`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from brainfm.schema import Checked
+
+if TYPE_CHECKING:
+    from brainfm.contract.volume import Volume
+
+AnOperation = TypeVar("AnOperation", bound="type[Operation]")
+
+_operations: dict[str, type[Operation]] = {}
+
+
+class Operation(Checked):
+    """A step of an input contract: a frozen dataclass that is data and acts. Its string says what it does."""
+
+    @abstractmethod
+    def __call__(self, volume: Volume) -> Volume:
+        """Return the changed volume; the given one stays as it was."""
+
+    def to_dict(self, *, sparse: bool = False) -> dict[str, Any]:
+        """The operation as plain data: its class under "op", then its parameters."""
+        return {"op": type(self).__name__} | super().to_dict(sparse=sparse)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Any:
+        """The operation that `to_dict` described. Raises ValueError for an unknown name or a wrong parameter."""
+        parameters = dict(data)
+        name = parameters.pop("op", cls.__name__)
+        if not isinstance(name, str) or name not in _operations:
+            known = ", ".join(sorted(_operations))
+            raise ValueError(
+                f"unknown operation {name!r} in an input contract; known: {known}. One of your own is imported, and "
+                "so registered, before its contract is read"
+            )
+        build: Any = super(Operation, _operations[name])  # the dataclass's own, not this one again
+        return build.from_dict(parameters)
+
+
+def register_operation(cls: AnOperation) -> AnOperation:
+    """Make an operation known under its class's name, so that contracts can be read from files that hold it.
+
+    Raises:
+        ValueError: It is no dataclass that is an `Operation`, or the name is taken by another class.
+
+    Example:
+        >>> @brainfm.register_operation
+        ... @dataclass(frozen=True)
+        ... class SquareRoot(brainfm.contract.Operation):
+        ...     def __call__(self, volume):
+        ...         return with_image(volume, np.sqrt(volume.image))
+    """
+    given: Any = cls
+    if not (isinstance(given, type) and issubclass(given, Operation) and is_dataclass(given)):
+        raise ValueError(f"{cls!r} is no operation: write a frozen dataclass that is a brainfm.contract.Operation")
+    known = _operations.get(cls.__name__)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"an operation named {cls.__name__!r} is already registered, by {known.__module__}")
+    _operations[cls.__name__] = cls
+    return cls
+
+
+def times(values: tuple[float, ...]) -> str:
+    """Numbers as 1×2×3."""
+    return "×".join(f"{value:.12g}" for value in values)

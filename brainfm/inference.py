@@ -1,0 +1,77 @@
+"""The same forward, faster: an encoder made ready for inference."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from brainfm.errors import BrainfmError
+from brainfm.models.encoder import Encoder, computing_in
+
+logger = logging.getLogger("brainfm")
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compile: bool | str = False) -> nn.Module:
+    """A copy of an encoder for inference that gives the same embeddings, faster and in less memory.
+
+    How is the family's own business (`Encoder.for_inference`): of a ResNet, BatchNorm is folded into the convolutions,
+    memory is channels-last, and all but the last stage are computed a few planes at a time, the first ones only where
+    the scan is not empty, and on a processor with fewer multiplications. The copy's `optimizations` say what was done.
+    The embeddings are the same to 1e-5 relative in float32. The copy takes and returns float32 whatever it computes in,
+    and cannot be trained.
+
+    Args:
+        model: An encoder of `create_model`; it is not changed.
+        dtype: What to compute in. "auto" is float32, which gives the published features on every machine; "bfloat16"
+            and "float16" are faster where the processor has them, at the cost of about three digits.
+        compile: Hand the copy to `torch.compile`, by its default backend or the one named, for GPUs: the first volume
+            takes a minute, and the whole map of each layer is computed.
+
+    Example:
+        >>> fast = brainfm.optimize(brainfm.create_model("simclr_resnet18_3d", pretrained=True))
+    """
+    kind = resolve_dtype(dtype)
+    if isinstance(model, Encoder):
+        fast: Any = model.for_inference(kind)
+    else:
+        fast = computing_in(copy.deepcopy(model).eval().requires_grad_(False), kind)
+    if compile:
+        fast.compile(backend=compile if isinstance(compile, str) else "inductor")
+        fast.optimizations = (*(part for part in fast.optimizations if "slabs" not in part), "torch.compile")
+    logger.debug("%s for inference: %s", type(model).__name__, ", ".join(fast.optimizations))
+    return cast(nn.Module, fast)
+
+
+def resolve_dtype(dtype: DTypeName | torch.dtype) -> torch.dtype:
+    """The torch dtype of a name. Raises ValueError for another name."""
+    names = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    kind = dtype if isinstance(dtype, torch.dtype) else names.get(dtype)
+    if kind is None or kind not in names.values():
+        raise ValueError(f"dtype must be one of {', '.join(names)}, not {dtype!r}")
+    return kind
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The torch device of a name; "auto" is a GPU where there is one. Raises BrainfmError where it cannot be used."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise BrainfmError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
+        ) from error
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,158 @@
+"""3D ResNets on MONAI's own network, as Kaczmarek et al. 2025 (arXiv 2509.10620) pretrained them with SimCLR.
+
+MONAI's `ResNet` is built and its modules are taken over under the same names, so that a state dict of one loads
+strictly in the other. Ours is the encoder contract around them. MONAI is imported when a model is built, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from brainfm.models.encoder import Encoder, computing_in, stage
+from brainfm.models.resnet.checkpointed import pooled_stem, residual_block
+from brainfm.models.resnet.streamed import streamed_features
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class ResNet(Encoder):
+    """MONAI's 3D ResNet (stride-1 7×7×7 stem, shortcut type B with biased 1×1×1 convolutions) as an encoder.
+
+    Args:
+        block: "basic" (ResNet-18) or "bottleneck" (ResNet-50).
+        layers: Blocks in each of the four stages.
+        widths: Channels of each stage, before a bottleneck's expansion by 4.
+        num_classes: Outputs of the classifier `fc`; 0 for none.
+        in_chans: Input channels.
+        global_pool: "avg".
+        drop_rate: Dropout on the pooled embedding, in training.
+    """
+
+    classifier = "fc"
+    first_conv = "conv1"
+
+    conv1: nn.Conv3d
+    bn1: nn.BatchNorm3d
+    act: nn.Module
+    maxpool: nn.MaxPool3d
+
+    def __init__(
+        self,
+        block: Literal["basic", "bottleneck"] = "basic",
+        layers: Sequence[int] = (2, 2, 2, 2),
+        widths: Sequence[int] = (64, 128, 256, 512),
+        *,
+        num_classes: int = 0,
+        in_chans: int = 1,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        from monai.networks.nets.resnet import ResNet as MonaiResNet
+
+        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+        network = MonaiResNet(
+            block=block,
+            layers=list(layers),
+            block_inplanes=list(widths),
+            spatial_dims=3,
+            n_input_channels=in_chans,
+            conv1_t_stride=1,
+            feed_forward=False,
+            bias_downsample=True,
+        )
+        for name, module in network.named_children():
+            self.add_module(name, module)
+        expansion = 4 if block == "bottleneck" else 1
+        self.num_features = widths[-1] * expansion
+        # Kernels are odd and padded to keep every voxel, so that cell 0 of every stage is centred on voxel 0.
+        self.feature_info = [stage("act", widths[0], (1, 1, 1))]
+        self.feature_info += [
+            stage(name, width * expansion, (2**n, 2**n, 2**n))
+            for n, (width, name) in enumerate(zip(widths, _STAGES, strict=True), start=1)
+        ]
+        self._streams = False  # whether the forward is that of `streamed`: its norms are folded
+        self.reset_classifier(num_classes)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.act(self.bn1(self.conv1(x)))  # type: ignore[no-any-return]
+
+    def _stage(self, number: int, x: Any, needed: bool) -> Any:
+        if number == 0:
+            if needed:
+                return self._run(self._stem, x)
+            # What the first block takes, or where the stem's map is not to be kept, what that is made of.
+            return pooled_stem(x, self.conv1, self.bn1) if self.grad_checkpointing else (self.maxpool(self._stem(x)),)
+        inputs = x if isinstance(x, tuple) else (self.maxpool(x) if number == 1 else x,)
+        for block in self.get_submodule(_STAGES[number - 1]).children():
+            inputs = (residual_block(block, *inputs) if self.grad_checkpointing else block(*inputs),)
+        return inputs[0]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        if self._streams and not _is_traced() and not (torch.is_grad_enabled() and x.requires_grad):
+            self._check_input(x)
+            return streamed_features(self, x)
+        return super().forward_features(x)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the contract says, and the stem goes by slabs, so that its full-size activation never exists.
+
+        Hooks on the stem's modules, on blocks and on what is in them are not called then.
+        """
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the encoder out of a SimCLR checkpoint (`encoder.…` beside `projector.…`), then as every family does."""
+        inside = {key[8:]: value for key, value in state.items() if key.startswith("encoder.")}
+        return super().filter_state_dict(inside or state)
+
+    def for_inference(self, dtype: torch.dtype) -> Encoder:
+        """As the contract says: norms folded, all but the last stage a few planes at a time, see `streamed`.
+
+        Where a gradient is asked for, or the network is traced, its forward is the plain one. Hooks on modules in the
+        stem and the first three stages are not called else.
+        """
+        # A weight that is folded is made anew, and need not be copied before.
+        folded = [conv for _, conv, _ in _convolutions_with_norms(self)]
+        shared = {id(conv.weight): nn.Parameter(conv.weight.detach(), requires_grad=False) for conv in folded}
+        fast = self._copy_for_inference(shared)
+        assert isinstance(fast, ResNet)
+        _fold_batch_norms(fast, dtype)
+        fast._streams = True
+        fast.optimizations = ("BatchNorm folded", "stem and first three stages by slabs, without what is empty")
+        return computing_in(fast, dtype)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def _convolutions_with_norms(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv3d, str]]:
+    """Each convolution that a BatchNorm3d follows, the module they are in, and the norm's name there.
+
+    In MONAI's ResNets the order of registration is that of the forward pass, within a block (conv1, bn1, conv2, bn2, …)
+    and within `downsample`; that does not hold for any network.
+    """
+    previous: nn.Module | None = None
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm3d) and isinstance(previous, nn.Conv3d):
+            yield module, previous, name
+        yield from _convolutions_with_norms(child)
+        previous = child
+
+
+def _fold_batch_norms(model: ResNet, dtype: torch.dtype) -> None:
+    """Fold each norm into its convolution, whose weights are made anew in the type, one by one to save memory."""
+    for module, conv, name in reversed(list(_convolutions_with_norms(model))):  # the largest first leave no gaps
+        norm: Any = getattr(module, name)
+        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        conv.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        setattr(module, name, nn.Identity().eval())

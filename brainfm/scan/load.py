@@ -1,0 +1,206 @@
+"""A scan of one or more channels, brought to an input contract's orientation and grid, or refused."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.contract.spec import InputSpec
+from brainfm.contract.volume import Volume, not_zero
+from brainfm.errors import ScanError
+from brainfm.scan.content import check_content
+from brainfm.scan.grid import TOLERANCE_MM, corner_distance, on_grid
+from brainfm.scan.read import ImageLike, StoredImage, read_image, split_channels
+
+logger = logging.getLogger("brainfm.scan")
+
+# An image, or of several channels {channel: image}.
+ScanLike: TypeAlias = "ImageLike | Mapping[str, ImageLike]"
+
+
+@dataclass(frozen=True, eq=False)
+class Scan(Volume):
+    """A scan that keeps an input contract: a `Volume` on the contract's grid, with where it came from.
+
+    Attributes:
+        source: The file, or what was passed in its place; of several channels, the first one's.
+        notes: What was done to bring the scan to the contract, such as "moved by (+2, +2, +6) whole voxels".
+    """
+
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def load_scan(
+    image: ScanLike,
+    mask: ImageLike | None = None,
+    *,
+    spec: InputSpec,
+    on_mismatch: Literal["resample", "raise"] = "resample",
+) -> Scan:
+    """Read a scan in any orientation and bring it to a contract's orientation and grid, or refuse it.
+
+    The voxels stay as they are stored (`Scan.image` gives real intensities) until the contract's operations run.
+
+    Args:
+        image: A NIfTI (.nii, .nii.gz) or MGZ file, a nibabel image, a pair (array [x, y, z], affine [4, 4] to RAS
+            mm), or a MetaTensor. Of several channels, {channel: any of these}, named as the contract names them, all on
+            the same voxels; a MetaTensor may hold all of them, in the contract's order.
+        mask: The brain mask on the same voxels: a file, an image, a pair, or an array of the scan's shape. Voxels above
+            0 are brain. Without one, the non-zero voxels of a skull-stripped image are.
+        spec: The input contract.
+        on_mismatch: What to do with a scan in template space on another grid of the same or finer spacing: "resample"
+            moves it (whole-voxel shifts are copied, others averaged), "raise" refuses it.
+
+    Returns:
+        The scan on the contract's grid.
+
+    Raises:
+        ScanError: The scan or mask cannot be read, is not 3-D, holds non-finite values or nothing, the two do not fit,
+            a channel is missing, or the scan is seen not to be what the contract takes: in another space, with or
+            without skull, of another contrast, or normalised already. The message says what to do.
+
+    Example:
+        >>> cfg = brainfm.get_pretrained_cfg("simclr_resnet18_3d")
+        >>> scan = brainfm.load_scan("normalized.nii.gz", "mask.nii.gz", spec=cfg.input_spec)
+        >>> scan.image.shape
+        (1, 193, 229, 193)
+    """
+    if on_mismatch not in ("resample", "raise"):
+        raise ValueError(f'on_mismatch must be "resample" or "raise", not {on_mismatch!r}')
+    channels = _channels(image, spec)
+    first = next(stored for stored in channels if stored is not None)
+    brain = _brain_mask(first, channels, mask, spec)
+    if len(channels) == 1:
+        volume = Volume(first.array[None], brain, first.affine, first.slope, first.inter)
+    else:
+        volume = Volume(_stacked(channels, first), brain, first.affine)
+    volume, note = on_grid(volume, spec, on_mismatch, first.source)
+    missing = {number for number, stored in enumerate(channels) if stored is None}
+    check_content(volume, spec, first.source, missing)
+    notes = [note] if note else []
+    if missing:
+        notes.append(f"filled {', '.join(spec.channels[number] for number in sorted(missing))} with zeros")
+    for said in notes:
+        logger.info("%s: %s", first.source, said)
+    return Scan(volume.stored, volume.mask, volume.affine, volume.slope, volume.inter, first.source, tuple(notes))
+
+
+def image_of(image: ScanLike, spec: InputSpec | None = None) -> ImageLike:
+    """One image of a scan, to show its voxels by: the first channel of the contract that is there."""
+    if not isinstance(image, Mapping):
+        return image
+    wanted = [channel.casefold() for channel in spec.channels] if spec else []
+    named = {str(name).casefold(): value for name, value in image.items()}
+    return next((named[name] for name in wanted if name in named), next(iter(image.values())))
+
+
+def name_of(image: Any) -> str:
+    """What a scan is called in messages: its path, or the paths of its channels; empty for images in memory."""
+    if isinstance(image, Mapping):
+        return ", ".join(filter(None, map(name_of, image.values())))
+    return str(image) if isinstance(image, str | os.PathLike) else ""
+
+
+def _channels(image: ScanLike, spec: InputSpec) -> list[StoredImage | None]:
+    """The stored image of each channel of the contract, all on the same voxels; None where one is missing."""
+    wanted = spec.channels
+    if not isinstance(image, Mapping):
+        if len(wanted) == 1:
+            return [read_image(image)]
+        images = split_channels(image, len(wanted))
+        if images is None:
+            raise ScanError(
+                f"{name_of(image) or 'the scan'}: this contract takes {len(wanted)} channels; pass "
+                "{" + ", ".join(f"{channel!r}: …" for channel in wanted) + "}, or a column a channel in a manifest"
+            )
+        return list(map(read_image, images))
+    named = {str(name).casefold(): value for name, value in image.items() if value is not None}
+    if len(wanted) == 1 and len(named) == 1 and _takes_any(wanted[0]):
+        named = {wanted[0].casefold(): next(iter(named.values()))}
+    found = [named.get(channel.casefold()) for channel in wanted]
+    missing = [channel for channel, value in zip(wanted, found, strict=True) if value is None]
+    if missing and (spec.missing_channel == "refuse" or len(missing) == len(wanted)):
+        have = ", ".join(map(str, image)) or "none"
+        raise ScanError(
+            f"{name_of(image) or 'the scan'}: {', '.join(missing)} is missing; this contract takes "
+            f"{', '.join(wanted)}, and the scan has {have}"
+        )
+    stored = [None if value is None else read_image(value) for value in found]
+    first = next(one for one in stored if one is not None)
+    for channel, one in zip(wanted, stored, strict=True):
+        if one is None or one is first:
+            continue
+        if one.array.shape != first.array.shape or (
+            corner_distance(one.affine, first.affine, first.array.shape) > TOLERANCE_MM
+        ):
+            raise ScanError(
+                f"{one.source}: {channel} lies on other voxels than {first.source}; register the channels to one of "
+                "them and resample them to its grid"
+            )
+    return stored
+
+
+def _takes_any(channel: str) -> bool:
+    return channel.startswith("any") or " or " in channel
+
+
+def _stacked(channels: list[StoredImage | None], first: StoredImage) -> NDArray[np.float32]:
+    """[C, i, j, k] real intensities, zeros for a missing channel; the first axis fastest, as in files."""
+    shape = first.array.shape
+    stacked = np.zeros((len(channels), *shape[::-1]), dtype=np.float32).transpose(0, 3, 2, 1)
+    for out, stored in zip(stacked, channels, strict=True):
+        if stored is not None:
+            out[...] = Volume(stored.array[None], None, stored.affine, stored.slope, stored.inter).intensities[0]
+    return stacked
+
+
+def _brain_mask(
+    first: StoredImage, channels: list[StoredImage | None], mask: ImageLike | None, spec: InputSpec
+) -> NDArray[np.bool_] | None:
+    """[i, j, k] booleans on the stored voxels, from the mask or, where the contract allows it, the non-zero voxels."""
+    if spec.mask == "none":
+        return None
+    if mask is not None and spec.mask != "nonzero":
+        return _read_mask(mask, first)
+    if spec.mask == "file":
+        raise ScanError(f"{first.source}: this contract needs a brain mask; pass mask=")
+    found = [not_zero(stored.array, stored.slope, stored.inter) for stored in channels if stored is not None]
+    return found[0] if len(found) == 1 else np.logical_or.reduce(found)
+
+
+def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
+    if isinstance(mask, np.ndarray):
+        mask = (mask, image.affine)
+    stored = read_image(mask, "mask")
+    names = f"{image.source}: the mask {stored.source}"
+    if stored.array.shape != image.array.shape:
+        raise ScanError(
+            f"{names} has {stored.array.shape} voxels and the scan {image.array.shape}; "
+            "use the mask made from this scan, or resample it to the scan's grid"
+        )
+    if corner_distance(stored.affine, image.affine, stored.array.shape) > TOLERANCE_MM:
+        raise ScanError(f"{names} lies elsewhere: its affine is not the scan's; resample it to the scan's grid")
+    values: NDArray[Any] = stored.array
+    step: float = 0  # an integer for integers: against 0.0 they are compared as float64
+    if (stored.slope, stored.inter) != (1.0, 0.0):
+        values = values * np.float32(stored.slope) + np.float32(stored.inter)
+        step = abs(stored.slope) / 2  # scaled integers hold 0 and 1 to half a step
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise ScanError(f"{names} holds NaN or infinite values; make it 0 outside the brain and 1 inside")
+        if ((values > step) & (values < 1 - step)).any():
+            raise ScanError(f"{names} holds fractions between 0 and 1 (a probability map?); threshold it first")
+    if values.dtype.kind != "u" and (values < -step).any():
+        raise ScanError(f"{names} holds negative values: is it an image? Make it 0 outside the brain and 1 inside")
+    is_zero_or_one = values.dtype == np.uint8 and values.max() <= 1  # as nearly all masks: those bytes are booleans
+    brain: NDArray[np.bool_] = values.view(np.bool_) if is_zero_or_one else values > step
+    if not brain.any():
+        raise ScanError(f"{names} is empty: no voxel is above 0; make it 1 inside the brain")
+    return brain

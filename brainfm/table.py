@@ -1,0 +1,295 @@
+"""The table of embeddings: a row a scan, stamped with what made it, as CSV, Parquet or NumPy arrays.
+
+A table of other origin looks the same and means something else. So every file says of itself which model, weights,
+contract and versions made it (`Origin`): in Parquet's metadata, in an array of the .npz, and beside a .csv in a .json.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainfm.errors import BrainfmError, MissingExtraError, ScanError
+from brainfm.files import atomic_path, one_line, write_json
+from brainfm.manifest import ScanRecord
+from brainfm.schema import Checked
+
+FORMATS = (".csv", ".parquet", ".npz")
+_KEY = "brainfm_origin"  # in Parquet's metadata and in an .npz
+_MEANING = ("weights", "contract", "readout", "dtype")
+_OWN = {"embeddings", "error", "file", "allow_pickle", _KEY}
+
+
+@dataclass(frozen=True)
+class Origin(Checked):
+    """What made a table.
+
+    Attributes:
+        model: Its name, `architecture.tag`, or the class of one that has none.
+        weights: The weights' digest: sha256 of their names and numbers.
+        contract: The input contract, as plain data.
+        readout: How features became the vectors, as plain data.
+        dtype: What was computed in.
+        brainfm: Its version.
+        torch: Its version.
+        scans: How many were asked for.
+        failed: How many of them failed.
+    """
+
+    model: str
+    weights: str
+    contract: dict[str, Any] | None
+    readout: dict[str, Any]
+    dtype: str
+    brainfm: str = ""
+    torch: str = ""
+    scans: int = 0
+    failed: int = 0
+
+    @property
+    def digest(self) -> str:
+        """One number for what the vectors mean: of weights, contract, readout and dtype."""
+        return hashlib.sha256(_comparable([getattr(self, name) for name in _MEANING]).encode()).hexdigest()
+
+    def differences(self, other: Origin) -> list[str]:
+        """What makes the vectors of two tables two things: "weights", "contract", "readout" or "dtype"."""
+        return [name for name in _MEANING if _comparable(getattr(self, name)) != _comparable(getattr(other, name))]
+
+
+def _comparable(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """A table of embeddings, a row a scan; NumPy and scikit-learn take it as its vectors.
+
+    Attributes:
+        vectors: [scans, width] float32, in the order of the scans.
+        records: The scans of the rows.
+        errors: The scans that failed, and why.
+        origin: What made the table; None where nobody said.
+    """
+
+    vectors: NDArray[np.float32]
+    records: list[ScanRecord]
+    errors: list[tuple[ScanRecord, str]] = field(default_factory=list)
+    origin: Origin | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        model = f" of {self.origin.model}" if self.origin else ""
+        return f"Embeddings({len(self)} scans, {self.vectors.shape[1]} numbers each{model}, {len(self.errors)} failed)"
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.vectors, dtype=dtype) if copy else np.asarray(self.vectors, dtype=dtype)
+
+    def columns(self) -> dict[str, list[str]]:
+        """The text columns: image_path (or a path a channel), mask_path, patient_id, scan_id and the manifest's own."""
+        return text_columns(self.records)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table, atomically: .csv, .parquet (needs the extra [eval]) or .npz.
+
+        CSV and Parquet have the text columns, then e0, e1, …; the .npz holds `embeddings` and an array a text column.
+        """
+        path = Path(path)
+        check_output(path, self.records)
+        texts, origin = self.columns(), json.dumps(self.origin.to_dict()) if self.origin else ""
+        with atomic_path(path) as temporary:
+            if path.suffix == ".npz":
+                arrays: dict[str, Any] = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
+                if origin:
+                    arrays[_KEY] = np.array(origin)
+                with temporary.open("wb") as file:
+                    np.savez(file, embeddings=self.vectors, **arrays)
+            elif path.suffix == ".parquet":
+                pyarrow, parquet = _pyarrow()
+                numbers = {f"e{n}": np.ascontiguousarray(column) for n, column in enumerate(self.vectors.T)}
+                columns = pyarrow.table(texts | numbers)
+                if origin:
+                    columns = columns.replace_schema_metadata({_KEY: origin})
+                parquet.write_table(columns, temporary)
+            else:
+                with temporary.open("w", newline="", encoding="utf-8") as file:
+                    writer = csv.writer(file)
+                    writer.writerow([*texts, *(f"e{n}" for n in range(self.vectors.shape[1]))])
+                    for row, vector in zip(zip(*texts.values(), strict=True), self.vectors, strict=True):
+                        writer.writerow([*row, *(f"{value:.9g}" for value in vector)])
+        if path.suffix == ".csv":
+            if self.origin:
+                write_json(origin_path(path), self.origin.to_dict())
+            else:  # one that is there is another table's
+                origin_path(path).unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> Embeddings:
+    """The table that `Embeddings.save` wrote, with its origin.
+
+    Raises:
+        BrainfmError: There is no such file, or it is no table of embeddings.
+        MissingExtraError: It is Parquet, and pyarrow is not installed.
+
+    Example:
+        >>> table = brainfm.table.read("embeddings.parquet")
+        >>> table.origin.model, table.vectors.shape
+        ('simclr_resnet18_3d.kaczmarek2025', (24, 512))
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in FORMATS:
+        raise BrainfmError(f"{path}: a table is read from {', '.join(FORMATS)}")
+    if not path.is_file():
+        raise BrainfmError(f"{path}: no such table")
+    try:
+        texts, vectors, origin = {".npz": _read_npz, ".parquet": _read_parquet, ".csv": _read_csv}[path.suffix](path)
+        made_by = Origin.from_dict(json.loads(origin)) if origin else None
+    except BrainfmError:
+        raise
+    except Exception as error:  # each reader has its own ways to say that a file is damaged
+        raise BrainfmError(f"{path}: not a table of embeddings, or a damaged one ({one_line(error)})") from error
+    rows = [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)]
+    records = [ScanRecord.from_columns(row) for row in rows] or [ScanRecord("") for _ in vectors]
+    if len(records) != len(vectors):
+        raise BrainfmError(f"{path}: {len(records)} rows of text for {len(vectors)} vectors")
+    return Embeddings(vectors, records, origin=made_by)
+
+
+def join(tables: Sequence[Embeddings]) -> Embeddings:
+    """Tables of one origin, one below the other.
+
+    Raises:
+        BrainfmError: They were made by different weights, contracts, readouts or dtypes, or one does not say.
+    """
+    first = tables[0]
+    for other in tables[1:]:
+        check_same_origin(first, other)
+    origin = first.origin
+    assert origin is not None or len(tables) == 1
+    return Embeddings(
+        np.concatenate([table.vectors for table in tables]),
+        [record for table in tables for record in table.records],
+        [error for table in tables for error in table.errors],
+        origin,
+    )
+
+
+def check_same_origin(first: Embeddings, second: Embeddings) -> None:
+    """Raise BrainfmError where the vectors of two tables do not mean the same."""
+    if first.origin is None or second.origin is None:
+        raise BrainfmError(
+            "one of the tables does not say what made it; tables of unknown origin are not joined: embed the scans "
+            "again, all with one model"
+        )
+    if different := first.origin.differences(second.origin):
+        models = f"{first.origin.model} and {second.origin.model}"
+        raise BrainfmError(
+            f"the tables were made by {models}, and differ in {', '.join(different)}: their vectors do not mean the "
+            "same and are not joined; embed all scans with one model"
+        )
+
+
+def origin_path(output: Path) -> Path:
+    """Where the origin of a .csv is kept: `out.json` beside `out.csv`."""
+    return output.with_suffix(".json")
+
+
+def errors_path(output: Path) -> Path:
+    """Where the failed scans of a table are listed: `out.errors.csv` beside `out.csv`."""
+    return output.with_name(output.stem + ".errors.csv")
+
+
+def check_output(path: Path, records: Sequence[ScanRecord] = ()) -> None:
+    """Raise ScanError for a table that could not be written, before any work is done for it."""
+    if path.suffix not in FORMATS:
+        raise ScanError(f"{path}: a table is written as {', '.join(FORMATS)}, by the ending of its name")
+    if path.is_dir():
+        raise ScanError(f"{path}: a folder; name the table in it")
+    if path.suffix == ".parquet":
+        _pyarrow()
+    names = {name for record in records for name in record.extra}
+    clash = sorted(name for name in names if name in _OWN or re.fullmatch(r"e\d+", name))
+    if clash:
+        raise ScanError(f"the manifest's column {', '.join(clash)} has a name of the table's own; rename it")
+
+
+def write(table: Embeddings, path: Path) -> None:
+    """Write the table and the list of failed scans; neither is left over from an earlier run."""
+    if len(table):
+        table.save(path)
+    else:
+        path.unlink(missing_ok=True)
+        if path.suffix == ".csv":
+            origin_path(path).unlink(missing_ok=True)
+    listed = errors_path(path)
+    if not table.errors:
+        listed.unlink(missing_ok=True)
+        return
+    texts = text_columns([record for record, _ in table.errors])
+    with atomic_path(listed) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*texts, "error"])
+        writer.writerows(
+            [*row, message] for *row, message in zip(*texts.values(), [e for _, e in table.errors], strict=True)
+        )
+
+
+def text_columns(records: Sequence[ScanRecord]) -> dict[str, list[str]]:
+    """Every column of the records' rows, as text."""
+    rows = [record.columns() for record in records]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name, "") for row in rows] for name in names}
+
+
+def _read_npz(path: Path) -> tuple[dict[str, list[str]], NDArray[np.float32], str]:
+    with np.load(path, allow_pickle=False) as arrays:
+        texts = {name: arrays[name].tolist() for name in arrays.files if name not in ("embeddings", _KEY)}
+        return texts, arrays["embeddings"].astype(np.float32), str(arrays[_KEY]) if _KEY in arrays.files else ""
+
+
+def _read_parquet(path: Path) -> tuple[dict[str, list[str]], NDArray[np.float32], str]:
+    _, parquet = _pyarrow()
+    columns = parquet.read_table(path)
+    numbers = _numbers(columns.column_names)
+    texts = {name: columns[name].to_pylist() for name in columns.column_names if name not in numbers}
+    vectors = np.stack([columns[name].to_numpy() for name in numbers], axis=1).astype(np.float32)
+    return texts, vectors, ((columns.schema.metadata or {}).get(_KEY.encode()) or b"").decode()
+
+
+def _read_csv(path: Path) -> tuple[dict[str, list[str]], NDArray[np.float32], str]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        names, *rows = csv.reader(file)
+    numbers = _numbers(names)
+    texts = {name: [row[n] for row in rows] for n, name in enumerate(names) if name not in numbers}
+    places = [names.index(name) for name in numbers]
+    vectors = np.array([[row[n] for n in places] for row in rows], dtype=np.float32).reshape(len(rows), len(places))
+    beside = origin_path(path)
+    return texts, vectors, beside.read_text(encoding="utf-8") if beside.is_file() else ""
+
+
+def _numbers(names: Sequence[str]) -> list[str]:
+    """The columns e0, e1, … in their order."""
+    numbers = sorted((name for name in names if re.fullmatch(r"e\d+", name)), key=lambda name: int(name[1:]))
+    if not numbers or numbers != [f"e{n}" for n in range(len(numbers))]:
+        raise ValueError("it has no columns e0, e1, … without a gap")
+    return numbers
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("pyarrow", "eval") from error
+    return pyarrow, pyarrow.parquet

@@ -1,0 +1,1 @@
+"""Publications as data: a card a publication, read by `cards`."""

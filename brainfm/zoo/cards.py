@@ -1,0 +1,246 @@
+"""A publication as data: its weights, input contracts, cohorts, licences and scores, in one YAML file, a card.
+
+The `config.json` of a model's folder has the same schema. Reading a card imports neither numpy nor torch: contracts
+and readouts stay plain data in it until a model is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from brainfm.assets import ASSETS
+from brainfm.errors import WeightsError
+from brainfm.files import one_line
+from brainfm.schema import Checked
+
+ZOO = Path(__file__).parent
+COHORTS = ZOO / "cohorts.yaml"
+
+
+@dataclass(frozen=True)
+class Publication(Checked):
+    """Where weights were published: the title, the paper, the authors' code, and how to cite it (BibTeX)."""
+
+    title: str = ""
+    paper: str | None = None
+    repository: str | None = None
+    citation: str | None = None
+
+
+@dataclass(frozen=True)
+class Licence(Checked):
+    """What may be done with the authors' code and weights.
+
+    Attributes:
+        code: SPDX name, where there is one; None where none is stated.
+        weights: The same of the weights.
+        gated: Whether the weights are given out only to those who asked.
+        redistribute: Whether they may be passed on.
+        terms: What else is asked, or where these facts are from.
+    """
+
+    code: str | None = None
+    weights: str | None = None
+    gated: bool = False
+    redistribute: bool = True
+    terms: str = ""
+
+
+@dataclass(frozen=True)
+class Cohort(Checked):
+    """A data set that a weight was pretrained on: its name, its numbers of patients and scans, and their conditions."""
+
+    name: str
+    patients: int
+    scans: int
+    conditions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Score(Checked):
+    """A published result: `value` ± `sd` of `metric` on `task`, reached by using the encoder as `mode` says."""
+
+    task: str
+    metric: str
+    mode: str
+    value: float
+    sd: float | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class WeightsSource(Checked):
+    """Where a weight file is; the first that is given is taken.
+
+    Attributes:
+        file: On this machine; a relative path is relative to the card.
+        hub: Repository on the Hugging Face Hub, "org/name".
+        revision: Its commit, branch or tag.
+        filename: The file there.
+        url: Where it can be downloaded.
+    """
+
+    file: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    filename: str = "model.safetensors"
+    url: str | None = None
+
+    @property
+    def words(self) -> str:
+        """Where weights are taken from, in words; empty where no source is named."""
+        if self.file:
+            return "in this package" if Path(self.file).parent.name == ASSETS.name else self.file
+        if self.hub:
+            return f"hf-hub:{self.hub}" + (f"@{self.revision}" if self.revision else "")
+        return self.url or ""
+
+
+@dataclass(frozen=True)
+class Keys(Checked):
+    """How the names in the authors' file become the network's.
+
+    Attributes:
+        take: Where the file keeps the network, as names one in another with dots, such as "network_weights.encoder";
+            None looks in the usual places.
+        strip: Prefixes that are taken off, each where every name left has it.
+        rename: Regular expression → what takes its place, in order.
+        drop: Regular expressions of names, after renaming, that the encoder does not need.
+    """
+
+    take: str | None = None
+    strip: tuple[str, ...] = ()
+    rename: dict[str, str] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for pattern in (*self.rename, *self.drop):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"keys: {pattern!r} is no regular expression ({error})") from error
+
+
+@dataclass(frozen=True)
+class WeightsCard(Checked):
+    """One set of weights of a model.
+
+    Attributes:
+        source: Where it is.
+        digest: "sha256:…" or "git-blob:…" of the file at the source, in hex; None where none is known.
+        container: What the authors' file is, in words.
+        keys: How its names become the network's.
+        num_classes: Outputs of the classifier in the file; 0 for an encoder without one.
+        notes: What a user should know, instead of the model's.
+        cohorts: What it was trained on; None is the card's.
+        scores: Published results.
+        facts: "seen" where somebody here opened the file, "third-party" where digest and container are others' word.
+    """
+
+    source: WeightsSource = WeightsSource()
+    digest: str | None = None
+    container: str = ""
+    keys: Keys = Keys()
+    num_classes: int = 0
+    notes: str | None = None
+    cohorts: tuple[Cohort, ...] | None = None
+    scores: tuple[Score, ...] = ()
+    facts: Literal["seen", "third-party"] = "third-party"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.digest is not None and not re.fullmatch(r"sha256:[0-9a-fA-F]{64}|git-blob:[0-9a-f]{40}", self.digest):
+            raise ValueError(f"digest is {self.digest!r}, and must be sha256: and 64 hex digits, or git-blob: and 40")
+
+
+@dataclass(frozen=True)
+class ModelCard(Checked):
+    """A model: a network with its arguments, its input, and its weights by tag; the first is the default.
+
+    Attributes:
+        network: A constructor of `brainfm.models`, or one that was registered.
+        title: What it is, in one line.
+        args: Of the constructor.
+        input: Which of the card's inputs.
+        readout: Of a `Readout`.
+        num_features: Width of the embedding.
+        in_chans: Input channels.
+        ssl_method: How it is pretrained, such as "SimCLR"; None for a supervised network.
+        recipe: The recipe of `brainfm.train` that makes such weights.
+        notes: What a user should know.
+        weights: By tag; none where none were published.
+    """
+
+    network: str
+    num_features: int
+    title: str = ""
+    args: dict[str, Any] = field(default_factory=dict)
+    input: str | None = None
+    readout: dict[str, Any] = field(default_factory=dict)
+    in_chans: int = 1
+    ssl_method: str | None = None
+    recipe: str | None = None
+    notes: str = ""
+    weights: dict[str, WeightsCard] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Card(Checked):
+    """A publication.
+
+    Attributes:
+        publication: Where it was published.
+        licence: Of its code and weights.
+        cohorts: What its weights were pretrained on.
+        inputs: Input contracts by name: the fields of an `InputSpec`.
+        models: By name.
+    """
+
+    publication: Publication = Publication()
+    licence: Licence = Licence()
+    cohorts: tuple[Cohort, ...] = ()
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, ModelCard] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, model in self.models.items():
+            if model.input is not None and model.input not in self.inputs:
+                raise ValueError(f"{name}: its input {model.input!r} is none of the card's: {', '.join(self.inputs)}")
+
+
+@cache
+def read_card(path: Path) -> Card:
+    """The card in a YAML file. Raises WeightsError, which says what is wrong with it."""
+    try:
+        return Card.from_dict(read_yaml(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{path}: not a card ({one_line(error)})") from error
+
+
+def zoo_cards() -> list[Path]:
+    """The files of all cards in this package."""
+    return sorted(path for path in ZOO.glob("*.yaml") if path != COHORTS)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, as plain data. Raises OSError, and ValueError where it is not YAML."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same data, ten times as fast
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"not YAML: {one_line(error)}") from error
+
+
+def cohort_names() -> Mapping[str, Any]:
+    """`cohorts.yaml`: of each cohort other names it goes by, see there."""
+    names: Mapping[str, Any] = read_yaml(COHORTS)
+    return names
