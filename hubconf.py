@@ -9,12 +9,12 @@ from functools import partial as _partial
 from brainfm import create_model as _create_model
 from brainfm import create_transform as transform
 from brainfm import list_models as _list_models
-from brainfm import model_entrypoint as _model_entrypoint
+from brainfm.registry import listing as _listing
 
-dependencies = ["torch", "monai", "nibabel", "huggingface_hub", "safetensors", "numpy"]
+dependencies = ["torch", "monai", "nibabel", "huggingface_hub", "safetensors", "numpy", "yaml", "tqdm", "filelock"]
 
 for _name in _list_models():
     globals()[_name] = _partial(_create_model, _name)
-    globals()[_name].__doc__ = _model_entrypoint(_name).__doc__
+    globals()[_name].__doc__ = _listing(_name).title
 
 __all__ = ["transform", *_list_models()]

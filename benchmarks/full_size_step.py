@@ -44,7 +44,7 @@ def main() -> None:
             step = json.loads((output / "log.jsonl").read_text())
             seconds = 2 / step["scans_per_s"]
             print(
-                f"| {source} | {seconds:.1f} | {100 * step['data_share']:.1f} | {step['peak_memory_gb']:.1f} |",
+                f"| {source} | {seconds:.1f} | {100 * step['data_fraction']:.1f} | {step['peak_memory_gb']:.1f} |",
                 flush=True,
             )
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -16,6 +16,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from brainfm.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from brainfm.contract import Grid as Grid
     from brainfm.contract import InputSpec as InputSpec
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
     from brainfm.errors import ScanError as ScanError
     from brainfm.errors import WeightsError as WeightsError
     from brainfm.errors import WeightsNotFoundError as WeightsNotFoundError
+    from brainfm.factory import create_model as create_model
     from brainfm.hub import push_to_hub as push_to_hub
     from brainfm.hub import save_for_hub as save_for_hub
     from brainfm.hub import verify as verify
     from brainfm.inference import optimize as optimize
-    from brainfm.factory import create_model as create_model
     from brainfm.overlap import pretraining_overlap as pretraining_overlap
     from brainfm.pretrained import PretrainedCfg as PretrainedCfg
     from brainfm.registry import get_pretrained_cfg as get_pretrained_cfg
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
     from brainfm.transforms import create_transform as create_transform
     from brainfm.zoo.cards import Cohort as Cohort
     from brainfm.zoo.cards import Score as Score
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "contract": ("Grid", "InputSpec", "Readout", "Window", "describe", "register_operation"),

@@ -16,6 +16,7 @@ from brainfm.factory import create_model
 from brainfm.files import atomic_path
 from brainfm.inference import optimize
 from brainfm.manifest import ScanRecord
+from brainfm.readout import Reader
 from brainfm.registry import get_pretrained_cfg
 from brainfm.table import Embeddings
 from brainfm.transforms import create_transform
@@ -45,9 +46,9 @@ def run(model_name: str, folder: str | os.PathLike[str]) -> DemoResult:
     """Embed the packaged sample scan (the MNI152 2009a average brain) and write `embedding.csv` and `input.png`."""
     folder = Path(folder)
     model = create_model(model_name, pretrained=True)
-    tensor = create_transform(model)(SAMPLE_SCAN, mask=SAMPLE_MASK)
-    with torch.inference_mode():
-        vector: NDArray[np.float32] = optimize(model)(tensor[None])[0].numpy()
+    volume = create_transform(model).volume(SAMPLE_SCAN, SAMPLE_MASK)
+    tensor = torch.from_numpy(volume.image)
+    vector: NDArray[np.float32] = Reader(optimize(model))(tensor[None], [volume.mask]).vectors[0].numpy()
     table = Embeddings(vector[None], [ScanRecord(SAMPLE_SCAN, SAMPLE_MASK, "MNI152", "2009a")])
     table.save(folder / "embedding.csv")
     draw_tensor(tensor, folder / "input.png")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -54,11 +56,13 @@ def write_dense(
 def dense_paths(records: Sequence[ScanRecord], folder: Path) -> list[Path]:
     """A file for each scan: named by patient and scan where that is one scan's alone, else by its file as well."""
     names = [_plain("_".join(filter(None, (r.patient_id, r.scan_id)))) for r in records]
-    taken = _once(names)
+    own = _once(names)
     paths = []
     for number, (name, record) in enumerate(zip(names, records, strict=True)):
-        if name not in taken:
-            place = record.name or f"scan {number}"
+        if name.casefold() not in own:
+            place = (
+                f"{record.name or f'scan {number}'} {record.mask if isinstance(record.mask, str | os.PathLike) else ''}"
+            )
             stem = _plain(Path(record.name).name.partition(".")[0]) or "scan"
             name = "_".join(filter(None, (name, stem, hashlib.sha256(place.encode()).hexdigest()[:8])))
         paths.append(folder / f"{name}_dense.nii.gz")
@@ -66,12 +70,9 @@ def dense_paths(records: Sequence[ScanRecord], folder: Path) -> list[Path]:
 
 
 def _once(names: Sequence[str]) -> set[str]:
-    """Names that are there once."""
-    seen: set[str] = set()
-    twice: set[str] = {""}
-    for name in names:
-        (twice if name in seen else seen).add(name)
-    return seen - twice
+    """Names that are there once, whatever their case: some file systems do not know it."""
+    count = Counter(name.casefold() for name in names if name)
+    return {name for name, n in count.items() if n == 1}
 
 
 def _plain(text: str) -> str:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from brainfm.dense import DenseDType, dense_affine, dense_paths, write_dense
 from brainfm.errors import ScanError
 from brainfm.factory import create_model
-from brainfm.files import progress_bar, write_json
+from brainfm.files import one_line, progress_bar, write_json
 from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
-from brainfm.table import Embeddings, Origin, check_output, write
+from brainfm.table import Embeddings, Origin, check_output, files_of, write
 from brainfm.transforms import InputTransform, create_transform
+from brainfm.version import __version__
 from brainfm.weights import weights_digest
 
 logger = logging.getLogger("brainfm")
@@ -126,7 +127,7 @@ def embed(
     Args:
         scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images, scans of
             several channels {channel: image}, or (image, mask) pairs.
-        model: An encoder of `create_model`, or the name of one with published weights; or several of them.
+        model: An encoder of `create_model`, or the name of one with published weights; or a list of them.
         batch_size: Scans a forward pass; "auto" is 1 on a CPU, and on a GPU as many as its free memory holds, by what
             the first scan took, at most 16. Scans whose tensors differ in shape are not put in one batch.
         device: "auto" (CUDA where there is one, else the CPU), or a torch device.
@@ -137,7 +138,8 @@ def embed(
         dense: A folder for dense features: the last feature map of each scan as NIfTI [x, y, z, C], whose affine puts
             every cell where it looks. The table's column `dense_path` names the files.
         dense_dtype: Of the dense features; see `brainfm.dense.write_dense`.
-        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, and the scans that failed.
+        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, and the scans that failed;
+            of several models, `<name>.<model>.json`.
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
         strict_qc: Refuse scans that `brainfm prep` judged to have failed; without it, the column `qc` says so.
         progress: Show a progress bar.
@@ -157,30 +159,20 @@ def embed(
     """
     options = _Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress)
     records = list_scans(scans)
-    if isinstance(model, nn.Module | str):
-        return _embed(records, model, options, _path(output), _path(dense), _path(report))
-    names = [_file_name(one) for one in model]
+    one = isinstance(model, nn.Module | str)
+    models: list[nn.Module | str] = [model] if isinstance(model, nn.Module | str) else list(model)
+    names = [_file_name(each) for each in models]
     if len(set(names)) != len(names):
         raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
-    return [
-        _embed(
-            records,
-            one,
-            options,
-            _path(output, name),
-            None if dense is None else Path(dense) / name,
-            _path(report, name),
-        )
-        for one, name in zip(model, names, strict=True)
-    ]
+    jobs = [_job(each, not one, records, output, dense, report) for each in models]
+    tables = [_embed(records, job, options) for job in jobs]
+    return tables[0] if one else tables
 
 
-def _path(path: str | os.PathLike[str] | None, model: str = "") -> Path | None:
-    """A path, of several models with the model's name before its ending."""
-    if path is None:
-        return None
+def path_of(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> Path:
+    """Where `embed` writes the table or the report `path`: of one of several models, at `<name>.<model>.<ending>`."""
     path = Path(path).expanduser()
-    return path.with_name(f"{path.stem}.{model}{path.suffix}") if model else path
+    return path if model is None else path.with_name(f"{path.stem}.{_file_name(model)}{path.suffix}")
 
 
 def _file_name(model: nn.Module | str) -> str:
@@ -189,24 +181,61 @@ def _file_name(model: nn.Module | str) -> str:
     return "".join(letter if letter.isalnum() or letter in "_-." else "-" for letter in name)
 
 
-def _embed(
-    records: list[ScanRecord],
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One model's table.
+
+    Attributes:
+        model: The encoder, or its name.
+        output: The table's path, or None.
+        dense: The folder for dense features, or None.
+        report: The report's path, or None.
+    """
+
+    model: nn.Module | str
+    output: Path | None
+    dense: Path | None
+    report: Path | None
+
+
+def _job(
     model: nn.Module | str,
-    options: _Options,
-    output: Path | None,
-    dense: Path | None,
-    report: Path | None,
-) -> Embeddings:
+    one_of_several: bool,
+    records: list[ScanRecord],
+    output: str | os.PathLike[str] | None,
+    dense: str | os.PathLike[str] | None,
+    report: str | os.PathLike[str] | None,
+) -> _Job:
+    """A job with its own paths, checked as far as can be before hours of work for others."""
+    own = model if one_of_several else None
+    folder = None if dense is None else Path(dense).expanduser() / (_file_name(model) if one_of_several else "")
+    job = _Job(
+        model,
+        None if output is None else path_of(output, own),
+        folder,
+        None if report is None else path_of(report, own),
+    )
+    if job.output is not None:
+        check_output(job.output, records)
+        if job.report is not None and job.report.resolve() in [path.resolve() for path in files_of(job.output)]:
+            raise ScanError(f"{job.report}: is written with the table {job.output.name}; give the report another name")
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ScanError(f"{folder}: dense features are written to a folder, and this is a file")
+    if getattr(model, "num_classes", 0):
+        raise ValueError("this model ends in a classifier and gives logits; call model.reset_classifier(0) first")
+    spec = create_transform(model).spec
+    channels = getattr(model, "in_chans", len(spec.channels))
+    if channels != len(spec.channels):
+        raise ValueError(
+            f"the model takes {channels} channels, and its input contract gives {', '.join(spec.channels)}"
+        )
+    return job
+
+
+def _embed(records: list[ScanRecord], job: _Job, options: _Options) -> Embeddings:
     """One model's table."""
     started = time.monotonic()
-    maps = [] if dense is None else dense_paths(records, dense)
-    if maps:
-        records = [replace(r, extra=r.extra | {"dense_path": str(path)}) for r, path in zip(records, maps, strict=True)]
-    if output is not None:
-        check_output(output, records)
-    encoder = create_model(model, pretrained=True) if isinstance(model, str) else model
-    if getattr(encoder, "num_classes", 0):
-        raise ValueError("this model ends in a classifier and gives logits; call model.reset_classifier(0) first")
+    encoder = create_model(job.model, pretrained=True) if isinstance(job.model, str) else job.model
     transform = create_transform(encoder)
     for overlap in overlap_of_scans(encoder, records):
         logger.warning("%s: an evaluation on it is one on training data", overlap)
@@ -214,25 +243,25 @@ def _embed(
     place = resolve_device(options.device)
     width = getattr(encoder, "num_features", 0)
     origin = origin_of(encoder, options.dtype)
-    reader = Reader(optimize(encoder, options.dtype).to(place), dense=dense is not None)
+    reader = Reader(optimize(encoder, options.dtype).to(place), dense=job.dense is not None)
     del encoder  # where a name was given, its weights are not kept twice
 
     mine = range(rank, len(records), world)
     failed = {n: reason for n in mine if (reason := _failed_qc(records[n]))} if options.strict_qc else {}
     if failed and options.on_error == "raise":
         raise ScanError(failed[min(failed)])
-    journal = Journal(output, rank, origin.digest) if output else None
+    maps = [] if job.dense is None else dense_paths(records, job.dense)
+    made_by = origin.digest if job.dense is None else f"{origin.digest} {options.dense_dtype} {job.dense.resolve()}"
+    journal = Journal(job.output, rank, made_by) if job.output else None
     done: dict[int, NDArray[np.float32]] = {}
     if journal is not None:
         left = [n for n in mine if n not in failed and (not maps or maps[n].is_file())]
         done = {n: vector for n in left if (vector := journal.find(records[n])) is not None}
         if done:
-            logger.info("%s: %d scans were done by an earlier run", output, len(done))
+            logger.info("%s: %d scans were done by an earlier run", job.output, len(done))
     resumed = len(done)
     todo = [n for n in mine if n not in done and n not in failed]
-    size, workers = options.batch_size, options.num_workers
-    most = size if size != "auto" else _MOST_SCANS if place.type == "cuda" else 1
-    batches = _Batches(_prepared(records, todo, transform, workers, workers + most), size, place)
+    batches = _Batches(_prepared(records, todo, transform, options, place), options.batch_size, place)
     shown = options.progress and rank == 0
     bar = progress_bar(total=len(mine), unit="scan", doing="embedding", shown=shown, done=len(mine) - len(todo))
     try:
@@ -254,21 +283,18 @@ def _embed(
             journal.close()
     if world > 1:
         done, failed = _gathered(done, failed, world)
-    origin = replace(origin, scans=len(records), failed=len(failed))
-    table = _table(records, done, failed, width, origin)
+    table = _table(records, maps, done, failed, width, replace(origin, scans=len(records), failed=len(failed)))
     if rank == 0:
-        if output is not None and journal is not None:
-            write(table, output)
+        if job.output is not None and journal is not None:
+            write(table, job.output)
             journal.remove()
-        if report is not None:
-            write_json(report, _report(table, output, resumed, time.monotonic() - started))
+        if job.report is not None:
+            write_json(job.report, _report(table, job.output, resumed, time.monotonic() - started))
     return table
 
 
 def origin_of(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> Origin:
     """What a table of this model says of itself; the digest is of every weight."""
-    from brainfm import __version__
-
     cfg = getattr(model, "pretrained_cfg", None)
     spec, readout = getattr(cfg, "input_spec", None), getattr(cfg, "readout", None)
     said = readout.to_dict() if readout else {}
@@ -310,8 +336,9 @@ def _failed_qc(record: ScanRecord) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Prepared:
-    """A scan as its contract's tensor [C, D, H, W], with its brain mask and affine."""
+    """A scan as its contract's tensor [C, D, H, W], with its name, brain mask and affine."""
 
+    name: str
     tensor: Tensor
     mask: NDArray[np.bool_] | None
     affine: NDArray[np.float64]
@@ -327,78 +354,90 @@ class _Embedded:
 
 
 def _embedded(reader: Reader, batches: _Batches, device: torch.device) -> Iterator[tuple[int, _Embedded | ScanError]]:
-    """What each scan of the batches becomes, or the reason why it does not."""
+    """What each scan becomes, or the reason why it does not."""
     for numbers, scans in batches:
-        try:
-            found: Sequence[_Embedded | ScanError] = _batch_embedded(reader, scans, device)
-        except ScanError as error:  # of one of them: found out alone
-            found = [_alone(reader, scan, device) for scan in scans] if len(scans) > 1 else [error]
-        yield from zip(numbers, found, strict=True)
+        if isinstance(scans, ScanError):
+            yield numbers[0], scans
+        else:
+            yield from zip(numbers, _outcomes(reader, scans, device), strict=True)
 
 
-def _alone(reader: Reader, scan: _Prepared | ScanError, device: torch.device) -> _Embedded | ScanError:
+def _outcomes(reader: Reader, scans: Sequence[_Prepared], device: torch.device) -> list[_Embedded | ScanError]:
+    """What each scan of a batch becomes. Where one of them fails, or all together are too large, each goes alone."""
     try:
-        return _batch_embedded(reader, [scan], device)[0]
+        return _forward(reader, scans, device)
     except ScanError as error:
-        return error
+        reason = str(error)
+    except (RuntimeError, ValueError) as error:  # the network does not take it, or the memory does not hold it
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    # Not in the `except`: the traceback would keep the batch that was too large.
+    if len(scans) > 1:
+        logger.debug("a batch of %d scans one by one: %s", len(scans), reason)
+        return [outcome for scan in scans for outcome in _outcomes(reader, [scan], device)]
+    return [ScanError(f"{scans[0].name}: {reason}")]
 
 
-def _batch_embedded(
-    reader: Reader, scans: Sequence[_Prepared | ScanError], device: torch.device
-) -> list[_Embedded | ScanError]:
-    prepared = [scan for scan in scans if isinstance(scan, _Prepared)]
-    if not prepared:
-        return [scan for scan in scans if isinstance(scan, ScanError)]
-    tensors = [scan.tensor for scan in prepared]
+def _forward(reader: Reader, scans: Sequence[_Prepared], device: torch.device) -> list[_Embedded | ScanError]:
+    tensors = [scan.tensor for scan in scans]
     joined = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one is not copied
     if device.type == "cuda":
         joined = joined.pin_memory()
-    features = reader(joined.to(device, non_blocking=True), [scan.mask for scan in prepared])
+    features = reader(joined.to(device, non_blocking=True), [scan.mask for scan in scans])
     vectors = features.vectors.cpu().numpy()
-    maps = None if features.maps is None else features.maps.cpu().numpy()
-    made: list[_Embedded | ScanError] = []
-    for n, scan in enumerate(prepared):
+    maps = None if features.maps is None or not reader.dense else features.maps.cpu().numpy()
+    outcomes: list[_Embedded | ScanError] = []
+    for n, scan in enumerate(scans):
         if not np.isfinite(vectors[n]).all():
-            made.append(ScanError("the embedding is not finite: an overflow; use dtype float32"))
+            outcomes.append(ScanError(f"{scan.name}: the embedding is not finite: an overflow; use dtype float32"))
             continue
         affine = scan.affine if maps is None else dense_affine(scan.affine, reader.model.feature_info[-1])
         # A copy: a view would keep the whole batch alive, and with it memory of torch's.
-        made.append(_Embedded(vectors[n].copy(), None if maps is None else maps[n], affine))
-    remaining = iter(made)
-    return [scan if isinstance(scan, ScanError) else next(remaining) for scan in scans]
+        outcomes.append(_Embedded(vectors[n].copy(), None if maps is None else maps[n], affine))
+    return outcomes
 
 
 def _table(
-    records: list[ScanRecord], done: dict[int, NDArray[np.float32]], failed: dict[int, str], width: int, origin: Origin
+    records: list[ScanRecord],
+    maps: Sequence[Path],
+    done: dict[int, NDArray[np.float32]],
+    failed: dict[int, str],
+    width: int,
+    origin: Origin,
 ) -> Embeddings:
     order = sorted(done)
     vectors = np.stack([done[n] for n in order]) if order else np.empty((0, width), dtype=np.float32)
-    errors = [(records[n], failed[n]) for n in sorted(failed)]
-    return Embeddings(vectors, [records[n] for n in order], errors, origin)
+    rows = [records[n] for n in order]
+    if maps:
+        rows = [
+            replace(row, extra=row.extra | {"dense_path": str(maps[n])}) for row, n in zip(rows, order, strict=True)
+        ]
+    return Embeddings(vectors, rows, [(records[n], failed[n]) for n in sorted(failed)], origin)
 
 
 # --- Reading ahead --------------------------------------------------------------------------------
 
 
 def _prepared(
-    records: list[ScanRecord], todo: list[int], transform: InputTransform, num_workers: int, most_ahead: int
+    records: list[ScanRecord], todo: list[int], transform: InputTransform, options: _Options, device: torch.device
 ) -> Iterator[tuple[int, _Prepared | ScanError]]:
     """Tensors in order, prepared by threads (inflating and NumPy release the interpreter's lock) a little ahead."""
 
     def prepare(n: int) -> _Prepared | ScanError:
+        name = records[n].name or f"scan {n}"
         try:
             volume = transform.volume(records[n].image, records[n].mask)
-            return _Prepared(transform.tensor(volume), volume.mask, volume.affine)
+            return _Prepared(name, transform.tensor(volume), volume.mask, volume.affine)
         except ScanError as error:
             return error
         except Exception as error:  # one bad scan never stops a batch
-            name = records[n].name or f"scan {n}"
             return ScanError(f"{name}: {type(error).__name__}: {error}")
 
-    if num_workers == 0:
+    if options.num_workers == 0:
         yield from ((n, prepare(n)) for n in todo)
         return
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="brainfm-scan")
+    automatic = _MOST_SCANS if device.type == "cuda" else 1
+    most_ahead = options.num_workers + (automatic if options.batch_size == "auto" else options.batch_size)
+    pool = ThreadPoolExecutor(options.num_workers, thread_name_prefix="brainfm-scan")
     try:
         ahead: deque[tuple[int, Future[_Prepared | ScanError]]] = deque()
         for n in todo:
@@ -414,7 +453,13 @@ def _prepared(
 
 
 class _Batches:
-    """Scans in batches of a size, or of one that grows from 1 to what a GPU's memory holds, all of one shape."""
+    """Scans in batches of one shape, in their order; one that could not be prepared passes by itself.
+
+    Args:
+        items: The scans with their numbers.
+        size: Scans of a batch. "auto" is 1 on a CPU, and on a GPU, after a first batch of 1, what its memory holds.
+        device: Where the batches go.
+    """
 
     def __init__(
         self, items: Iterator[tuple[int, _Prepared | ScanError]], size: int | Literal["auto"], device: torch.device
@@ -422,33 +467,40 @@ class _Batches:
         self._items, self._device = items, device
         self._size = 1 if size == "auto" else size
         self._grows = size == "auto" and device.type == "cuda"
+        self._affordable = 0  # voxels of a batch that has grown
 
-    def __iter__(self) -> Iterator[tuple[list[int], list[_Prepared | ScanError]]]:
+    def __iter__(self) -> Iterator[tuple[list[int], list[_Prepared] | ScanError]]:
         numbers: list[int] = []
-        scans: list[_Prepared | ScanError] = []
-        shape: torch.Size | None = None
+        scans: list[_Prepared] = []
         for n, scan in self._items:
-            if isinstance(scan, _Prepared):
-                if shape is not None and scan.tensor.shape != shape:
-                    yield numbers, scans
-                    numbers, scans = [], []
-                shape = scan.tensor.shape
+            if isinstance(scan, ScanError):
+                yield [n], scan
+                continue
+            if scans and scan.tensor.shape != scans[0].tensor.shape:
+                yield numbers, scans
+                numbers, scans = [], []
             numbers.append(n)
             scans.append(scan)
-            if sum(isinstance(one, _Prepared) for one in scans) == self._size:
+            if len(scans) >= self._most(scan.tensor):
                 yield numbers, scans
-                numbers, scans, shape = [], [], None
-                if self._grows:
-                    self._size, self._grows = self._affordable(), False
-        if numbers:
+                numbers, scans = [], []
+                if self._grows and not self._affordable:
+                    self._affordable = self._scans_that_fit() * scan.tensor.numel()
+        if scans:
             yield numbers, scans
 
-    def _affordable(self) -> int:
+    def _most(self, tensor: Tensor) -> int:
+        """Scans of a batch of tensors like this one."""
+        if not self._affordable:
+            return self._size
+        return max(1, min(_MOST_SCANS, self._affordable // tensor.numel()))
+
+    def _scans_that_fit(self) -> int:
         """Scans that the free memory of the GPU holds, by the most that the first one took."""
         taken = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         free = torch.cuda.mem_get_info(self._device)[0] + cached
-        return max(1, min(_MOST_SCANS, int(_FRACTION_OF_MEMORY * free / max(taken, 1))))
+        return max(1, int(_FRACTION_OF_MEMORY * free / max(taken, 1)))
 
 
 @contextmanager

@@ -23,6 +23,14 @@ class RecipeError(BrainfmError):
     """A training recipe with an unknown field or a value that cannot be."""
 
 
+class RunInterruptedError(BrainfmError):
+    """A signal stopped a training run after a step; its checkpoint is written, and the same command goes on."""
+
+
+class TaskError(BrainfmError, ValueError):
+    """A downstream task that cannot be: of its labels, its columns or its file."""
+
+
 class ModelNameError(BrainfmError, ValueError):
     """A model name that means nothing here, or could mean two things."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from brainfm import weights
 from brainfm.errors import WeightsError
+from brainfm.files import one_line
 from brainfm.models.encoder import Encoder
 from brainfm.names import hub_mirror, resolve
 from brainfm.pretrained import PretrainedCfg
@@ -75,17 +76,19 @@ def create_model(
     args = {**resolved.args, **kwargs}
     if global_pool is not None:
         args["global_pool"] = global_pool
+        cfg = replace(cfg, readout=replace(cfg.readout, pool=global_pool))
     elif cfg.readout.pool not in (None, "brain"):
         args.setdefault("global_pool", cfg.readout.pool)
     channels = cfg.in_chans if in_chans is None else in_chans
+    build = network(resolved.network)
     try:
-        model: Encoder = network(resolved.network)(
-            num_classes=num_classes, in_chans=channels, drop_rate=drop_rate, **args
-        )
-    except (TypeError, ValueError) as error:
-        if not resolved.is_place:
+        model: Encoder = build(num_classes=num_classes, in_chans=channels, drop_rate=drop_rate, **args)
+    except Exception as error:  # a config is somebody's word: its arguments may be anything
+        if not resolved.config:
             raise
-        raise WeightsError(f"{name}: its config's arguments do not fit {cfg.architecture}: {error}") from error
+        raise WeightsError(
+            f"{name}: its config's arguments do not fit {cfg.architecture}: {one_line(error)}"
+        ) from error
     model.pretrained_cfg = replace(cfg, num_features=getattr(model, "num_features", cfg.num_features))
     model.network, model.model_args, model.saved_args = resolved.network, args, resolved.args
     if wanted is not None:

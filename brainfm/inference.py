@@ -21,11 +21,9 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compile: bool | str = False) -> nn.Module:
     """A copy of an encoder for inference that gives the same embeddings, faster and in less memory.
 
-    How is the family's own business (`Encoder.for_inference`): of a ResNet, BatchNorm is folded into the convolutions,
-    memory is channels-last, and all but the last stage are computed a few planes at a time, the first ones only where
-    the scan is not empty, and on a processor with fewer multiplications. The copy's `optimizations` say what was done.
-    The embeddings are the same to 1e-5 relative in float32. The copy takes and returns float32 whatever it computes in,
-    and cannot be trained.
+    Memory is channels-last; what else can be done, the network's family knows (`Encoder.for_inference`). The copy's
+    `optimizations` say what was. The embeddings are the same to 1e-5 relative in float32. The copy takes and returns
+    float32 whatever it computes in, and cannot be trained.
 
     Args:
         model: An encoder of `create_model`; it is not changed.
@@ -44,7 +42,7 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compi
         fast = computing_in(copy.deepcopy(model).eval().requires_grad_(False), kind)
     if compile:
         fast.compile(backend=compile if isinstance(compile, str) else "inductor")
-        fast.optimizations = (*(part for part in fast.optimizations if "slabs" not in part), "torch.compile")
+        fast.optimizations = (*fast.optimizations, "torch.compile")
     logger.debug("%s for inference: %s", type(model).__name__, ", ".join(fast.optimizations))
     return cast(nn.Module, fast)
 

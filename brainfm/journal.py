@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ class Journal:
         self._path = output.with_name(f".{output.name}.rank{rank}.journal")
         self._made_by = made_by
         self._rows: dict[str, list[float]] = {}
-        for path in output.parent.glob(
-            f".{glob.escape(output.name)}.rank*.journal"
-        ):  # whoever did it, with however many processes
+        for path in self._all():  # whoever wrote it, with however many processes
             self._read(path)
         self._file = self._path.open("a", encoding="utf-8")
+
+    def _all(self) -> Iterable[Path]:
+        """The journals of all processes."""
+        return self._output.parent.glob(f".{glob.escape(self._output.name)}.rank*.journal")
 
     def _read(self, path: Path) -> None:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -42,8 +45,8 @@ class Journal:
                 row = json.loads(line)
             except ValueError:
                 continue  # the line that was being written when the run was killed
-            if isinstance(row, dict) and row.get("model") == self._made_by:
-                self._rows[row["scan"]] = row["vector"]
+            if isinstance(row, dict) and row.get("model") == self._made_by and isinstance(row.get("vector"), list):
+                self._rows[str(row.get("scan"))] = row["vector"]
 
     def find(self, record: ScanRecord) -> NDArray[np.float32] | None:
         """The vector that an earlier run made of a scan."""
@@ -68,18 +71,18 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the journals of all processes."""
-        for path in self._output.parent.glob(f".{glob.escape(self._output.name)}.rank*.journal"):
+        for path in self._all():
             path.unlink(missing_ok=True)
 
 
 def scan_identity(record: ScanRecord) -> str | None:
     """A scan's files with their sizes and times: a file that changed is another scan. Images in memory have none."""
     parts: list[list[Any]] = []
-    for item in (*record.images.values(), record.mask):
+    for channel, item in (*sorted(record.images.items()), ("mask", record.mask)):
         if item is None:
-            parts.append([])
+            parts.append([channel])
         elif isinstance(item, str | os.PathLike) and Path(item).exists():
-            parts.append(file_state(item))
+            parts.append([channel, *file_state(item)])
         else:
             return None
     return json.dumps(parts)

@@ -52,7 +52,7 @@ class ScanRecord:
         return name_of(self.image)
 
     def columns(self) -> dict[str, str]:
-        """The record as a row of text, without the images themselves."""
+        """The record as a row of text, without the images themselves; a channel is named in small letters."""
         paths = {
             f"{channel.lower()}_path" if channel else "image_path": image for channel, image in self.images.items()
         }
@@ -64,27 +64,27 @@ class ScanRecord:
 
     @classmethod
     def from_columns(cls, row: Mapping[str, str], folder: Path | None = None) -> ScanRecord:
-        """The record that `columns` described; relative paths are relative to `folder`.
+        """The record that `columns` described; relative paths are relative to `folder`, and `~` is who runs this.
 
-        `image_path` is the scan's, or a column a channel, such as `t1w_path` and `flair_path`.
+        The scan is in `image_path` or, where that is empty or no column, in one a channel, such as `t1w_path` and
+        `flair_path`. A channel whose field is empty is missing.
         """
 
         def path(text: str) -> str | Path:
-            return folder / text if folder else text
+            return folder / Path(text).expanduser() if folder else text
 
         values = dict(row)
         mask, patient, scan = (values.pop(name, "") for name in ("mask_path", "patient_id", "scan_id"))
-        if "image_path" in values:
-            image: Any = path(values.pop("image_path"))
-        else:
-            channels = [name for name in values if is_channel_column(name)]
-            image = {name.removesuffix("_path"): path(text) for name in channels if (text := values.pop(name))}
-        return cls(image, path(mask) if mask else None, patient, scan, values)
+        one = values.pop("image_path", "")
+        channels = [] if one else [name for name in values if is_channel_column(name)]
+        several = {name.removesuffix("_path"): path(text) for name in channels if (text := values.pop(name))}
+        return cls(several or (path(one) if one else ""), path(mask) if mask else None, patient, scan, values)
 
 
 def is_channel_column(name: str) -> bool:
     """Whether a manifest's column names the images of a channel, such as `t1w_path`."""
-    return name.endswith("_path") and name not in ("image_path", "mask_path", "dense_path")
+    named = re.fullmatch(r"[\w -]+_path", name)  # and no header line that other marks than commas divide
+    return named is not None and name not in ("image_path", "mask_path", "dense_path")
 
 
 def list_scans(scans: ScansLike) -> list[ScanRecord]:
@@ -93,17 +93,17 @@ def list_scans(scans: ScansLike) -> list[ScanRecord]:
     Args:
         scans: A path of an image, of a manifest (.csv), of a TurboPrep folder (`normalized.nii.gz` beside
             `mask.nii.gz`, at any depth) or of a BIDS-derivatives folder (`sub-*` with T1w images in MNI152 space); or a
-            list of images, (image, mask) pairs and records.
+            list of images, scans of several channels, pairs of one of these with its mask, and records.
 
     A scan that `brainfm prep` made has its verdict (pass, look, fail) as the column `qc`.
 
     Raises:
-        ScanError: There is no such path, the manifest has no rows, no `image_path` column or a row twice, or a folder
+        ScanError: There is no such path, the manifest has no rows, no column of images or a row twice, or a folder
             holds no scans; the message says what was looked for.
     """
     if isinstance(scans, str | os.PathLike):
         return [_with_verdict(record) for record in _from_path(Path(scans))]
-    if isinstance(scans, ScanRecord) or not isinstance(scans, Iterable):
+    if isinstance(scans, ScanRecord | Mapping) or not isinstance(scans, Iterable):
         raise ScanError(f"scans must be a path or a list, not one {type(scans).__name__}; put it in a list")
     return [_with_verdict(_record(item)) for item in scans]
 
@@ -147,8 +147,8 @@ def _from_path(path: Path) -> list[ScanRecord]:
 def read_manifest(path: Path) -> list[ScanRecord]:
     """The rows of a CSV (or TSV) manifest.
 
-    `image_path` is needed, or a column a channel such as `t1w_path` and `flair_path`; `mask_path`, `patient_id`,
-    `scan_id` are optional, and other columns are kept. Relative paths are
+    `image_path` is needed, or a column a channel such as `t1w_path` and `flair_path`, which count where there is no
+    `image_path`. `mask_path`, `patient_id` and `scan_id` are optional, and other columns are kept. Relative paths are
     relative to the manifest. Raises ScanError as `list_scans` does.
     """
     try:
@@ -183,7 +183,7 @@ def read_manifest(path: Path) -> list[ScanRecord]:
         images = [values[name] for name in paths if values[name]]
         if not images:
             raise ScanError(f"{path}, line {line}: {' and '.join(paths)} {'are' if len(paths) > 1 else 'is'} empty")
-        same = tuple(os.path.normpath(text) for text in (*images, values.get("mask_path", "")))
+        same = tuple(os.path.normpath(values.get(name, "")) for name in (*paths, "mask_path"))
         if same in seen:
             raise ScanError(
                 f"{path}, line {line}: {', '.join(images)} is already in line {seen[same]}; remove one of them"

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from brainfm.errors import ModelNameError, WeightsError, WeightsNotFoundError
-from brainfm.pretrained import PretrainedCfg, cfg_of
+from brainfm.files import one_line
+from brainfm.pretrained import PretrainedCfg, cfg_of, names_a_source
 from brainfm.registry import get_pretrained_cfg, has_network, is_model, network_of
+from brainfm.schema import as_tuples
 from brainfm.weights.fetch import HUB_CONFIG, HUB_WEIGHTS, hub_file
 from brainfm.zoo.cards import Card
 
@@ -63,7 +65,7 @@ def resolve(
         source = _on_the_hub(place, name, cache_dir)
     else:
         source = _registered(name)
-        if mirror and not source.cfg.file and pretrained_cfg is None and not _names_a_source(overlay or {}):
+        if mirror and not source.cfg.file and pretrained_cfg is None and not names_a_source(overlay or {}):
             source = _mirrored(source.cfg, mirror, cache_dir)
     if pretrained_cfg is not None:
         source = replace(source, cfg=_replaced(source.cfg, pretrained_cfg))
@@ -100,17 +102,15 @@ def _mirrored(published: PretrainedCfg, organisation: str, cache_dir: str | os.P
         raise WeightsError(
             f"{name}: holds {source.cfg.name}, not {published.name}; load it by its own name, hf-hub:{place}"
         )
-    origin = str(dict(source.config.get("provenance", {})).get("source_sha256"))
-    if published.sha256 and origin.lower() != published.sha256.lower():
-        raise WeightsError(
-            f"{name}: was converted from a file with sha256 {origin}, and the published one has {published.sha256}; "
-            f"if you trust it, load it by its own name, hf-hub:{place}"
-        )
+    provenance = dict(source.config.get("provenance", {}))
+    for kind, wanted in (("sha256", published.sha256), ("git_blob", published.git_blob)):
+        origin = str(provenance.get(f"source_{kind}"))
+        if wanted and origin.lower() != wanted.lower():
+            raise WeightsError(
+                f"{name}: was converted from a file with {kind} {origin}, and the published one has {wanted}; "
+                f"if you trust it, load it by its own name, hf-hub:{place}"
+            )
     return replace(source, is_place=False)
-
-
-def _names_a_source(changes: Mapping[str, Any]) -> bool:
-    return any(changes.get(source) for source in ("file", "hub_id", "url"))
 
 
 def _replaced(cfg: PretrainedCfg, given: str | Mapping[str, Any] | PretrainedCfg) -> PretrainedCfg:
@@ -118,10 +118,7 @@ def _replaced(cfg: PretrainedCfg, given: str | Mapping[str, Any] | PretrainedCfg
     if isinstance(given, str):
         return get_pretrained_cfg(f"{cfg.architecture}.{given}")
     other = given if isinstance(given, PretrainedCfg) else PretrainedCfg.from_dict(given)
-    if not other.has_weights:
-        sources = ("file", "hub_id", "hub_revision", "hub_filename", "url", "sha256", "git_blob")
-        other = replace(other, **{source: getattr(cfg, source) for source in sources})
-    return replace(other, architecture=cfg.architecture)
+    return replace(other if other.has_weights else other.with_source_of(cfg), architecture=cfg.architecture)
 
 
 def parse_name(name: str) -> tuple[str, str]:
@@ -133,7 +130,7 @@ def parse_name(name: str) -> tuple[str, str]:
     scheme, colon, rest = name.partition(":")
     if colon and scheme in _SCHEMES:
         if not rest:
-            raise ModelNameError(f"{name!r} names no place behind the colon")
+            raise ModelNameError(f"{name!r} names no place after the colon")
         return scheme, rest
     if colon and len(scheme) > 1 and not set(scheme) & set("/\\~."):  # one letter is a drive of Windows
         raise ModelNameError(f"unknown scheme {scheme!r} in {name!r}; use {' or '.join(s + ':' for s in _SCHEMES)}")
@@ -146,7 +143,7 @@ def parse_name(name: str) -> tuple[str, str]:
 
 
 def _read_config(path: Path, name: str, **place: str | None) -> ResolvedModel:
-    """The cfg in a hub folder's config.json, its weights where the folder is. Data: it names a registered model."""
+    """The cfg in a hub folder's config.json, its weights where the folder is. Data: it names what is registered."""
     if not path.is_file():
         raise WeightsNotFoundError(
             f"{name}: {path} is not there; a model's folder holds config.json and model.safetensors"
@@ -156,15 +153,18 @@ def _read_config(path: Path, name: str, **place: str | None) -> ResolvedModel:
         written = content.get("format", 1)
         if written > CONFIG_FORMAT:
             raise WeightsError(
-                f"{name}: written by brainfm {content.get('brainfm_version')}, in a format that is newer than this "
+                f"written by brainfm {content.get('brainfm_version')}, in a format that is newer than this "
                 "installation; update brainfm"
             )
         resolved = _of_card(content) if written > 1 else _of_format_1(content)
         dict(content.get("provenance", {}))
+    except ModelNameError as error:
+        raise WeightsError(f"{name}: {path.name} asks for {error}; import what registers it first") from error
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {path.name}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ModelNameError):
-            raise WeightsError(f"{name}: {path.name}: {error}; a config can only name what is registered") from error
-        raise WeightsError(f"{name}: {path.name} is not a brainfm config ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise WeightsError(f"{name}: {path.name} is not a brainfm config ({reason})") from error
     # The digest in such a config is that of the model.safetensors beside it.
     kept = {"sha256": resolved.cfg.sha256, "git_blob": resolved.cfg.git_blob}
     return replace(resolved, cfg=resolved.cfg.overlay({**kept, **place}), is_place=True, config=content)
@@ -175,27 +175,32 @@ def _of_card(content: Mapping[str, Any]) -> ResolvedModel:
     card = Card.from_dict({key: value for key, value in content.items() if key in _CARD_FIELDS})
     if len(card.models) != 1:
         raise ValueError(f"it has {len(card.models)} models, and a folder holds one")
-    (architecture,) = card.models
-    model = card.models[architecture]
+    [(architecture, model)] = card.models.items()
     if not has_network(model.network):
-        raise ModelNameError(f"it asks for the network {model.network!r}, which is not here")
-    return ResolvedModel(cfg_of(card, architecture), model.network, _with_tuples(model.args))
+        raise ModelNameError(f"the network {model.network!r}, which is not registered here")
+    return ResolvedModel(cfg_of(card, architecture), model.network, dict(model.args))
 
 
 def _of_format_1(content: Mapping[str, Any]) -> ResolvedModel:
     """A config of before cards: a registered architecture, arguments beside its own, and a `PretrainedCfg`."""
     architecture = content["architecture"]
     if not isinstance(architecture, str) or not is_model(architecture):
-        raise ModelNameError(f"it asks for the architecture {architecture!r}, which is not registered here")
+        raise ModelNameError(f"the architecture {architecture!r}, which is not registered here")
     registered = _registered(architecture)
-    cfg = replace(PretrainedCfg.from_dict(content["pretrained_cfg"]), architecture=architecture)
-    return ResolvedModel(cfg, registered.network, registered.args | _with_tuples(content.get("model_args", {})))
+    cfg = PretrainedCfg.from_dict(_of_what_is_seen(content["pretrained_cfg"]))
+    args = {key: as_tuples(value) for key, value in dict(content.get("model_args", {})).items()}
+    return ResolvedModel(replace(cfg, architecture=architecture), registered.network, registered.args | args)
 
 
-def _with_tuples(args: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with JSON's lists as the tuples that they were."""
-
-    def tuples(value: Any) -> Any:
-        return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
-
-    return {key: tuples(value) for key, value in dict(args).items()}
+def _of_what_is_seen(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A cfg of before contracts were held against scans: what no scan can show moves to its contract's preparation."""
+    spec = cfg.get("input_spec")
+    if not isinstance(spec, Mapping):
+        return cfg
+    space, registration = spec.get("space"), spec.get("registration", "none")
+    if space is not None and (spec.get("grid") or str(space).startswith("MNI152")):
+        return cfg
+    unseen = [f"{registration} registration"] if registration != "none" else []
+    unseen += [f"in the space of {space}"] if space is not None else []
+    preparation = [*spec.get("preparation", ()), *unseen]
+    return {**cfg, "input_spec": {**spec, "space": None, "registration": "none", "preparation": preparation}}

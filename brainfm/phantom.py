@@ -1,8 +1,8 @@
 """Synthetic T1w scans with known labels, called phantoms: to learn and to test with, never to be taken for data.
 
 A phantom is the packaged template's tissue (the MNI152 average brain) bent by a smooth random deformation that is the
-patient's own, coloured by a site's contrast and spoilt by a scan's noise, bias field and small registration error. It
-comes skull-stripped, with its mask, on the input contract's template grid. Its labels are drawn independently of one
+patient's own, coloured by a site's contrast and corrupted by a scan's noise, bias field and small registration error.
+It comes skull-stripped, with its mask, on the input contract's template grid. Its labels are drawn independently of one
 another and of the site, and each moves tissue, so that no linear intensity map (and so no masked z-score) removes it:
 
 - age: the lateral ventricles grow and the cortex thins (cerebrospinal fluid, CSF, fills the sulci);
@@ -16,7 +16,7 @@ were set by these figures, at 4 mm, after the contract's masked z-score (tests/t
 | what                                                                   | measured                          |
 |------------------------------------------------------------------------|-----------------------------------|
 | second scans whose nearest first scan is the same patient's, of 100    | 100 %                             |
-| age and the share of dark voxels; and those about the ventricles       | r = 0.88 and 0.86                 |
+| age and the fraction of dark voxels; and those about the ventricles    | r = 0.88 and 0.86                 |
 | sex and the mask's volume                                              | r = 0.97                          |
 | disease and the mean about the hippocampi                              | r = −0.87                         |
 | severity and the dark voxels of one side over the other's; lesioned    | r = 0.93; 0.89                    |
@@ -29,7 +29,6 @@ A score on phantoms says that code works; it says nothing of patients.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import os
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ from numpy.typing import ArrayLike, NDArray
 from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.contract import Grid, InputSpec, Volume
 from brainfm.errors import BrainfmError
-from brainfm.files import atomic_path
+from brainfm.files import atomic_path, progress_bar, write_csv, write_text
 from brainfm.registry import get_pretrained_cfg
 from brainfm.scan.grid import on_grid
 from brainfm.scan.read import read_image
@@ -63,10 +62,10 @@ YOUNGEST, OLDEST = 20.0, 90.0  # years
 MAX_SEVERITY = 42  # the highest score of the NIH Stroke Scale
 
 # Anatomy that is the patient's own.
-DEFORMATION_MM, DEFORMATION_LENGTH_MM = 3.5, 10.0  # spread along each axis, and of the Gaussian that smooths it
-HEAD_SCALE_SPREAD = 0.012  # along each axis
-THINNING_SPREAD, THINNING_LENGTH_MM = 0.2, 9.0  # cortex that is thinner here and thicker there
-VENTRICLES_SPREAD = 0.02
+DEFORMATION_MM, DEFORMATION_LENGTH_MM = 3.5, 10.0  # std along each axis, and of the Gaussian that smooths it
+HEAD_SCALE_STD = 0.012  # along each axis
+THINNING_STD, THINNING_LENGTH_MM = 0.2, 9.0  # cortex that is thinner here and thicker there
+VENTRICLES_STD = 0.02
 
 # What the labels do. Lengths along the axes are (x, y, z); places are template RAS mm.
 HEAD_CENTRE = (0.0, -19.0, 8.0)  # about the centre of the template's brain
@@ -77,20 +76,20 @@ VENTRICLES_BLUR_MM, VENTRICLES_EDGE = 4.0, 0.08  # they grow into where their bl
 VENTRICLES_LEVEL = (0.36, 0.08)  # youngest and oldest: from the template's own volume, 25 ml, to about 90 ml
 THINNING = (0.0, 1.0)  # from the tissue map of a thick cortex to that of a thin one, youngest and oldest
 HIPPOCAMPUS_CENTRE, HIPPOCAMPUS_SIZE_MM = (27.0, -20.0, -15.0), (12.0, 20.0, 11.0)  # and its mirror image
-ATROPHY = ((0.0, 0.1), (0.8, 1.0))  # share of its tissue that is lost, least and most, for disease 0 and 1
+ATROPHY = ((0.0, 0.1), (0.8, 1.0))  # fraction of its tissue that is lost, least and most, for disease 0 and 1
 LESION_BOX = ((24.0, -55.0, 4.0), (40.0, 30.0, 36.0))  # holds the lesions' centres, or its mirror image does
 LESION_ML = 2.0  # a point of severity
-LESION_DARKNESS = (0.5, 1.0)  # share of a lesion's tissue that is lost, at severity 0 and the highest
+LESION_DARKNESS = (0.5, 1.0)  # fraction of a lesion's tissue that is lost, at severity 0 and the highest
 LESION_ROUGHNESS = 0.15
 
-# Intensities, as shares of white matter's. The template's own: CSF below 130, grey matter about 170, white about 215.
+# Intensities, as fractions of white matter's. The template's own: CSF below 130, grey about 170, white about 215.
 THICK_CORTEX, THIN_CORTEX = (95.0, 125.0), (135.0, 170.0)  # template intensities between which CSF turns to grey
 WHITE = (182.0, 205.0)  # and grey to white
 WHITE_MATTER_LEVEL = 1000.0
 SITE_CSF, SITE_GREY = (0.25, 0.35), (0.64, 0.72)  # lowest and highest of the sites
-SITE_NOISE, SITE_BIAS = (0.02, 0.05), (0.03, 0.08)  # spread of a voxel's noise, and of the logarithm of the bias field
+SITE_NOISE, SITE_BIAS = (0.02, 0.05), (0.03, 0.08)  # std of a voxel's noise, and of the logarithm of the bias field
 BIAS_LENGTH_MM = 35.0
-GAIN, CONTRAST_SPREAD = (0.7, 1.4), 0.01
+GAIN, CONTRAST_STD = (0.7, 1.4), 0.01
 JITTER_MM, JITTER_DEG = 0.5, 0.5  # registration error along and about each axis
 
 _KNOTS_MM = 8.0  # between the knots of the random fields
@@ -184,7 +183,7 @@ def make_cohort(
     with ThreadPoolExecutor(workers, thread_name_prefix="brainfm-phantom") as pool:
         try:
             written = pool.map(lambda ids: _write(folder, ids[0], ids[1], spacing, seed), scans)
-            for _ in _with_progress_bar(written, len(scans), progress):
+            for _ in progress_bar(written, total=len(scans), unit="scan", doing="phantoms", shown=progress):
                 pass
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -195,8 +194,8 @@ def make_cohort(
 def make_phantom(patient: int, scan: int = 0, *, spacing: float = 1.0, seed: int = 0) -> Phantom:
     """One scan of one patient: the same for the same arguments, whatever else is made.
 
-    Scans of a patient share the labels, the anatomy and the site; noise, bias field, gain and registration error are
-    each scan's own. At another spacing the same patient has the same anatomy and other noise.
+    Scans of a patient have the labels, the anatomy and the site in common; noise, bias field, gain and registration
+    error are each scan's own. At another spacing the same patient has the same anatomy and other noise.
 
     Args:
         patient: Which patient, from 0 (`sub-0001` in a cohort).
@@ -258,7 +257,7 @@ class _Anatomy:
         lesion_radius: Millimetres; 0 for none.
         lesion_darkness: See `LESION_DARKNESS`.
         deformation: [3, knots] millimetres along (x, y, z).
-        texture: [2, knots] of spread 1: local thinning, and roughness of the lesion's edge.
+        texture: [2, knots] of std 1: local thinning, and roughness of the lesion's edge.
     """
 
     scale: _Array
@@ -277,8 +276,8 @@ class _Anatomy:
         severe = labels.severity / MAX_SEVERITY
         side = draw.choice((-1.0, 1.0))
         return cls(
-            scale=_array(HEAD_SCALE[labels.sex] + HEAD_SCALE_SPREAD * draw.standard_normal(3)),
-            ventricles=_between(VENTRICLES_LEVEL, aged) + VENTRICLES_SPREAD * draw.standard_normal(),
+            scale=_array(HEAD_SCALE[labels.sex] + HEAD_SCALE_STD * draw.standard_normal(3)),
+            ventricles=_between(VENTRICLES_LEVEL, aged) + VENTRICLES_STD * draw.standard_normal(),
             thinning=_between(THINNING, aged),
             atrophy=_between(ATROPHY[labels.disease], draw.random()),
             lesion_centre=_array(draw.uniform(*LESION_BOX) * (side, 1, 1)),
@@ -289,20 +288,20 @@ class _Anatomy:
         )
 
     def tissue(self, points: _Array, spacing: float) -> tuple[_Array, _Array, _Array]:
-        """[...] each: shares of CSF and white matter, and of brain as against background, at [..., 3] head mm."""
+        """[...] each: fractions of CSF and white matter, and of brain as against background, at [..., 3] head mm."""
         places = self.to_template(points)
         thick, thin, white, ventricles, brain = _sampled(_template(spacing), _grid(spacing), places, outside="zeros")
         local, rough = _sampled(self.texture, _field_grid(), points)
-        csf = thick + np.clip(self.thinning + THINNING_SPREAD * local, 0, 1.5) * (thin - thick)
+        csf = thick + np.clip(self.thinning + THINNING_STD * local, 0, 1.5) * (thin - thick)
         lost = self.atrophy * _hippocampus(places)
         if self.lesion_radius:
             depth = 1 - _distance(places, self.lesion_centre) / self.lesion_radius + LESION_ROUGHNESS * rough
             edge = max(spacing, 2.0) / self.lesion_radius  # a voxel wide, so that small lesions do not jump
             lost = np.maximum(lost, self.lesion_darkness * np.clip(depth / edge + 0.5, 0, 1))
-        share = 1 / np.maximum(brain, 1e-3)  # the maps are of brain only; what is outside does not darken the rim
-        csf = np.maximum(csf * share, (ventricles - self.ventricles) / VENTRICLES_EDGE + 0.5)
+        whole = 1 / np.maximum(brain, 1e-3)  # the maps are of brain only; what is outside does not darken the rim
+        csf = np.maximum(csf * whole, (ventricles - self.ventricles) / VENTRICLES_EDGE + 0.5)
         csf = 1 - (1 - np.clip(csf, 0, 1)) * (1 - lost)
-        return csf, np.minimum(white * share * (1 - lost), 1 - csf), brain
+        return csf, np.minimum(white * whole * (1 - lost), 1 - csf), brain
 
     def to_template(self, points: _Array) -> _Array:
         """Where the points, [..., 3] mm of the head, lie in the template."""
@@ -336,7 +335,7 @@ class _Acquisition:
     csf: float
     grey: float
     gain: float
-    noise_spread: float
+    noise_std: float
     rotation: _Array
     shift: _Array
     bias: torch.Tensor
@@ -346,13 +345,13 @@ class _Acquisition:
     def draw(cls, site: str, seed: int, draw: np.random.Generator) -> _Acquisition:
         where = _random(seed, "site", SITES.index(site))
         csf, grey, noise, bias = (where.uniform(*r) for r in (SITE_CSF, SITE_GREY, SITE_NOISE, SITE_BIAS))
-        csf, grey = (level + CONTRAST_SPREAD * draw.standard_normal() for level in (csf, grey))
+        csf, grey = (level + CONTRAST_STD * draw.standard_normal() for level in (csf, grey))
         turn = np.radians(JITTER_DEG) * draw.standard_normal(3)
         return cls(
             csf=float(csf),
             grey=float(grey),
             gain=float(np.exp(draw.uniform(*np.log(GAIN)))),
-            noise_spread=float(noise),
+            noise_std=float(noise),
             rotation=_array(torch.linalg.matrix_exp(torch.from_numpy(np.cross(np.eye(3), turn))).numpy()),
             shift=_array(JITTER_MM * draw.standard_normal(3)),
             bias=bias * _random_fields(1, BIAS_LENGTH_MM, draw),
@@ -373,9 +372,9 @@ class _Acquisition:
         return image
 
     def noise(self, grid: Grid) -> _Array:
-        """White noise on the grid, of the same spread a voxel at any spacing."""
+        """White noise on the grid, of the same std a voxel at any spacing."""
         noise: _Array = np.random.default_rng(self.noise_seed).standard_normal(grid.shape, dtype=np.float32)
-        return noise * np.float32(self.noise_spread)
+        return noise * np.float32(self.noise_std)
 
 
 def _scanned(anatomy: _Anatomy, acquisition: _Acquisition, spacing: float) -> tuple[_Array, NDArray[np.uint8]]:
@@ -435,7 +434,7 @@ def _grid(spacing: float) -> Grid:
 
 @lru_cache(maxsize=2)
 def _template(spacing: float) -> torch.Tensor:
-    """[5, x, y, z] shares: CSF (cortex thick), CSF (cortex thin), white matter, blurred ventricles, brain."""
+    """[5, x, y, z] fractions: CSF (cortex thick), CSF (cortex thin), white matter, blurred ventricles, brain."""
     intensity, stored = read_image(SAMPLE_SCAN).array, read_image(SAMPLE_MASK)
     brain = stored.array > 0
     places = _voxel_centres(_grid(MIN_SPACING_MM), slice(None))
@@ -443,8 +442,8 @@ def _template(spacing: float) -> torch.Tensor:
 
     def above(limits: tuple[float, float]) -> _Array:
         steps = np.clip((np.arange(256) - limits[0]) / (limits[1] - limits[0]), 0, 1).astype(np.float32)
-        shares: _Array = steps[intensity]
-        return shares
+        fractions: _Array = steps[intensity]
+        return fractions
 
     maps = np.stack([1 - above(THICK_CORTEX), 1 - above(THIN_CORTEX), above(WHITE), ventricles, brain])
     maps = _array(maps * brain)
@@ -463,13 +462,13 @@ def _field_grid() -> Grid:
 
 
 def _random_fields(count: int, length: float, draw: np.random.Generator) -> torch.Tensor:
-    """[count, knots] of mean 0 and spread 1, smoothed by a Gaussian of `length` mm."""
+    """[count, knots] of mean 0 and std 1, smoothed by a Gaussian of `length` mm."""
     noise = torch.from_numpy(draw.standard_normal((count, *_field_grid().shape)))
-    return _blurred(noise, _KNOTS_MM, length, keep="spread").float()
+    return _blurred(noise, _KNOTS_MM, length, keep="std").float()
 
 
-def _blurred(volume: torch.Tensor, spacing: float, length: float, keep: Literal["mean", "spread"]) -> torch.Tensor:
-    """[channels, x, y, z] float64, smoothed by a Gaussian of `length` mm; the mean, or white noise's spread, stays."""
+def _blurred(volume: torch.Tensor, spacing: float, length: float, keep: Literal["mean", "std"]) -> torch.Tensor:
+    """[channels, x, y, z] float64, smoothed by a Gaussian of `length` mm; the mean, or white noise's std, stays."""
     for size in volume.shape[1:]:
         places = torch.arange(size, dtype=torch.float64) * spacing
         weights = torch.exp(-((places[:, None] - places) ** 2) / (2 * length**2))
@@ -536,8 +535,8 @@ def _array(values: ArrayLike) -> _Array:
     return np.asarray(values, dtype=np.float32)
 
 
-def _between(limits: tuple[float, float], share: float) -> float:
-    return limits[0] + (limits[1] - limits[0]) * share
+def _between(limits: tuple[float, float], fraction: float) -> float:
+    return limits[0] + (limits[1] - limits[0]) * fraction
 
 
 def _random(seed: int, stream: str, *numbers: int) -> np.random.Generator:
@@ -572,8 +571,7 @@ def _claim(folder: Path, spacing: float, seed: int) -> None:
         return
     if folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise BrainfmError(f"{folder}: not an empty folder; phantoms are not mixed with other files, give a new one")
-    with atomic_path(readme) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(readme, text)
 
 
 def _paths(patient: int, scan: int) -> tuple[Path, Path]:
@@ -605,19 +603,10 @@ def _write_nifti(array: NDArray[np.int16] | NDArray[np.uint8], affine: NDArray[n
 
 def _write_manifest(folder: Path, scans: list[tuple[int, int]], seed: int) -> Path:
     manifest = folder / "manifest.csv"
-    with atomic_path(manifest) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = [field.name for field in fields(Labels)]
-        writer.writerow(["image_path", "mask_path", "patient_id", "scan_id", *names])
-        for patient, scan in scans:
-            image, mask = _paths(patient, scan)
-            labels = asdict(make_labels(patient, seed=seed)).values()
-            writer.writerow([image.as_posix(), mask.as_posix(), *image.parent.parts, *labels])
+    rows: list[list[Any]] = [["image_path", "mask_path", "patient_id", "scan_id", *(f.name for f in fields(Labels))]]
+    for patient, scan in scans:
+        image, mask = _paths(patient, scan)
+        labels = asdict(make_labels(patient, seed=seed)).values()
+        rows.append([image.as_posix(), mask.as_posix(), *image.parent.parts, *labels])
+    write_csv(manifest, rows, line_end="\n")
     return manifest
-
-
-def _with_progress_bar(items: Iterator[None], total: int, shown: bool) -> Iterator[None]:
-    from tqdm import tqdm
-
-    bar: Iterator[None] = tqdm(items, total=total, unit="scan", desc="phantoms", disable=not shown)
-    return bar

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from brainfm.contract import InputSpec, Readout
 from brainfm.errors import WeightsError
@@ -13,7 +12,9 @@ from brainfm.files import one_line
 from brainfm.schema import Checked, check_keys
 from brainfm.zoo.cards import Card, Cohort, Keys, Licence, ModelCard, Publication, Score, WeightsCard, WeightsSource
 
-_SOURCES = ("file", "hub_id", "hub_revision", "hub_filename", "url", "sha256", "git_blob")
+# The fields that say which file, and those of them that name one.
+_OF_THE_SOURCE = ("file", "hub_id", "hub_revision", "hub_filename", "url", "sha256", "git_blob")
+_SOURCES = ("file", "hub_id", "url")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PretrainedCfg(Checked):
         url: Where the file can be downloaded otherwise.
         file: A file on this machine; comes before the Hub and the URL.
         sha256: Of the file at the source; checked where given. None switches the check off.
-        git_blob: The id that Git gives the file at the source, likewise.
+        git_blob: The id that Git gives the file at the source, checked likewise.
         container: What the file at the source is, in words.
         keys: How its names become the network's.
         input_spec: The input contract.
@@ -84,7 +85,7 @@ class PretrainedCfg(Checked):
     recipe: str | None = None
     notes: str = ""
     scores: tuple[Score, ...] = ()
-    facts: str = "seen"
+    facts: Literal["seen", "third-party"] = "seen"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "file", None if self.file is None else str(self.file))
@@ -98,7 +99,7 @@ class PretrainedCfg(Checked):
     @property
     def has_weights(self) -> bool:
         """Whether some source of weights is named."""
-        return bool(self.file or self.hub_id or self.url)
+        return names_a_source(vars(self))
 
     @property
     def source(self) -> str:
@@ -113,9 +114,13 @@ class PretrainedCfg(Checked):
         check_keys(changes, PretrainedCfg)
         given = PretrainedCfg.from_dict(changes)  # what is nested in plain data becomes what it stands for
         values = {name: getattr(given, name) for name in changes}
-        if any(values.get(source) for source in ("file", "hub_id", "url")):
-            values = {f.name: f.default for f in fields(self) if f.name in _SOURCES} | values
+        if names_a_source(values):
+            values = {item.name: item.default for item in fields(self) if item.name in _OF_THE_SOURCE} | values
         return replace(self, **values)
+
+    def with_source_of(self, other: PretrainedCfg) -> PretrainedCfg:
+        """The same cfg for the file of another, with its digest and the names in it."""
+        return replace(self, **{name: getattr(other, name) for name in (*_OF_THE_SOURCE, "container", "keys")})
 
     def to_dict(self, *, sparse: bool = False) -> dict[str, Any]:
         """The cfg as plain data. A file on this machine means nothing elsewhere and is left out."""
@@ -124,29 +129,28 @@ class PretrainedCfg(Checked):
         return data
 
 
-def cfg_of(card: Card, architecture: str, tag: str = "", folder: Path | None = None) -> PretrainedCfg:
-    """The cfg of one set of weights of a card; without a tag, of the first, or of a model that has none.
+def names_a_source(cfg: Mapping[str, Any]) -> bool:
+    """Whether the fields of a cfg say where weights are."""
+    return any(cfg.get(source) for source in _SOURCES)
 
-    Args:
-        card: The card.
-        architecture: One of its models.
-        tag: One of that model's weights.
-        folder: What files in the card are relative to.
+
+def cfg_of(card: Card, architecture: str, tag: str = "") -> PretrainedCfg:
+    """The cfg of one set of weights of a card; without a tag, of the first, or of a model that has none.
 
     Raises:
         WeightsError: The card's contract or readout is not one.
     """
     model = card.models[architecture]
     tag = tag or next(iter(model.weights), "")
-    weights = model.weights.get(tag, WeightsCard())
+    weights = model.weights.get(tag, WeightsCard(cohorts=(), facts="seen"))
+    licence = card.licence if model.weights else Licence(code=card.licence.code)
     source = weights.source
     kind, _, digest = (weights.digest or "").partition(":")
     try:
         spec = InputSpec.from_dict(card.inputs[model.input]) if model.input is not None else None
         readout = Readout.from_dict(model.readout)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise WeightsError(f"the card of {architecture}: {one_line(error)}") from error
-    cohorts = card.cohorts if weights.cohorts is None else weights.cohorts
     return PretrainedCfg(
         architecture=architecture,
         tag=tag,
@@ -154,7 +158,7 @@ def cfg_of(card: Card, architecture: str, tag: str = "", folder: Path | None = N
         hub_revision=source.revision,
         hub_filename=source.filename,
         url=source.url,
-        file=str((folder or Path()) / source.file) if source.file else None,
+        file=source.file,
         sha256=digest if kind == "sha256" else None,
         git_blob=digest if kind == "git-blob" else None,
         container=weights.container,
@@ -165,12 +169,12 @@ def cfg_of(card: Card, architecture: str, tag: str = "", folder: Path | None = N
         num_classes=weights.num_classes,
         in_chans=model.in_chans,
         ssl_method=model.ssl_method,
-        cohorts=cohorts if model.weights else (),
-        licence=card.licence.weights if model.weights else None,
-        code_licence=card.licence.code,
-        gated=card.licence.gated,
-        redistribute=card.licence.redistribute,
-        terms=card.licence.terms,
+        cohorts=card.cohorts if weights.cohorts is None else weights.cohorts,
+        licence=licence.weights,
+        code_licence=licence.code,
+        gated=licence.gated,
+        redistribute=licence.redistribute,
+        terms=licence.terms,
         title=card.publication.title,
         paper=card.publication.paper,
         repository=card.publication.repository,
@@ -185,13 +189,12 @@ def cfg_of(card: Card, architecture: str, tag: str = "", folder: Path | None = N
 def card_of(cfg: PretrainedCfg, network: str, args: Mapping[str, Any]) -> Card:
     """A card of one model with one set of weights, whose file lies beside it: that of a model's folder."""
     digest = f"sha256:{cfg.sha256}" if cfg.sha256 else f"git-blob:{cfg.git_blob}" if cfg.git_blob else None
-    facts: Any = cfg.facts
     weights = WeightsCard(
         source=WeightsSource(file=cfg.hub_filename),
         digest=digest,
         num_classes=cfg.num_classes,
         scores=cfg.scores,
-        facts=facts,
+        facts=cfg.facts,
     )
     model = ModelCard(
         network=network,

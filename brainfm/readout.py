@@ -38,20 +38,31 @@ class Reader:
 
     Args:
         model: An encoder, or the copy that `brainfm.optimize` made of one. Another module gives its vectors itself.
-        readout: How features become the vector; None is that of the model's cfg.
+        readout: How features become the vector; None is what the model's cfg says, but for the pooling that the model
+            was set to.
         dense: Whether maps are wanted too.
 
     Raises:
-        ValueError: The readout or the maps need what the module does not have.
+        ValueError: The readout or the maps need what the module or its contract does not have.
     """
 
     def __init__(self, model: nn.Module, readout: Readout | None = None, *, dense: bool = False) -> None:
         cfg = getattr(model, "pretrained_cfg", None)
+        own: Readout = getattr(cfg, "readout", None) or Readout()
         self.model: Any = model
-        self.readout = readout or getattr(cfg, "readout", None) or Readout()
+        self.readout = readout or own
         self.dense = dense
-        if (dense or self.by_brain) and not isinstance(model, Encoder):
+        if (dense or self.readout.pool == "brain") and not isinstance(model, Encoder):
             raise ValueError(f"a {type(model).__name__} has no dense features: it is no brainfm.models.Encoder")
+        pool = getattr(model, "global_pool", None)
+        if readout is not None and readout.pool not in (None, "brain", pool):
+            raise ValueError(
+                f"the readout pools by {readout.pool!r}, and the model is set to {pool!r}; set it by "
+                f"model.reset_classifier(0, global_pool={readout.pool!r})"
+            )
+        spec = getattr(cfg, "input_spec", None)
+        if self.by_brain and spec is not None and spec.mask == "none":
+            raise ValueError("the readout averages over the brain, and the model's input contract takes no brain mask")
 
     @property
     def by_brain(self) -> bool:
@@ -83,7 +94,10 @@ class Reader:
             vectors: Tensor = self.model(x)
             return Features(vectors.float())
         model = self.model
-        features = _features(model, x)
+        kind = next(
+            model.parameters(), x
+        ).dtype  # the hooks of an optimised copy cast what its `forward` is given alone
+        features = model.forward_features(x.to(kind))
         maps: Tensor = model._as_map(features, x.shape[2:]).float()
         if self.readout.pool == "brain":
             return Features(torch.stack([_brain_mean(m, b, model) for m, b in zip(maps, brains, strict=True)]), maps)
@@ -92,8 +106,10 @@ class Reader:
     def _by_windows(self, x: Tensor, brain: NDArray[np.bool_] | None, window: Window) -> Features:
         """One volume [1, C, D, H, W], in windows."""
         padded = _padded(x, window.shape, window.pad)
-        mask = None if brain is None else _padded(torch.from_numpy(brain), window.shape, 0).numpy()
-        alone = Reader(self.model, Readout(self.readout.pool))
+        mask = brain
+        if brain is not None:
+            mask = np.pad(brain, [(0, n - m) for n, m in zip(padded.shape[2:], brain.shape, strict=True)])
+        alone = Reader(self.model, Readout(self.readout.pool if self.readout.pool == "brain" else None))
         vectors, weights = [], []
         for box in windows(padded.shape[2:], window):
             inside = None if mask is None else mask[box]
@@ -108,8 +124,8 @@ class Reader:
             weights.append(count)
         if not vectors:
             raise ScanError("no window of the readout holds a voxel of the brain mask")
-        fractions = torch.tensor(weights, device=x.device)[:, None] / sum(weights)
-        vector = (torch.stack(vectors) * fractions).sum(dim=0, keepdim=True)
+        fractions = torch.tensor(weights, device=x.device) / sum(weights)
+        vector = (fractions @ torch.stack(vectors))[None]
         return Features(vector, self._stitched(x, window) if self.dense else None)
 
     def _stitched(self, x: Tensor, window: Window) -> Tensor:
@@ -120,34 +136,28 @@ class Reader:
             for n, width, step in zip(x.shape[2:], window.shape, steps, strict=True)
         ]
         padded = _padded(x, size, window.pad)
-        cells: Tensor | None = None
-        count: Tensor | None = None
-        for box in windows(size, window, steps):
-            seen = self.model.dense(padded[(..., *box)].to(next(self.model.parameters()).dtype))[0].float()
-            if cells is None or count is None:
-                whole = [-(-n // step) for n, step in zip(size, steps, strict=True)]
-                cells, count = seen.new_zeros(len(seen), *whole), seen.new_zeros(*whole)
-            starts = [part.start // step for part, step in zip(box, steps, strict=True)]
-            place = tuple(slice(a, a + n) for a, n in zip(starts, seen.shape[1:], strict=True))
-            cells[(slice(None), *place)] += seen
+        boxes = list(windows(size, window, steps))
+        seen = [self.model.dense(padded[(..., *box)])[0].float() for box in boxes]
+        starts = [[part.start // step for part, step in zip(box, steps, strict=True)] for box in boxes]
+        channels, *own = seen[0].shape
+        whole = [last + n for last, n in zip(starts[-1], own, strict=True)]
+        cells, count = x.new_zeros(channels, *whole, dtype=torch.float32), x.new_zeros(whole, dtype=torch.float32)
+        for first, part in zip(starts, seen, strict=True):
+            place = tuple(slice(start, start + n) for start, n in zip(first, own, strict=True))
+            cells[(slice(None), *place)] += part
             count[place] += 1
-        assert cells is not None
-        assert count is not None
-        kept = tuple(slice(0, -(-n // step)) for n, step in zip(x.shape[2:], steps, strict=True))
-        return (cells / count.clamp(min=1))[(slice(None), *kept)][None]
+        # Those that look at what was padded are left out.
+        places = cell_places(self.model, whole)
+        kept = tuple(
+            slice(0, max(1, np.count_nonzero(at < n - 0.5))) for at, n in zip(places, x.shape[2:], strict=True)
+        )
+        return (cells / count)[(slice(None), *kept)][None]
 
 
 def _padded(x: Tensor, shape: Sequence[int], value: float) -> Tensor:
     """A tensor whose last three axes are at least as long as `shape`, padded at their far ends."""
     extra = [max(0, want - have) for want, have in zip(shape, x.shape[-3:], strict=True)]
     return F.pad(x, [end for n in reversed(extra) for end in (0, n)], value=value) if any(extra) else x
-
-
-def _features(model: Any, x: Tensor) -> Tensor:
-    """`forward_features` in the type that a copy of `optimize` computes in: its hooks that cast are not called here."""
-    like = next(model.parameters())
-    found: Tensor = model.forward_features(x.to(like.dtype))
-    return found
 
 
 def cell_places(model: Any, shape: Sequence[int]) -> list[NDArray[np.float64]]:
@@ -183,7 +193,7 @@ def windows(shape: Sequence[int], window: Window, multiple_of: Sequence[int] = (
     """
     starts = []
     for size, width, multiple in zip(shape, window.shape, multiple_of, strict=True):
-        step = max(1, int(width * (1 - window.overlap)) // multiple) * multiple
+        step = max(1, int(width * (1 - window.overlap) + 1e-6) // multiple) * multiple  # 100 · (1 - 0.9) is 10
         last = size - width
         starts.append([*range(0, last, step), last])
     for z, y, x in product(*starts):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 import os
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from brainfm.errors import ModelNameError
 from brainfm.schema import Checked
-from brainfm.zoo.cards import Card, ModelCard, read_card, zoo_cards
+from brainfm.zoo.cards import Card, Licence, ModelCard, read_card, zoo_cards
 
 if TYPE_CHECKING:
     from brainfm.pretrained import PretrainedCfg
@@ -58,26 +58,114 @@ class Listing(Checked):
 
 
 @dataclass(frozen=True, eq=False)
-class _Model:
-    """A registered model: what is asked of it is made when it is asked for.
+class _Coded:
+    """A model under `@register_model`: its constructor, and what is known of its weights, by tag."""
 
-    Attributes:
-        module: Where its network is defined.
-        entrypoint: Gives the constructor.
-        cfgs: Give the cfg, by tag; the first is the default.
-        listings: Give the line of the list, by tag.
-        card: Its part of a card, where it has one.
-    """
+    entrypoint: Entrypoint
+    cfgs: Mapping[str, PretrainedCfg]
 
-    module: str
-    entrypoint: Callable[[], Entrypoint]
-    cfgs: Mapping[str, Callable[[], PretrainedCfg]]
-    listings: Mapping[str, Callable[[], Listing]]
-    card: ModelCard | None = None
+    @property
+    def module(self) -> str:
+        return self.entrypoint.__module__
+
+    @property
+    def tags(self) -> list[str]:
+        return list(self.cfgs)
+
+    def cfg(self, tag: str) -> PretrainedCfg:
+        return self.cfgs[tag]
+
+    def listing(self, tag: str) -> Listing:
+        cfg = self.cfgs[tag]
+        spec = cfg.input_spec
+        return Listing(
+            name=cfg.name,
+            title=(self.entrypoint.__doc__ or "").strip().partition("\n")[0],
+            num_features=cfg.num_features,
+            modality=spec.representation if spec else None,
+            channels=spec.channels if spec else (),
+            space=spec.space if spec else None,
+            ssl_method=cfg.ssl_method,
+            licence=cfg.licence,
+            gated=cfg.gated,
+            redistribute=cfg.redistribute,
+            source=cfg.source,
+            facts=cfg.facts,
+        )
 
 
-_registered: dict[str, _Model] = {}
+@dataclass(frozen=True, eq=False)
+class _Carded:
+    """A model of a card, of a file where it is in one: its network is imported when it is asked for."""
+
+    name: str
+    card: Card
+    file: Path | None = None
+
+    @property
+    def model(self) -> ModelCard:
+        return self.card.models[self.name]
+
+    @property
+    def module(self) -> str:
+        own = _registered.get(self.model.network)
+        return own.module if isinstance(own, _Coded) else f"brainfm.models.{self.model.network}"
+
+    @property
+    def tags(self) -> list[str]:
+        return list(self.model.weights) or [""]
+
+    @cached_property
+    def entrypoint(self) -> Entrypoint:
+        """The network's constructor with the card's arguments, under the model's name."""
+        build = network(self.model.network)
+
+        def constructor(**kwargs: Any) -> Any:
+            return build(**self.model.args | kwargs)
+
+        constructor.__name__ = constructor.__qualname__ = self.name
+        constructor.__module__, constructor.__doc__ = build.__module__, self.model.title
+        return constructor
+
+    def cfg(self, tag: str) -> PretrainedCfg:
+        from brainfm.pretrained import cfg_of
+
+        return cfg_of(self.card, self.name, tag)
+
+    def listing(self, tag: str) -> Listing:
+        model, contract = self.model, self.card.inputs.get(self.model.input or "")
+        weights = model.weights.get(tag)
+        licence = self.card.licence if weights else Licence()
+        return Listing(
+            name=f"{self.name}.{tag}" if tag else self.name,
+            title=model.title,
+            num_features=model.num_features,
+            modality=contract.get("representation", "T1w") if contract is not None else None,
+            channels=tuple(contract.get("channels", ("T1w",))) if contract is not None else (),
+            space=contract.get("space") if contract is not None else None,
+            ssl_method=model.ssl_method,
+            licence=licence.weights,
+            gated=licence.gated,
+            redistribute=licence.redistribute,
+            source=weights.source.words if weights else "",
+            facts=weights.facts if weights else "seen",
+        )
+
+
 _FAMILIES = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "models")])} - {"encoder"}
+
+_registered: dict[str, _Coded | _Carded] = {}  # beside the models of this package's own cards
+
+
+@cache
+def _zoo() -> dict[str, _Carded]:
+    """The models of this package's cards, which are read when a model is first asked for."""
+    cards = {file: read_card(file) for file in zoo_cards()}
+    return {name: _Carded(name, card, file) for file, card in cards.items() for name in card.models}
+
+
+def _models() -> dict[str, _Coded | _Carded]:
+    return {**_zoo(), **_registered}
 
 
 # --- Registering ----------------------------------------------------------------------------------
@@ -101,7 +189,8 @@ def register_model(
     ones. Its name can be the `network` of a card too.
 
     Raises:
-        ValueError: The name is taken by another constructor, or holds a character other than letters, digits and "_".
+        ValueError: The name is taken by another constructor or by a network of this package, or holds a character other
+            than letters, digits and "_".
 
     Example:
         >>> @brainfm.register_model(cfgs={"my_lab": PretrainedCfg(file="weights.safetensors", input_spec=spec)})
@@ -114,62 +203,56 @@ def register_model(
 
         name = entrypoint.__name__
         _check_name(name)
+        if name in _FAMILIES:
+            raise ValueError(f"{name!r} is a network of this package; give yours another name")
         known = _models().get(name)
         if known is not None:
-            other = known.entrypoint()
-            if (other.__module__, getattr(other, "__qualname__", name)) != (
-                entrypoint.__module__,
-                entrypoint.__qualname__,
-            ):
+            other = known.entrypoint
+            if (other.__module__, other.__qualname__) != (entrypoint.__module__, entrypoint.__qualname__):
                 raise ValueError(f"a model named {name!r} is already registered, by {other.__module__}")
-        tagged = {tag: replace(cfg, architecture=name, tag=tag) for tag, cfg in (cfgs or {"": PretrainedCfg()}).items()}
-        _registered[name] = _Model(
-            module=entrypoint.__module__,
-            entrypoint=lambda: entrypoint,
-            cfgs={tag: functools.partial(_given, cfg) for tag, cfg in tagged.items()},
-            listings={tag: functools.partial(_listing_of_cfg, cfg, entrypoint) for tag, cfg in tagged.items()},
-        )
+        given = cfgs or {"": PretrainedCfg()}
+        tagged = {tag: replace(cfg, architecture=name, tag=tag) for tag, cfg in given.items()}
+        _registered[name] = _Coded(entrypoint, tagged)
         return entrypoint
 
     return register if entrypoint is None else register(entrypoint)
 
 
 def register_card(card: str | os.PathLike[str] | Card) -> list[str]:
-    """Register every model of a card: a YAML file, whose relative paths are relative to it.
+    """Register every model of a card: a YAML file, or what `brainfm.zoo.cards.read_card` gives.
 
-    A card's `network` is a module of `brainfm.models`, or the name of a constructor under `@register_model`.
+    A card's `network` is a module of `brainfm.models`, or the name of a constructor under `@register_model`. A file
+    that is registered again is read again.
 
     Returns:
         The models' names.
 
     Raises:
-        WeightsError: The file is not a card.
-        ValueError: A name is taken by another model.
+        WeightsError: The file is not a card, or a contract in it is not one.
+        ModelNameError: There is no such network (a ValueError).
+        ValueError: A name is taken by another model, or holds a character other than letters, digits and "_".
 
     Example:
         >>> brainfm.register_card("my_lab.yaml")
         ['my_encoder']
     """
-    folder = Path() if isinstance(card, Card) else Path(card).expanduser().resolve().parent
-    content = card if isinstance(card, Card) else read_card(Path(card).expanduser().resolve())
-    for name in content.models:
+    file = None
+    if not isinstance(card, Card):
+        file = Path(card).expanduser().resolve()
+        card = read_card(file)
+    models = {name: _Carded(name, card, file) for name in card.models}
+    for name, model in models.items():
         _check_name(name)
-        if name in _models():
-            raise ValueError(f"a model named {name!r} is already registered, by {_models()[name].module}")
-    return _add_card(content, folder)
-
-
-def _add_card(card: Card, folder: Path) -> list[str]:
-    for name, model in card.models.items():
-        tags = list(model.weights) or [""]
-        _registered[name] = _Model(
-            module=f"brainfm.models.{model.network}",
-            entrypoint=functools.partial(_carded_constructor, name, model),
-            cfgs={tag: functools.cache(functools.partial(_carded_cfg, card, name, tag, folder)) for tag in tags},
-            listings={tag: functools.partial(_listing_of_card, card, name, tag) for tag in tags},
-            card=model,
-        )
-    return list(card.models)
+        known = _models().get(name)
+        again = isinstance(known, _Carded) and (known.card == card or (file is not None and known.file == file))
+        if known is not None and not again:
+            raise ValueError(f"a model named {name!r} is already registered, by {known.module}")
+        if not has_network(model.model.network):
+            raise ModelNameError(f"{name}: {_no_network(model.model.network)}")
+        for tag in model.tags:
+            model.cfg(tag)  # reads its contract and readout
+    _registered.update(models)
+    return list(models)
 
 
 def _check_name(name: str) -> None:
@@ -177,67 +260,39 @@ def _check_name(name: str) -> None:
         raise ValueError(f"a model name is made of letters, digits and '_', not {name!r}")
 
 
-def _given(cfg: PretrainedCfg) -> PretrainedCfg:
-    return cfg
-
-
-def _carded_cfg(card: Card, name: str, tag: str, folder: Path) -> PretrainedCfg:
-    from brainfm.pretrained import cfg_of
-
-    return cfg_of(card, name, tag, folder)
-
-
-def _carded_constructor(name: str, model: ModelCard) -> Entrypoint:
-    """The network's constructor with the card's arguments, under the model's name."""
-    build = network(model.network)
-
-    def constructor(**kwargs: Any) -> Any:
-        return build(**model.args | kwargs)
-
-    constructor.__name__ = constructor.__qualname__ = name
-    constructor.__module__ = getattr(build, "__module__", model.network)
-    constructor.__doc__ = model.title
-    return constructor
+# --- Networks -------------------------------------------------------------------------------------
 
 
 def network_of(name: str) -> tuple[str, dict[str, Any]]:
     """The network of a registered model and its arguments; of a constructor under `@register_model`, itself."""
     model = _look_up(name)
-    return (model.card.network, dict(model.card.args)) if model.card else (_arch(name), {})
+    return (model.model.network, dict(model.model.args)) if isinstance(model, _Carded) else (_arch(name), {})
 
 
-def has_network(name: Any) -> bool:
+def has_network(name: str) -> bool:
     """Whether `network` knows a name; no code of a network is imported."""
-    known = _registered.get(name) if isinstance(name, str) else None
-    return name in _FAMILIES or (known is not None and known.card is None)
+    return name in _FAMILIES or isinstance(_registered.get(name), _Coded)
 
 
 def network(name: str) -> Entrypoint:
-    """The constructor that a card calls `network`: a third party's, or a family's of this package.
+    """The constructor that a card calls `network`: a family's of this package, or one under `@register_model`.
 
     Raises:
         ModelNameError: There is none.
     """
-    known = _registered.get(name)
-    if known is not None and known.card is None:
-        return known.entrypoint()
+    own = _registered.get(name)
+    if isinstance(own, _Coded):
+        return own.entrypoint
     if name not in _FAMILIES:
-        raise ModelNameError(f"there is no network {name!r}; this package has {', '.join(sorted(_FAMILIES))}")
+        raise ModelNameError(_no_network(name))
     from brainfm.models import constructor
 
     return constructor(name)
 
 
-def _models() -> dict[str, _Model]:
-    """All models; those of this package's cards are read when first asked for."""
-    _read_zoo()
-    return _registered
-
-
-@functools.cache
-def _read_zoo() -> None:
-    for path in zoo_cards():
-        _add_card(read_card(path), path.parent)
+def _no_network(name: str) -> str:
+    known = sorted(_FAMILIES | {name for name, model in _registered.items() if isinstance(model, _Coded)})
+    return f"there is no network {name!r}; known: {', '.join(known)}"
 
 
 # --- Listing --------------------------------------------------------------------------------------
@@ -257,7 +312,8 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
     """
     names = [name for name, model in _models().items() if not module or model.module.split(".")[-1] == module]
     if pretrained:
-        listings = [listing() for name in names for listing in _models()[name].listings.values()]
+        models = [_models()[name] for name in names]
+        listings = [model.listing(tag) for model in models for tag in model.tags]
         names = [listing.name for listing in listings if listing.source]
     patterns = [filter] if isinstance(filter, str) else list(filter)
     if any(patterns):
@@ -274,46 +330,8 @@ def list_pretrained(filter: str | Sequence[str] = "") -> list[str]:
 
 def listing(name: str) -> Listing:
     """What can be said of a model without importing its network. Raises ModelNameError where there is none."""
-    found: Listing = _of_tag(name, _look_up(name).listings)()
-    return found
-
-
-def _listing_of_card(card: Card, name: str, tag: str) -> Listing:
-    model = card.models[name]
-    contract = card.inputs.get(model.input or "", {})
-    weights = model.weights.get(tag)
-    return Listing(
-        name=f"{name}.{tag}" if tag else name,
-        title=model.title,
-        num_features=model.num_features,
-        modality=contract.get("representation", "T1w") if model.input else None,
-        channels=tuple(contract.get("channels", ("T1w",))) if model.input else (),
-        space=contract.get("space"),
-        ssl_method=model.ssl_method,
-        licence=card.licence.weights if weights else None,
-        gated=card.licence.gated,
-        redistribute=card.licence.redistribute,
-        source=weights.source.words if weights else "",
-        facts=weights.facts if weights else "seen",
-    )
-
-
-def _listing_of_cfg(cfg: PretrainedCfg, entrypoint: Entrypoint) -> Listing:
-    spec = cfg.input_spec
-    return Listing(
-        name=cfg.name,
-        title=(entrypoint.__doc__ or "").strip().partition("\n")[0],
-        num_features=cfg.num_features,
-        modality=spec.representation if spec else None,
-        channels=spec.channels if spec else (),
-        space=spec.space if spec else None,
-        ssl_method=cfg.ssl_method,
-        licence=cfg.licence,
-        gated=cfg.gated,
-        redistribute=cfg.redistribute,
-        source=cfg.source,
-        facts=cfg.facts,
-    )
+    model = _look_up(name)
+    return model.listing(_tag(name) or model.tags[0])
 
 
 # --- Looking up -----------------------------------------------------------------------------------
@@ -321,13 +339,13 @@ def _listing_of_cfg(cfg: PretrainedCfg, entrypoint: Entrypoint) -> Listing:
 
 def is_model(name: str) -> bool:
     """Whether `create_model` knows this name, with or without a tag."""
-    architecture, dot, tag = name.partition(".")
-    return architecture in _models() and (not dot or tag in _models()[architecture].cfgs)
+    model = _models().get(_arch(name))
+    return model is not None and ("." not in name or _tag(name) in model.tags)
 
 
 def model_entrypoint(name: str) -> Entrypoint:
     """The constructor registered under a name. Raises ModelNameError (a ValueError) where there is none."""
-    return _look_up(name).entrypoint()
+    return _look_up(name).entrypoint
 
 
 def get_pretrained_cfg(name: str) -> PretrainedCfg:
@@ -336,26 +354,25 @@ def get_pretrained_cfg(name: str) -> PretrainedCfg:
     Raises:
         ModelNameError: No such model or tag; the message lists the nearest ones. It is a ValueError.
     """
-    cfg: PretrainedCfg = _of_tag(name, _look_up(name).cfgs)()
-    return cfg
+    model = _look_up(name)
+    return model.cfg(_tag(name) or model.tags[0])
 
 
-def _of_tag(name: str, tagged: Mapping[str, Callable[[], Any]]) -> Callable[[], Any]:
-    tag = name.partition(".")[2]
-    return tagged[tag] if tag else next(iter(tagged.values()))
-
-
-def _look_up(name: str) -> _Model:
-    architecture, _, tag = name.partition(".")
+def _look_up(name: str) -> _Coded | _Carded:
+    architecture, models = _arch(name), _models()
     if is_model(name):
-        return _models()[architecture]
-    if architecture in _models():
-        tags = ", ".join(f"{architecture}.{known}" for known in _models()[architecture].cfgs if known) or "none"
-        raise ModelNameError(f"model {architecture!r} has no weights tagged {tag!r}; known: {tags}")
-    near = difflib.get_close_matches(architecture, _models(), n=3, cutoff=0.5)
+        return models[architecture]
+    if architecture in models:
+        tags = ", ".join(f"{architecture}.{known}" for known in models[architecture].tags if known) or "none"
+        raise ModelNameError(f"model {architecture!r} has no weights tagged {_tag(name)!r}; known: {tags}")
+    near = difflib.get_close_matches(architecture, models, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "brainfm.list_models() names them all."
     raise ModelNameError(f"unknown model {name!r}; {hint}")
 
 
 def _arch(name: str) -> str:
     return name.partition(".")[0]
+
+
+def _tag(name: str) -> str:
+    return name.partition(".")[2]

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ class Origin(Checked):
     torch: str = ""
     scans: int = 0
     failed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("contract", "readout"):  # equal to what a file gives back
+            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
 
     @property
     def digest(self) -> str:
@@ -136,7 +141,7 @@ class Embeddings:
 
 
 def read(path: str | os.PathLike[str]) -> Embeddings:
-    """The table that `Embeddings.save` wrote, with its origin.
+    """The table that `Embeddings.save` wrote, with its origin, but without the scans that failed.
 
     Raises:
         BrainfmError: There is no such file, or it is no table of embeddings.
@@ -171,17 +176,27 @@ def join(tables: Sequence[Embeddings]) -> Embeddings:
 
     Raises:
         BrainfmError: They were made by different weights, contracts, readouts or dtypes, or one does not say.
+        ValueError: There is no table.
     """
-    first = tables[0]
+    if not tables:
+        raise ValueError("there is no table to join")
     for other in tables[1:]:
-        check_same_origin(first, other)
-    origin = first.origin
-    assert origin is not None or len(tables) == 1
+        check_same_origin(tables[0], other)
+    origins = [table.origin for table in tables if table.origin is not None]
+    joined = None
+    if origins:
+        joined = replace(
+            origins[0],
+            brainfm=", ".join(dict.fromkeys(origin.brainfm for origin in origins)),
+            torch=", ".join(dict.fromkeys(origin.torch for origin in origins)),
+            scans=sum(origin.scans for origin in origins),
+            failed=sum(origin.failed for origin in origins),
+        )
     return Embeddings(
         np.concatenate([table.vectors for table in tables]),
         [record for table in tables for record in table.records],
         [error for table in tables for error in table.errors],
-        origin,
+        joined,
     )
 
 
@@ -210,6 +225,11 @@ def errors_path(output: Path) -> Path:
     return output.with_name(output.stem + ".errors.csv")
 
 
+def files_of(output: Path) -> list[Path]:
+    """Every file that may be written with a table."""
+    return [output, errors_path(output), *([origin_path(output)] if output.suffix == ".csv" else [])]
+
+
 def check_output(path: Path, records: Sequence[ScanRecord] = ()) -> None:
     """Raise ScanError for a table that could not be written, before any work is done for it."""
     if path.suffix not in FORMATS:
@@ -218,6 +238,11 @@ def check_output(path: Path, records: Sequence[ScanRecord] = ()) -> None:
         raise ScanError(f"{path}: a folder; name the table in it")
     if path.suffix == ".parquet":
         _pyarrow()
+    if path.suffix == ".csv" and origin_path(path).exists() and not _is_origin(origin_path(path)):
+        raise ScanError(
+            f"{origin_path(path)} is something else, and the origin of {path.name} would be written there; name the "
+            "table otherwise, or move that file"
+        )
     names = {name for record in records for name in record.extra}
     clash = sorted(name for name in names if name in _OWN or re.fullmatch(r"e\d+", name))
     if clash:
@@ -275,7 +300,16 @@ def _read_csv(path: Path) -> tuple[dict[str, list[str]], NDArray[np.float32], st
     places = [names.index(name) for name in numbers]
     vectors = np.array([[row[n] for n in places] for row in rows], dtype=np.float32).reshape(len(rows), len(places))
     beside = origin_path(path)
-    return texts, vectors, beside.read_text(encoding="utf-8") if beside.is_file() else ""
+    return texts, vectors, beside.read_text(encoding="utf-8") if _is_origin(beside) else ""
+
+
+def _is_origin(path: Path) -> bool:
+    """Whether a file is what `Embeddings.save` writes beside a .csv."""
+    try:
+        Origin.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _numbers(names: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ def main(argv=None):
     column = [record.extra[arguments.column] for record in table.records]
 
     found = retrieval(table.vectors, patients)
-    print(f"nearest neighbour is the same patient: {found.share:.0%} (by chance {found.chance:.0%})")
+    print(f"nearest neighbour is the same patient: {found.fraction:.0%} (by chance {found.chance:.0%})")
     again = same_patient_similarity(table.vectors, patients)
     print(f"cosine within patients {again.within:.3f}, between {again.between:.3f}; median ICC {again.icc_median:.2f}")
     leak = leakage_probe(table.vectors, column, patients, folds=4)

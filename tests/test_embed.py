@@ -1,6 +1,7 @@
 """Many scans → a table: whole, in order, with the bad ones listed, and none done twice after an interruption."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from torch import nn
 
 import brainfm
 from brainfm import ScanError
+from brainfm.contract import InputSpec, Readout
 from brainfm.embed import Embeddings
 from brainfm.manifest import ScanRecord
+from brainfm.models.encoder import Encoder, stage
 
-module = sys.modules["brainfm.embed"]  # behind the function of the same name
+module = sys.modules["brainfm.embed"]  # which the function of the same name hides
 
 
 class Pooled(nn.Module):
@@ -181,6 +184,118 @@ def test_model_without_a_contract_is_refused(pairs):
         brainfm.embed(pairs, nn.Flatten())
 
 
+# --- Scans of several shapes ----------------------------------------------------------------------
+
+
+class Means(nn.Module):
+    """The mean of the image and the number of its voxels, of any shape; some shapes it refuses."""
+
+    num_features = 2
+    most_voxels = 10**9
+    refused = ()
+    shapes: list = []  # noqa: RUF012 - of the class, since `embed` runs a copy
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        spec = InputSpec(representation="any contrast", channels=("any",))
+        self.pretrained_cfg = brainfm.PretrainedCfg(architecture="means", input_spec=spec)
+
+    def forward(self, x):
+        if x.shape[2] in self.refused:
+            raise ValueError(f"the network takes no volume of\n{list(x.shape[2:])}")
+        if x.numel() > self.most_voxels:
+            raise torch.OutOfMemoryError("there is no memory")
+        self.shapes.append(tuple(x.shape))
+        return torch.stack([x.mean(dim=(1, 2, 3, 4)), torch.full((len(x),), float(x[0].numel()))], dim=1) * self.weight
+
+
+def striped(depth, mean):
+    """Voxels [depth, 3, 4] that are not all the same."""
+    return (np.tile([0.5, 1.5], (depth, 3, 2)) * mean).astype(np.float32)
+
+
+@pytest.fixture
+def of_shapes(monkeypatch):
+    """A function (depths) → scans in memory of these depths, each of its own brightness."""
+    monkeypatch.setattr(Means, "shapes", [])
+
+    def make(*depths):
+        return [(striped(depth, n + 1), np.eye(4)) for n, depth in enumerate(depths)]
+
+    return make
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_scans_of_unequal_tensors_go_in_batches_by_their_shape(batch_size, of_shapes):
+    depths = [5, 5, 7, 5, 5, 5, 5, 5, 6]
+    table = brainfm.embed(of_shapes(*depths), Means(), batch_size=batch_size)
+    assert table.errors == []
+    np.testing.assert_allclose(table.vectors[:, 0], np.arange(len(depths)) + 1)
+    np.testing.assert_array_equal(table.vectors[:, 1], np.array(depths) * 12)
+    sizes = {1: [1] * 9, 2: [2, 1, 2, 2, 1, 1], 4: [2, 1, 4, 1, 1]}[batch_size]
+    assert [shape[0] for shape in Means.shapes] == sizes
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_scan_that_the_network_refuses_fails_alone(batch_size, of_shapes, monkeypatch):
+    monkeypatch.setattr(Means, "refused", (7,))
+    table = brainfm.embed(of_shapes(5, 7, 5, 5), Means(), batch_size=batch_size)
+    assert [int(value) for value in table.vectors[:, 0]] == [1, 3, 4]
+    ((_, reason),) = table.errors
+    assert reason == "scan 1: ValueError: the network takes no volume of [7, 3, 4]"
+    with pytest.raises(ScanError, match="scan 1: ValueError"):
+        brainfm.embed(of_shapes(5, 7, 5, 5), Means(), batch_size=batch_size, on_error="raise")
+
+
+def test_batch_that_the_memory_does_not_hold_goes_one_by_one(of_shapes, monkeypatch):
+    monkeypatch.setattr(Means, "most_voxels", 100)
+    table = brainfm.embed(of_shapes(5, 5, 5, 9, 5), Means(), batch_size=3)
+    assert [int(value) for value in table.vectors[:, 0]] == [1, 2, 3, 5]
+    assert [shape[0] for shape in Means.shapes] == [1, 1, 1, 1]
+    ((_, reason),) = table.errors
+    assert reason == "scan 3: OutOfMemoryError: there is no memory"
+
+
+class Cells(Encoder):
+    """Cells of 3×3×3 voxels."""
+
+    classifier_name = "head"
+    first_conv = "body"
+
+    def __init__(self):
+        super().__init__(0, 1, None, 0.0)
+        self.body = nn.Conv3d(1, 4, 3, stride=3)
+        self.num_features, self.feature_info = 4, [stage("body", 4, (3, 3, 3), (1.0, 1.0, 1.0))]
+        self.reset_classifier(0)
+        spec = InputSpec(representation="any contrast", channels=("any",), mask="file")
+        self.pretrained_cfg = brainfm.PretrainedCfg(input_spec=spec, readout=Readout("brain"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_scan_that_the_readout_refuses_fails_alone(batch_size, of_shapes):
+    """That no cell is centred in its mask is found out after the scan was read, when its batch is embedded."""
+    torch.manual_seed(0)
+    model, scans = Cells().eval(), of_shapes(6, 6, 6)
+    masks = [np.ones((6, 3, 4), dtype=np.uint8) for _ in scans]
+    masks[1][:] = 0
+    masks[1][0, 0, 0] = 1
+    pairs = [(scan, (mask, np.eye(4))) for scan, mask in zip(scans, masks, strict=True)]
+    table = brainfm.embed(pairs, model, batch_size=batch_size)
+    np.testing.assert_allclose(table.vectors, brainfm.embed(pairs[::2], model).vectors, rtol=1e-6)
+    assert len(table) == 2
+    ((_, reason),) = table.errors
+    assert reason.startswith("scan 1: no cell of the model's feature map is centred in the brain mask")
+
+
+def test_embedding_that_is_not_finite_fails_its_scan_by_name(of_shapes):
+    scans = of_shapes(5, 5, 5)
+    scans[1] = (striped(5, 2e38), np.eye(4))
+    table = brainfm.embed(scans, Means(), batch_size=3)
+    assert [int(value) for value in table.vectors[:, 0]] == [1, 3]
+    assert table.errors[0][1] == "scan 1: the embedding is not finite: an overflow; use dtype float32"
+
+
 # --- Bad scans ------------------------------------------------------------------------------------
 
 
@@ -214,12 +329,12 @@ def test_an_error_that_nobody_foresaw_does_not_stop_the_others(pairs):
 def test_errors_are_written_beside_the_table_and_removed_by_a_clean_run(pairs, bad, tmp_path):
     output = tmp_path / "out.csv"
     brainfm.embed([pairs[0], *bad], Pooled(), output=output)
-    assert names(tmp_path) == ["out.csv", "out.errors.csv"]
+    assert names(tmp_path) == ["out.csv", "out.errors.csv", "out.json"]
     listed = rows(tmp_path / "out.errors.csv")
     assert [row["image_path"] for row in listed] == [str(path) for path in bad]
     assert "no such file" in listed[1]["error"]
     brainfm.embed(pairs[:1], Pooled(), output=output)
-    assert names(tmp_path) == ["out.csv"]
+    assert names(tmp_path) == ["out.csv", "out.json"]
 
 
 def test_all_scans_bad_gives_no_table_but_a_list(bad, tmp_path):
@@ -254,7 +369,8 @@ def read_csv(path):
 
 def read_npz(path):
     with np.load(path) as file:
-        return file["embeddings"], {key: file[key].tolist() for key in file.files if key != "embeddings"}
+        own = ("embeddings", "brainfm_origin")
+        return file["embeddings"], {key: file[key].tolist() for key in file.files if key not in own}
 
 
 def read_parquet(path):
@@ -278,7 +394,7 @@ def test_table_reads_back_exactly(suffix, records, tmp_path):
     assert texts == table.columns()
     assert texts["site"] == ["Zürich, CH", "two\nlines", ""]
     assert texts["patient_id"] == ["p0", "p1", "p2"]
-    assert names(tmp_path) == [f"out{suffix}"]
+    assert names(tmp_path) == [f"out{suffix}"] + (["out.json"] if suffix == ".csv" else [])
 
 
 def test_any_float32_survives_the_csv(tmp_path):
@@ -291,7 +407,7 @@ def test_any_float32_survives_the_csv(tmp_path):
 
 def test_output_folder_is_made(pairs, tmp_path):
     brainfm.embed(pairs[:1], Pooled(), output=tmp_path / "new" / "folder" / "out.csv")
-    assert names(tmp_path / "new" / "folder") == ["out.csv"]
+    assert names(tmp_path / "new" / "folder") == ["out.csv", "out.json"]
 
 
 def test_failed_write_leaves_the_old_table_and_nothing_else(pairs, tmp_path, monkeypatch):
@@ -330,6 +446,185 @@ def test_column_of_the_manifest_that_clashes_with_the_tables_is_refused_before_a
     assert counted() == 0
 
 
+# --- What the table and the report say ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npz", ".parquet"])
+def test_table_says_what_made_it(suffix, records, bad, tmp_path):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    model = Pooled()
+    table = brainfm.embed([*records, bad[0]], model, dtype="bfloat16", output=tmp_path / f"out{suffix}")
+    found = brainfm.table.read(tmp_path / f"out{suffix}")
+    assert found.origin == table.origin
+    assert found.columns() == table.columns()
+    assert found.vectors.tobytes() == table.vectors.tobytes()
+    assert found.origin == brainfm.table.Origin(
+        model="test_resnet_3d.phantoms",
+        weights=brainfm.weights.weights_digest(model),
+        contract=model.pretrained_cfg.input_spec.to_dict(),
+        readout={"pool": None, "window": None},
+        dtype="bfloat16",
+        brainfm=brainfm.__version__,
+        torch=torch.__version__,
+        scans=4,
+        failed=1,
+    )
+
+
+def test_tables_of_two_models_are_not_joined_and_those_of_one_are(pairs, tmp_path):
+    first, second = (brainfm.embed(part, Pooled()) for part in (pairs[:2], pairs[2:]))
+    whole = brainfm.embed(pairs, Pooled())
+    joined = brainfm.table.join([first, second])
+    np.testing.assert_array_equal(joined.vectors, whole.vectors)
+    assert joined.origin == whole.origin
+    for other, options in ((Pooled(2.0), {}), (Pooled(), {"dtype": "bfloat16"})):
+        with pytest.raises(brainfm.BrainfmError, match="not joined"):
+            brainfm.table.join([first, brainfm.embed(pairs[2:], other, **options)])
+
+
+def test_report_says_what_was_done(pairs, bad, tmp_path):
+    output, report = tmp_path / "out.csv", tmp_path / "run.json"
+    model = interrupted([*pairs, bad[1]], output, report=report)
+    assert not report.exists()
+    table = brainfm.embed([*pairs, bad[1]], model, output=output, report=report)
+    said = json.loads(report.read_text())
+    assert brainfm.table.Origin.from_dict(said.pop("origin")) == table.origin
+    assert 0 <= said.pop("seconds") < 600
+    assert said == {
+        "output": str(output),
+        "scans": 7,
+        "embedded": 6,
+        "of_an_earlier_run": 3,
+        "failed": [{"scan": str(bad[1]), "error": table.errors[0][1]}],
+    }
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.json", "out.errors.csv"])
+def test_report_in_the_place_of_the_tables_own_files_is_refused_before_any_work(name, pairs, tmp_path, counted):
+    with pytest.raises(ScanError, match="give the report another name"):
+        brainfm.embed(pairs, Pooled(), output=tmp_path / "out.csv", report=tmp_path / name)
+    assert counted() == 0
+
+
+def test_json_that_is_not_ours_is_refused_before_any_work(pairs, tmp_path, counted):
+    (tmp_path / "out.json").write_text('{"Name": "BIDS sidecar"}')
+    with pytest.raises(ScanError, match=r"out\.json is something else"):
+        brainfm.embed(pairs, Pooled(), output=tmp_path / "out.csv")
+    assert counted() == 0
+    assert names(tmp_path) == ["out.json"]
+
+
+# --- Several models -------------------------------------------------------------------------------
+
+
+def _second():
+    """`Pooled` under another name, with another weight."""
+    model = Pooled(2.0)
+    model.pretrained_cfg = model.pretrained_cfg.overlay({"architecture": "other", "tag": ""})
+    return model
+
+
+@pytest.fixture
+def second():
+    return _second()
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_several_models_give_a_table_each(kind, pairs, second, tmp_path):
+    tables = brainfm.embed(pairs, kind([Pooled(), second]), output=tmp_path / "out.csv", report=tmp_path / "run.json")
+    assert isinstance(tables, list)
+    np.testing.assert_array_equal(tables[0].vectors * 2, tables[1].vectors)
+    model_names = ["test_resnet_3d.phantoms", "other"]
+    assert [table.origin.model for table in tables] == model_names
+    assert names(tmp_path) == sorted(
+        f"{stem}.{name}.{ending}"
+        for name in model_names
+        for stem, ending in (("out", "csv"), ("out", "json"), ("run", "json"))
+    )
+    for name, table in zip(model_names, tables, strict=True):
+        assert brainfm.table.read(tmp_path / f"out.{name}.csv").origin == table.origin
+        assert json.loads((tmp_path / f"run.{name}.json").read_text())["output"] == str(tmp_path / f"out.{name}.csv")
+
+
+def test_one_model_in_a_list_gives_a_list(pairs, tmp_path):
+    (table,) = brainfm.embed(pairs[:1], [Pooled()], output=tmp_path / "out.npz")
+    assert len(table) == 1
+    assert names(tmp_path) == ["out.test_resnet_3d.phantoms.npz"]
+
+
+def _with_classifier():
+    return brainfm.create_model("test_resnet_3d", num_classes=2)
+
+
+def _without_contract():
+    return nn.Flatten()
+
+
+def _of_three_channels():
+    return brainfm.create_model("test_resnet_3d", in_chans=3)
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (_second, "have the same name"),
+        (_with_classifier, r"reset_classifier\(0\)"),
+        (_without_contract, "no input contract"),
+        (_of_three_channels, "takes 3 channels, and its input contract gives T1w"),
+        (lambda: "test_resnet_4d", "unknown model 'test_resnet_4d'"),
+    ],
+)
+def test_wrong_model_among_several_is_refused_before_any_work(other, reason, second, pairs, tmp_path, counted):
+    with pytest.raises(ValueError, match=reason):
+        brainfm.embed(pairs, [second, other()], output=tmp_path / "out.csv")
+    assert counted() == 0
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_rows_that_are_kept_own_their_memory(batch_size, pairs, monkeypatch):
+    """A view would keep the output of a whole batch, and with it torch's memory, as long as the run lasts."""
+    kept = []
+    table = module._table
+    monkeypatch.setattr(module, "_table", lambda r, m, done, *more: kept.append(done) or table(r, m, done, *more))
+    brainfm.embed(pairs, Pooled(), batch_size=batch_size)
+    assert len(kept[0]) == len(pairs)
+    assert all(vector.flags.owndata and vector.base is None for vector in kept[0].values())
+
+
+GROWTH = """
+import gc, brainfm, numpy as np, test_embed, torch
+
+class Wide(test_embed.Means):
+    num_features = 2
+    def forward(self, x):
+        return torch.nn.functional.pad(super().forward(x), (0, 2**16))[:, :2]  # as a view, a row would hold 256 KiB
+
+def resident():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+scans = [(test_embed.striped(9, 1 + n % 5), np.eye(4)) for n in range(3000)]
+model = Wide()
+brainfm.embed(scans[:300], model, batch_size=4)
+few = resident()
+brainfm.embed(scans, model, batch_size=4)
+open(sys.argv[1], "w").write(str(resident() - few))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc")
+def test_ten_times_as_many_scans_take_hardly_more_memory(tmp_path):
+    result = run_python(GROWTH, tmp_path / "grown")
+    assert result.returncode == 0, result.stderr
+    assert int((tmp_path / "grown").read_text()) < 50 * 2**20
+
+
 # --- Going on after an interruption ---------------------------------------------------------------
 
 
@@ -354,7 +649,8 @@ def test_interrupted_run_does_the_rest_only_and_gives_the_same_table(suffix, pai
     assert counted() == len(pairs) - 3
     brainfm.embed(scans, model, output=whole)
     assert output.read_bytes() == whole.read_bytes()
-    assert names(tmp_path) == sorted(["out.errors.csv", f"out{suffix}", "whole"])
+    stamp = ["out.json"] if suffix == ".csv" else []
+    assert names(tmp_path) == sorted(["out.errors.csv", f"out{suffix}", "whole", *stamp])
 
 
 def test_finished_run_leaves_nothing_to_go_on_from(pairs, tmp_path, counted):
@@ -448,7 +744,7 @@ def test_torn_last_line_of_the_journal_costs_one_scan(cut, pairs, tmp_path, coun
     model = interrupted(pairs, output)
     (journal,) = tmp_path.glob(".out.csv*")
     journal.write_bytes(journal.read_bytes()[:-cut])
-    Pooled.interrupt_at = 1  # again, so that lines are added behind the torn one
+    Pooled.interrupt_at = 1  # again, so that lines are added after the torn one
     with pytest.raises(KeyboardInterrupt):
         brainfm.embed(pairs, model, output=output)
     Pooled.interrupt_at = None
@@ -462,7 +758,7 @@ def test_journal_of_something_else_is_ignored(content, pairs, tmp_path, counted)
     (tmp_path / ".out.csv.rank0.journal").write_text(content, encoding="latin-1")
     brainfm.embed(pairs[:2], Pooled(), output=tmp_path / "out.csv")
     assert counted() == 2
-    assert names(tmp_path) == ["out.csv"]
+    assert names(tmp_path) == ["out.csv", "out.json"]
 
 
 def test_table_whose_name_holds_wildcards_goes_on_and_leaves_nothing(pairs, tmp_path, counted):
@@ -470,7 +766,7 @@ def test_table_whose_name_holds_wildcards_goes_on_and_leaves_nothing(pairs, tmp_
     model = interrupted(pairs, output)
     brainfm.embed(pairs, model, output=output)
     assert counted() == len(pairs) - 3
-    assert names(tmp_path) == ["out[1].csv"]
+    assert names(tmp_path) == ["out[1].csv", "out[1].json"]
 
 
 def test_two_tables_in_one_folder_do_not_mix(pairs, tmp_path, counted):
@@ -546,7 +842,8 @@ def test_two_processes_share_the_scans_and_write_the_table_of_one(originals, bad
     result = run_python(SHARED, *scans, mask, 3, output, launcher=TWO)
     assert result.returncode == 0, result.stderr
     assert output.read_bytes() == whole.read_bytes()
-    assert names(output.parent) == ["out.csv", "out.errors.csv", "run.py"]
+    assert names(output.parent) == ["out.csv", "out.errors.csv", "out.json", "run.py"]
+    assert (output.parent / "out.json").read_bytes() == (whole.parent / "out.json").read_bytes()
 
 
 @pytest.mark.slow
@@ -556,7 +853,7 @@ def test_two_processes_go_on_from_one(originals, pairs, tmp_path):
     interrupted(pairs, output, after=2)
     result = run_python(SHARED, *paths, mask, 2, output, launcher=TWO)
     assert result.returncode == 0, result.stderr
-    assert names(tmp_path) == ["out.csv", "run.py"]
+    assert names(tmp_path) == ["out.csv", "out.json", "run.py"]
 
 
 def test_model_with_a_classifier_is_refused(small_sample):
@@ -639,16 +936,28 @@ def test_automatic_batch_is_one_on_a_cpu(originals):
 
 
 @pytest.mark.parametrize(("free", "cached", "size"), [(10, 0, 8), (10, 5, 12), (0.5, 0, 1), (1000, 0, 16)])
-def test_batch_grows_to_what_the_gpu_holds_behind_the_first_scan(monkeypatch, free, cached, size):
+def test_batch_grows_to_what_the_gpu_holds_after_the_first_scan(monkeypatch, free, cached, size):
     gigabyte = 2**30
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 3 * gigabyte)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * gigabyte)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: (2 + cached) * gigabyte)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * gigabyte), 0))
-    scans = iter((n, torch.zeros(1)) for n in range(40))
+    scans = iter((n, prepared(torch.zeros(1, 2, 2, 2))) for n in range(40))
     sizes = [len(numbers) for numbers, _ in module._Batches(scans, "auto", torch.device("cuda"))]
     assert sizes[:2] == [1, size]
     assert sum(sizes) == 40
+
+
+def prepared(tensor):
+    return module._Prepared("a scan", tensor, None, np.eye(4))
+
+
+def test_grown_batch_holds_fewer_of_larger_scans(monkeypatch):
+    monkeypatch.setattr(module._Batches, "_scans_that_fit", lambda self: 8)
+    shapes = [(1, 2, 2, 2)] * 9 + [(1, 2, 2, 8)] * 5 + [(1, 1, 1, 1)] * 16 + [(1, 16, 16, 16)] * 2
+    scans = iter((n, prepared(torch.zeros(shape))) for n, shape in enumerate(shapes))
+    sizes = [len(numbers) for numbers, _ in module._Batches(scans, "auto", torch.device("cuda"))]
+    assert sizes == [1, 8, 2, 2, 1, 16, 1, 1]
 
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch):

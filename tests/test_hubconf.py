@@ -26,6 +26,7 @@ def test_every_registered_model_and_the_transform_are_entry_points(hubconf):
 
 def test_each_entry_point_says_what_the_model_is(hubconf):
     assert "512-d" in hubconf.simclr_resnet18_3d.__doc__
+    assert all(getattr(hubconf, name).__doc__ for name in brainfm.list_models())
 
 
 def test_dependencies_are_installed_packages(hubconf):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brainfm import ScanError
+from brainfm import ScanError, load_scan
 from brainfm.manifest import ScanRecord, list_scans
 
 DICOM = bytes(128) + b"DICM" + bytes(500)
@@ -44,6 +44,14 @@ def test_list_of_paths_pairs_and_records_keeps_its_order():
     ]
 
 
+def test_list_of_scans_of_several_channels():
+    scan = {"T1w": "sub-01/anat/sub-01_ses-2_T1w.nii", "FLAIR": "sub-01/anat/sub-01_ses-2_FLAIR.nii"}
+    assert list_scans([scan, (scan, "m.nii")]) == [
+        ScanRecord(scan, None, "sub-01", "ses-2"),
+        ScanRecord(scan, "m.nii", "sub-01", "ses-2"),
+    ]
+
+
 def test_array_with_its_affine_is_one_image_not_an_image_and_a_mask():
     image, affine = np.zeros((5, 6, 7)), np.eye(4)
     bare, masked = list_scans([(image, affine), ((image, affine), image > 0)])
@@ -62,7 +70,7 @@ def test_generator_of_paths_is_a_list_too():
     assert len(list_scans(name for name in ("a.nii", "b.nii"))) == 2
 
 
-@pytest.mark.parametrize("given", [42, None, ScanRecord("a.nii")])
+@pytest.mark.parametrize("given", [42, None, ScanRecord("a.nii"), {"T1w": "a.nii", "FLAIR": "b.nii"}])
 def test_what_is_no_list_is_refused(given):
     with pytest.raises(ScanError, match=f"not one {type(given).__name__}; put it in a list"):
         list_scans(given)
@@ -122,6 +130,53 @@ def test_quoted_field_may_hold_a_comma_and_names_may_hold_any_letter(tmp_path):
     assert records == [ScanRecord(tmp_path / "Müller/сcan ü.nii", extra={"note": "left, frontal"})]
 
 
+def test_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    records = list_scans(manifest(tmp_path, "image_path,mask_path\n~/a.nii,~/m.nii\n"))
+    assert records == [ScanRecord(Path("/home/ann/a.nii"), Path("/home/ann/m.nii"))]
+
+
+def test_column_a_channel_makes_scans_of_several_channels(tmp_path):
+    text = "t1w_path,flair_path,mask_path,patient_id,age\na.nii,/abs/b.nii,m.nii,p1,71\nc.nii,d.nii,,p2,\n"
+    assert list_scans(manifest(tmp_path, text)) == [
+        ScanRecord(
+            {"t1w": tmp_path / "a.nii", "flair": Path("/abs/b.nii")}, tmp_path / "m.nii", "p1", extra={"age": "71"}
+        ),
+        ScanRecord({"t1w": tmp_path / "c.nii", "flair": tmp_path / "d.nii"}, None, "p2", extra={"age": ""}),
+    ]
+
+
+def test_channel_whose_field_is_empty_is_missing(tmp_path):
+    records = list_scans(manifest(tmp_path, "t1w_path,flair_path\na.nii,\n,b.nii\na.nii,b.nii\n"))
+    assert [sorted(record.image) for record in records] == [["t1w"], ["flair"], ["flair", "t1w"]]
+
+
+def test_same_file_as_another_channel_is_another_scan(tmp_path):
+    records = list_scans(manifest(tmp_path, "t1w_path,flair_path\na.nii,\n,a.nii\n"))
+    assert [record.image for record in records] == [{"t1w": tmp_path / "a.nii"}, {"flair": tmp_path / "a.nii"}]
+
+
+def test_image_path_wins_over_a_column_a_channel_which_stays_as_it_is(tmp_path):
+    records = list_scans(manifest(tmp_path, "t1w_path,image_path,report_path\na.nii,b.nii,r.pdf\n,c.nii,\n"))
+    assert records == [
+        ScanRecord(tmp_path / "b.nii", extra={"t1w_path": "a.nii", "report_path": "r.pdf"}),
+        ScanRecord(tmp_path / "c.nii", extra={"t1w_path": "", "report_path": ""}),
+    ]
+
+
+def test_path_of_dense_features_is_no_channel(tmp_path):
+    records = list_scans(manifest(tmp_path, "t1w_path,dense_path\na.nii,features/a.nii\n"))
+    assert records == [ScanRecord({"t1w": tmp_path / "a.nii"}, extra={"dense_path": "features/a.nii"})]
+
+
+def test_scan_of_several_channels_is_read_from_its_manifest(tmp_path, small_sample, small_spec):
+    (tmp_path / "scans").symlink_to(small_sample[0].parent)
+    text = "T1w_path,FLAIR_path,mask_path\nscans/normalized.nii.gz,,scans/mask.nii.gz\n"
+    (record,) = list_scans(manifest(tmp_path, text))
+    scan = load_scan(record.image, record.mask, spec=small_spec)
+    np.testing.assert_array_equal(scan.image, load_scan(*small_sample, spec=small_spec).image)
+
+
 def test_one_scan_with_two_masks_is_two_rows(tmp_path):
     records = list_scans(manifest(tmp_path, "image_path,mask_path\na.nii,m.nii\na.nii,n.nii\n"))
     assert [record.mask.name for record in records] == ["m.nii", "n.nii"]
@@ -134,9 +189,17 @@ def test_one_scan_with_two_masks_is_two_rows(tmp_path):
         ("\n\n", "the manifest is empty; it needs a header line with image_path"),
         ("image_path,mask_path\n", "a header but no rows"),
         ("image_path,mask_path\n,\n", "a header but no rows"),
-        ("path,mask_path\na.nii,m.nii\n", r"no column image_path \(it has path, mask_path\)"),
+        (
+            "path,mask_path\na.nii,m.nii\n",
+            r"no column image_path, nor one a channel such as t1w_path \(it has path, mask_path\)",
+        ),
         ("a.nii,m.nii\nb.nii,n.nii\n", "no column image_path"),
         ("image_path;mask_path\na.nii;m.nii\n", "no column image_path"),
+        ("mask_path,dense_path,label\nm.nii,d.nii,AD\n", "no column image_path"),
+        ("t1w_path,flair_path,label\n,,AD\n", "line 2: t1w_path and flair_path are empty"),
+        ("t1w_path,flair_path\na.nii,b.nii\na.nii,./b.nii\n", "line 3: a.nii, ./b.nii is already in line 2"),
+        ("t1w_path,flair_path\na.nii,\nb.nii,\na.nii,\n", "line 4: a.nii is already in line 2"),
+        ("image_path,t1w_path\na.nii,\n,b.nii\n", "line 3: image_path is empty"),
         ("image_path,mask_path\na.nii,m.nii\nb.nii,\na.nii,m.nii\n", "line 4: a.nii is already in line 2; remove one"),
         ("image_path\na.nii\n./a.nii\n", "line 3: ./a.nii is already in line 2"),
         ("image_path,label,label\na.nii,1,2\n", "the column label twice"),
@@ -275,6 +338,9 @@ def test_empty_folder_is_refused(tmp_path):
         list_scans(tmp_path)
 
 
+# --- Records as rows of text ----------------------------------------------------------------------
+
+
 def test_record_as_a_row_of_text():
     record = ScanRecord(Path("a.nii"), None, "p1", "s1", {"label": "AD"})
     assert record.columns() == {
@@ -285,3 +351,45 @@ def test_record_as_a_row_of_text():
         "label": "AD",
     }
     assert ScanRecord((np.zeros(1), np.eye(4))).columns()["image_path"] == ""
+
+
+def test_record_of_several_channels_as_a_row_of_text():
+    record = ScanRecord({"T1w": Path("a.nii"), "FLAIR": None, "T2w": (np.zeros(1), np.eye(4))}, "m.nii")
+    assert record.columns() == {
+        "t1w_path": "a.nii",
+        "flair_path": "",
+        "t2w_path": "",
+        "mask_path": "m.nii",
+        "patient_id": "",
+        "scan_id": "",
+    }
+    assert record.name == "a.nii"
+
+
+ROWS = [
+    ScanRecord("a.nii", "m.nii", "p1", "s1", {"label": "AD"}),
+    ScanRecord("a.nii", extra={"t1w_path": "b.nii", "report_path": ""}),
+    ScanRecord({"t1w": "a.nii", "flair": "b.nii"}, "m.nii", "p1"),
+    ScanRecord({"t1w": "a.nii"}, None, "", "s2", {"dense_path": "d.nii"}),
+    ScanRecord(""),
+]
+
+
+@pytest.mark.parametrize("record", ROWS, ids=["image", "image and paths", "channels", "one channel", "in memory"])
+def test_record_goes_to_a_row_of_text_and_back(record):
+    assert ScanRecord.from_columns(record.columns()) == record
+
+
+def test_rows_of_one_table_go_back_to_scans_of_one_image_and_of_channels():
+    """In a table all rows have the columns of all."""
+    blank = dict.fromkeys(("image_path", "t1w_path", "flair_path"), "")
+    one, several = ({**blank, **ROWS[number].columns()} for number in (0, 2))
+    assert ScanRecord.from_columns(several) == ROWS[2]
+    assert ScanRecord.from_columns(one).image == "a.nii"
+
+
+def test_relative_paths_of_a_row_are_relative_to_the_folder_that_is_given():
+    row = {"t1w_path": "a.nii", "flair_path": "/abs/b.nii", "mask_path": "m.nii"}
+    record = ScanRecord.from_columns(row, Path("/data"))
+    assert record.image == {"t1w": Path("/data/a.nii"), "flair": Path("/abs/b.nii")}
+    assert record.mask == Path("/data/m.nii")

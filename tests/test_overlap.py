@@ -8,9 +8,11 @@ from torch import nn
 import brainfm
 from brainfm import Cohort, PretrainedCfg, pretraining_overlap
 from brainfm.manifest import ScanRecord
-from brainfm.overlap import _ALIASES, _plain, overlap_of_scans
+from brainfm.overlap import _plain, overlap_of_scans
+from brainfm.zoo.cards import cohort_names
 
 SIMCLR = brainfm.get_pretrained_cfg("simclr_resnet18_3d.kaczmarek2025")
+NAMES = cohort_names().names
 
 
 def cohorts(*names, model=SIMCLR):
@@ -85,8 +87,8 @@ def test_case_spaces_and_punctuation_do_not_matter(name):
 
 def test_every_alias_is_found_in_every_spelling_and_belongs_to_a_cohort():
     names = {cohort.name for cohort in SIMCLR.cohorts}
-    assert set(_ALIASES) <= names
-    for cohort, known in _ALIASES.items():
+    assert set(NAMES) <= names
+    for cohort, known in NAMES.items():
         for why, aliases in known.items():
             for alias in aliases:
                 for spelled in (alias, alias.upper(), alias.lower(), alias.replace(" ", "_")):
@@ -95,7 +97,7 @@ def test_every_alias_is_found_in_every_spelling_and_belongs_to_a_cohort():
 
 
 def test_aliases_are_long_enough_to_mean_something_and_not_given_twice():
-    plain = [(cohort, _plain(a)) for cohort, known in _ALIASES.items() for names in known.values() for a in names]
+    plain = [(cohort, _plain(a)) for cohort, known in NAMES.items() for names in known.values() for a in names]
     assert len(plain) == len(set(plain)) + sum(plain.count(p) - 1 for p in set(plain))
     assert min(len(alias) for _, alias in plain) >= 3
     shared = {alias for c, alias in plain for d, other in plain if alias == other and c != d}
@@ -158,7 +160,7 @@ def test_unknown_model_is_an_error():
 
 
 def test_folder_says_what_its_config_says(tmp_path, monkeypatch):
-    monkeypatch.setattr("brainfm.hub.fingerprint.compute", lambda model: None)
+    monkeypatch.setattr("brainfm.hub.golden.compute", lambda model: None)
     overlay = {"cohorts": [{"name": "ADNI", "patients": 1, "scans": 2}]}
     model = brainfm.create_model("test_resnet_3d", pretrained=True)
     folder = brainfm.save_for_hub(model, tmp_path / "folder", pretrained_cfg_overlay=overlay)
@@ -232,6 +234,11 @@ def test_each_data_set_is_found_once_whatever_the_number_of_scans():
     records = [ScanRecord(f"/data/ADNI/sub-{n}/a.nii", extra={"dataset": "ADNI"}) for n in range(50)]
     records += [ScanRecord(f"/data/SOOP/sub-{n}/a.nii", extra={"dataset": ""}) for n in range(50)]
     assert named(*records) == [("ADNI", "ADNI"), ("SOOP", "SOOP")]
+
+
+def test_folders_of_every_channel_name_the_data_set():
+    image = {"T1w": "/data/mine/a.nii", "FLAIR": "/data/ADNI/b.nii", "T2w": object()}
+    assert named(ScanRecord(image)) == [("ADNI", "ADNI")]
 
 
 def test_images_in_memory_have_no_folder():

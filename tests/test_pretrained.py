@@ -12,8 +12,9 @@ import pytest
 import brainfm
 from brainfm import Cohort, Grid, InputSpec, PretrainedCfg, Score, registry
 from brainfm.contract import CropBox, Standardize, Transpose, Volume, ZScore
+from brainfm.zoo.cards import Keys
 
-CFGS = [cfg for tagged in registry._cfgs.values() for cfg in tagged.values()]
+CFGS = [model.cfg(tag) for model in registry._zoo().values() for tag in model.tags]
 every_cfg = pytest.mark.parametrize("cfg", CFGS, ids=lambda cfg: cfg.name)
 
 FSL = Grid((182, 218, 182), (1.0, 1.0, 1.0), (90.0, -126.0, -72.0))
@@ -81,11 +82,11 @@ def test_a_word_that_is_not_among_a_fields_choices_is_refused(changes):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"orientaton": "RAS"}, "InputSpec has no field 'orientaton'; did you mean 'orientation'"),
+        ({"orientaton": "RAS"}, "InputSpec has no field orientaton; did you mean orientation"),
         ({"zzz": 1}, "it has representation, channels"),
-        ({"orientation": "RAS", "grid": {"shape": [1, 1, 1], "spacings": [1, 1, 1]}}, "did you mean 'spacing'"),
+        ({"orientation": "RAS", "grid": {"shape": [1, 1, 1], "spacings": [1, 1, 1]}}, "did you mean spacing"),
         ({"operations": [{"op": "Blur"}]}, "unknown operation 'Blur'"),
-        ({"operations": [{"op": "ZScore", "sigma": 1}]}, "no parameter sigma"),
+        ({"operations": [{"op": "ZScore", "sigma": 1}]}, "ZScore has no field sigma"),
     ],
 )
 def test_a_contract_with_an_unknown_name_is_refused(data, message):
@@ -140,7 +141,7 @@ def test_describe_tells_the_published_contract_in_plain_words(spec):
         "brain mask   from a file; else the non-zero voxels of the skull-stripped image",
         "step 1       put the axes in the order (2, 1, 0)",
         "step 2       crop the fixed box [10:160, 19:211, 1:193]",
-        "step 3       z-score over the brain mask (population spread, 1e-12 added to the variance), 0 elsewhere",
+        "step 3       z-score over the brain mask (population std, 1e-12 added to the variance), 0 elsewhere",
         "tensor       [1, 150, 192, 192] float32",
     ]
 
@@ -150,7 +151,10 @@ def test_describe_tells_the_published_contract_in_plain_words(spec):
     [
         ({}, "axes         as stored"),
         ({"skull_strip": "forbidden"}, "image        T1w, in its own space; with skull"),
-        ({"channels": ("T1w", "T2w"), "missing_channel": "zeros"}, "channels     T1w, T2w; a missing one: zeros"),
+        (
+            {"channels": ("T1w", "T2w"), "missing_channel": "zeros"},
+            "channels     T1w, T2w; a missing one: filled with zeros",
+        ),
         ({"mask": "nonzero"}, "brain mask   the non-zero voxels of the image"),
     ],
 )
@@ -173,10 +177,10 @@ def test_a_full_cfg_survives_json():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"num_feature": 3}, "PretrainedCfg has no field 'num_feature'; did you mean 'num_features'"),
-        ({"cohorts": [{"name": "IXI", "patient": 1}]}, "Cohort has no field 'patient'; did you mean 'patients'"),
-        ({"scores": [{"tasks": "age"}]}, "Score has no field 'tasks'; did you mean 'task'"),
-        ({"input_spec": {"grids": None}}, "InputSpec has no field 'grids'; did you mean 'grid'"),
+        ({"num_feature": 3}, "PretrainedCfg has no field num_feature; did you mean num_features"),
+        ({"cohorts": [{"name": "IXI", "patient": 1}]}, "Cohort has no field patient; did you mean patients"),
+        ({"scores": [{"tasks": "age"}]}, "Score has no field tasks; did you mean task"),
+        ({"input_spec": {"grids": None}}, "InputSpec has no field grids; did you mean grid"),
     ],
 )
 def test_a_cfg_with_an_unknown_field_is_refused_with_the_nearest(data, message):
@@ -187,15 +191,16 @@ def test_a_cfg_with_an_unknown_field_is_refused_with_the_nearest(data, message):
 @every_cfg
 def test_every_registered_cfg_is_complete(cfg):
     assert cfg.input_spec is not None
-    assert cfg.input_spec.output_shape[0] == cfg.in_chans == len(cfg.input_spec.channels)
+    assert cfg.in_chans == len(cfg.input_spec.channels)
+    assert cfg.input_spec.output_shape is None or cfg.input_spec.output_shape[0] == cfg.in_chans
     assert cfg.num_features > 0
-    assert not cfg.has_weights or cfg.licence
+    assert not cfg.has_weights or cfg.licence or cfg.terms  # where none is stated, it says so
 
 
 @every_cfg
 def test_shipped_weights_that_are_downloaded_are_pinned(cfg):
-    assert not cfg.hub_id or (cfg.hub_revision and cfg.sha256)
-    assert not cfg.url or cfg.sha256
+    assert not cfg.hub_id or (cfg.hub_revision and (cfg.sha256 or cfg.git_blob))
+    assert not cfg.url or cfg.sha256 or cfg.git_blob
 
 
 def test_the_cohorts_of_the_published_weights_add_up_to_the_papers_totals():
@@ -249,14 +254,14 @@ def test_an_overlay_replaces_its_fields_and_no_other():
 
 
 def test_an_overlay_with_an_unknown_field_suggests_the_nearest():
-    with pytest.raises(ValueError, match="PretrainedCfg has no field 'sha265'; did you mean 'sha256'"):
+    with pytest.raises(ValueError, match="PretrainedCfg has no field sha265; did you mean sha256"):
         FULL.overlay({"sha265": None})
 
 
 @pytest.mark.parametrize("source", [{"url": "https://example.org/w.pt"}, {"file": "w.pt"}, {"hub_id": "me/mine"}])
 def test_a_new_source_clears_the_other_sources_and_the_hash(source):
-    full = replace(FULL, url="https://lab.org/w.pt", file="old.pt")
-    nothing = {"file": None, "hub_id": None, "hub_revision": None, "url": None, "sha256": None}
+    full = replace(FULL, url="https://lab.org/w.pt", file="old.pt", git_blob="cd" * 20)
+    nothing = {"file": None, "hub_id": None, "hub_revision": None, "url": None, "sha256": None, "git_blob": None}
     assert full.overlay(source) == replace(full, **(nothing | source))
 
 
@@ -282,3 +287,17 @@ def test_an_overlay_takes_cohorts_and_scores_as_data():
     assert PretrainedCfg().overlay({"cohorts": data["cohorts"], "scores": data["scores"]}) == PretrainedCfg(
         cohorts=FULL.cohorts, scores=FULL.scores
     )
+
+
+def test_an_overlay_takes_keys_as_data_and_a_new_source_keeps_them():
+    keys = {"take": "net", "rename": {"^a": "b"}, "drop": ["head"]}
+    cfg = FULL.overlay({"keys": keys}).overlay({"file": "w.pt"})
+    assert cfg.keys == Keys(take="net", rename={"^a": "b"}, drop=("head",))
+
+
+def test_the_source_of_another_cfg_comes_with_its_digest_and_names():
+    other = PretrainedCfg(file="w.pt", git_blob="cd" * 20, keys=Keys(take="net"), container="a pickle", licence="MIT")
+    changed = FULL.with_source_of(other)
+    assert (changed.file, changed.hub_id, changed.sha256, changed.git_blob) == ("w.pt", None, None, "cd" * 20)
+    assert (changed.keys, changed.container) == (other.keys, "a pickle")
+    assert (changed.licence, changed.cohorts) == (FULL.licence, FULL.cohorts)

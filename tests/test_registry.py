@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import brainfm
-from brainfm import ModelNameError, PretrainedCfg, registry
+from brainfm import ModelNameError, PretrainedCfg, WeightsError, registry
+from brainfm.models import ResNet
+from brainfm.weights import save_state
+from brainfm.zoo.cards import read_card
 
 RESNETS = ["resnet18_3d", "simclr_resnet18_3d", "simclr_resnet50_3d", "test_resnet_3d"]
 VITS = ["mae_vit_base_3d", "mae_vit_large_3d", "mae_vit_tiny_3d", "test_vit_3d", "vit_tiny_3d"]
@@ -15,9 +19,9 @@ TRAINED = ["simclr_resnet18_3d.kaczmarek2025", "test_resnet_3d.phantoms", "test_
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch):
     """A registry of the models above, so that neither another model nor what a test registers changes another test."""
-    for table, copy in (("_entrypoints", lambda entrypoint: entrypoint), ("_cfgs", dict)):
-        known = getattr(registry, table)
-        monkeypatch.setattr(registry, table, {name: copy(known[name]) for name in RESNETS + VITS})
+    zoo = registry._zoo()
+    monkeypatch.setattr(registry, "_zoo", lambda: {name: zoo[name] for name in RESNETS + VITS})
+    monkeypatch.setattr(registry, "_registered", {})
 
 
 def constructor(name="lab_encoder", module="lab"):
@@ -215,3 +219,155 @@ def test_a_name_with_other_characters_is_refused(name):
     with pytest.raises(ValueError, match="letters, digits and '_'"):
         brainfm.register_model(constructor(name))
     assert name not in brainfm.list_models()
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_the_name_of_a_network_of_this_package_is_refused(name):
+    """A card that asks for it would get another network."""
+    with pytest.raises(ValueError, match=f"'{name}' is a network of this package"):
+        brainfm.register_model(constructor(name))
+    assert registry.network(name).__module__.startswith("brainfm.models")
+
+
+def test_what_a_third_party_registers_is_listed_as_its_cfg_says(small_spec):
+    build = constructor()
+    build.__doc__ = "My encoder, 8-d.\n\nMore of it."
+    cfg = PretrainedCfg(file="w.pt", input_spec=small_spec, num_features=8, licence="MIT", facts="third-party")
+    brainfm.register_model(cfgs={"v1": cfg})(build)
+    assert registry.listing("lab_encoder").to_dict() == {
+        "name": "lab_encoder.v1",
+        "title": "My encoder, 8-d.",
+        "num_features": 8,
+        "modality": "T1w",
+        "channels": ["T1w"],
+        "space": "MNI152NLin2009cSym",
+        "ssl_method": None,
+        "licence": "MIT",
+        "gated": False,
+        "redistribute": True,
+        "source": "w.pt",
+        "facts": "third-party",
+    }
+
+
+def test_an_unknown_name_is_not_listed():
+    with pytest.raises(ModelNameError, match="did you mean"):
+        registry.listing("test_resnet")
+
+
+# --- Registering a card ---------------------------------------------------------------------------
+
+CARD = """
+publication: {title: My lab's encoder}
+licence: {weights: CC-BY-4.0}
+inputs: {box: {orientation: RAS, operations: [{op: ZScore, region: nonzero}], output_shape: [1, 16, 16, 16]}}
+models:
+  my_resnet:
+    title: A small ResNet, 32-d
+    network: resnet
+    args: {layers: [1, 1, 1, 1], widths: [4, 8, 16, 32]}
+    input: box
+    num_features: 32
+    weights:
+      v1: {source: {file: my.safetensors}, facts: seen}
+      v2: {source: {hub: lab/my_resnet, revision: 0123abc}}
+  my_bare_resnet: {network: resnet, args: {widths: [2, 4, 8, 16]}, num_features: 16}
+"""
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """A card in a file, with the weights that it names beside it; and the model that they are of."""
+    torch.manual_seed(0)
+    model = ResNet(layers=(1, 1, 1, 1), widths=(4, 8, 16, 32)).eval()
+    save_state(model.state_dict(), tmp_path / "my.safetensors")
+    (tmp_path / "lab.yaml").write_text(CARD)
+    return tmp_path / "lab.yaml", model
+
+
+def embed(model):
+    with torch.inference_mode():
+        return model(torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_card_registers_its_models_with_weights_beside_it(as_text, lab, monkeypatch):
+    path, model = lab
+    monkeypatch.chdir("/")
+    assert brainfm.register_card(str(path) if as_text else path) == ["my_resnet", "my_bare_resnet"]
+    assert brainfm.list_models("my_*") == ["my_bare_resnet", "my_resnet"]
+    assert brainfm.list_models("my_*", module="resnet") == ["my_bare_resnet", "my_resnet"]
+    assert brainfm.list_pretrained("my_*") == ["my_resnet.v1", "my_resnet.v2"]
+    again = brainfm.create_model("my_resnet", pretrained=True)
+    assert torch.equal(embed(again), embed(model))
+    assert again.weights_report.source == str(path.parent / "my.safetensors")
+    assert brainfm.create_transform("my_resnet").spec == again.pretrained_cfg.input_spec
+    assert (again.pretrained_cfg.licence, again.pretrained_cfg.title) == ("CC-BY-4.0", "My lab's encoder")
+    assert brainfm.get_pretrained_cfg("my_resnet.v2").source == "hf-hub:lab/my_resnet@0123abc"
+    assert brainfm.model_entrypoint("my_resnet").__doc__ == "A small ResNet, 32-d"
+    assert brainfm.create_model("my_bare_resnet", layers=(1, 1, 1, 1)).num_features == 16
+
+
+def test_a_card_registers_as_an_object_too(lab):
+    path, model = lab
+    brainfm.register_card(read_card(path))
+    assert torch.equal(embed(brainfm.create_model("my_resnet.v1", pretrained=True)), embed(model))
+
+
+def test_a_network_of_a_card_may_be_a_constructor_that_is_registered(lab):
+    path, _ = lab
+    build = constructor("lab_network", "lab.networks")
+    brainfm.register_model(build)
+    path.write_text(CARD.replace("network: resnet", "network: lab_network"))
+    brainfm.register_card(path)
+    assert brainfm.list_models("my_*", module="networks") == ["my_bare_resnet", "my_resnet"]
+    assert brainfm.model_entrypoint("my_bare_resnet")(in_chans=2) == {"widths": (2, 4, 8, 16), "in_chans": 2}
+    assert registry.network_of("my_bare_resnet") == ("lab_network", {"widths": (2, 4, 8, 16)})
+    assert registry.network_of("lab_network") == ("lab_network", {})
+
+
+def test_a_card_with_a_network_that_is_not_here_is_refused_with_those_that_are(lab):
+    path, _ = lab
+    brainfm.register_model(constructor("lab_network"))
+    path.write_text(CARD.replace("network: resnet,", "network: resnt,"))
+    with pytest.raises(ModelNameError, match="my_bare_resnet: there is no network 'resnt'; known: lab_network, resnet"):
+        brainfm.register_card(path)
+    assert not brainfm.is_model("my_resnet")
+
+
+def test_a_models_name_is_no_network(lab):
+    with pytest.raises(ModelNameError, match="there is no network 'test_resnet_3d'"):
+        registry.network("test_resnet_3d")
+    assert not registry.has_network("test_resnet_3d")
+    assert not registry.has_network("encoder")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "reason"),
+    [
+        (("my_bare_resnet:", "vit_tiny_3d:"), ValueError, "'vit_tiny_3d' is already registered, by brainfm.models.vit"),
+        (("my_bare_resnet:", "lab_encoder:"), ValueError, "'lab_encoder' is already registered, by lab"),
+        (("my_bare_resnet:", "my-resnet:"), ValueError, "letters, digits and '_'"),
+        (("[{op: ZScore", "[{op: Blur"), WeightsError, "the card of my_resnet: unknown operation 'Blur'"),
+        (("num_features: 32", "num_feature: 32"), WeightsError, "lab.yaml: not a card .*did you mean num_features"),
+        (("facts: seen", "digest: 0"), WeightsError, "lab.yaml: not a card .*digest is 0"),
+    ],
+)
+def test_a_card_that_cannot_be_is_refused_whole(change, error, reason, lab):
+    path, _ = lab
+    brainfm.register_model(constructor())
+    path.write_text(CARD.replace(*change))
+    with pytest.raises(error, match=reason):
+        brainfm.register_card(path)
+    assert brainfm.list_models("my*") == []
+
+
+def test_a_file_that_is_registered_again_is_read_again(lab, tmp_path):
+    path, _ = lab
+    brainfm.register_card(path)
+    path.write_text(CARD.replace("A small ResNet", "A changed ResNet"))
+    brainfm.register_card(path)
+    assert registry.listing("my_resnet").title == "A changed ResNet, 32-d"
+    (tmp_path / "other.yaml").write_text(CARD)
+    with pytest.raises(ValueError, match="'my_resnet' is already registered"):
+        brainfm.register_card(tmp_path / "other.yaml")

@@ -31,7 +31,7 @@ class _ManyValues(click.Command):
 
 
 def _common(command: Any) -> Any:
-    """The options that all evaluations share."""
+    """The options of all evaluations."""
     for option in (
         click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results."),
         click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Runs of each."),
@@ -48,7 +48,7 @@ def _common(command: Any) -> Any:
 @click.argument("tasks", nargs=-1, required=True)
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
 @click.option("--modes", multiple=True, default=("probe", "finetune", "scratch"), show_default=True)
-@click.option("--fractions", multiple=True, type=float, help="Shares of the training patients, such as 0.2 0.4 0.6.")
+@click.option("--fractions", multiple=True, type=float, help="Of the training patients, such as 0.2 0.4 0.6.")
 @click.option("--robustness", "corrupted", is_flag=True, help="Also probe test scans that are corrupted more and more.")
 @click.option("--manifest", "manifests", multiple=True, metavar="[TASK=]CSV", help="A task's, or that of all.")
 @_common
@@ -66,7 +66,8 @@ def benchmark_command(
     The same command goes on with a grid that stopped. Of the models, those with weights are probed and fine-tuned, and
     those without are trained from scratch. Exit code 75: a signal stopped a training, which can go on.
     """
-    from brainfm.downstream.task import TaskError, load_task, read_task
+    from brainfm.downstream.task import load_task, read_task
+    from brainfm.errors import TaskError
 
     loaded = [load_task(name) for name in tasks]
     for_all = [text for text in manifests if "=" not in text]
@@ -133,8 +134,8 @@ def _run(
     corrupted: bool = False,
 ) -> None:
     from brainfm.downstream.benchmark import Plan, benchmark, read_settings
-    from brainfm.errors import BrainfmError
-    from brainfm.train.trainer import INTERRUPTED, RunInterruptedError
+    from brainfm.errors import BrainfmError, RunInterruptedError
+    from brainfm.train.trainer import INTERRUPTED
 
     if corrupted and "probe" not in modes:
         raise BrainfmError("--robustness is of the linear probe; add probe to --modes, or leave it out")

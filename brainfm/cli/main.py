@@ -48,7 +48,7 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="brainfm")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error, and what happens behind the scenes.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error, and more of what happens.")
 def main(debug: bool) -> None:
     """Pretrained encoders for 3D brain MRI, each with the exact input its weights expect."""
     import logging

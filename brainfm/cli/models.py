@@ -2,93 +2,88 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from brainfm.pretrained import PretrainedCfg
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="As JSON, for a program to read.")
 
 
 @click.command("list")
 @click.argument("pattern", default="")
 @click.option("--pretrained", is_flag=True, help="Only models whose weights exist, by their full names.")
-def list_command(pattern: str, pretrained: bool) -> None:
+@_json_option
+def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
     """List the models, or those that match PATTERN, such as '*vit*'."""
-    import brainfm
+    from brainfm.errors import ModelNameError
+    from brainfm.registry import list_models, listing
 
-    names = brainfm.list_models(pattern, pretrained=pretrained)
+    names = list_models(pattern, pretrained=pretrained)
     if not names:
-        raise brainfm.ModelNameError(f"no model matches {pattern!r}; 'brainfm list' names them all")
-    for name in names:
-        cfg = brainfm.get_pretrained_cfg(name)
-        click.echo(f"{name:34} {cfg.num_features:5}-d  {cfg.source or 'no published weights'}")
+        raise ModelNameError(f"no model matches {pattern!r}; 'brainfm list' names them all")
+    listings = [listing(name) for name in names]
+    if as_json:
+        _echo_json([model.to_dict() for model in listings])
+        return
+    for name, model in zip(names, listings, strict=True):
+        click.echo(f"{name:34} {model.num_features:5}-d  {model.source or 'no published weights'}")
 
 
 @click.command("info")
 @click.argument("model")
 @click.argument("datasets", nargs=-1)
 @click.option("--overlap", is_flag=True, help="Say which of DATASETS were in the pretraining data.")
-def info_command(model: str, datasets: tuple[str, ...], overlap: bool) -> None:
-    """Say what MODEL is: weights, input contract, cohorts, licence, citation.
+@_json_option
+def info_command(model: str, datasets: tuple[str, ...], overlap: bool, as_json: bool) -> None:
+    """Say what is known of MODEL: weights, licences, input contract, cohorts, published scores, citation.
 
     With --overlap, say which of DATASETS were in its pretraining data: brainfm info MODEL --overlap IXI ADNI my_study
     """
-    from brainfm.contract import describe
+    from brainfm.about import about_weight, as_text
     from brainfm.names import hub_mirror, parse_name, resolve
     from brainfm.weights import cached_weights
 
     if overlap != bool(datasets):
-        raise click.UsageError("data sets are named behind --overlap: brainfm info MODEL --overlap IXI ADNI")
+        raise click.UsageError("data sets are named after --overlap: brainfm info MODEL --overlap IXI ADNI")
     cfg = resolve(model).cfg
     if overlap:
-        _say_overlap(cfg, datasets)
+        _say_overlap(cfg, datasets, as_json)
         return
     source = cfg.source
     if (mirror := hub_mirror()) and parse_name(model)[0] == "" and not cfg.file:
         source = f"hf-hub:{mirror}/{cfg.name} (by BRAINFM_HUB_ORG)"
     here = cached_weights(cfg) if cfg.has_weights else None
-    facts = {
-        "model": cfg.name,
-        "embedding": f"{cfg.num_features}-d",
-        "weights": (source or "none published") + (f" (here: {here})" if here else ""),
-        "sha256": cfg.sha256,
-        "pretraining": cfg.ssl_method,
-        "licence": cfg.licence,
-        "paper": cfg.paper,
-        "code": cfg.repository,
-        "notes": cfg.notes,
-    }
-    for name, value in facts.items():
-        if value:
-            click.echo(f"{name:12} {value}")
-    if cfg.input_spec:
-        click.echo("\nInput contract\n" + _indented(describe(cfg.input_spec)))
-    if cfg.cohorts:
-        patients, scans = sum(c.patients for c in cfg.cohorts), sum(c.scans for c in cfg.cohorts)
-        click.echo(
-            f"\nPretrained on {patients:,} patients, {scans:,} scans; testing on these is testing on training data"
-        )
-        for cohort in cfg.cohorts:
-            click.echo(f"  {cohort.name:10} {cohort.patients:6,} {cohort.scans:7,}  {', '.join(cohort.conditions)}")
-    if cfg.scores:
-        click.echo("\nPublished scores")
-        for score in cfg.scores:
-            spread = f" ± {score.sd:g}" if score.sd is not None else ""
-            click.echo(f"  {score.task:32} {score.mode:14} {score.value:g}{spread} {score.metric}")
-    if cfg.citation:
-        click.echo("\nCitation\n" + _indented(cfg.citation))
+    if as_json:
+        place = {"name": cfg.name, "source": source or None, "cached_file": str(here) if here else None}
+        _echo_json(place | cfg.to_dict())
+        return
+    click.echo(as_text(about_weight(cfg, source + (f" (here: {here})" if here else ""))))
 
 
-def _say_overlap(cfg: Any, datasets: tuple[str, ...]) -> None:
-    import brainfm
+def _say_overlap(cfg: PretrainedCfg, datasets: tuple[str, ...], as_json: bool) -> None:
+    from brainfm.overlap import pretraining_overlap
 
-    for dataset in datasets:
-        found = brainfm.pretraining_overlap(cfg, dataset)
-        for overlap in found:
+    found = [(dataset, pretraining_overlap(cfg, dataset)) for dataset in datasets]
+    if as_json:
+        recorded = [cohort.name for cohort in cfg.cohorts]
+        shared = [asdict(overlap) for _, overlaps in found for overlap in overlaps]
+        _echo_json({"name": cfg.name, "cohorts": recorded, "datasets": datasets, "overlaps": shared})
+        return
+    none = "not among the pretraining cohorts by any name known here"
+    for dataset, overlaps in found:
+        for overlap in overlaps:
             click.echo(overlap)
-        if not found:
-            unknown = "not among the pretraining cohorts by any name known here"
-            click.echo(f"{dataset}: {unknown if cfg.cohorts else f'{cfg.name} records no pretraining cohorts'}")
+        if not overlaps:
+            click.echo(f"{dataset}: {none if cfg.cohorts else f'{cfg.name} records no pretraining cohorts'}")
 
 
 @click.command("fetch")
@@ -164,18 +159,25 @@ def push_command(folder: str, repository: str, private: bool, revision: str | No
     help="What 'brainfm.optimize' computes in; repeat it.",
 )
 @click.option("--device", default="cpu", show_default=True)
-def verify_command(model: str, dtypes: tuple[Any, ...], device: str) -> None:
-    """Check that this machine gives the published features: embed the packaged scan, compare with the fingerprint.
+@_json_option
+def verify_command(model: str, dtypes: tuple[Any, ...], device: str, as_json: bool) -> None:
+    """Check that this machine gives the published features: embed the packaged scan, compare with the golden embedding.
 
     The exit code is 1 where an error is beyond what rounding explains.
     """
     import brainfm
 
     checks = brainfm.verify(model, dtypes, device)
-    for check in checks:
-        verdict = "ok" if check.ok else "OFF"
-        click.echo(f"{check.computation:22} relative error {check.error:.1e}   {verdict} (at most {check.tolerance:g})")
-    if not all(check.ok for check in checks):
+    good = all(check.ok for check in checks)
+    if as_json:
+        said = [asdict(check) | {"ok": check.ok, "error": _json_number(check.error)} for check in checks]
+        _echo_json({"model": model, "ok": good, "checks": said})
+    else:
+        for check in checks:
+            verdict = "ok" if check.ok else "OFF"
+            error = f"relative error {check.error:.1e}"
+            click.echo(f"{check.computation:22} {error}   {verdict} (at most {check.tolerance:g})")
+    if not good:
         click.echo(f"these are not the features of {model}; the input, the weights or the arithmetic differ", err=True)
         sys.exit(1)
 
@@ -197,9 +199,14 @@ def export_command(model: str, output: Path, kind: Any, checkpoint: str | None) 
 
     encoder = brainfm.create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
     report = export(encoder, output, kind or ("torch-export" if output.suffix == ".pt2" else "onnx"))
-    click.echo(f"{model} → {report.path}, checked: relative error {report.error:.1e} on the packaged scan")
-    click.echo("It takes tensors prepared as the input contract says, which is in it: brainfm_input_spec")
+    click.echo(f"{model} → {report.path}, checked: relative error {report.error:.1e} on {report.sample}")
+    click.echo("What it takes and how to read it out is in it: brainfm_input_spec, brainfm_readout")
 
 
-def _indented(text: str) -> str:
-    return "  " + text.replace("\n", "\n  ")
+def _echo_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def _json_number(number: float) -> float | None:
+    """A number, or None where JSON has none: an error that is not finite."""
+    return number if math.isfinite(number) else None

@@ -39,13 +39,13 @@ def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, **options: An
     BIDS data set. Each scan gets a folder in OUTPUT that 'brainfm embed OUTPUT' takes, with qc.png and prep.json; the
     same command goes on where it stopped. Scans that fail are listed, and the exit code is 1.
     """
-    from tqdm import tqdm
-
+    from brainfm.files import progress_bar
     from brainfm.prep.batch import prepare_all
     from brainfm.prep.pipeline import Settings
     from brainfm.prep.source import find_sources
 
-    with tqdm(total=len(find_sources(list(inputs))), unit="scan", desc="preparing", disable=None) as bar:
+    found = len(find_sources(list(inputs)))
+    with progress_bar(total=found, unit="scan", doing="preparing", shown=sys.stderr.isatty()) as bar:
 
         def said(name: str, outcome: dict[str, Any] | str) -> None:
             bar.update()

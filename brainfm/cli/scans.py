@@ -39,67 +39,84 @@ def demo_command(model: str | None, output: str) -> None:
 @click.command("embed")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--output", required=True, help="The table: .csv, .parquet or .npz.")
-@click.option("--model", default="simclr_resnet18_3d", show_default=True, help="Name of the model.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=["simclr_resnet18_3d"],
+    show_default=True,
+    help="Name of the model; repeat it for several.",
+)
 @click.option("--mask", help="Brain mask, where INPUT is one scan.")
-@click.option("--checkpoint", help="A weight file to use instead of the published weights.")
+@click.option("--checkpoint", help="A weight file to use instead of the published weights; of one model.")
 @click.option("--batch-size", type=click.IntRange(1), help="Scans a forward pass; without it, by the GPU's memory.")
 @click.option("--device", default="auto", show_default=True)
 @click.option(
     "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
 )
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
+@click.option("--dense", metavar="FOLDER", help="Write each scan's dense features there too, NIfTI of [x, y, z, C].")
+@click.option("--dense-dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@click.option("--report", metavar="FILE.json", help="Write what was done: origin, counts, seconds, failed scans.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
 @click.option("--strict-qc", is_flag=True, help="Refuse scans that 'brainfm prep' judged to have failed.")
 def embed_command(
     inputs: tuple[str, ...],
     output: str,
-    model: str,
+    models: tuple[str, ...],
     mask: str | None,
     checkpoint: str | None,
     batch_size: int | None,
-    device: str,
-    dtype: Any,
     workers: int,
     strict: bool,
-    strict_qc: bool,
+    **options: Any,
 ) -> None:
     """Embed scans into a table, a row a scan.
 
-    INPUT is a scan (.nii, .nii.gz, .mgz), a manifest (.csv with image_path, and mask_path), a TurboPrep folder, or a
-    BIDS-derivatives folder. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1.
+    INPUT is a scan (.nii, .nii.gz, .mgz), a manifest (.csv with image_path, or a column a channel such as t1w_path, and
+    mask_path), a TurboPrep folder, or a BIDS-derivatives folder. What made the table is in it, of a .csv in the .json
+    beside it. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1. Each of several models has
+    its own files, NAME.MODEL.csv and so on.
     """
     import brainfm
+    from brainfm.embed import path_of
     from brainfm.manifest import ScanRecord, list_scans
     from brainfm.table import check_output, errors_path
 
-    path = Path(output)
-    check_output(path)
+    check_output(Path(output))
     if mask is not None:
         if len(inputs) != 1:
             raise brainfm.ScanError("--mask goes with one scan; list several with their masks in a manifest")
         records = [ScanRecord(inputs[0], mask)]
     else:
         records = [record for item in inputs for record in list_scans(item)]
-    encoder = brainfm.create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
-    table = brainfm.embed(
+    models = tuple(dict.fromkeys(models))
+    encoders: list[Any] = list(models)
+    if checkpoint is not None:
+        if len(models) != 1:
+            raise brainfm.BrainfmError("--checkpoint goes with one model; embed with the others in runs of their own")
+        encoders = [brainfm.create_model(models[0], checkpoint_path=checkpoint)]
+    several = len(models) > 1
+    made: Any = brainfm.embed(
         records,
-        encoder,
+        encoders if several else encoders[0],
         batch_size=batch_size or "auto",
-        device=device,
-        dtype=dtype,
         num_workers=workers,
-        output=path,
+        output=output,
         on_error="raise" if strict else "skip",
-        strict_qc=strict_qc,
         progress=sys.stderr.isatty() or len(records) > 1,
+        **options,
     )
-    for _, message in table.errors[:10]:
-        click.echo(f"ScanError: {message}", err=True)
-    if len(table):
-        click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each)")
-    if table.errors:
-        if len(records) > 1:
+    tables = made if several else [made]
+    for model, table in zip(models, tables, strict=True):
+        path = path_of(output, model if several else None)
+        for _, message in table.errors[:10]:
+            click.echo(f"ScanError: {message}", err=True)
+        if len(table):
+            click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each)")
+        if table.errors and len(records) > 1:
             click.echo(f"{len(table.errors)} of {len(records)} scans failed; see {errors_path(path)}", err=True)
+    if any(table.errors for table in tables):
         sys.exit(1)
 
 

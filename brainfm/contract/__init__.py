@@ -18,7 +18,7 @@ from brainfm.contract.geometry import (
 from brainfm.contract.intensity import Clip, DivideByMean, MinMax, Standardize, ZScore
 from brainfm.contract.operation import Operation, register_operation
 from brainfm.contract.spec import Grid, InputSpec, Readout, Window, describe
-from brainfm.contract.volume import Triple, Volume
+from brainfm.contract.volume import Triple, Volume, with_image
 
 __all__ = [
     "Clip",
@@ -44,4 +44,5 @@ __all__ = [
     "ZScore",
     "describe",
     "register_operation",
+    "with_image",
 ]

@@ -1,13 +1,13 @@
 """What an operation of an input contract is, and how one is found by its name.
 
-To add one: a frozen dataclass that is an `Operation`, with `__call__` and `__str__`, under `@register_operation`.
+To add one, write a frozen dataclass that is an `Operation`, with `__call__` and `__str__`, under
+`@register_operation`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from brainfm.schema import Checked
@@ -50,18 +50,31 @@ def register_operation(cls: AnOperation) -> AnOperation:
     """Make an operation known under its class's name, so that contracts can be read from files that hold it.
 
     Raises:
-        ValueError: It is no dataclass that is an `Operation`, or the name is taken by another class.
+        ValueError: It is no dataclass that is an `Operation` and can be called, or the name is taken by another class.
 
     Example:
+        >>> from dataclasses import dataclass
+        >>> import brainfm
+        >>> from brainfm.contract import Operation, Volume, with_image
         >>> @brainfm.register_operation
         ... @dataclass(frozen=True)
-        ... class SquareRoot(brainfm.contract.Operation):
-        ...     def __call__(self, volume):
-        ...         return with_image(volume, np.sqrt(volume.image))
+        ... class Power(Operation):
+        ...     exponent: float = 0.5
+        ...
+        ...     def __call__(self, volume: Volume) -> Volume:
+        ...         return with_image(volume, volume.image**self.exponent)
+        ...
+        ...     def __str__(self) -> str:
+        ...         return f"raise to the power of {self.exponent:g}"
+        >>> spec = brainfm.InputSpec.from_dict({"operations": [{"op": "Power", "exponent": 0.25}]})
+        >>> print(spec.operations[0])
+        raise to the power of 0.25
     """
-    given: Any = cls
-    if not (isinstance(given, type) and issubclass(given, Operation) and is_dataclass(given)):
-        raise ValueError(f"{cls!r} is no operation: write a frozen dataclass that is a brainfm.contract.Operation")
+    is_operation = isinstance(cls, type) and issubclass(cls, Operation) and hasattr(cls, "__dataclass_fields__")
+    if not is_operation or cls.__call__ is Operation.__call__:
+        raise ValueError(
+            f"{cls!r} is no operation: write a frozen dataclass that is a brainfm.contract.Operation and has __call__"
+        )
     known = _operations.get(cls.__name__)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"an operation named {cls.__name__!r} is already registered, by {known.__module__}")

@@ -49,22 +49,24 @@ class InputSpec(Checked):
     part of the contract: swapping two steps gives another tensor.
 
     Attributes:
-        representation: What the voxels are. "T1w" and "T2w" (in template space) and "grey matter" (maps of its
-            fraction) are held against the image; other words, such as "any contrast", take any.
+        representation: What the voxels are. "T1w" and "T2w" are held against images in MNI152 space, and "grey matter"
+            (maps of its fraction, such as VBM's) against images in it or in no space of their own; other words, such as
+            "any contrast", take any.
         channels: The channels' names in order; of several, each name is held against its image as `representation` is.
         missing_channel: What to do when a channel is missing: "refuse" the scan, or fill it with "zeros".
         space: The template whose space the scan must be in, such as "MNI152NLin2009cSym"; None takes any. In MNI152,
             whose variants count as one, the brain's place is seen; in another space a scan must lie on `grid` exactly.
-        registration: How the scan was brought there. "affine" (or "linear") and "nonlinear" ask for a brain of the
-            template's size and shape; "rigid" leaves it its own.
+        registration: How the scan was brought there. "affine" (or "linear") and "nonlinear" ask, in MNI152, for a brain
+            of the template's size; "rigid" leaves it its own.
         orientation: Where the scan's axes point before the first operation, such as "RAS"; None leaves them as stored.
         grid: The template grid, in that orientation; None takes any grid.
-        skull_strip: Whether only the brain may be left in the image ("required"), or a whole head must be there
-            ("forbidden").
+        skull_strip: Whether only the brain may be left ("required"), in the image or by a mask outside of which an
+            operation blanks it; or whether the whole head must be there ("forbidden").
         mask: Where the brain mask comes from. "file or nonzero" takes a mask file, and else the non-zero voxels.
-        intensities: "raw" takes no image that was shifted below 0, as z-scores and WhiteStripe do; "standardised" takes
-            only such a one; "any" is of contracts that cancel it.
-        intensity_range: [lowest, highest] that the scan must keep to and fill, such as (0, 255); None takes any.
+        intensities: "raw" takes no image that was shifted, as z-scores and WhiteStripe do; "standardised" takes only
+            one that lies about 0; "any" is of contracts that cancel it.
+        intensity_range: [lowest, highest] that the scan must keep to and fill in part, such as (0, 255); None takes
+            any.
         preparation: The steps before this contract begins, in words, for people.
         operations: The steps, in order.
         output_shape: [C, i, j, k] of the tensor, or None where it depends on the scan.
@@ -96,7 +98,12 @@ class InputSpec(Checked):
                 f"nothing in a scan shows whether it is in the space {self.space!r}: give the contract that space's "
                 "grid, or say it in preparation"
             )
-        if not self.channels or len(set(self.channels)) != len(self.channels):
+        if self.space is None and self.registration != "none":
+            raise ValueError(
+                f"registration is {self.registration!r}, and no space is named that it leads to: name it, or say in "
+                "preparation what was registered to what"
+            )
+        if not self.channels or len({channel.casefold() for channel in self.channels}) != len(self.channels):
             raise ValueError(f"an input contract's channels are different names, not {self.channels}")
         if self.intensity_range is not None and not self.intensity_range[0] < self.intensity_range[1]:
             raise ValueError(f"intensity_range is {self.intensity_range}, and must rise")

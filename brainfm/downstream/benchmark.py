@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import hashlib
 import json
@@ -12,7 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import brainfm
 from brainfm.downstream.features import head_sizes, name_of, read_features, table_of
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
 from brainfm.downstream.probe import AdamProbe, fit_probe, predict_probe
 from brainfm.downstream.report import write_report
-from brainfm.downstream.results import Column, Grid, Note, PairedTest, Published, Row
+from brainfm.downstream.results import Column, Evaluation, Note, PairedTest, Published, Row
 from brainfm.downstream.split import save_split, subsample
 from brainfm.downstream.statistics import (
     AgeBiasCorrection,
@@ -35,15 +33,17 @@ from brainfm.downstream.statistics import (
     metrics,
     paired_bootstrap_test,
 )
-from brainfm.downstream.task import Task, TaskData, TaskError
-from brainfm.errors import BrainfmError, RecipeError, WeightsNotFoundError
+from brainfm.downstream.task import Task, TaskData
+from brainfm.errors import BrainfmError, RecipeError, TaskError, WeightsNotFoundError
 from brainfm.factory import create_model
-from brainfm.files import atomic_path
+from brainfm.files import progress_bar, write_csv, write_json
 from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans, pretraining_overlap
 from brainfm.pretrained import PretrainedCfg
-from brainfm.train.distributed import Processes, processes
+from brainfm.scan.load import image_of
+from brainfm.train.distributed import ProcessGroup, process_group
 from brainfm.train.recipe import read_overrides
+from brainfm.version import __version__
 
 logger = logging.getLogger("brainfm")
 
@@ -77,7 +77,7 @@ class Plan:
             and fine-tuned, and trained from scratch where no model without weights is in the list.
         modes: Of `MODES`.
         seeds: Runs of each; the paper has five.
-        fractions: Shares of the training patients, for curves of label efficiency; those below 1 are run with one seed.
+        fractions: Of the training patients, for curves of label efficiency; those below 1 are run with one seed.
         epochs_scale: Times the paper's epochs; at least one is run.
         settings: Fields of `Finetuning` in place of the paper's.
         controls: Add the same encoders untrained, and covariates alone.
@@ -94,7 +94,7 @@ class Plan:
     def __post_init__(self) -> None:
         if strange := [mode for mode in self.modes if mode not in MODES]:
             raise BrainfmError(f"unknown mode {strange[0]!r}; known: {', '.join(MODES)}")
-        if self.seeds < 1 or self.epochs_scale <= 0 or not all(0 < share <= 1 for share in self.fractions):
+        if self.seeds < 1 or self.epochs_scale <= 0 or not all(0 < one <= 1 for one in self.fractions):
             raise BrainfmError("seeds must be 1 or more, epochs_scale above 0, and fractions above 0 and at most 1")
 
     def epochs(self, mode: str) -> int:
@@ -116,7 +116,7 @@ def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class _Job:
     """One run of the grid."""
 
     data: TaskData
@@ -168,27 +168,28 @@ def benchmark(
     cfgs = {model: resolve(model).cfg for model in plan.models}
     rows, controls = _rows(cfgs, plan), _controls(cfgs, plan)
     notes = _overlaps(data, plan.models, on_overlap)
-    cells = list(_cells(data, rows, controls, plan))
-    grid = _grid(data, rows, controls, notes, plan, cfgs, len(cells))
+    jobs = list(_jobs(data, rows, controls, plan))
+    evaluation = _evaluation(data, rows, controls, notes, plan, cfgs, len(jobs))
     made_of = {one.task.name: _made_of(one) for one in data}
-    with processes(str(plan.settings.get("device", "auto"))) as everyone:
-        if everyone.world > 1 and any(cell.row.mode not in _TRAINED for cell in cells):
+    with process_group(str(plan.settings.get("device", "auto"))) as everyone:
+        if everyone.world > 1 and any(job.row.mode not in _TRAINED for job in jobs):
             raise BrainfmError(
                 "only training uses several processes: under torchrun give --modes finetune scratch --no-controls, and "
                 "then the same command without torchrun and --no-controls, for the probes"
             )
         if everyone.is_first:
             _keep_splits(data, plan, output)
-        with _progress_bar(len(cells), progress and everyone.is_first) as bar:
-            for cell in cells:
-                bar.set_postfix_str(f"{cell.data.task.name} {cell.row.title}")
-                _run(cell, plan, _digest(cell, made_of[cell.data.task.name], plan, cfgs), cfgs, output, everyone)
+        shown = progress and everyone.is_first
+        with progress_bar(total=len(jobs), unit="run", doing="benchmark", shown=shown) as bar:
+            for job in jobs:
+                bar.set_postfix_str(f"{job.data.task.name} {job.row.title}")
+                _run(job, plan, _digest(job, made_of[job.data.task.name], plan, cfgs), cfgs, output, everyone)
                 bar.update()
         if everyone.is_first:
-            results = {cell: _read_result(cell, output) for cell in cells}
+            results = {job: _read_result(job, output) for job in jobs}
             _write_tables(results, output)
-            grid = replace(grid, tests=tuple(_tests(results, rows, controls)))
-            _write_json(output / "grid.json", _json_of(grid))
+            evaluation = replace(evaluation, tests=tuple(_tests(results, rows, controls)))
+            write_json(output / "grid.json", evaluation.to_dict())
             return write_report(output)
     return output / "index.html"
 
@@ -230,7 +231,7 @@ def _short(model: str) -> str:
     return useful[-1] if useful else model
 
 
-def _cells(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[Row], plan: Plan) -> Iterator[_Cell]:
+def _jobs(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[Row], plan: Plan) -> Iterator[_Job]:
     """Cheap runs first: something to look at soon."""
     order = {"covariates": 0, "untrained": 1, "probe": 2, "probe_adam": 3, "finetune": 4, "scratch": 5}
     for row in sorted([*controls, *rows], key=lambda row: order[row.mode]):
@@ -241,7 +242,7 @@ def _cells(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[Row
                 if fraction < 1 and row in controls:
                     continue
                 for seed in range(plan.seeds if fraction == 1 else 1):
-                    yield _Cell(one, row, fraction, seed)
+                    yield _Job(one, row, fraction, seed)
 
 
 def _overlaps(data: Sequence[TaskData], models: Sequence[str], on_overlap: Literal["mark", "refuse"]) -> list[Note]:
@@ -261,28 +262,28 @@ def _overlaps(data: Sequence[TaskData], models: Sequence[str], on_overlap: Liter
 
 
 def _run(
-    cell: _Cell, plan: Plan, digest: str, cfgs: Mapping[str, PretrainedCfg], output: Path, everyone: Processes
+    job: _Job, plan: Plan, digest: str, cfgs: Mapping[str, PretrainedCfg], output: Path, everyone: ProcessGroup
 ) -> None:
-    path = output / "runs" / f"{cell.name}.json"
+    path = output / "runs" / f"{job.name}.json"
     if everyone.gather(_is_done(path, digest))[0]:
         return
-    task, splits = cell.data.task, cell.data.split(cell.seed)
-    train = subsample(cell.data.records, cell.data.labels, splits, cell.fraction, kind=task.kind, seed=cell.seed)
+    task, splits = job.data.task, job.data.split(job.seed)
+    train = subsample(job.data.records, job.data.labels, splits, job.fraction, kind=task.kind, seed=job.seed)
     val, test = ([n for n, part in enumerate(splits) if part == name] for name in ("val", "test"))
-    if cell.row.mode in _TRAINED:
-        predict = _trained(cell, plan, cfgs[cell.row.model], train, val, path.with_suffix(f".{digest[:12]}"))
+    if job.row.mode in _TRAINED:
+        predict = _trained(job, plan, cfgs[job.row.model], train, val, path.with_suffix(f".{digest[:12]}"))
     else:
-        predict = _probed(cell, plan, train, val, output)
-    correct = _correction(cell.data, predict, val)
+        predict = _probed(job, plan, train, val, output)
+    correct = _correction(job.data, predict, val)
     kept, predictions = predict(test)  # everything is chosen: the one look at the test part
     if correct is not None:
-        predictions = correct(predictions, cell.data.labels[kept])
+        predictions = correct(predictions, job.data.labels[kept])
     if not everyone.is_first:
         return
-    labels, patients = cell.data.labels[kept], [cell.data.patients[n] for n in kept]
+    labels, patients = job.data.labels[kept], [job.data.patients[n] for n in kept]
     values = metrics(labels, predictions, task.kind)
     intervals = {
-        name: bootstrap_interval(labels, predictions, task.kind, name, groups=patients, n=_RESAMPLES, seed=cell.seed)
+        name: bootstrap_interval(labels, predictions, task.kind, name, groups=patients, n=_RESAMPLES, seed=job.seed)
         for name, value in values.items()
         if np.isfinite(value)
     }
@@ -296,8 +297,8 @@ def _run(
         "labels": labels.tolist(),
         "predictions": predictions.tolist(),
     }
-    _write_json(path, content)
-    for work in path.parent.glob(f"{cell.name}.*"):  # this run's, and those of one that stopped and was made otherwise
+    write_json(path, content)
+    for work in path.parent.glob(f"{job.name}.*"):  # this run's, and those of one that stopped and was made otherwise
         if work.is_dir():
             shutil.rmtree(work, ignore_errors=True)
 
@@ -306,21 +307,21 @@ def _run(
 Predict: TypeAlias = Callable[[Sequence[int]], tuple[list[int], NDArray[np.float64]]]
 
 
-def _probed(cell: _Cell, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> Predict:
+def _probed(job: _Job, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> Predict:
     """A linear model on embeddings, or on covariates."""
-    row, task, labels = cell.row, cell.data.task, cell.data.labels
+    row, task, labels = job.row, job.data.task, job.data.labels
     features: NDArray[Any]
     if row.mode == "covariates":
-        sizes = head_sizes(cell.data, output / "embeddings" / f"{task.name}.head_size.json")
-        features = table_of(cell.data, sizes, train)
+        sizes = head_sizes(job.data, output / "embeddings" / f"{task.name}.head_size.json")
+        features = table_of(job.data, sizes, train)
     else:
         if row.mode == "untrained":
-            torch.manual_seed(cell.seed)
-            model, name = create_model(row.model), f"{row.model}.untrained{cell.seed}"
+            torch.manual_seed(job.seed)
+            model, name = create_model(row.model), f"{row.model}.untrained{job.seed}"
         else:
             model, name = create_model(row.model, pretrained=True), row.model
         device = str(plan.settings.get("device", "auto"))
-        features = read_features(cell.data.records, model, output / "embeddings", name, device=device)
+        features = read_features(job.data.records, model, output / "embeddings", name, device=device)
     readable = set(np.flatnonzero(np.isfinite(features).all(axis=1)).tolist())
     train, val = ([n for n in rows if n in readable] for rows in (train, val))
     if not val or len(set(labels[train].tolist())) < 2:
@@ -331,11 +332,11 @@ def _probed(cell: _Cell, plan: Plan, train: Sequence[int], val: Sequence[int], o
             (features[val], labels[val]),
             task.kind,
             task.metric if task.selection == "metric" else "loss",
-            seed=cell.seed,
+            seed=job.seed,
         )
     else:
-        patients = [cell.data.patients[n] for n in train]
-        fitted = fit_probe(features[train], labels[train], task.kind, patients=patients, seed=cell.seed)
+        patients = [job.data.patients[n] for n in train]
+        fitted = fit_probe(features[train], labels[train], task.kind, patients=patients, seed=job.seed)
 
     def predict(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
         kept = [n for n in rows if n in readable]
@@ -347,14 +348,14 @@ def _probed(cell: _Cell, plan: Plan, train: Sequence[int], val: Sequence[int], o
 
 
 def _trained(
-    cell: _Cell, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val: Sequence[int], work: Path
+    job: _Job, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val: Sequence[int], work: Path
 ) -> Predict:
     """An encoder trained with a head, pretrained or from scratch."""
-    task, scratch, records = cell.data.task, cell.row.mode == "scratch", cell.data.records
-    torch.manual_seed(cell.seed)
-    encoder = create_model(cfg.architecture if scratch else cell.row.model, pretrained=not scratch)
-    settings = _settings(cell, plan, cfg, len(train), str(work))
-    learned, chosen_by = (Labelled([records[n] for n in rows], cell.data.labels[list(rows)]) for rows in (train, val))
+    task, scratch, records = job.data.task, job.row.mode == "scratch", job.data.records
+    torch.manual_seed(job.seed)
+    encoder = create_model(cfg.architecture if scratch else job.row.model, pretrained=not scratch)
+    settings = _settings(job, plan, cfg, len(train), str(work))
+    learned, chosen_by = (Labelled([records[n] for n in rows], job.data.labels[list(rows)]) for rows in (train, val))
     model = finetune(encoder, learned, chosen_by, task.kind, settings)
 
     def predict(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
@@ -376,17 +377,17 @@ def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBias
         return None
 
 
-def _settings(cell: _Cell, plan: Plan, cfg: PretrainedCfg, scans: int, work: str) -> Finetuning:
+def _settings(job: _Job, plan: Plan, cfg: PretrainedCfg, scans: int, work: str) -> Finetuning:
     """The paper's settings for a mode, with the plan's in their place."""
-    task, scratch = cell.data.task, cell.row.mode == "scratch"
+    task, scratch = job.data.task, job.row.mode == "scratch"
     values: dict[str, Any] = {
-        "epochs": plan.epochs(cell.row.mode),
+        "epochs": plan.epochs(job.row.mode),
         "augment": scratch or cfg.ssl_method == "MAE",  # paper: no augmentation for SimCLR
         "global_pool": "avg",  # of a ResNet the only one; of a ViT the MAE authors' choice for fine-tuning
         "selection": task.metric if task.selection == "metric" else "loss",
     } | {name: value for name, value in plan.settings.items() if not (scratch and name in _PRETRAINED_ONLY)}
     values["batch_size"] = min(values.get("batch_size", Finetuning.batch_size), scans)
-    return Finetuning(**values, seed=cell.seed, output=work)
+    return Finetuning(**values, seed=job.seed, output=work)
 
 
 def _made_of(data: TaskData) -> str:
@@ -396,15 +397,15 @@ def _made_of(data: TaskData) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _digest(cell: _Cell, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedCfg]) -> str:
+def _digest(job: _Job, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedCfg]) -> str:
     """Says what a run was made of."""
-    cfg = cfgs.get(cell.row.model)
-    task = asdict(cell.data.task) | {"published": None, "title": None, "manifest": None}
-    content: list[Any] = [task, made_of, cell.row.mode, cell.row.model, cell.fraction, cell.seed]
+    cfg = cfgs.get(job.row.model)
+    task = job.data.task.to_dict() | {"published": None, "title": None, "manifest": None}
+    content: list[Any] = [task, made_of, job.row.mode, job.row.model, job.fraction, job.seed]
     content.append(None if cfg is None else [cfg.sha256, cfg.source])
-    if cell.row.mode in EPOCHS:
+    if job.row.mode in EPOCHS:
         settings = {name: value for name, value in plan.settings.items() if name not in _FREE}
-        content += [plan.epochs(cell.row.mode), settings]
+        content += [plan.epochs(job.row.mode), settings]
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
@@ -431,33 +432,32 @@ def _keep_splits(data: Sequence[TaskData], plan: Plan, output: Path) -> None:
             save_split(output / "splits" / f"{one.task.name}.{seed}.csv", one.records, one.split(seed))
 
 
-def _read_result(cell: _Cell, output: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((output / "runs" / f"{cell.name}.json").read_text(encoding="utf-8"))
+def _read_result(job: _Job, output: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((output / "runs" / f"{job.name}.json").read_text(encoding="utf-8"))
     return content
 
 
-def _write_tables(results: Mapping[_Cell, dict[str, Any]], output: Path) -> None:
+def _write_tables(results: Mapping[_Job, dict[str, Any]], output: Path) -> None:
     scores, guesses = [], []
-    for cell, result in results.items():
-        key = [cell.data.task.name, cell.row.model, cell.row.mode, f"{cell.fraction:g}", cell.seed]
+    for job, result in results.items():
+        key = [job.data.task.name, job.row.model, job.row.mode, f"{job.fraction:g}", job.seed]
         for name, numbers in result["metrics"].items():
             scores.append([*key, name, *map(_text, numbers), result["n_train"], result["n_test"]])
         for patient, label, guess in zip(result["patients"], result["labels"], result["predictions"], strict=True):
             shown = guess[int(label)] if isinstance(guess, list) else guess
             guesses.append([*key, patient, f"{label:.9g}", f"{shown:.9g}"])
     key_names = ["task", "model", "mode", "fraction", "seed"]
-    _write_csv(
-        output / "results.csv", [*key_names, "metric", "value", "ci_low", "ci_high", "n_train", "n_test"], scores
-    )
-    _write_csv(output / "predictions.csv", [*key_names, "patient_id", "label", "prediction"], guesses)
+    columns = [*key_names, "metric", "value", "ci_low", "ci_high", "n_train", "n_test"]
+    write_csv(output / "results.csv", [columns, *scores])
+    write_csv(output / "predictions.csv", [[*key_names, "patient_id", "label", "prediction"], *guesses])
 
 
 def _tests(
-    results: Mapping[_Cell, dict[str, Any]], rows: Sequence[Row], controls: Sequence[Row]
+    results: Mapping[_Job, dict[str, Any]], rows: Sequence[Row], controls: Sequence[Row]
 ) -> Iterator[PairedTest]:
     """Each row that was pretrained against each baseline and control, on the same patients, of seed 0."""
     found = {(c.data.task.name, c.row.key): (c, r) for c, r in results.items() if c.fraction == 1 and c.seed == 0}
-    tasks = {cell.data.task.name: cell.data.task for cell in results}
+    tasks = {job.data.task.name: job.data.task for job in results}
     firsts = [row for row in rows if row.mode != "scratch"]
     seconds = [row for row in rows if row.mode == "scratch"] + list(controls)
     for task in tasks.values():
@@ -482,7 +482,7 @@ def _paired(task: Task, one: Row, other: Row, first: Mapping[str, Any], second: 
     return PairedTest(task.name, one.key, other.key, "paired bootstrap", *map(_finite, numbers))
 
 
-def _grid(
+def _evaluation(
     data: Sequence[TaskData],
     rows: Sequence[Row],
     controls: Sequence[Row],
@@ -490,8 +490,8 @@ def _grid(
     plan: Plan,
     cfgs: Mapping[str, PretrainedCfg],
     runs: int,
-) -> Grid:
-    return Grid(
+) -> Evaluation:
+    return Evaluation(
         title="Evaluation of pretrained encoders",
         tasks=tuple(
             Column(
@@ -511,7 +511,7 @@ def _grid(
         controls=tuple(row for row in controls if row.mode != "covariates" or any(one.has_covariates for one in data)),
         seeds=plan.seeds,
         runs=runs,
-        made_by=f"brainfm {brainfm.__version__}, torch {torch.__version__}",
+        made_by=f"brainfm {__version__}, torch {torch.__version__}",
         date=datetime.date.today().isoformat(),
         command=shlex.join(["brainfm", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("brainfm", "__main__") else "",
         fractions=tuple(sorted({1.0, *plan.fractions})),
@@ -542,21 +542,17 @@ def _statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
         if one.task.age_bias != "keep":
             yield f"{one.task.title}: {_AGE_BIAS[one.task.age_bias]}"
         yield f"{one.task.title}: {len(one.records):,} scans of {patients:,} patients, {drawn}{left_out}."
-        if any("phantom" in part for part in Path(str(one.records[0].image)).parts) or _says_phantoms(one):
+        if _are_phantoms(one):
             yield f"{one.task.title}: phantoms, not people; the numbers say that code works, and nothing of patients."
 
 
-def _says_phantoms(data: TaskData) -> bool:
-    folders = list(Path(str(data.records[0].image)).parents)[:4]
-    readmes = [folder / "README.txt" for folder in folders]
-    return any(path.is_file() and "phantoms" in path.read_text(errors="replace")[:200] for path in readmes)
-
-
-def _json_of(grid: Grid) -> dict[str, Any]:
-    content = asdict(grid)
-    for task in content["tasks"]:
-        task["published"] = {one.pop("row"): one for one in task["published"]}
-    return content
+def _are_phantoms(data: TaskData) -> bool:
+    """Whether the path of the first scan, or a README above it, says so."""
+    path = Path(str(image_of(data.records[0].image)))
+    readmes = [folder / "README.txt" for folder in list(path.parents)[:4]]
+    return any("phantom" in part for part in path.parts) or any(
+        readme.is_file() and "phantoms" in readme.read_text(errors="replace")[:200] for readme in readmes
+    )
 
 
 def _finite(value: float) -> float | None:
@@ -565,19 +561,3 @@ def _finite(value: float) -> float | None:
 
 def _text(value: float | None) -> str:
     return "" if value is None or not np.isfinite(value) else f"{value:.9g}"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-def _progress_bar(total: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="run", desc="benchmark", disable=not shown)

@@ -1,10 +1,11 @@
-"""The same scan, spoilt in a known way and strength: for curves of how an encoder's scores fall.
+"""The same scan, corrupted in a known way and strength: for curves of how an encoder's scores fall.
 
 A corruption works on a scan as it is stored, on its own grid, before any input contract is applied, so that reading,
 checking and normalising are tested with the encoder. Strength 0 gives the very arrays that were passed in. Two
 strengths with the same generator are the same draw, more or less of it: the same noise, scaled; the same axis, turned
 further. What changes intensities changes them inside the mask only: what a scanner does to the background, skull
 stripping takes away again. `CORRUPTIONS` is the table: name, levels for a curve, unit, and where the levels are from.
+The channels of a scan are corrupted alike, by one draw, but for noise, of which each has its own.
 
 Levels end where `brainfm.load_scan` begins to refuse: a head that is enlarged, turned or thickened further no longer
 lies where the template's does, or is no longer stripped. None of the levels is refused of the packaged scan, a large
@@ -19,20 +20,19 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.contract import InputSpec
-from brainfm.contract.volume import axes_towards
+from brainfm.contract.volume import axes_towards, not_zero
 from brainfm.errors import MissingExtraError
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
-from brainfm.scan import load_scan
-from brainfm.scan.read import read_image
+from brainfm.scan import Scan, load_scan
 
 try:
     from scipy import fft, ndimage
@@ -50,7 +50,7 @@ SKULL_PERCENTILE = 99.0  # of the brain's intensities: fat and marrow are bright
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to spoil a scan.
+    """One way to corrupt a scan.
 
     Attributes:
         corrupt: (image, mask, affine, strength, generator) → (image, mask), for strengths above 0.
@@ -58,6 +58,7 @@ class Corruption:
         unit: What the strength measures.
         source: Where the levels are from.
         limit: The highest strength that means something.
+        own: Whether each channel of a scan has chance of its own; else all have the same.
     """
 
     corrupt: Corrupt
@@ -65,11 +66,12 @@ class Corruption:
     unit: str
     source: str
     limit: float = math.inf
+    own: bool = False
 
     def __call__(
         self, image: Image, mask: Mask, affine: Affine, strength: float, rng: np.random.Generator
     ) -> tuple[Image, Mask]:
-        """Spoil a scan; the arrays that are given stay as they were.
+        """Corrupt an image; the arrays that are given stay as they were.
 
         Args:
             image: [i, j, k] float32, real intensities.
@@ -84,6 +86,16 @@ class Corruption:
         self.check(strength)
         return self.corrupt(image, mask, affine, strength, rng) if strength else (image, mask)
 
+    def each_channel(self, scan: Scan, strength: float, seed: tuple[int, ...]) -> tuple[list[Image], Mask]:
+        """Every channel of a scan, corrupted, and the mask; where there is none, of the voxels that are not 0."""
+        found = not_zero(scan.stored, scan.slope, scan.inter) if scan.mask is None else scan.mask[None]
+        mask, brain, images = found[0], np.logical_or.reduce(found), []
+        for number, channel in enumerate(scan.image):
+            rng = np.random.default_rng((*seed, number) if self.own and number else seed)
+            image, mask = self(channel, brain, scan.affine, strength, rng)  # the mask is the same whatever the image
+            images.append(image)
+        return images, mask
+
     def check(self, strength: float) -> None:
         """Raise ValueError for a strength that is negative, above the limit, or not finite."""
         if not (math.isfinite(strength) and 0 <= strength <= self.limit):
@@ -91,9 +103,9 @@ class Corruption:
 
 
 def corrupted(records: ScansLike, name: str, strength: float, *, spec: InputSpec, seed: int = 0) -> list[ScanRecord]:
-    """The scans of a list, spoilt: for `brainfm.embed`, or anything else that takes scans.
+    """The scans of a list, corrupted: for `brainfm.embed`, or anything else that takes scans.
 
-    Nothing is read here. A scan is read and spoilt when its image is asked for, in the thread that asks, and is not
+    Nothing is read here. A scan is read and corrupted when its image is asked for, in the thread that asks, and is not
     kept: the memory stays flat over thousands of scans. Chance comes from the seed and the scan's place in the list,
     and is the same for every strength. `brainfm.embed` cannot take up an interrupted run of such scans, as of any
     others in memory.
@@ -102,7 +114,7 @@ def corrupted(records: ScansLike, name: str, strength: float, *, spec: InputSpec
         records: The scans, as `brainfm.embed` takes them.
         name: A key of `CORRUPTIONS`.
         strength: See there. At 0 the records are returned as they are.
-        spec: The input contract of the model, which says where brain masks come from.
+        spec: The input contract of the model, which names the channels and says where brain masks come from.
         seed: Of all chance.
 
     Returns:
@@ -125,22 +137,24 @@ def corrupted(records: ScansLike, name: str, strength: float, *, spec: InputSpec
     scans = list_scans(records)
     if not strength:
         return scans
-    own_grid = InputSpec(channels=spec.channels, mask=spec.mask)
-    spoilt = []
+    own_grid = InputSpec(channels=spec.channels, missing_channel=spec.missing_channel, mask=spec.mask)
+    found = []
     for number, record in enumerate(scans):
-        scan = _SpoiltScan(record, CORRUPTIONS[name], strength, own_grid, (seed, number))
-        mask = _Part(scan, "mask") if spec.mask.startswith("file") else None
-        spoilt.append(replace(record, image=_Part(scan, "image"), mask=mask, extra=record.columns()))
-    return spoilt
+        scan = _CorruptedScan(record, CORRUPTIONS[name], strength, own_grid, (seed, number))
+        mask = _Part(scan, "mask") if scan.has_mask else None
+        images = {channel: _Part(scan, channel) for channel in scan.channels}
+        image = images if len(spec.channels) > 1 else images[spec.channels[0]]
+        found.append(replace(record, image=image, mask=mask, extra=record.columns()))
+    return found
 
 
 # --- Intensities, inside the mask -----------------------------------------------------------------
 
 
 def noise(image: Image, mask: Mask, affine: Affine, strength: float, rng: np.random.Generator) -> tuple[Image, Mask]:
-    """Add Gaussian noise, its sd in units of the brain's own."""
-    spread = strength * image[mask].std(dtype=np.float64)
-    return _inside(mask, image + np.float32(spread) * rng.standard_normal(image.shape, dtype=np.float32), image), mask
+    """Add Gaussian noise, its std in units of the brain's own."""
+    std = strength * image[mask].std(dtype=np.float64)
+    return _inside(mask, image + np.float32(std) * rng.standard_normal(image.shape, dtype=np.float32), image), mask
 
 
 def bias_field(
@@ -203,9 +217,9 @@ def residual_skull(
     spacing = _spacing(affine)
     beyond = ndimage.distance_transform_edt(~mask, sampling=spacing)  # mm from the nearest centre of a brain voxel
     voxel = float(np.cbrt(spacing.prod()))
-    share = np.clip((strength - beyond) / voxel + 1, 0, 1).astype(np.float32) * ~mask
+    fraction = np.clip((strength - beyond) / voxel + 1, 0, 1).astype(np.float32) * ~mask
     bright = np.percentile(image[mask], SKULL_PERCENTILE).astype(np.float32)
-    return image + share * (bright - image), mask | (share >= 0.5)
+    return image + fraction * (bright - image), mask | (fraction >= 0.5)
 
 
 def rotation(image: Image, mask: Mask, affine: Affine, strength: float, rng: np.random.Generator) -> tuple[Image, Mask]:
@@ -219,7 +233,7 @@ def rotation(image: Image, mask: Mask, affine: Affine, strength: float, rng: np.
 
 
 def crop(image: Image, mask: Mask, affine: Affine, strength: float, rng: np.random.Generator) -> tuple[Image, Mask]:
-    """Cut a share `strength` off each axis, at random ends, and resize the rest to the whole."""
+    """Cut a fraction `strength` off each axis, at random ends, and resize the rest to the whole."""
     shape = np.asarray(image.shape)
     first = rng.random(3) * strength * shape  # voxels cut off before the box, not rounded
     from_box = np.diag([1 - strength] * 3 + [1.0])
@@ -242,24 +256,25 @@ CORRUPTIONS: dict[str, Corruption] = {
     "noise": Corruption(
         noise,
         (0.0, 0.1, 0.25, 0.5, 1.0),
-        "sd, as a share of the brain's",
+        "std, as a fraction of the brain's",
         f"0.1: supervised augmentation of {_PAPER}; 0.25: the end of {_TORCHIO}; the rest ours",
+        own=True,
     ),
     "bias_field": Corruption(
         bias_field,
         (0.0, 0.2, 0.4, 0.6, 0.8),
-        "range over the brain, as a share of the mean",
+        "range over the brain, as a fraction of the mean",
         "0.2 and 0.4: BrainWeb's non-uniformity of 20 and 40 % (Cocosco et al. 1997); the rest ours",
         limit=2.0,
     ),
     "ghosting": Corruption(
         ghosting,
         (0.0, 0.25, 0.5, 0.75, 1.0),
-        "share lost of every n-th line of k-space",
+        "fraction lost of every n-th line of k-space",
         f"0.5 to 1, and n: {_TORCHIO}; the rest ours",
         limit=1.0,
     ),
-    "blur": Corruption(blur, (0.0, 1.0, 2.0, 3.0, 4.0), "sd, mm", f"to 2: {_TORCHIO}; the rest ours"),
+    "blur": Corruption(blur, (0.0, 1.0, 2.0, 3.0, 4.0), "std, mm", f"to 2: {_TORCHIO}; the rest ours"),
     "residual_skull": Corruption(residual_skull, (0.0, 1.0, 2.0, 3.0, 4.0), "thickness, mm", "ours"),
     "rotation": Corruption(
         rotation, (0.0, 2.0, 4.0, 7.0, 10.0), "degrees", f"10: the end of {_TORCHIO}; the rest ours", limit=180.0
@@ -271,7 +286,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         f"0.7: gamma 0.5 of the SimCLR views of {_PAPER}; the rest ours",
     ),
     "crop": Corruption(
-        crop, (0.0, 0.01, 0.02, 0.04, 0.06), "share cut off each axis", "ours: what load_scan takes", limit=0.9
+        crop, (0.0, 0.01, 0.02, 0.04, 0.06), "fraction cut off each axis", "ours: what load_scan takes", limit=0.9
     ),
     "flip": Corruption(
         flip, (0.0, 0.25, 0.5, 0.75, 1.0), "probability", f"0.5: the SimCLR views of {_PAPER}; the rest ours", limit=1.0
@@ -299,10 +314,10 @@ def _spacing(affine: Affine) -> NDArray[np.float64]:
 
 
 @dataclass(eq=False)
-class _SpoiltScan:
-    """A scan that is read and spoilt when its image is asked for; the mask is kept until it is asked for in turn.
+class _CorruptedScan:
+    """A scan that is read and corrupted when one of its images is asked for; the rest is kept until asked for in turn.
 
-    `brainfm.load_scan` asks for the one and then, where the contract takes one from a file, for the other.
+    `brainfm.load_scan` asks for each channel and then, where the contract takes one from a file, for the mask.
     """
 
     record: ScanRecord
@@ -310,34 +325,46 @@ class _SpoiltScan:
     strength: float
     spec: InputSpec
     seed: tuple[int, int]
-    kept: Mask | None = None
+    kept: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Those of the contract that the record has: a missing one stays missing."""
+        if len(self.spec.channels) == 1 or not isinstance(self.record.image, Mapping):
+            return self.spec.channels
+        there = {name.casefold() for name, image in self.record.image.items() if image is not None}
+        return tuple(channel for channel in self.spec.channels if channel.casefold() in there)
+
+    @property
+    def has_mask(self) -> bool:
+        return self.spec.mask.startswith("file")
 
     @cached_property
     def affine(self) -> Affine:
-        return read_image(self.record.image).affine
+        return self._load().affine
 
-    def image(self) -> Image:
-        image, mask = self._spoilt()
-        self.kept = mask if self.spec.mask.startswith("file") else None
-        return image
+    def take(self, part: str) -> NDArray[Any]:
+        """A channel, or the mask. It is not kept: asked for again, it is made again."""
+        if part not in self.kept:
+            scan = self._load()
+            images, mask = self.corruption.each_channel(scan, self.strength, self.seed)
+            made = dict(zip(self.spec.channels, images, strict=True))
+            self.kept = {channel: made[channel] for channel in self.channels}
+            if self.has_mask:
+                self.kept["mask"] = mask
+            self.affine = scan.affine
+        return self.kept.pop(part)
 
-    def mask(self) -> Mask:
-        mask, self.kept = self.kept, None
-        return self._spoilt()[1] if mask is None else mask
-
-    def _spoilt(self) -> tuple[Image, Mask]:
-        scan = load_scan(self.record.image, self.record.mask, spec=self.spec)
-        self.affine = scan.affine
-        brain = scan.region("nonzero")[0] if scan.mask is None else scan.mask
-        return self.corruption(scan.image[0], brain, scan.affine, self.strength, np.random.default_rng(self.seed))
+    def _load(self) -> Scan:
+        return load_scan(self.record.image, self.record.mask, spec=self.spec)
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The image or the mask of a spoilt scan. It is read like a nibabel image whose voxels are not in memory yet."""
+    """A channel or the mask of a corrupted scan. It is read like a nibabel image whose voxels are not in memory yet."""
 
-    scan: _SpoiltScan
-    part: Literal["image", "mask"]
+    scan: _CorruptedScan
+    part: str
     header: None = None
 
     @property
@@ -349,9 +376,10 @@ class _Part:
         return self.scan.affine
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.asarray(self.scan.image() if self.part == "image" else self.scan.mask(), dtype=dtype)
+        return np.asarray(self.scan.take(self.part), dtype=dtype)
 
     def get_filename(self) -> str:
         """The scan's name for messages."""
-        source = self.scan.record.columns()[f"{self.part}_path"] or f"the {self.part} in memory"
-        return f"{source} (corrupted)"
+        columns = self.scan.record.columns()
+        name = "mask" if self.part == "mask" else "image" if "image_path" in columns else self.part.lower()
+        return f"{columns.get(f'{name}_path') or f'the {name} in memory'} (corrupted)"

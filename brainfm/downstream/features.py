@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.downstream.task import TaskData, TaskError, is_missing
+from brainfm.downstream.task import TaskData, is_missing
 from brainfm.embed import embed, origin_of
-from brainfm.files import atomic_path
+from brainfm.errors import TaskError
+from brainfm.files import atomic_path, file_state, write_json
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder
 from brainfm.scan.read import read_image
@@ -62,8 +63,9 @@ def read_features(
 
 def name_of(record: ScanRecord) -> str:
     """A scan as it is now: paths, sizes and times of its files."""
-    parts = [Path(str(item)) for item in (record.image, record.mask) if item is not None]
-    return " ".join(f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" if p.exists() else str(p) for p in parts)
+    files = [*record.images.items(), ("", record.mask)]
+    named = [(channel, Path(str(item))) for channel, item in files if item is not None]
+    return " ".join(channel + (":".join(map(str, file_state(p))) if p.exists() else str(p)) for channel, p in named)
 
 
 def _read(path: Path) -> dict[str, NDArray[np.float32]]:
@@ -86,8 +88,7 @@ def head_sizes(data: TaskData, path: Path) -> list[float | None]:
     for name, record in zip(names, data.records, strict=True):
         if name not in known:
             known[name] = _volume(record)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(known), encoding="utf-8")
+    write_json(path, known, indent=None)
     return [known[name] for name in names]
 
 

@@ -41,14 +41,14 @@ class Picture(NamedTuple):
 
 def drawings(run: Run) -> Iterator[Drawing]:
     """Every figure there are numbers for, task by task."""
-    styles = plots.looks([row.title for row in run.grid.rows], [row.title for row in run.grid.controls])
-    looks = dict(zip((row.key for row in run.grid.everything), styles, strict=True))
+    styles = plots.looks([row.title for row in run.evaluation.rows], [row.title for row in run.evaluation.controls])
+    looks = dict(zip((row.key for row in run.evaluation.everything), styles, strict=True))
     kinds: dict[str, tuple[Callable[..., Drawing | None], ...]] = {
         "binary": (_draw_dots, _draw_label_efficiency, _draw_roc, _draw_calibration, _draw_robustness),
         "regression": (_draw_dots, _draw_label_efficiency, _draw_agreement, _draw_robustness),
         "multiclass": (_draw_dots, _draw_label_efficiency, _draw_robustness),
     }
-    for task in run.grid.tasks:
+    for task in run.evaluation.tasks:
         for draw in kinds[task.kind]:
             drawing = draw(run, task, looks)
             if drawing:
@@ -60,14 +60,14 @@ _Looks = Mapping[str, plots.Look]
 
 def _draw_dots(run: Run, task: Column, looks: _Looks) -> Drawing | None:
     published = {p.row: p.mean for p in task.published}
-    found = [(row, score) for row in run.grid.everything if (score := run.score(task, row))]
+    found = [(row, summary) for row in run.evaluation.everything if (summary := run.summary(task, row))]
     if not found:
         return None
     rows = [(looks[row.key], s.mean, s.low, s.high, published.get(row.key)) for row, s in found]
-    controls = sum(row in run.grid.controls for row, _ in found)
+    controls = sum(row in run.evaluation.controls for row, _ in found)
     figure = plots.dots(rows, controls, task.title, metric_name(task, task.metric) + arrow(task.metric))
     decimals = decimals_of(run, task, task.metric)
-    alt = "; ".join(f"{row.title} {number(score.mean, decimals)}" for row, score in found)
+    alt = "; ".join(f"{row.title} {number(summary.mean, decimals)}" for row, summary in found)
     caption = (
         f"{task.title}: {metric_name(task, task.metric)} of every row and, below the line, of the controls. "
         "Points: mean over the seeds. Bars: the runs' intervals, ends averaged. Open diamonds: published."
@@ -79,7 +79,7 @@ def _draw_label_efficiency(run: Run, task: Column, looks: _Looks) -> Drawing | N
     own = run.results[(run.results["task"] == task.name) & (run.results["metric"] == task.metric)]
     fractions = sorted(own["fraction"].unique())
     curves = []
-    for row in run.grid.everything:
+    for row in run.evaluation.everything:
         table = own[own["row"] == row.key].pivot_table("value", "seed", "fraction").dropna()
         if len(table.columns) > 1 and len(table):
             curves.append((looks[row.key], table.columns.to_numpy(), table.mean().to_numpy(), table.std().to_numpy()))
@@ -92,16 +92,16 @@ def _draw_label_efficiency(run: Run, task: Column, looks: _Looks) -> Drawing | N
         for look, x, mean, _ in curves
     )
     caption = (
-        f"{task.title}: {metric_name(task, task.metric)} on the same test split, trained on a share of the "
-        "labels (below it, patients). Line: mean over the seeds that each share was run with, so that the points of a "
-        "curve are of the same splits (the table has more); band: ± standard deviation, of two seeds or more."
+        f"{task.title}: {metric_name(task, task.metric)} on the same test split, trained on a fraction of the "
+        "labels (below it, patients). Line: mean over the seeds that each fraction was run with, so that the points of "
+        "a curve are of the same splits (the table has more); band: ± standard deviation, of two seeds or more."
     )
     return Drawing(task, f"{task.name}_label_efficiency", caption, f"Label efficiency: {alt}", figure)
 
 
 def _draw_robustness(run: Run, task: Column, looks: _Looks) -> Drawing | None:
     own = run.robustness[run.robustness["task"] == task.name]
-    rows = [row for row in run.grid.rows if row.key in set(own["row"])]
+    rows = [row for row in run.evaluation.rows if row.key in set(own["row"])]
     if not rows:
         return None
     panels = []
@@ -114,7 +114,7 @@ def _draw_robustness(run: Run, task: Column, looks: _Looks) -> Drawing | None:
     figure = plots.robustness(panels, task.title, metric_name(task, task.metric) + arrow(task.metric))
     caption = (
         f"{task.title}: {metric_name(task, task.metric)} of a probe fitted on clean scans, on test scans that are "
-        "spoilt more and more; the first point of each curve is the clean scans. One split."
+        "corrupted more and more; the first point of each curve is the clean scans. One split."
     )
     alt = f"Robustness of {', '.join(row.title for row in rows)} to {', '.join(name for name, _, _ in panels)}"
     return Drawing(task, f"{task.name}_robustness", caption, alt, figure)
@@ -133,7 +133,7 @@ def _runs(run: Run, task: Column, row: Row) -> list[tuple[plots.Vector, plots.Ve
 
 def _draw_roc(run: Run, task: Column, looks: _Looks) -> Drawing | None:
     curves = []
-    for row in run.grid.everything:
+    for row in run.evaluation.everything:
         runs = [pair for pair in _runs(run, task, row) if len(set(pair[0])) == 2]
         if runs:
             curves.append((looks[row.key], runs))
@@ -146,7 +146,7 @@ def _draw_roc(run: Run, task: Column, looks: _Looks) -> Drawing | None:
 
 def _draw_calibration(run: Run, task: Column, looks: _Looks) -> Drawing | None:
     curves = []
-    for row in run.grid.everything:
+    for row in run.evaluation.everything:
         if runs := _runs(run, task, row):
             labels, predictions = map(np.concatenate, zip(*runs, strict=True))
             curves.append((looks[row.key], labels, predictions))
@@ -161,15 +161,14 @@ def _draw_calibration(run: Run, task: Column, looks: _Looks) -> Drawing | None:
 
 
 def _draw_agreement(run: Run, task: Column, looks: _Looks) -> Drawing | None:
-
     def rank(row: Row) -> float:  # the best row first; the others and the controls stay in their order
-        score = run.score(task, row)
-        return -score.mean * sign(task.metric) if score and row in run.grid.rows else math.inf
+        summary = run.summary(task, row)
+        return -summary.mean * sign(task.metric) if summary and row in run.evaluation.rows else math.inf
 
-    found = {row.key: runs[0] for row in run.grid.everything if (runs := _runs(run, task, row))}
+    found = {row.key: runs[0] for row in run.evaluation.everything if (runs := _runs(run, task, row))}
     if not found:
         return None
-    best = min((row for row in run.grid.everything if row.key in found), key=rank)
+    best = min((row for row in run.evaluation.everything if row.key in found), key=rank)
     keys = [best.key, *(key for key in found if key != best.key)]
     label = (task.label or task.title) + (f" ({task.unit})" if task.unit else "")
     figure = plots.agreement([(looks[key], *found[key]) for key in keys], task.title, label)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from brainfm.downstream.lora import add_lora
 from brainfm.downstream.probe import LinearHead
-from brainfm.downstream.split import Kind
+from brainfm.downstream.statistics import Kind
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder
 from brainfm.train.data import Batch, TrainingData, stream
-from brainfm.train.distributed import Processes, processes
+from brainfm.train.distributed import ProcessGroup, process_group
 from brainfm.train.method import Method
 from brainfm.train.recipe import Training
 from brainfm.train.trainer import Trainer
@@ -51,7 +51,7 @@ class Finetuning(Training):
     epochs: int = 100
     lr: float = 1e-4
     save_every: int = 1_000_000  # the last and the best are kept
-    max_bad_share: float = 0.2  # of few scans, one is a large share; another of the training scans stands in
+    max_bad_fraction: float = 0.2  # of few scans, one is a large one; another of the training scans stands in
     augment: bool = False
     trained: Literal["all", "head", "lora"] = "all"
     drifting: bool = False
@@ -103,22 +103,26 @@ def finetune(
     encoder.reset_classifier(head.outputs, settings.global_pool)
     transform = create_transform(encoder)
     _choose_trained(encoder, settings)
-    with processes(settings.device) as everyone:
+    with process_group(settings.device) as group:
         data = _LabelledData(train, head, transform, settings)
         method = _Supervised(settings, encoder, head, val, transform)
-        digest = hashlib.sha256(
-            "\n".join(
-                f"{r.image} {r.mask} {y}" for s in (train, val) for r, y in zip(s.records, s.labels, strict=True)
-            ).encode()
-        ).hexdigest()
-        trainer = Trainer(settings, method, data, everyone, digest)
-        trainer.train(progress and everyone.is_first)
-        everyone.gather(None)  # the first process has written the last checkpoint
+        trainer = Trainer(settings, method, data, group, _data_hash(train, val))
+        trainer.train(progress and group.is_first)
+        group.gather(None)  # the first process has written the last checkpoint
         best = torch.load(trainer.folder / "checkpoints" / "best.pt", weights_only=True, map_location="cpu")
         encoder.load_state_dict(best["model_state_dict"])
         encoder.eval()
-        everyone.gather(None)  # all have read it
-        return FinetunedModel(encoder, head, transform, everyone.device, best["progress"]["epoch"])
+        group.gather(None)  # all have read it
+        return FinetunedModel(encoder, head, transform, group.device, best["progress"]["epoch"])
+
+
+def _data_hash(*parts: Labelled) -> str:
+    rows = [
+        f"{' '.join(f'{channel}{image}' for channel, image in record.images.items())} {record.mask} {label}"
+        for part in parts
+        for record, label in zip(part.records, part.labels, strict=True)
+    ]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +228,7 @@ class _Supervised(Method):
         network: nn.Module,
         batch: Batch,
         generator: torch.Generator,  # noqa: ARG002 - nothing is drawn here
-        share: slice,  # noqa: ARG002
+        rows: slice,  # noqa: ARG002
     ) -> dict[str, float]:
         """As `Method.backward`; logs the loss."""
         assert batch.targets is not None
@@ -234,9 +238,9 @@ class _Supervised(Method):
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.detach())}
 
-    def end_epoch(self, everyone: Processes) -> dict[str, float]:
-        """The metrics of the validation scans; each process looks at its share of them."""
-        mine = range(everyone.rank, len(self.val.records), everyone.world)
+    def end_epoch(self, group: ProcessGroup) -> dict[str, float]:
+        """The metrics of the validation scans; each process looks at its part of them."""
+        mine = range(group.rank, len(self.val.records), group.world)
         outputs: dict[int, Tensor] = {}
         mode = self.encoder.training
         self.encoder.eval()
@@ -251,7 +255,7 @@ class _Supervised(Method):
                 with self._autocast(tensor.to(like.device)):
                     outputs[n] = self.encoder(tensor[None].to(like)).float().cpu()[0]
         self.encoder.train(mode)
-        everything = {n: output for part in everyone.gather(outputs) for n, output in part.items()}
+        everything = {n: output for part in group.gather(outputs) for n, output in part.items()}
         if not everything:
             raise BrainfmError(f"none of the {len(self.val.records)} validation scans can be read")
         rows = sorted(everything)

@@ -40,13 +40,13 @@ class Retrieval:
     """How often a scan's nearest neighbour is of the same patient.
 
     Attributes:
-        share: Of the scans that have another one of their patient; a tie counts by its share of right neighbours.
+        fraction: Of the scans that have another one of their patient; a tie counts by the fraction that is right.
         chance: What random neighbours would give.
         scans: How many scans were looked up; all others are candidates only.
         patients: Whose they are.
     """
 
-    share: float
+    fraction: float
     chance: float
     scans: int
     patients: int
@@ -89,7 +89,7 @@ class SamePatientSimilarity:
         between: And of scans of two patients.
         icc: [d] ICC(2,1) of each dimension (Shrout & Fleiss 1979); nan where it is constant.
         icc_median: Their median, without the constant ones.
-        icc_good: The share of all dimensions above `GOOD_ICC`; constant ones are not.
+        icc_good: The fraction of all dimensions above `GOOD_ICC`; constant ones are not.
         patients: How many with two scans.
     """
 
@@ -137,7 +137,7 @@ class LeakageProbe:
     Attributes:
         balanced_accuracy: The mean recall of the classes.
         chance: That of guessing: 1 / classes.
-        accuracy: The share of right guesses.
+        accuracy: The fraction of right guesses.
         majority: That of always guessing the commonest class.
         classes: The column's values.
         scans: How many were guessed.

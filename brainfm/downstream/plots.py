@@ -99,7 +99,7 @@ def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
 def label_efficiency(
     curves: Sequence[tuple[Look, Vector, Vector, Vector]], ticks: Mapping[float, str], title: str, metric: str
 ) -> Figure:
-    """Score against the share of training labels: the mean as a line, ± the standard deviation as a band.
+    """Score against the fraction of training labels: the mean as a line, ± the standard deviation as a band.
 
     Args:
         curves: For each row its look, its fractions, and at each the mean and the standard deviation (NaN: no band).
@@ -108,9 +108,9 @@ def label_efficiency(
         metric: Beside the vertical axis.
     """
     figure, axes = _figure(title)
-    for look, fractions, mean, sd in curves:
+    for look, fractions, mean, std in curves:
         axes.plot(fractions, mean, color=look.colour, linestyle=look.line, marker=look.marker, ms=4, label=look.title)
-        axes.fill_between(fractions, mean - sd, mean + sd, color=look.colour, alpha=0.15, linewidth=0)
+        axes.fill_between(fractions, mean - std, mean + std, color=look.colour, alpha=0.15, linewidth=0)
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set(xlabel="labelled training patients", ylabel=metric)
     _legend(figure, axes)
@@ -188,7 +188,7 @@ def calibration(curves: Sequence[tuple[Look, Vector, Vector]], title: str, bins:
         axes.plot(
             predicted, observed, color=look.colour, linestyle=look.line, marker=look.marker, ms=4, label=look.title
         )
-    axes.set(xlabel="predicted probability", ylabel="observed share", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.set(xlabel="predicted probability", ylabel="observed fraction", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set_aspect("equal")
     _legend(figure, axes)
     return figure

@@ -12,12 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from brainfm.downstream.split import Kind
-from brainfm.downstream.statistics import HIGHER_IS_BETTER, metrics
+from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
 from brainfm.errors import MissingExtraError
 
 # Strengths of regularisation that the inner cross-validation tries: C of the logistic, alpha of the ridge regression.
-# Ours: wide enough that the ends are seldom chosen, for features of mean 0 and spread 1.
+# Ours: wide enough that the ends are seldom chosen, for features of mean 0 and std 1.
 LOGISTIC_C = tuple(10.0**n for n in range(-4, 3))
 RIDGE_ALPHA = tuple(10.0 ** (n / 2) for n in range(-4, 11))
 _FOLDS = 5
@@ -159,7 +158,7 @@ class FittedHead:
 class LinearHead:
     """What the outputs of a last linear layer mean: the loss they have, and the predictions they are.
 
-    Numbers are learned with the training labels' mean 0 and spread 1, and given back as they were.
+    Numbers are learned with the training labels' mean 0 and std 1, and given back as they were.
 
     Args:
         kind: What the labels are.
@@ -172,15 +171,15 @@ class LinearHead:
     def __init__(self, kind: Kind, labels: NDArray[Any]) -> None:
         self.kind = kind
         self.outputs = int(labels.max()) + 1 if kind == "multiclass" else 1
-        self.mean, self.spread = 0.0, 1.0
+        self.mean, self.std = 0.0, 1.0
         if kind == "regression":
-            self.mean, self.spread = float(labels.mean()), float(labels.std()) or 1.0
+            self.mean, self.std = float(labels.mean()), float(labels.std()) or 1.0
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
         """[n] labels as what `loss` takes."""
         if self.kind == "multiclass":
             return torch.from_numpy(labels.astype(np.int64))
-        return torch.from_numpy(((labels - self.mean) / self.spread).astype(np.float32))
+        return torch.from_numpy(((labels - self.mean) / self.std).astype(np.float32))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy, or the mean square, of outputs [n, outputs]."""
@@ -203,4 +202,4 @@ class LinearHead:
             return outputs.softmax(dim=1).numpy()
         if self.kind == "binary":
             return outputs[:, 0].sigmoid().numpy()
-        return (outputs[:, 0] * self.spread + self.mean).numpy()
+        return (outputs[:, 0] * self.std + self.mean).numpy()

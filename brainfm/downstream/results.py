@@ -6,13 +6,13 @@ import csv
 import json
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from brainfm.downstream.statistics import HIGHER_IS_BETTER
+from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind
 from brainfm.errors import BrainfmError, MissingExtraError
 from brainfm.schema import Checked
 
@@ -21,12 +21,25 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "pandas", "eval") from error
 
+P = TypeVar("P", bound="_Part")
+
 
 # --- What was planned -----------------------------------------------------------------------------
 
 
+class _Part(Checked):
+    """A part of `grid.json`, in which fields that are not ours are left alone."""
+
+    @classmethod
+    def from_dict(cls: type[P], data: Mapping[str, Any]) -> P:
+        if isinstance(data, Mapping):
+            ours = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+            data = {name: value for name, value in data.items() if name in ours}
+        return super().from_dict(data)
+
+
 @dataclass(frozen=True)
-class Published(Checked):
+class Published(_Part):
     """A published mean, and its standard deviation where it has one, of the row "model/mode"."""
 
     row: str
@@ -35,7 +48,7 @@ class Published(Checked):
 
 
 @dataclass(frozen=True)
-class Column(Checked):
+class Column(_Part):
     """A task.
 
     Attributes:
@@ -52,7 +65,7 @@ class Column(Checked):
 
     name: str
     title: str
-    kind: Literal["binary", "multiclass", "regression"]
+    kind: Kind
     metric: str
     unit: str = ""
     label: str = ""
@@ -67,9 +80,25 @@ class Column(Checked):
         if self.metric not in HIGHER_IS_BETTER:
             raise ValueError(f"Column: metric is {self.metric!r}, and must be one of {', '.join(HIGHER_IS_BETTER)}")
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Column:
+        """As `Checked` has it, but that what was published may be a mapping by row, as files have it."""
+        published = data.get("published") if isinstance(data, Mapping) else None
+        if isinstance(published, Mapping):
+            rows = [{"row": row, **(one if isinstance(one, Mapping) else {})} for row, one in published.items()]
+            data = {**data, "published": rows}
+        return super().from_dict(data)
+
+    def to_dict(self, *, sparse: bool = False) -> dict[str, Any]:
+        """As `Checked` has it, but that what was published is a mapping by row."""
+        data = super().to_dict(sparse=sparse)
+        if "published" in data:
+            data["published"] = {one.pop("row"): one for one in data["published"]}
+        return data
+
 
 @dataclass(frozen=True)
-class Row(Checked):
+class Row(_Part):
     """A row of the table: a model used in one mode, and its name for readers."""
 
     model: str
@@ -83,7 +112,7 @@ class Row(Checked):
 
 
 @dataclass(frozen=True)
-class Note(Checked):
+class Note(_Part):
     """A mark on the cells of a model and task, in one mode or (None) in all."""
 
     task: str
@@ -93,7 +122,7 @@ class Note(Checked):
 
 
 @dataclass(frozen=True)
-class PairedTest(Checked):
+class PairedTest(_Part):
     """A test of two rows ("model/mode") on the same patients; None is a number that could not be had."""
 
     task: str
@@ -107,7 +136,7 @@ class PairedTest(Checked):
 
 
 @dataclass(frozen=True)
-class Grid(Checked):
+class Evaluation(_Part):
     """What `grid.json` says: tasks × rows × seeds × fractions, and what to print with them.
 
     Attributes:
@@ -118,7 +147,7 @@ class Grid(Checked):
         seeds: Runs of one cell.
         runs: Runs planned in all.
         made_by, date, command: How the runs were made.
-        fractions: Shares of the training labels.
+        fractions: Of the training labels.
         notes: Marks on cells.
         statements: Sentences for the top of everything.
         tests: Paired tests.
@@ -152,11 +181,8 @@ class Grid(Checked):
         return self.rows + self.controls
 
 
-T = TypeVar("T")
-
-
-def read_grid(path: Path) -> Grid:
-    """The grid of a JSON file; fields that are not ours are left alone. Raises BrainfmError."""
+def read_evaluation(path: Path) -> Evaluation:
+    """What a `grid.json` says. Raises BrainfmError."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)  # NaN: not a number
     except FileNotFoundError as error:
@@ -164,38 +190,19 @@ def read_grid(path: Path) -> Grid:
     except (OSError, ValueError) as error:
         raise BrainfmError(f"{path}: not a readable JSON file ({error})") from error
     try:
-        return _made(Grid, data)
+        return Evaluation.from_dict(data)
     except ValueError as error:
         raise BrainfmError(f"{path}: {error}; correct it, or write it anew with the benchmark") from error
-
-
-def _made(cls: type[T], data: Any) -> T:
-    """A dataclass from JSON, its lists of dataclasses too. Raises ValueError."""
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{cls.__name__} is {data!r}, and must be an object with keys")
-    parts = {"tasks": Column, "rows": Row, "controls": Row, "notes": Note, "tests": PairedTest, "published": Published}
-    values = {}
-    for item in fields(cls):  # type: ignore[arg-type]
-        value = data.get(item.name, MISSING)
-        if value is MISSING and item.default is MISSING:
-            raise ValueError(f"{cls.__name__} lacks {item.name!r}")
-        if item.name == "published" and isinstance(value, Mapping):
-            value = [{"row": row, **(one if isinstance(one, Mapping) else {})} for row, one in value.items()]
-        if item.name in parts and isinstance(value, list):
-            value = tuple(_made(parts[item.name], one) for one in value)
-        if value is not MISSING:
-            values[item.name] = value
-    return cls(**values)
 
 
 # --- What was measured ----------------------------------------------------------------------------
 
 
-class Score(NamedTuple):
+class Summary(NamedTuple):
     """A metric over the seeds: mean, standard deviation (NaN for one seed), seeds, mean ends of the interval."""
 
     mean: float
-    sd: float
+    std: float
     seeds: int
     low: float
     high: float
@@ -206,17 +213,17 @@ class Run:
     """A results folder as read.
 
     Attributes:
-        grid: What was planned.
+        evaluation: What was planned.
         results: `results.csv`, with the column `row`: "model/mode".
         predictions: `predictions.csv` of the runs on all training labels, with the column `row`; empty without one.
-        scores: (task, row, metric, fraction) → score.
+        summaries: (task, row, metric, fraction) → the metric over the seeds.
         robustness: `robustness.csv`, with the column `row`; empty without one.
     """
 
-    grid: Grid
+    evaluation: Evaluation
     results: pd.DataFrame
     predictions: pd.DataFrame
-    scores: Mapping[tuple[str, str, str, float], Score]
+    summaries: Mapping[tuple[str, str, str, float], Summary]
     robustness: pd.DataFrame
 
     @property
@@ -224,19 +231,19 @@ class Run:
         """Runs of which there are results."""
         return len(self.results.drop_duplicates(["task", "row", "fraction", "seed"]))
 
-    def score(self, task: Column, row: Row, metric: str = "", fraction: float = 1.0) -> Score | None:
-        """A score on the test split, by the task's own metric where none is named; None where there is none yet."""
-        return self.scores.get((task.name, row.key, metric or task.metric, fraction))
+    def summary(self, task: Column, row: Row, metric: str = "", fraction: float = 1.0) -> Summary | None:
+        """A metric on the test split, the task's own where none is named; None where there is none yet."""
+        return self.summaries.get((task.name, row.key, metric or task.metric, fraction))
 
-    def best(self, task: Column) -> Score | None:
-        """The best score of the rows; the controls do not compete."""
-        scores = [score for row in self.grid.rows if (score := self.score(task, row))]
-        return max(scores, key=lambda score: score.mean * sign(task.metric), default=None)
+    def best(self, task: Column) -> Summary | None:
+        """The best of the rows; the controls do not compete."""
+        found = [summary for row in self.evaluation.rows if (summary := self.summary(task, row))]
+        return max(found, key=lambda summary: summary.mean * sign(task.metric), default=None)
 
 
 def read_run(folder: Path) -> Run:
     """Read a results folder. Raises BrainfmError, with file, line and column, for what is not a number or unknown."""
-    grid = read_grid(folder / "grid.json")
+    evaluation = read_evaluation(folder / "grid.json")
     key = ["task", "model", "mode", "fraction", "seed"]
     results = _read_csv(
         folder / "results.csv",
@@ -244,39 +251,40 @@ def read_run(folder: Path) -> Run:
         numbers=("fraction", "seed", "n_train", "n_test"),
         undefined=("value", "ci_low", "ci_high"),
     )
-    _check(folder / "results.csv", results, grid, unique=[*key, "metric"])
+    _check(folder / "results.csv", results, evaluation, unique=[*key, "metric"])
     path = folder / "predictions.csv"
     if path.exists():
         words, numbers = ("task", "model", "mode", "patient_id"), ("fraction", "seed", "label", "prediction")
         predictions = _read_csv(path, words=words, numbers=numbers)
-        _check(path, predictions, grid, unique=[])
-        _check_probabilities(path, predictions, grid)
+        _check(path, predictions, evaluation, unique=[])
+        _check_probabilities(path, predictions, evaluation)
     else:
         predictions = pd.DataFrame(columns=["row", *key, "patient_id", "label", "prediction"])
     whole = predictions[predictions["fraction"] == 1.0]
-    return Run(grid, results, whole, _scores(results), _read_robustness(folder / "robustness.csv", grid))
+    robustness = _read_robustness(folder / "robustness.csv", evaluation)
+    return Run(evaluation, results, whole, _summaries(results), robustness)
 
 
-def _read_robustness(path: Path, grid: Grid) -> pd.DataFrame:
+def _read_robustness(path: Path, evaluation: Evaluation) -> pd.DataFrame:
     words, numbers = ("task", "model", "mode", "corruption", "unit", "metric"), ("strength", "n_test")
     if not path.exists():
         return pd.DataFrame(columns=["row", *words, *numbers, "value"])
     table = _read_csv(path, words=words, numbers=numbers, undefined=("value",))
     table["row"] = table["model"] + "/" + table["mode"]
-    known = table["task"].isin([task.name for task in grid.tasks]) & table["row"].isin([row.key for row in grid.rows])
-    return table[known]
+    tasks, rows = [task.name for task in evaluation.tasks], [row.key for row in evaluation.rows]
+    return table[table["task"].isin(tasks) & table["row"].isin(rows)]
 
 
-def _scores(results: pd.DataFrame) -> dict[tuple[str, str, str, float], Score]:
+def _summaries(results: pd.DataFrame) -> dict[tuple[str, str, str, float], Summary]:
     groups = results.dropna(subset="value").groupby(["task", "row", "metric", "fraction"])
     table = groups.agg(
         mean=("value", "mean"),
-        sd=("value", "std"),
+        std=("value", "std"),
         seeds=("value", "size"),
         low=("ci_low", "mean"),
         high=("ci_high", "mean"),
     )
-    return {index: Score(*values) for index, values in zip(table.index, table.itertuples(index=False), strict=True)}
+    return {index: Summary(*values) for index, values in zip(table.index, table.itertuples(index=False), strict=True)}
 
 
 def _read_csv(path: Path, words: Sequence[str], numbers: Sequence[str], undefined: Sequence[str] = ()) -> pd.DataFrame:
@@ -315,14 +323,14 @@ def _read_csv(path: Path, words: Sequence[str], numbers: Sequence[str], undefine
     return table
 
 
-def _check(path: Path, table: pd.DataFrame, grid: Grid, unique: Sequence[str]) -> None:
-    """Add the column `row`; raise BrainfmError for what the grid does not know and for what is there twice."""
+def _check(path: Path, table: pd.DataFrame, evaluation: Evaluation, unique: Sequence[str]) -> None:
+    """Add the column `row`; raise BrainfmError for what was not planned and for what is there twice."""
     table["row"] = table["model"] + "/" + table["mode"]
-    tasks, rows = [task.name for task in grid.tasks], [row.key for row in grid.everything]
+    tasks, rows = [task.name for task in evaluation.tasks], [row.key for row in evaluation.everything]
     for name, known in (("task", tasks), ("row", rows)):
         _refuse(path, table, ~table[name].isin(known), name, table[name], f"of grid.json: {', '.join(known)}")
-    share = table["fraction"]
-    _refuse(path, table, ~((share > 0) & (share <= 1)), "fraction", share, "above 0 and at most 1")
+    fraction = table["fraction"]
+    _refuse(path, table, ~((fraction > 0) & (fraction <= 1)), "fraction", fraction, "above 0 and at most 1")
     for name in {"seed", "n_train", "n_test"} & set(table):
         _refuse(path, table, (table[name] < 0) | (table[name] % 1 != 0), name, table[name], "a count: 0, 1, 2, …")
     if unique and (twice := table.duplicated(unique)).any():
@@ -331,8 +339,8 @@ def _check(path: Path, table: pd.DataFrame, grid: Grid, unique: Sequence[str]) -
         raise BrainfmError(f"{path}, line {again.line}: the same run and metric as line {first.line}; remove one")
 
 
-def _check_probabilities(path: Path, table: pd.DataFrame, grid: Grid) -> None:
-    kinds = table["task"].map({task.name: task.kind for task in grid.tasks})
+def _check_probabilities(path: Path, table: pd.DataFrame, evaluation: Evaluation) -> None:
+    kinds = table["task"].map({task.name: task.kind for task in evaluation.tasks})
     labels, predictions = table["label"], table["prediction"]
     _refuse(path, table, (kinds == "binary") & ~labels.isin([0, 1]), "label", labels, "0 or 1 in a binary task")
     wrong = (kinds != "regression") & ~predictions.between(0, 1)

@@ -1,4 +1,4 @@
-"""How much of a score is left when scans are spoilt: one curve a corruption, by a probe fitted on clean scans."""
+"""How much of a score is left when scans are corrupted: one curve a corruption, by a probe fitted on clean scans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from brainfm.downstream.task import TaskData
 from brainfm.embed import embed, origin_of
 from brainfm.errors import BrainfmError
 from brainfm.factory import create_model
-from brainfm.files import atomic_path
+from brainfm.files import progress_bar, write_csv
 from brainfm.models.encoder import Encoder
 from brainfm.transforms import create_transform
 
@@ -37,7 +37,7 @@ def robustness(
     device: str = "auto",
     progress: bool = False,
 ) -> Path:
-    """Probe each model on clean training scans, and test it on test scans that are spoilt more and more.
+    """Probe each model on clean training scans, and test it on test scans that are corrupted more and more.
 
     A curve has the scans that can be read at each of its strengths. A run that was interrupted goes on; a curve of
     other scans, labels, weights or another seed is done again.
@@ -57,14 +57,13 @@ def robustness(
     Raises:
         BrainfmError: No test scan can be read at all strengths of a corruption.
     """
-    from tqdm import tqdm
-
     output = Path(output)
     path = output / "robustness.csv"
     rows = _read(path)
     jobs = [(one, model, name) for one in data for model in models for name in names]
     made_of: dict[tuple[str, str], str] = {}
-    for one, model_name, name in tqdm(jobs, unit="curve", desc="robustness", disable=not progress):
+    bar = progress_bar(jobs, total=len(jobs), unit="curve", doing="robustness", shown=progress)
+    for one, model_name, name in bar:
         pair = (one.task.name, model_name)
         if pair not in made_of:
             made_of[pair] = _made_of(one, create_model(model_name, pretrained=True), seed)
@@ -98,9 +97,9 @@ def _curve(data: TaskData, model_name: str, name: str, output: Path, seed: int, 
     found: dict[float, dict[int, Any]] = {levels[0]: {n: clean[n] for n in test}}
     records = [data.records[n] for n in test]
     for strength in levels[1:]:
-        spoilt = corrupted(records, name, strength, spec=spec, seed=seed)
-        table = embed(spoilt, model, device=device)
-        places = {id(record): n for record, n in zip(spoilt, test, strict=True)}
+        scans = corrupted(records, name, strength, spec=spec, seed=seed)
+        table = embed(scans, model, device=device)
+        places = {id(record): n for record, n in zip(scans, test, strict=True)}
         found[strength] = {places[id(r)]: vector for r, vector in zip(table.records, table.vectors, strict=True)}
     common = sorted(set.intersection(*(set(part) for part in found.values())))
     if not common:
@@ -122,7 +121,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, [COLUMNS, *([row[column] for column in COLUMNS] for row in rows)])

@@ -15,23 +15,23 @@ from __future__ import annotations
 import copy
 import gzip
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from brainfm.contract import Triple, Volume
 from brainfm.errors import BrainfmError, MissingExtraError
-from brainfm.files import atomic_path
+from brainfm.files import atomic_path, progress_bar
 from brainfm.inference import optimize
 from brainfm.models.encoder import Encoder
-from brainfm.models.vit import VisionTransformer
-from brainfm.scan import ImageLike, load_scan
+from brainfm.scan import ImageLike, ScanLike
+from brainfm.scan.load import image_of
 from brainfm.scan.read import read_image
 from brainfm.transforms import create_transform
 
@@ -44,7 +44,7 @@ class SaliencyMap:
         map: [z, y, x] float32 on the model's input grid (without its channel axis), in units of the score for occlusion
             and in no unit for Grad-CAM. Above 0: the place speaks for a higher score.
         affine: [4, 4] from the map's voxel indices to RAS millimetres.
-        scan_shape: Voxels of the scan that was given, along its own axes.
+        scan_shape: Voxels of the scan that was given, along its own axes; of several channels, of the first.
         scan_affine: [4, 4] from those to RAS millimetres.
         score: What is explained: the model's output for the target (a logit or a predicted value), or the projection of
             the embedding on the direction.
@@ -98,7 +98,7 @@ class SaliencyMap:
 
 def occlusion(
     model: Encoder,
-    scan: ImageLike,
+    scan: ScanLike,
     mask: ImageLike | None = None,
     *,
     target: int = 0,
@@ -136,7 +136,6 @@ def occlusion(
         >>> occlusion(model, "normalized.nii.gz", "mask.nii.gz", direction=probe.coef_, window=16).save("why.nii.gz")
     """
     from monai.data.utils import dense_patch_slices
-    from tqdm import tqdm
 
     volume, x = _input(model, scan, mask)
     size, step = _triple(window), _triple(window if stride is None else stride)
@@ -145,22 +144,23 @@ def occlusion(
             f"a window of {size} voxels at a stride of {step} does not fit the model's input of {volume.shape} voxels: "
             "along each axis, 1 ≤ stride ≤ window ≤ input"
         )
-    readout = _Readout(cast(Encoder, optimize(model)), target, direction)
+    explained = _Score(cast(Encoder, optimize(model)), target, direction)
     falls, boxes = np.zeros(volume.shape, np.float32), np.zeros(volume.shape, np.float32)
+    places = dense_patch_slices(volume.shape, size, step)
     with torch.inference_mode():
-        score = float(readout(x))
-        for box in tqdm(dense_patch_slices(volume.shape, size, step), unit="box", disable=not progress):
+        score = float(explained(x))
+        for box in progress_bar(places, total=len(places), unit="box", doing="hiding", shown=progress):
             boxes[box] += 1
             hidden = x.clone()
             hidden[(..., *box)] = fill
             if not torch.equal(hidden, x):
-                falls[box] += score - float(readout(hidden))
-    return _saliency_map(falls / boxes, volume, scan, score, "occlusion")
+                falls[box] += score - float(explained(hidden))
+    return _saliency_map(falls / boxes, volume, scan, model, score, "occlusion")
 
 
 def grad_cam(
     model: Encoder,
-    scan: ImageLike,
+    scan: ScanLike,
     mask: ImageLike | None = None,
     *,
     target: int = 0,
@@ -170,9 +170,9 @@ def grad_cam(
     """Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391): the features of a layer, weighted by their mean gradient.
 
     Only what speaks for a higher score is kept; for what speaks against it, explain `-direction`. The map is
-    interpolated to the input's voxels from where each feature really looks: a voxel i behind padded convolutions of
-    stride s in all is centred on input voxel s·i, and one of a patch of p voxels on p·i + (p − 1)/2. Stretching the map
-    over the volume, as is usual, would move a ResNet-18's by 7.5 voxels.
+    interpolated to the input's voxels from where each of its cells looks, which the encoder's `feature_info` says: cell
+    i looks at voxel offset + reduction·i. Stretching the map over the volume, as is usual, would move a ResNet-18's by
+    7.5 voxels, for its cell 0 looks at voxel 0.
 
     Args:
         model: An encoder of `create_model`, with a classifier or with `direction`.
@@ -180,8 +180,8 @@ def grad_cam(
         mask: Its brain mask.
         target: Which output of the classifier, or which row of `direction`.
         direction: As for `occlusion`.
-        layer: A module of the encoder that gives a feature map, or tokens in a ViT. Default: a ResNet's last stage, and
-            `norm1` of a ViT's last block. Behind that block, only the CLS token counts where it is what is pooled.
+        layer: A module of the encoder that gives a feature map, or tokens. Default: the encoder's `cam_layer`, or its
+            last stage. That is `norm1` of a ViT's last block: after the block, only the CLS token may count.
 
     Raises:
         ScanError: The scan does not keep the model's input contract.
@@ -193,13 +193,15 @@ def grad_cam(
         >>> grad_cam(model, "normalized.nii.gz", "mask.nii.gz").save("why.nii.gz")
     """
     volume, x = _input(model, scan, mask)
-    features, gradient, score = _features(model, x, target, direction, layer or _last_layer(model))
+    layer = layer or model.cam_layer or model.feature_info[-1]["module"]
+    features, gradient, score = _features(model, x, target, direction, layer)
     weights = gradient.mean(dim=(2, 3, 4), keepdim=True)
-    cam = (weights * features).sum(dim=1, keepdim=True).relu()
-    return _saliency_map(_on_input(cam, model, volume.shape)[0, 0].cpu().numpy(), volume, scan, score, "Grad-CAM")
+    cam = (weights * features).sum(dim=1)[0].relu().cpu().numpy()
+    stage = _stage_of(layer, model, cam.shape, volume.shape)
+    return _saliency_map(_on_input(cam, stage, volume.shape), volume, scan, model, score, "Grad-CAM")
 
 
-class _Readout(nn.Module):
+class _Score(nn.Module):
     """Volumes [B, C, D, H, W] → the one number that is explained, [B]: an output, or an embedding's projection."""
 
     def __init__(self, model: Encoder, target: int, direction: ArrayLike | None) -> None:
@@ -207,6 +209,12 @@ class _Readout(nn.Module):
         self.model, self.target, self.direction = model, target, None
         outputs, width = model.num_classes, model.num_features
         if direction is not None:
+            readout = model.pretrained_cfg.readout
+            if readout.window is not None or readout.pool == "brain":
+                raise ValueError(
+                    f"this model's embedding is another than the one that would be explained ({readout}): a map is of "
+                    "one look at the whole tensor; give the model a classifier, or a readout without window or brain"
+                )
             rows = np.atleast_2d(np.asarray(direction, dtype=np.float32))
             if rows.ndim != 2 or rows.shape[1] != width:
                 raise ValueError(f"direction must be [{width}] or [outputs, {width}], not {list(np.shape(direction))}")
@@ -234,7 +242,7 @@ def _features(
     """A layer's feature map [1, C, d, h, w], the score's gradient with respect to it, and the score."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_grad_checkpointing(False)
-    readout = _Readout(model, target, direction)
+    explained = _Score(model, target, direction)
     kept: list[Tensor] = []
 
     def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -250,59 +258,66 @@ def _features(
         module = module[-1]
     module.register_forward_hook(keep)
     with torch.enable_grad():
-        score = readout(x)
-    if len(kept) != 1 or kept[0].ndim not in (3, 5) or (kept[0].ndim == 3 and not isinstance(model, VisionTransformer)):
-        raise ValueError(f"layer {layer!r} gives no feature map of [B, C, d, h, w] in the forward pass; name a stage")
-    (features,) = kept
-    (gradient,) = torch.autograd.grad(score.sum(), features) if score.requires_grad else (torch.zeros_like(features),)
-    if isinstance(model, VisionTransformer) and features.ndim == 3:
-        features, gradient = (_patches(tokens, model.patch_embed.grid(x.shape[2:])) for tokens in (features, gradient))
+        score = explained(x)
+    if len(kept) != 1 or kept[0].ndim not in (3, 5):
+        raise _no_map(layer)
+    (output,) = kept
+    (gradient,) = torch.autograd.grad(score.sum(), output) if score.requires_grad else (torch.zeros_like(output),)
+    try:
+        features, gradient = (model._as_map(part, x.shape[2:]) for part in (output.detach(), gradient))
+    except RuntimeError as error:  # tokens, but not those of a stage
+        raise _no_map(layer) from error
+    if features.ndim != 5:
+        raise _no_map(layer)
     if not gradient.any():
         raise ValueError(
             f"the score does not depend on the map of {layer!r}: its gradient is 0 everywhere; name an earlier layer "
             "(of a ViT that pools the CLS token, a block's norm1)"
         )
-    return features.detach(), gradient, float(score.detach())
+    return features, gradient, float(score.detach())
 
 
-def _patches(tokens: Tensor, grid: Triple) -> Tensor:
-    """[1, 1 + patches, dim], the CLS token first → [1, dim, d, h, w]."""
-    return tokens[:, 1:].transpose(1, 2).reshape(1, -1, *grid)
+def _no_map(layer: str) -> ValueError:
+    return ValueError(f"layer {layer!r} gives no feature map of [B, C, d, h, w] in the forward pass; name a stage")
 
 
-def _last_layer(model: Encoder) -> str:
-    last: str = model.feature_info[-1]["module"]
-    return f"{last}.norm1" if isinstance(model, VisionTransformer) else last
+def _stage_of(layer: str, model: Encoder, cells: Sequence[int], shape: Triple) -> dict[str, Any]:
+    """The entry of `feature_info` that says where the cells of a layer's map look.
+
+    A layer within a stage may come before the stage's own stride: then it is the first stage with as many cells.
+    """
+    own = [info for info in model.feature_info if f"{layer}.".startswith(f"{info['module']}.")]
+    if own and own[0]["module"] == layer:
+        return own[0]
+    for info in own + model.feature_info:
+        steps = zip(shape, info["reduction"], cells, strict=True)
+        if all(n // step <= m <= -(-n // step) for n, step, m in steps):  # strides round up, pools down
+            return info
+    raise ValueError(f"a map of {tuple(cells)} fits none of the reductions in the encoder's feature_info")
 
 
-def _on_input(cam: Tensor, model: Encoder, shape: Triple) -> Tensor:
-    """A map [1, 1, d, h, w] of the encoder on the voxels of its input, each value where the feature looks."""
-    if isinstance(model, VisionTransformer):
-        return F.interpolate(cam, shape, mode="trilinear", align_corners=False)
-    sizes = cam.shape[2:]
-    for info in model.feature_info:
-        strides = info["reduction"]
-        if all(-(-n // s) == m for n, s, m in zip(shape, strides, sizes, strict=True)):
-            break
-    else:
-        raise ValueError(f"a map of {tuple(sizes)} fits none of the reductions in the encoder's feature_info")
-    reached = [(m - 1) * s + 1 for m, s in zip(sizes, strides, strict=True)]
-    cam = F.interpolate(cam, reached, mode="trilinear", align_corners=True)
-    beyond = [pad for n, have in zip(reversed(shape), reversed(reached), strict=True) for pad in (0, n - have)]
-    return F.pad(cam, beyond, mode="replicate")
+def _on_input(cam: NDArray[np.float32], stage: Mapping[str, Any], shape: Triple) -> NDArray[np.float32]:
+    """A map [d, h, w] on the voxels of the input: linear between the cells' centres, the edge's value beyond them."""
+    for size, step, offset in zip(shape, stage["reduction"], stage["offset"], strict=True):
+        cells = np.arange(cam.shape[0])
+        places = ((np.arange(size) - offset) / step).clip(0, cells[-1])
+        weights = (1 - np.abs(places[:, None] - cells)).clip(0).astype(np.float32)
+        # Each product takes the first axis of the three and leaves its result last: three bring the order back.
+        cam = np.tensordot(cam, weights, axes=([0], [1]))
+    return cam
 
 
-def _input(model: Encoder, scan: ImageLike, mask: ImageLike | None) -> tuple[Volume, Tensor]:
+def _input(model: Encoder, scan: ScanLike, mask: ImageLike | None) -> tuple[Volume, Tensor]:
     """The scan as the model's contract prepares it: with its affine, and as a batch on the model's device."""
     transform = create_transform(model)
-    volume = transform.apply(load_scan(scan, mask, spec=transform.spec))
-    return volume, torch.from_numpy(volume.image.copy())[None].to(_device(model))
+    volume = transform.volume(scan, mask)
+    return volume, transform.tensor(volume)[None].to(_device(model))
 
 
 def _saliency_map(
-    values: NDArray[np.float32], volume: Volume, scan: ImageLike, score: float, method: str
+    values: NDArray[np.float32], volume: Volume, scan: ScanLike, model: Encoder, score: float, method: str
 ) -> SaliencyMap:
-    stored = read_image(scan)
+    stored = read_image(image_of(scan, model.pretrained_cfg.input_spec))
     i, j, k = stored.array.shape
     return SaliencyMap(values, volume.affine, (i, j, k), stored.affine, score, method)
 

@@ -6,26 +6,24 @@ rows nor on the folder they lie in.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.downstream.statistics import Kind
 from brainfm.errors import BrainfmError
-from brainfm.files import atomic_path
+from brainfm.files import write_csv
 from brainfm.manifest import ScanRecord, read_manifest
-
-Kind: TypeAlias = Literal["binary", "multiclass", "regression"]
 
 SPLITS = ("train", "val", "test")
 PAPER_FRACTIONS = (0.6, 0.2, 0.2)  # paper, downstream evaluation on SOOP and IXI
 _MAX_BINS = 10  # of a regression's labels; ours
-_SMALLEST_BIN = 5  # patients of which a fifth, the paper's smallest share of the training data, is one
+_SMALLEST_BIN = 5  # patients of which a fifth, the paper's smallest fraction of the training data, is one
 
 _Indices: TypeAlias = NDArray[np.intp]
 
@@ -48,7 +46,7 @@ def make_split(
         records: The scans; one without `patient_id` is a patient of its own.
         labels: One a scan: classes, or numbers for a regression.
         kind: What the labels are.
-        fractions: Shares of train, val and test: each above 0, 1 together. The default is the paper's.
+        fractions: Of train, val and test: each above 0, 1 together. The default is the paper's.
         seed: Another one, another split.
 
     Returns:
@@ -62,11 +60,11 @@ def make_split(
         >>> records = read_manifest(Path("manifest.csv"))
         >>> splits = make_split(records, [record.extra["sex"] for record in records], kind="binary")
     """
-    shares = np.asarray(fractions, dtype=np.float64)
-    if shares.shape != (len(SPLITS),) or not (shares > 0).all() or not math.isclose(shares.sum(), 1):
+    parts = np.asarray(fractions, dtype=np.float64)
+    if parts.shape != (len(SPLITS),) or not (parts > 0).all() or not math.isclose(parts.sum(), 1):
         raise ValueError(f"fractions must be three numbers above 0 that sum to 1, not {tuple(fractions)}")
     patients = _patients(records)
-    smallest_bin = math.ceil(1 / shares.min() - 1e-9)
+    smallest_bin = math.ceil(1 / parts.min() - 1e-9)
     values = _patient_labels(records, patients, labels, kind)
     _check_sizes(values, kind, smallest_bin)
     strata = _strata(values, kind, smallest_bin, seed)
@@ -74,7 +72,7 @@ def make_split(
     splits = [""] * len(records)
     owed = np.zeros(len(SPLITS))  # patients that each split is short of, so far
     for stratum in sorted(strata, key=len):  # the small ones first: the others make up for their rounding
-        counts = _divide(len(stratum), shares, owed)
+        counts = _divide(len(stratum), parts, owed)
         for patient, split in zip(stratum, np.repeat(SPLITS, counts), strict=True):
             for row in patients[patient]:
                 splits[row] = str(split)
@@ -90,16 +88,16 @@ def subsample(
     kind: Kind,
     seed: int = 0,
 ) -> list[int]:
-    """The rows of a share of the training patients, for curves of label efficiency (paper, figures 4 and 5).
+    """The rows of a fraction of the training patients, for curves of label efficiency (paper, figures 4 and 5).
 
-    Stratified as `make_split` is, and nested: with one seed, the rows of a smaller share are among those of a larger.
-    A class has one patient at least.
+    Stratified as `make_split` is, and nested: with one seed, the rows of a smaller fraction are among those of a
+    larger. A class has one patient at least.
 
     Args:
         records: All scans, those of val and test too.
         labels: One a scan; those of val and test are not looked at.
         splits: One a scan, as `make_split` gives them.
-        fraction: Share of the training patients, above 0 up to 1.
+        fraction: Of the training patients, above 0 up to 1.
         kind: What the labels are.
         seed: Another one, other patients.
 
@@ -148,18 +146,22 @@ def check_split(records: Sequence[ScanRecord], splits: Sequence[str]) -> None:
 def save_split(path: str | os.PathLike[str], records: Sequence[ScanRecord], splits: Sequence[str]) -> None:
     """Write a split, atomically, as CSV: image_path relative to the file, patient_id, split.
 
-    Raises BrainfmError as `check_split` does, and for images in memory, which have no path.
+    Scans of several channels have a path column a channel, as in a manifest. Raises BrainfmError as `check_split` does,
+    and for images in memory, which have no path.
     """
     path = Path(path)
     check_split(records, splits)
+    paths = [_paths(record) for record in records]
+    columns = list(dict.fromkeys(column for one in paths for column in one))
+
+    def relative(place: str | None) -> str:
+        return Path(os.path.relpath(place, path.absolute().parent)).as_posix() if place else ""
+
     rows = [
-        (Path(os.path.relpath(_place(record), path.absolute().parent)).as_posix(), record.patient_id, split)
-        for record, split in zip(records, splits, strict=True)
+        (*(relative(one.get(column)) for column in columns), record.patient_id, split)
+        for one, record, split in zip(paths, records, splits, strict=True)
     ]
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_path", "patient_id", "split"])
-        writer.writerows(dict.fromkeys(rows))
+    write_csv(path, [(*columns, "patient_id", "split"), *dict.fromkeys(rows)])
 
 
 def load_split(path: str | os.PathLike[str], records: Sequence[ScanRecord]) -> list[str]:
@@ -197,7 +199,7 @@ def _patients(records: Sequence[ScanRecord]) -> list[list[int]]:
     """The rows of each patient; patients by their ids, then scans without one by their paths."""
     rows: dict[tuple[bool, str], list[int]] = {}
     for row, record in enumerate(records):
-        own = record.columns()["image_path"] or f"image in memory, row {row}"
+        own = record.name or f"image in memory, row {row}"
         rows.setdefault((not record.patient_id, record.patient_id or own), []).append(row)
     return [rows[key] for key in sorted(rows)]
 
@@ -262,13 +264,13 @@ def _strata(values: NDArray[Any], kind: Kind, smallest_bin: int, seed: int) -> l
     return [rng.permutation(group) for group in np.array_split(along, bins)]
 
 
-def _divide(patients: int, shares: NDArray[np.float64], owed: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Patients of a stratum for each split: its share rounded down or up, up where most is owed. Updates `owed`."""
-    quota = patients * shares
+def _divide(patients: int, fractions: NDArray[np.float64], owed: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Patients of a stratum for each split: its fraction rounded down or up, up where most is owed. Updates `owed`."""
+    quota = patients * fractions
     counts = np.floor(quota + 1e-9).astype(np.int64)
     owed += quota
     counts[np.argsort(counts - owed, kind="stable")[: patients - counts.sum()]] += 1
-    while patients >= len(shares) and not counts.all():
+    while patients >= len(fractions) and not counts.all():
         counts[counts.argmin()] += 1
         counts[counts.argmax()] -= 1
     owed -= counts
@@ -280,14 +282,22 @@ def _divide(patients: int, shares: NDArray[np.float64], owed: NDArray[np.float64
 
 def _place(record: ScanRecord) -> str:
     """Where a scan lies, whatever the working folder."""
-    path = record.columns()["image_path"]
-    if not path:
-        raise BrainfmError("a split file lists scans by their paths, and this one is an image in memory")
-    return os.path.abspath(path)  # noqa: PTH100 - Path.absolute keeps the ".." of a relative path
+    return ", ".join(place for _, place in sorted(_paths(record).items()))
+
+
+def _paths(record: ScanRecord) -> dict[str, str]:
+    """The path of each image of a scan, by its column in a manifest."""
+    paths = {}
+    for channel, image in record.images.items():
+        if not isinstance(image, str | os.PathLike):
+            raise BrainfmError("a split file lists scans by their paths, and this one is an image in memory")
+        # Path.absolute would keep the ".." of a relative path
+        paths[f"{channel.lower()}_path" if channel else "image_path"] = os.path.abspath(image)  # noqa: PTH100
+    return paths
 
 
 def _name(record: ScanRecord) -> str:
-    return record.patient_id or record.columns()["image_path"] or "an image in memory"
+    return record.patient_id or record.name or "an image in memory"
 
 
 def _few(names: Iterable[str], most: int = 3) -> str:

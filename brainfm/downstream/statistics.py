@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from brainfm.errors import MissingExtraError
 
-Kind = Literal["binary", "multiclass", "regression"]
-AgeBiasRule = Literal["cole", "beheshti"]
+Kind: TypeAlias = Literal["binary", "multiclass", "regression"]
+AgeBiasRule: TypeAlias = Literal["cole", "beheshti"]
 
 _Array: TypeAlias = NDArray[np.float64]
 _Metric: TypeAlias = Callable[[_Array, _Array, _Array], _Array]  # labels, predictions, weights [r, n] → values [r]
@@ -39,7 +39,7 @@ THRESHOLD = 0.5  # a probability of this or more is a guess of class 1
 ECE_BINS = 10  # [0, 0.1), [0.1, 0.2), … [0.9, 1]
 
 _PROBABILITY_TOLERANCE = 1e-3  # rows of half-precision softmax sum to 1 within this
-_CONSTANT = 1e-12  # a variance below this share of the mean square is rounding
+_CONSTANT = 1e-12  # a variance below this fraction of the mean square is rounding
 _LEAST_SLOPE = 1e-6  # of predicted on true age; below, it is that of a constant, up to rounding
 _CHUNK = 4_000_000  # weights held at a time, 32 MB
 
@@ -50,12 +50,12 @@ def metrics(labels: ArrayLike, predictions: ArrayLike, kind: Kind) -> dict[str, 
     - "binary": auc; balanced_accuracy and accuracy at `THRESHOLD`; brier; ece.
     - "multiclass": auc, the plain mean over classes of each one against the rest; balanced_accuracy, the mean recall;
       accuracy; brier, the squared distance from the one-hot label, 0 to 2; ece of the likeliest class.
-    - "regression": mae and rmse, in the labels' unit; r2, the share of variance explained, below 0 where guessing the
-      mean is better; pearson.
+    - "regression": mae and rmse, in the labels' unit; r2, the fraction of variance explained, below 0 where guessing
+      the mean is better; pearson.
 
     ece is the expected calibration error of Guo et al. 2017 (arXiv 1706.04599): cases are put in `ECE_BINS` bins of
-    equal width by their confidence, and the gaps between a bin's mean confidence and its share of successes are
-    averaged, weighted by the bin's cases. Confidence is of the likeliest class, and success that it is right; for
+    equal width by their confidence, and the gaps between a bin's mean confidence and its fraction of successes
+    are averaged, weighted by the bin's cases. Confidence is of the likeliest class, and success that it is right; for
     "binary" they are of class 1.
 
     Args:
@@ -99,7 +99,7 @@ def _mean(values: NDArray[Any], weights: _Array) -> _Array:
 
 
 def _auc(positive: NDArray[np.bool_], scores: _Array, weights: _Array) -> _Array:
-    """The share of pairs (positive, negative) in which the positive scores higher; equal scores are half a pair."""
+    """The fraction of pairs (positive, negative) in which the positive scores higher; equal scores are half a pair."""
     order = np.argsort(scores, kind="stable")
     starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of the runs of equal scores
     positives = np.add.reduceat((weights * positive)[:, order], starts, axis=1)
@@ -250,8 +250,8 @@ def paired_bootstrap_test(
 ) -> PairedDifference:
     """Compare two models on the same cases, drawn for both alike and as `bootstrap_interval` draws them.
 
-    The p-value is twice the smaller of the shares of resamples whose difference is at most 0 and at least 0, 1 at the
-    most: the level at which the interval touches 0. One is added to the counts and to the number of resamples
+    The p-value is twice the smaller of the fractions of resamples whose difference is at most 0 and at least 0, 1 at
+    the most: the level at which the interval touches 0. One is added to the counts and to the number of resamples
     (Davison & Hinkley 1997, section 4.2.3), so that p is never below 2 / (n + 1), let alone 0.
 
     Args:
@@ -405,7 +405,7 @@ def delong_interval(labels: ArrayLike, scores: ArrayLike, *, level: float = 0.95
 
 
 def _structural_components(labels: ArrayLike, scores: ArrayLike) -> tuple[_Array, _Array]:
-    """Of each case of class 1, the share of class 0 that scores lower; of each of class 0, the share of 1 above it."""
+    """Of each case of class 1, the fraction of class 0 that scores lower; of each of class 0, that of 1 above it."""
     y, x = _finite(labels, scores)
     _check_classes(y, 2)
     if x.ndim != 1:

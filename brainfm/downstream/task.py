@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, Kind, check_split, make_split
-from brainfm.downstream.statistics import HIGHER_IS_BETTER, metrics
-from brainfm.errors import BrainfmError
+from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, check_split, make_split
+from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
+from brainfm.errors import BrainfmError, TaskError
+from brainfm.files import one_line
 from brainfm.manifest import ScanRecord, read_manifest
-from brainfm.schema import Checked
-from brainfm.train.recipe import read_yaml
+from brainfm.schema import Checked, read_yaml
 
 logger = logging.getLogger("brainfm")
 
@@ -30,10 +30,6 @@ TASKS = Path(__file__).parent / "tasks"
 _METRIC = {"binary": "auc", "multiclass": "balanced_accuracy", "regression": "mae"}
 _MISSING = {"", "na", "n/a", "nan", "none", "null"}
 _MOST_CLASSES = 20
-
-
-class TaskError(BrainfmError, ValueError):
-    """A task that cannot be: the message says what is wrong, and what is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +48,7 @@ class Task(Checked):
         unit: Of the label, such as "years".
         classes: The label's words in order, the first is 0; () takes whole numbers, or the words in alphabetical order.
         split: The manifest's column that says "train", "val" or "test"; where it has none, each seed draws a split.
-        fractions: Shares of train, val and test that are drawn.
+        fractions: Of the patients for train, val and test, where a split is drawn.
         covariates: Columns that a control predicts from without an image; head size is added where there are masks.
         cohorts: Names of the data, to say which models were pretrained on them.
         published: "model/mode" → [mean, standard deviation] of the paper's table.
@@ -73,7 +69,7 @@ class Task(Checked):
     fractions: tuple[float, float, float] = PAPER_FRACTIONS
     covariates: tuple[str, ...] = ()
     cohorts: tuple[str, ...] = ()
-    published: dict = field(default_factory=dict)  # type: ignore[type-arg]  # Checked takes plain types
+    published: dict[str, tuple[float, ...]] = field(default_factory=dict)
     published_source: str = ""
 
     def __post_init__(self) -> None:
@@ -162,14 +158,13 @@ def load_task(name: str | os.PathLike[str]) -> Task:
         near = difflib.get_close_matches(text, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise TaskError(f"no task {text!r}; {hint}Known: {', '.join(known)}, or the path of a .yaml file")
-    values: Any = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise TaskError(f"{path}: a task is a list of 'key: value' lines")
     try:
-        task = Task.from_dict({"name": path.stem, **values})
+        values = read_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("a task is a list of 'key: value' lines")
+        return Task.from_dict({"name": path.stem, **values})
     except (ValueError, TypeError) as error:
-        raise TaskError(f"{path}: {error}") from error
-    return task
+        raise TaskError(f"{path}: {one_line(error)}") from error
 
 
 def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> TaskData:

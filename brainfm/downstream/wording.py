@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from brainfm.downstream.results import Column, Run, Score, sign
+from brainfm.downstream.results import Column, Run, Summary, sign
 from brainfm.downstream.statistics import HIGHER_IS_BETTER
 
 _TITLES = {
@@ -41,7 +41,7 @@ def decimals_of(run: Run, task: Column, metric: str) -> int:
     if metric not in _IN_UNITS:
         return 3
     largest = max(
-        (abs(score.mean) for row in run.grid.everything if (score := run.score(task, row, metric))), default=1
+        (abs(found.mean) for row in run.evaluation.everything if (found := run.summary(task, row, metric))), default=1
     )
     return 2 if largest >= 1 or largest == 0 else 2 - math.floor(math.log10(largest))
 
@@ -51,17 +51,18 @@ def number(value: float, decimals: int) -> str:
     return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
 
 
-def mean_sd(mean: float, sd: float | None, decimals: int) -> str:
+def mean_std(mean: float, std: float | None, decimals: int) -> str:
     """Such as "5.90 ± 0.16"; without a standard deviation the mean alone."""
-    known = sd is not None and not math.isnan(sd)
-    return number(mean, decimals) + (f" ± {number(sd, decimals)}" if known and sd is not None else "")
+    known = std is not None and not math.isnan(std)
+    return number(mean, decimals) + (f" ± {number(std, decimals)}" if known and std is not None else "")
 
 
-def score_text(score: Score | None, decimals: int, seeds: int) -> str:
-    """As `mean_sd`, with the number of seeds where it is not the planned one."""
-    if score is None:
+def summary_text(summary: Summary | None, decimals: int, seeds: int) -> str:
+    """As `mean_std`, with the number of seeds where it is not the planned one."""
+    if summary is None:
         return NONE
-    return mean_sd(score.mean, score.sd, decimals) + (f" (n={score.seeds})" if score.seeds != seeds else "")
+    text = mean_std(summary.mean, summary.std, decimals)
+    return text + (f" (n={summary.seeds})" if summary.seeds != seeds else "")
 
 
 def p_value_text(value: float | None) -> str:
@@ -73,35 +74,36 @@ def p_value_text(value: float | None) -> str:
 
 def progress_text(run: Run) -> str:
     """How many of the planned runs are in."""
-    if run.done >= run.grid.runs:
-        return f"All {run.grid.runs} runs are in."
-    return f"Not finished: {run.done} of {run.grid.runs} runs are in; {NONE} is a cell that has none yet."
+    planned = run.evaluation.runs
+    if run.done >= planned:
+        return f"All {planned} runs are in."
+    return f"Not finished: {run.done} of {planned} runs are in; {NONE} is a cell that has none yet."
 
 
 def claims(run: Run, task: Column) -> list[str]:
     """A sentence a row: whether it is above its controls by `RULE`."""
     side, decimals = sign(task.metric), decimals_of(run, task, task.metric)
-    controls = [control for control in run.grid.controls if control.key not in task.without]
-    scores = [(control.title, run.score(task, control)) for control in controls]
-    missing = [title for title, score in scores if score is None]
-    strongest = max(((score.mean * side, title) for title, score in scores if score), default=(math.nan, ""))
+    controls = [control for control in run.evaluation.controls if control.key not in task.without]
+    bars = [(control.title, run.summary(task, control)) for control in controls]
+    missing = [title for title, bar in bars if bar is None]
+    strongest = max(((bar.mean * side, title) for title, bar in bars if bar), default=(math.nan, ""))
     sentences = []
-    for row in run.grid.rows:
-        score = run.score(task, row)
-        if score is None:
+    for row in run.evaluation.rows:
+        found = run.summary(task, row)
+        if found is None:
             said = "no result yet."
-        elif not scores:
+        elif not controls:
             said = "no control was planned, so no gain is claimed."
         elif missing:
             said = f"no gain is claimed before all controls are in; {', '.join(missing)}: no result yet."
         else:
-            bar, title = strongest
-            above = score.low * side > bar and score.high * side > bar  # False without an interval
-            interval = f"[{number(score.low, decimals)}, {number(score.high, decimals)}]"
+            best, title = strongest
+            above = found.low * side > best and found.high * side > best  # False without an interval
+            interval = f"[{number(found.low, decimals)}, {number(found.high, decimals)}]"
             said = (
-                f"{'above' if above else 'not above'} its controls: {number(score.mean, decimals)} "
-                f"{'without an interval' if math.isnan(score.low + score.high) else interval}; "
-                f"the best control, {title}, has {number(bar * side, decimals)}."
+                f"{'above' if above else 'not above'} its controls: {number(found.mean, decimals)} "
+                f"{'without an interval' if math.isnan(found.low + found.high) else interval}; "
+                f"the best control, {title}, has {number(best * side, decimals)}."
             )
         sentences.append(f"{row.title}: {said}")
     return sentences

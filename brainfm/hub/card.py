@@ -1,14 +1,28 @@
-"""The model card: a README.md with the Hub's YAML front matter, made from the cfg and nothing else."""
+"""Markdown about models: the card of one, a README.md with the Hub's YAML front matter, and the table of all."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from brainfm.contract import describe
+import torch
+
+from brainfm.about import (
+    COHORT_COLUMNS,
+    NO_COHORTS,
+    NO_CONTRACT,
+    SCORE_COLUMNS,
+    THIRD_PARTY,
+    Row,
+    about_weight,
+    millions,
+)
+from brainfm.factory import create_model
 from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
+from brainfm.registry import Listing, list_models, list_pretrained, listing
+from brainfm.render import render
 
 # The Hub's identifiers of licences are SPDX's in lower case; these are the ones weights are given.
 _HUB_LICENCES = (
@@ -16,143 +30,127 @@ _HUB_LICENCES = (
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0"),
 )
 
-# Encoders whose network is MONAI's own, and the function that builds it there.
-_MONAI = {"simclr_resnet18_3d": "resnet18", "resnet18_3d": "resnet18", "simclr_resnet50_3d": "resnet50"}
-
 PLACE = "ORG/NAME"  # in the card, until a push names the repository
 
-_LIMITS = """\
-For research on brain MRI: features for classifiers, regressors and retrieval, or a start for fine-tuning. Not a medical
-device, and not for decisions about a patient.
 
-- The input contract below is part of the model. A scan prepared in another way gives other features, without an error
-  from the network; `brainfm` refuses what it can recognise.
-- Whoever evaluates on one of the pretraining data sets tests on training data: `brainfm info MODEL --overlap DATASET`.
-- Embeddings hold age, sex, site and scanner, whether or not a task asks for them; a gain in a task should be shown over
-  an untrained encoder, and over age, sex and head size alone."""
+# --- The card of a model --------------------------------------------------------------------------
 
 
 def model_card(model: Encoder, config: Mapping[str, Any]) -> str:
-    """The card of a model, from its cfg and its config's provenance."""
+    """The card of a model in its folder, from its cfg, and the provenance and golden embedding in its config."""
     cfg = model.pretrained_cfg
-    title = f"# {cfg.name}\n\n{cfg.notes}".rstrip()
-    sections = {
-        "Use": _usage(cfg),
-        "Intended use and limits": _LIMITS,
-        "Input contract": _fenced(describe(cfg.input_spec)) if cfg.input_spec else "None was recorded.",
-        "Model": _facts(model),
-        "Pretraining data": _cohorts(cfg),
-        "Published scores": _scores(cfg),
-        "Provenance": _provenance(config),
-        "Citation": _fenced(cfg.citation, "bibtex") if cfg.citation else "",
-    }
-    body = "\n\n".join(f"## {name}\n\n{text}" for name, text in sections.items() if text)
-    return f"---\n{_front_matter(cfg)}\n---\n\n{title}\n\n{body}\n"
+    known = about_weight(cfg, "model.safetensors, beside this card", _parameters(model))
+    total = ("**total**", known.patients, known.scans, "")
+    provenance = config["provenance"] | {"sha256 of model.safetensors": cfg.sha256}
+    provenance["left_out"] = ", ".join(provenance.get("left_out", ()))
+    monai = None if cfg.num_classes else plain_monai(model.network, model.model_args, model.in_chans)
+    return render(
+        "card.md",
+        front_matter=_front_matter(cfg),
+        name=known.name,
+        notes=known.notes,
+        place=PLACE,
+        golden=config.get("golden") is not None,
+        monai=_fenced(monai, "python") if monai else "",
+        contract=_fenced(known.contract) if known.contract else NO_CONTRACT,
+        facts=_list({label: value for label, value in known.facts.items() if label != "digest"}),  # see its provenance
+        cohorts=_table([*known.cohorts, total], COHORT_COLUMNS) if known.cohorts else NO_COHORTS,
+        scores=_table(known.scores, SCORE_COLUMNS) if known.scores else "",
+        provenance=_list({label.replace("_", " "): value for label, value in provenance.items() if value}),
+        citation=_fenced(known.citation, "bibtex") if known.citation else "",
+    )
 
 
 def _front_matter(cfg: PretrainedCfg) -> str:
     from huggingface_hub import ModelCardData
 
-    data: dict[str, Any] = {
-        "library_name": "brainfm",
-        "pipeline_tag": "image-feature-extraction",
-        "tags": [
-            "medical",
-            "mri",
-            "brain",
-            "neuroimaging",
-            "3d",
-            *([cfg.ssl_method.lower()] if cfg.ssl_method else []),
-        ],
-    }
-    if cfg.licence:
-        known = cfg.licence.lower() in _HUB_LICENCES
-        data |= (
-            {"license": cfg.licence.lower()}
-            if known
-            else {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", cfg.licence.lower()).strip("-")}
-        )
+    tags = ["medical", "mri", "brain", "neuroimaging", "3d", *([cfg.ssl_method.lower()] if cfg.ssl_method else [])]
+    data: dict[str, Any] = {"library_name": "brainfm", "pipeline_tag": "image-feature-extraction", "tags": tags}
+    licence = (cfg.licence or "").lower()
+    if licence in _HUB_LICENCES:
+        data["license"] = licence
+    elif licence:
+        data |= {"license": "other", "license_name": re.sub(r"[^a-z0-9.]+", "-", licence).strip("-")}
     return ModelCardData(**data).to_yaml().strip()
 
 
-def _usage(cfg: PretrainedCfg) -> str:
-    text = _fenced(
-        "import brainfm\n\n"
-        f'model = brainfm.create_model("hf-hub:{PLACE}")  # or "local-dir:FOLDER"\n'
-        "transform = brainfm.create_transform(model)\n"
-        'z = model(transform("normalized.nii.gz", mask="mask.nii.gz")[None])',
-        "python",
+def plain_monai(network: str, args: Mapping[str, Any], in_chans: int) -> str | None:
+    """The lines that load the weight file with safetensors and MONAI alone; None where the network is not MONAI's."""
+    if network != "resnet" or args.keys() - {"global_pool"} != {"block", "layers", "widths"}:
+        return None
+    block, layers, widths = args["block"], list(args["layers"]), list(args["widths"])
+    return f"""\
+from monai.networks.nets import ResNet
+from safetensors.torch import load_file
+
+net = ResNet("{block}", {layers}, {widths}, spatial_dims=3, n_input_channels={in_chans}, feed_forward=False).eval()
+net.load_state_dict(load_file("model.safetensors"))"""
+
+
+# --- The table of all models ----------------------------------------------------------------------
+
+
+def model_table() -> str:
+    """The registered models as a Markdown table, those with weights first, as README shows it."""
+    names = list_pretrained() + [name for name in list_models() if not listing(name).source]
+    head = ("model", "what it is", "embedding", "parameters", "input", "weights", "licence of the weights")
+    table = _table([_line(listing(name)) for name in names], head)
+    doubtful = [name for name in names if listing(name).source and listing(name).facts == "third-party"]
+    return table + (f"\n\n† {THIRD_PARTY[0].upper()}{THIRD_PARTY[1:]}." if doubtful else "")
+
+
+def _line(model: Listing) -> Row:
+    with torch.device("meta"):  # only counted
+        parameters = _parameters(create_model(model.name))
+    licence = model.licence or "not stated"
+    return (
+        f"`{model.name}`",
+        model.title,
+        f"{model.num_features}-d",
+        millions(parameters),
+        _input(model),
+        _link(model.source) + (" †" if model.facts == "third-party" else "") if model.source else "none published",
+        licence + "; gated" * model.gated + "; not to be passed on" * (not model.redistribute) if model.source else "–",
     )
-    text += (
-        f"\n\n`brainfm verify hf-hub:{PLACE}` says whether a machine gives the features that these weights gave here."
-    )
-    if cfg.architecture in _MONAI and not cfg.num_classes:
-        text += "\n\nWithout brainfm (and then without its input contract):\n\n" + plain_monai(cfg)
-    return text
 
 
-def plain_monai(cfg: PretrainedCfg) -> str:
-    """The lines that load the weight file with safetensors and MONAI alone."""
-    name = _MONAI[cfg.architecture]
-    build = (
-        f"spatial_dims=3, n_input_channels={cfg.in_chans}, conv1_t_stride=1, feed_forward=False, bias_downsample=True"
-    )
-    return _fenced(
-        f"from monai.networks.nets import {name}\n"
-        "from safetensors.torch import load_file\n\n"
-        f"net = {name}({build}).eval()\n"
-        'net.load_state_dict(load_file("model.safetensors"))',
-        "python",
-    )
+def _input(model: Listing) -> str:
+    """What goes in, such as "T1w, MNI152NLin2009cSym"."""
+    channels = " + ".join(model.channels) if len(model.channels) > 1 else model.modality
+    return ", ".join(filter(None, (channels, model.space))) or "–"
 
 
-def _facts(model: Encoder) -> str:
-    cfg = model.pretrained_cfg
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = {
-        "architecture": f"`{cfg.architecture}`, {parameters / 1e6:.1f} M parameters",
-        "embedding": f"{cfg.num_features} numbers" + (f"; {cfg.num_classes} outputs" if cfg.num_classes else ""),
-        "input": f"[B, {cfg.in_chans}, D, H, W] float32",
-        "pretraining": cfg.ssl_method or "not stated",
-        "licence of the weights": cfg.licence or "not stated: ask whoever made them",
-        "paper": cfg.paper,
-        "code": cfg.repository,
-    }
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+def _link(source: str) -> str:
+    """Where weights are, as Markdown that can be clicked."""
+    if source.startswith("hf-hub:"):
+        repository = source.removeprefix("hf-hub:").partition("@")[0]
+        return f"[{repository}](https://huggingface.co/{repository})"
+    return f"[{source.partition('://')[2].partition('/')[0]}]({source})" if "://" in source else source
 
 
-def _cohorts(cfg: PretrainedCfg) -> str:
-    if not cfg.cohorts:
-        return "Not recorded: an overlap with a test set cannot be excluded."
-    rows = [(c.name, f"{c.patients:,}", f"{c.scans:,}", ", ".join(c.conditions)) for c in cfg.cohorts]
-    total = ("**total**", f"{sum(c.patients for c in cfg.cohorts):,}", f"{sum(c.scans for c in cfg.cohorts):,}", "")
-    return _table(("data set", "patients", "scans", "conditions"), [*rows, total])
+def _parameters(model: Encoder) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _scores(cfg: PretrainedCfg) -> str:
-    rows = [
-        (s.task, s.mode, f"{s.value:g}" + (f" ± {s.sd:g}" if s.sd is not None else ""), s.metric, s.source)
-        for s in cfg.scores
-    ]
-    return _table(("task", "used as", "value", "metric", "source"), rows) if rows else ""
+# --- Markdown -------------------------------------------------------------------------------------
 
 
-def _provenance(config: Mapping[str, Any]) -> str:
-    facts = config["provenance"] | {"sha256 of model.safetensors": config["pretrained_cfg"]["sha256"]}
-    facts["left_out"] = ", ".join(facts.get("left_out", ()))
-    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items() if value)
+def _inline(text: str) -> str:
+    """Text that stays in its line, and in its cell of a table, and opens no HTML; links in it stay links."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *(tuple(map(_one_line, row)) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _list(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"- {label}: {_inline(value)}" for label, value in facts.items())
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _table(rows: Iterable[Row], head: Row) -> str:
+    lines = [head, ("---",) * len(head), *(tuple(map(_inline, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _fenced(text: str, language: str = "") -> str:
+    """Text as code, in a fence that it does not hold itself."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

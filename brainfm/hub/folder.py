@@ -18,23 +18,26 @@ from torch import nn
 
 from brainfm.errors import BrainfmError, ScanError, WeightsError, WeightsNotFoundError
 from brainfm.factory import create_model
-from brainfm.files import file_sha256, write_json
+from brainfm.files import file_git_blob, file_sha256, write_json
 from brainfm.hub import golden
 from brainfm.hub.card import model_card
 from brainfm.models.encoder import Encoder
 from brainfm.names import CONFIG_FORMAT, hub_mirror, resolve
 from brainfm.pretrained import PretrainedCfg, card_of
 from brainfm.registry import get_pretrained_cfg, network
+from brainfm.version import __version__
 from brainfm.weights import (
     HUB_CONFIG,
     HUB_WEIGHTS,
     Checkpoint,
     WeightsReport,
     find_weights,
+    fitted,
     hub_file,
     load_checkpoint,
-    read_checkpoint,
+    read_for,
     save_state,
+    wrong_digest,
 )
 
 logger = logging.getLogger("brainfm")
@@ -84,15 +87,16 @@ def save_for_hub(
     if overlay.get("architecture", cfg.architecture) != cfg.architecture:
         raise ValueError(f"this model is a {cfg.architecture}; its architecture cannot be set")
     cfg = cfg.overlay(overlay)
-    from brainfm import __version__
-
     folder = Path(folder).expanduser()
     with _whole_folder(folder) as temporary:
         save_state(model.state_dict(), temporary / HUB_WEIGHTS, {"architecture": cfg.architecture} | provenance)
-        sources = {"file": None, "url": None, "hub_id": None, "hub_revision": None, "hub_filename": HUB_WEIGHTS}
-        shape = {"num_features": model.num_features, "num_classes": model.num_classes, "in_chans": model.in_chans}
-        readout = cfg.readout if cfg.readout.pool == "brain" else replace(cfg.readout, pool=model.global_pool)
-        cfg = replace(cfg.overlay(sources | shape), readout=readout, sha256=file_sha256(temporary / HUB_WEIGHTS))
+        cfg = replace(
+            cfg.with_source_of(PretrainedCfg(hub_filename=HUB_WEIGHTS, sha256=file_sha256(temporary / HUB_WEIGHTS))),
+            num_features=model.num_features,
+            num_classes=model.num_classes,
+            in_chans=model.in_chans,
+            readout=cfg.readout if cfg.readout.pool == "brain" else replace(cfg.readout, pool=model.global_pool),
+        )
         args = _json_ready(model.model_args | {"global_pool": model.global_pool}, cfg.architecture)
         config = {
             "library_name": "brainfm",
@@ -135,14 +139,14 @@ def convert(
     if _holds_model(Path(source)):
         return _convert_folder(Path(source), folder, cfg, pretrained_cfg_overlay)
     path = _weight_file(Path(source))
-    checkpoint = read_checkpoint(path)
-    published = _published_sha256(cfg)
-    if "." in model_name and published and (digest := file_sha256(path)) != published:
+    model = create_model(model_name)
+    checkpoint = read_for(model, path)
+    if "." in model_name and (wrong := wrong_digest(path, _with_digest(cfg))):
+        kind, digest, published = wrong
         raise WeightsError(
-            f"{path}: sha256 is {digest}, and that of {model_name} is {published}; the file is damaged or not the "
+            f"{path}: {kind} is {digest}, and that of {model_name} is {published}; the file is damaged or not the "
             f"published one. As {cfg.architecture}, without the tag, it is converted and nothing is claimed of it"
         )
-    model = create_model(model_name)
     model = create_model(model_name, in_chans=_input_channels(model, checkpoint))
     model.weights_report = load_checkpoint(model, path, path.name)  # with its classifier, where it has one
     return save_for_hub(model, folder, pretrained_cfg_overlay=pretrained_cfg_overlay)
@@ -177,7 +181,7 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
     weights = find_weights(source.cfg, cache_dir)
     if to is None:
         return weights
-    if not source.config:  # no folder yet: a file in this package or behind a URL
+    if not source.config:  # no folder yet: a file in this package or at a URL
         return save_for_hub(create_model(name, pretrained=True, cache_dir=cache_dir), to)
     folder = Path(to).expanduser()
     with _whole_folder(folder) as temporary:
@@ -210,12 +214,15 @@ def _described(model: Encoder) -> tuple[PretrainedCfg, dict[str, Any]]:
     if not isinstance(report, WeightsReport):
         notes = "From no weight file: initial values, or trained by whoever saved them."
         return replace(_unclaimed(cfg, notes), ssl_method=None), {}
-    checkpoint = read_checkpoint(report.file)
-    digest = file_sha256(Path(report.file))
-    origin = {"source": Path(report.file).name, "source_sha256": digest, "left_out": list(report.dropped)}
+    file = Path(report.file)
+    checkpoint = read_for(model, file)
+    origin = {"source": file.name, "source_sha256": file_sha256(file), "left_out": list(report.dropped)}
     # A file that brainfm wrote says where it came from.
-    origin |= {key: checkpoint.provenance[key] for key in origin if checkpoint.provenance.get(key)}
-    is_published = _is_published(cfg, report, digest)
+    said = checkpoint.provenance
+    origin |= {key: said[key] for key in origin if said.get(key)}
+    if blob := said.get("source_git_blob") if said.get("source") else cfg.git_blob and file_git_blob(file):
+        origin["source_git_blob"] = blob
+    is_published = _is_published(cfg, report)
     if not _holds(model, checkpoint):
         notes = f"Trained further from {cfg.name if is_published else origin['source']}."
         if is_published:
@@ -227,22 +234,25 @@ def _described(model: Encoder) -> tuple[PretrainedCfg, dict[str, Any]]:
     return _unclaimed(cfg, notes), origin
 
 
-def _is_published(cfg: PretrainedCfg, report: WeightsReport, digest: str) -> bool:
-    """Whether a file is the one its cfg describes: by its hash, or because it was checked as it came from the URL."""
-    return digest == _published_sha256(cfg) or (cfg.sha256 is not None and report.source == cfg.url)
+def _is_published(cfg: PretrainedCfg, report: WeightsReport) -> bool:
+    """Whether a file is the one its cfg describes: by its digest, which was checked if it came from the URL."""
+    known = _with_digest(cfg)
+    if not (known.sha256 or known.git_blob):
+        return False
+    return report.source == cfg.url or wrong_digest(Path(report.file), known) is None
 
 
-def _published_sha256(cfg: PretrainedCfg) -> str | None:
-    if cfg.sha256:
-        return cfg.sha256.lower()
-    return file_sha256(Path(cfg.file)) if cfg.file else None
+def _with_digest(cfg: PretrainedCfg) -> PretrainedCfg:
+    """A cfg with the digest of its file where none is said, as of weights in this package."""
+    if cfg.sha256 or cfg.git_blob or not cfg.file or not Path(cfg.file).is_file():
+        return cfg
+    return replace(cfg, sha256=file_sha256(Path(cfg.file)))
 
 
 def _holds(model: Encoder, checkpoint: Checkpoint) -> bool:
     """Whether a model's values are those of the checkpoint, a classifier that one of them lacks aside."""
-    state = model.filter_state_dict(checkpoint.state)
-    now = model.state_dict()
-    head = (f"{model.classifier}.weight", f"{model.classifier}.bias")
+    state, now = fitted(model, checkpoint), model.state_dict()
+    head = (f"{model.classifier_name}.weight", f"{model.classifier_name}.bias")
     return all(
         key in state and torch.equal(value.cpu().double(), state[key].double())
         for key, value in now.items()
@@ -251,10 +261,14 @@ def _holds(model: Encoder, checkpoint: Checkpoint) -> bool:
 
 
 def _unclaimed(cfg: PretrainedCfg, notes: str) -> PretrainedCfg:
-    """A cfg without what was said of other weights."""
-    nothing: dict[str, Any] = {"cohorts": (), "scores": ()}
-    nothing |= dict.fromkeys(("licence", "paper", "repository", "citation", "recipe"))
-    return replace(cfg, tag="", notes=notes, **nothing)
+    """What of a cfg holds of other weights too."""
+    return PretrainedCfg(
+        architecture=cfg.architecture,
+        input_spec=cfg.input_spec,
+        readout=cfg.readout,
+        ssl_method=cfg.ssl_method,
+        notes=notes,
+    )
 
 
 def _golden(model: Encoder) -> dict[str, Any] | None:

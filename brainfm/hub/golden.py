@@ -54,14 +54,13 @@ def compute(model: Encoder) -> dict[str, Any]:
     Raises:
         ScanError: The model's input contract does not take the packaged scan, a T1w brain in MNI152 space.
     """
+    embedding = _embedding(model, _sample(model))
     return {
         "scan_sha256": file_sha256(SAMPLE_SCAN),
         "mask_sha256": file_sha256(SAMPLE_MASK),
         "dtype": "float32",
         "torch_version": torch.__version__,
-        "embedding": [
-            float(f"{value:.9g}") for value in _embedding(model, _sample(model))
-        ],  # nine digits hold a float32
+        "embedding": [float(f"{value:.9g}") for value in embedding],  # nine digits hold a float32
     }
 
 

@@ -38,7 +38,8 @@ def push_to_hub(
         The name under which `create_model` loads exactly this upload: "hf-hub:org/name@commit".
 
     Raises:
-        BrainfmError: The name is not one, or the Hub refused; the message says why.
+        BrainfmError: The name is not one, the weights' licence does not let them be passed on, or the Hub refused; the
+            message says why.
         WeightsError: The folder's files do not fit together.
 
     Example:
@@ -52,7 +53,10 @@ def push_to_hub(
     if repo_id.count("/") != 1 or repo_id.startswith("/") or repo_id.endswith("/"):
         raise BrainfmError(f"{repo_id!r} is not the name of a repository; write 'org/name', or 'user/name'")
     folder = Path(model_or_folder)
-    create_model(f"local-dir:{folder}")
+    cfg = create_model(f"local-dir:{folder}").pretrained_cfg
+    if not cfg.redistribute:
+        terms = f" ({cfg.terms})" if cfg.terms else ""
+        raise BrainfmError(f"{folder}: not uploaded: the licence of its weights does not let them be passed on{terms}")
     files: dict[str, Path | bytes] = {name: folder / name for name in (HUB_CONFIG, HUB_WEIGHTS)}
     if (folder / CARD).is_file():
         files[CARD] = (folder / CARD).read_text(encoding="utf-8").replace(PLACE, repo_id).encode()

@@ -12,15 +12,22 @@ __all__ = ["Encoder", "ResNet", "VisionTransformer", "constructor"]
 
 
 def constructor(network: str) -> Callable[..., Encoder]:
-    """The encoder class that a family's module, or its folder, defines; there is one."""
+    """The encoder class that a family's module, or its folder, defines.
+
+    Raises:
+        TypeError: There is none, or more than one.
+    """
     module = import_module(f"{__name__}.{network}")
+    inside = f"{module.__name__}."
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Encoder) and value.__module__.startswith(module.__name__)
+        if isinstance(value, type) and issubclass(value, Encoder) and f"{value.__module__}.".startswith(inside)
     ]
-    (family,) = found
-    return family
+    if len(found) != 1:
+        names = ", ".join(value.__name__ for value in found) or "none"
+        raise TypeError(f"{module.__name__} must show one encoder class, and shows {names}")
+    return found[0]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import re
 from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -49,11 +49,12 @@ class Encoder(nn.Module, ABC):
         global_pool: How a feature map or tokens become one vector; one of `pools`.
         feature_info: A dict a stage, see `stage`.
         pretrained_cfg: What the weights are and expect; set by `create_model`.
+        cam_layer: The layer whose map Grad-CAM weighs where none is named; "" is the last stage.
         optimizations: What `for_inference` did to this copy, in words; empty for what `create_model` gives.
     """
 
     pools: ClassVar[tuple[str, ...]] = ("avg",)  # the first is the default
-    classifier: ClassVar[str]  # name of the head's module, as in the family's checkpoints
+    classifier_name: ClassVar[str]  # name of the head's module, as in the family's checkpoints
     first_conv: ClassVar[str]  # name of the layer that sees the input channels
 
     num_features: int
@@ -66,6 +67,7 @@ class Encoder(nn.Module, ABC):
     model_args: dict[str, Any]  # what `create_model` gave the constructor, beside channels, classes and dropout
     saved_args: dict[str, Any]  # the same of the model whose weights these are, where their config says
     weights_report: object | None  # what `create_model` loaded, a `brainfm.weights.WeightsReport`
+    cam_layer: str = ""
     optimizations: tuple[str, ...] = ()
 
     def __init__(self, num_classes: int, in_chans: int, global_pool: str | None, drop_rate: float) -> None:
@@ -110,9 +112,14 @@ class Encoder(nn.Module, ABC):
         return head
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - for families of many blocks
-        """Patterns that sort the parameters into "stem" and "blocks", for layer-wise learning rates."""
-        stages = [rf"^{re.escape(info['module'])}\." for info in self.feature_info]
-        return {"stem": f"^(?!{'|'.join(s[1:] for s in stages)})", "blocks": [(s, (n,)) for n, s in enumerate(stages)]}
+        """Patterns that sort the parameters of the trunk into "stem" and "blocks", for layer-wise learning rates.
+
+        Blocks are one pattern, whose groups are numbers that rise with depth, or several, each with its own numbers.
+        Here every stage is a block, and what is in none belongs to the stem.
+        """
+        stages = [rf"{re.escape(info['module'])}\." for info in self.feature_info]
+        others = "|".join([*stages, rf"{re.escape(self.classifier_name)}\."])
+        return {"stem": f"^(?!{others})", "blocks": [(f"^{stage}", (n,)) for n, stage in enumerate(stages)]}
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone, beside biases and norms."""
@@ -163,9 +170,11 @@ class Encoder(nn.Module, ABC):
     def dense(self, x: Tensor) -> Tensor:
         """[B, in_chans, D, H, W] → the last feature map [B, C, d, h, w]; of tokens, their grid without a class token.
 
-        Cell (i, j, k) looks at the voxel `reduction · (i, j, k) + offset` of the last entry of `feature_info`.
+        Cell (i, j, k) looks at the voxel `reduction · (i, j, k) + offset` of the last entry of `feature_info`. The map
+        is in the type of x, whatever a copy of `for_inference` computes in.
         """
-        return self._as_map(self.forward_features(x), x.shape[2:])
+        kind = next(self.parameters(), x).dtype
+        return self._as_map(self.forward_features(x.to(kind)), x.shape[2:]).to(x.dtype)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gives → [B, num_features], and through the classifier unless `pre_logits`."""
@@ -180,21 +189,27 @@ class Encoder(nn.Module, ABC):
 
     def get_classifier(self) -> nn.Module:
         """The last layer: a Linear, or an Identity where there are no classes."""
-        return self.get_submodule(self.classifier)
+        return self.get_submodule(self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one of `num_classes` outputs (0: none), and the pooling where one is given."""
+        """Replace the head by a new one of `num_classes` outputs (0: none), and the pooling where one is given.
+
+        Raises:
+            ValueError: The number is below 0, or the pooling none of `pools`.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes must be 0 or more, not {num_classes}")
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
+            readout = replace(self.pretrained_cfg.readout, pool=global_pool)
+            self.pretrained_cfg = replace(self.pretrained_cfg, readout=readout)
         self.num_classes = num_classes
         head: nn.Module = nn.Identity()
         if num_classes:
             like = next(self.parameters(), torch.empty(0))  # beside the trunk's parameters: in place, type and mode
             with torch.device(like.device):
                 head = self._new_head(num_classes).to(like.dtype)
-        parent, _, name = self.classifier.rpartition(".")
+        parent, _, name = self.classifier_name.rpartition(".")
         setattr(self.get_submodule(parent), name, head.train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -216,7 +231,7 @@ class Encoder(nn.Module, ABC):
         super().train(mode)
         if self._frozen:
             for name, child in self.named_children():
-                if name not in (self.classifier, "head_drop"):
+                if name not in (self.classifier_name, "head_drop"):
                     child.eval()
             self.get_classifier().train(mode)
         return self
@@ -273,22 +288,27 @@ class Encoder(nn.Module, ABC):
                 buffer.copy_(value)
 
 
-def computing_in(model: M, dtype: torch.dtype) -> M:
-    """The module itself, channels-last, computing in a type, while it takes and returns float32."""
-    model = model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+def computing_in(model: M, dtype: torch.dtype, done: tuple[str, ...] = ()) -> M:
+    """The module itself, channels-last, computing in a type, while it takes and returns float32.
+
+    Its `optimizations` become what was `done` to it before, and this.
+    """
+    model = model.to(dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     if dtype is not torch.float32:
-        model = model.to(dtype)
-        model.register_forward_pre_hook(partial(_cast_input, dtype), with_kwargs=True)
+        model.register_forward_pre_hook(_cast_input, with_kwargs=True)
         model.register_forward_hook(_cast_output)
-    done = ("channels-last memory", str(dtype).removeprefix("torch."))
-    model.optimizations = (*getattr(model, "optimizations", ()), *done)  # type: ignore[assignment]
+    optimizations: Any = (*done, "channels-last memory", str(dtype).removeprefix("torch."))
+    model.optimizations = optimizations
     return model
 
 
 def _cast_input(
-    dtype: torch.dtype, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    model: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    return tuple(x.to(dtype) for x in inputs), {name: x.to(dtype) for name, x in named.items()}
+    like = next(model.parameters(), None)  # as it is now: a copy of this copy may compute in another type
+    if like is None:
+        return inputs, named
+    return tuple(x.to(like.dtype) for x in inputs), {name: x.to(like.dtype) for name, x in named.items()}
 
 
 def _cast_output(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class VisionTransformer(Encoder):
     """
 
     pools = ("token", "avg")
-    classifier = "head"
+    classifier_name = "head"
     first_conv = "patch_embed.proj"
 
     def __init__(
@@ -151,6 +151,7 @@ class VisionTransformer(Encoder):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         z, y, x = ((size - 1) / 2 for size in patch_size)
         self.feature_info = [stage(f"blocks.{n}", dim, patch_size, (z, y, x)) for n in range(depth)]
+        self.cam_layer = f"blocks.{depth - 1}.norm1"  # after the block, the CLS token may be all that counts
         self.apply(_init_linear)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
@@ -186,7 +187,7 @@ class VisionTransformer(Encoder):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - the contract's
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (math.inf,))],
         }
 
     def no_weight_decay(self) -> set[str]:

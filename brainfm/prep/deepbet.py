@@ -30,7 +30,7 @@ FILES = {
 _COARSE, _FINE = 128, 256  # voxels along each side of what the two networks see
 _MARGIN = 0.1  # of the brain's box, added on every side
 _CLIP = (0.005, 0.995)  # quantiles of the head
-_MEAN, _SPREAD = 0.449, 0.226  # of what the networks were trained on
+_MEAN, _STD = 0.449, 0.226  # of what the networks were trained on
 
 
 def brain_probability(head: sitk.Image) -> sitk.Image:
@@ -65,8 +65,8 @@ def _box(found: NDArray[np.bool_], head: sitk.Image) -> tuple[slice, ...]:
     part = to_array(largest_part(sitk.GetImageFromArray(found.astype(np.uint8).transpose(2, 1, 0)))) > 0
     box = []
     for axis, size in enumerate(head.GetSize()):
-        share = part.mean(axis=tuple(other for other in range(3) if other != axis))
-        hits = np.flatnonzero(share > 0.02)
+        filled = part.mean(axis=tuple(other for other in range(3) if other != axis))
+        hits = np.flatnonzero(filled > 0.02)
         if len(hits) == 0:
             raise ScanError("no brain was found in the image; is it a T1w scan of a head?")
         scale = size / _COARSE
@@ -78,7 +78,7 @@ def _box(found: NDArray[np.bool_], head: sitk.Image) -> tuple[slice, ...]:
 
 def _normalised(image: Tensor, low: float, high: float) -> Tensor:
     clipped = ((image - low) / (high - low)).clamp(0, 1)
-    return (clipped - clipped.mean()) / clipped.std() * _SPREAD + _MEAN
+    return (clipped - clipped.mean()) / clipped.std() * _STD + _MEAN
 
 
 @cache

@@ -25,16 +25,16 @@ def white_peak(values: NDArray[np.floating]) -> float:
 
 
 def white_stripe(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The image with white matter at 0 and its spread as 1; 0 outside the brain.
+    """The image with white matter at 0 and its std as 1; 0 outside the brain.
 
-    The spread is that of the voxels whose rank is at most 5 % of the brain's from the peak's.
+    The std is that of the voxels whose rank is at most 5 % of the brain's from the peak's.
     """
     values = image[brain]
     peak = white_peak(values)
     rank = float((values < peak).mean())
     low, high = np.quantile(values, (max(0.0, rank - _WIDTH), min(1.0, rank + _WIDTH)))
     stripe = values[(values >= low) & (values <= high)]
-    spread = float(stripe.std()) or 1.0
+    std = float(stripe.std()) or 1.0
     out = np.zeros_like(image)
-    out[brain] = (values - np.float32(stripe.mean())) / np.float32(spread)
+    out[brain] = (values - np.float32(stripe.mean())) / np.float32(std)
     return out

@@ -22,24 +22,25 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-import brainfm
 from brainfm.errors import ScanError
-from brainfm.files import atomic_path, file_sha256
+from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs
 from brainfm.prep.image import TEMPLATE, largest_part, like, locale_kept, on_template, save, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
 from brainfm.prep.quality import RANGES, Prepared, judge
-from brainfm.prep.registration import as_affine
+from brainfm.prep.registration import TransformType, as_affine
 from brainfm.prep.source import Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
+from brainfm.schema import Checked
+from brainfm.version import __version__
 
 RECORD = "prep.json"
 IMAGE, MASK, TRANSFORM, PICTURE = "normalized.nii.gz", "mask.nii.gz", "affine_transf.mat", "qc.png"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """What to prepare with; the defaults need `pip install "brainfm[prep]"` and nothing else.
 
     Attributes:
@@ -54,7 +55,7 @@ class Settings:
 
     bias: str = "n4"
     extraction: str = "deepbet"
-    registration: Literal["rigid", "affine"] = "rigid"
+    registration: TransformType = "rigid"
     registered_by: str = "simpleitk"
     mask: Literal["extraction", "synthseg"] = "extraction"
     normalization: Literal["whitestripe", "none"] = "whitestripe"
@@ -101,7 +102,7 @@ def is_done(source: Source, folder: Path, settings: Settings) -> bool:
         )
     return (
         same
-        and record["settings"] == asdict(settings)
+        and record["settings"] == settings.to_dict()
         and all((folder / name).exists() for name in (IMAGE, MASK, TRANSFORM, PICTURE))
     )
 
@@ -150,7 +151,7 @@ def prepare(source: Source, folder: Path, settings: Settings, threads: int = 1) 
     try:
         prepared, transform = _run(head, settings, threads, clock)
     except RuntimeError as error:
-        raise ScanError(f"{source.path}: a step failed on it ({' '.join(str(error).split())[-200:]})") from error
+        raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
     with clock("quality"):
         figures, verdict = judge(prepared)
     with clock("write"):
@@ -160,9 +161,9 @@ def prepare(source: Source, folder: Path, settings: Settings, threads: int = 1) 
         draw(prepared, folder / PICTURE)
     record = {
         "input": {"path": str(source.path), "sha256": sha256, "found": head.found, "stripped": head.stripped},
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         "tools": tools,
-        "brainfm": brainfm.__version__,
+        "brainfm": __version__,
         "template": {"file": TEMPLATE.name, "sha256": file_sha256(TEMPLATE)},
         "transform": np.round(_matrix(transform), 6).tolist(),
         "seconds": clock.seconds,
@@ -171,8 +172,7 @@ def prepare(source: Source, folder: Path, settings: Settings, threads: int = 1) 
         "verdict": verdict,
         "quality": [asdict(figure) | RANGES[figure.name].limits() for figure in figures],
     }
-    with atomic_path(folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, record)
     normalize = settings.normalization == "whitestripe" and settings.backend == "pip"
     image = white_stripe(prepared.image, prepared.brain) if normalize else prepared.image * prepared.brain
     save(image, folder / IMAGE)

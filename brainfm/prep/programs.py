@@ -10,10 +10,10 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Literal
 
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.prep.image import TEMPLATE, sitk, template
+from brainfm.prep.registration import TransformType
 
 INSTALL = {
     "mri_synthstrip": "install FreeSurfer 7.3 or later, or SynthStrip by itself",
@@ -51,14 +51,14 @@ def synthseg(registered: sitk.Image, threads: int) -> sitk.Image:
 
 
 def turboprep(
-    head: sitk.Image, kind: Literal["rigid", "affine"], threads: int
+    head: sitk.Image, transform_type: TransformType, threads: int
 ) -> tuple[sitk.Image, sitk.Image, sitk.Transform]:
     """TurboPrep's normalized image, mask and transform of a scan."""
     with tempfile.TemporaryDirectory(prefix="brainfm-prep-") as folder:
         image, out = Path(folder, "head.nii.gz"), Path(folder, "out")
         out.mkdir()
         sitk.WriteImage(head, str(image))
-        _run("turboprep", str(image), str(out), str(TEMPLATE), "-r", kind[0], "-t", str(threads))
+        _run("turboprep", str(image), str(out), str(TEMPLATE), "-r", transform_type[0], "-t", str(threads))
         made = [out / name for name in ("normalized.nii.gz", "mask.nii.gz", "affine_transf.mat")]
         for path in made:
             if not path.exists():

@@ -4,10 +4,10 @@ A failed skull strip or registration gives an image that looks like any other to
 which it passes and a wider one in which a person should look at the picture; beyond it the scan fails.
 
 What the ranges were set from: the MNI152 2009a head, moved, dimmed and noisy (`benchmarks/prep.py`); Colin27's head; a
-made-up head spoiled on purpose (`tests/prep/test_spoiled_inputs.py`). No patients: of heads of other ages and scanners
-more will have to be looked at, and `brainfm qc` shows what is unusual among one's own.
+made-up head corrupted on purpose (`tests/prep/test_corrupted_inputs.py`). No patients: of heads of other ages and
+scanners more will have to be looked at, and `brainfm qc` shows what is unusual among one's own.
 
-|            | MNI152 2009a, moved | Colin27 | spoiled, for example                                       |
+|            | MNI152 2009a, moved | Colin27 | corrupted, for example                                     |
 |------------|---------------------|---------|------------------------------------------------------------|
 | similarity | 0.91 to 0.96        | 0.68    | 0.18 upside down, 0.38 15 mm off, −0.98 another contrast   |
 | upright    | 0.48 to 0.72        | 0.38    | −0.45 upside down, −0.71 back to front                     |
@@ -113,40 +113,46 @@ RANGES: dict[str, Range] = {
         "correlation with its own left–right mirror image",
         (0.6, 1),
         (0.4, 1),
-        "it is rolled or turned, or a half is spoilt",
+        "it is rolled or turned, or a half is corrupted",
     ),
     "balance": Range(
-        "difference of the halves' volumes, share",
+        "difference of the halves' volumes, fraction of the whole",
         (0, 0.04),
         (0, 0.1),
         "",
         "the mask lacks brain on one side, or spills over",
     ),
     "unseen": Range(
-        "share of the template's brain outside the field of view",
+        "fraction of the template's brain outside the field of view",
         (0, 0.01),
         (0, 0.05),
         "",
         "the scan cuts off the brain",
     ),
     "bright_rim": Range(
-        "share of the mask's rim brighter than white matter",
+        "fraction of the mask's rim brighter than white matter",
         (0, 0.05),
         (0, 0.15),
         "",
         "scalp, marrow or eye is in the mask",
     ),
     "cut_rim": Range(
-        "share of the surroundings as bright as brain", (0, 0.35), (0, 0.6), "", "the mask may cut into the brain"
+        "fraction of the surroundings as bright as brain",
+        (0, 0.35),
+        (0, 0.6),
+        "",
+        "the mask may cut into the brain",
     ),
     "contrast": Range(
-        "white over grey matter, share of white",
+        "white over grey matter, fraction of white",
         (0.08, 0.6),
         (0.03, 0.8),
         "grey and white matter differ too little for a T1w image",
         "grey and white matter differ too much for a T1w image",
     ),
-    "noise": Range("noise, share of white matter's brightness", (0, 0.1), (0, 0.2), "", "the scan is noisy or moved"),
+    "noise": Range(
+        "noise, fraction of white matter's brightness", (0, 0.1), (0, 0.2), "", "the scan is noisy or moved"
+    ),
 }
 
 
@@ -202,8 +208,8 @@ def _upright(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> float:
 
 
 def _symmetry(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> float:
-    own, share = _blocks(image, brain)
-    both = (share > 0.9) & (share[::-1] > 0.9)
+    own, filled = _blocks(image, brain)
+    both = (filled > 0.9) & (filled[::-1] > 0.9)
     return _correlation(own[both], own[::-1][both])
 
 
@@ -280,7 +286,7 @@ def _box(brain: NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
 
 
 def _blocks(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean brightness of the brain in blocks of 4 mm (0 without brain), and the share of each that is brain.
+    """Mean brightness of the brain in blocks of 4 mm (0 without brain), and the fraction of each that is brain.
 
     The blocks are symmetric about x = 0.
     """

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from brainfm.errors import ScanError
 from brainfm.prep.image import sitk, template
 
+TransformType: TypeAlias = Literal["rigid", "affine"]
+
 STARTS_DEG = (-25.0, 0.0, 25.0)  # about each axis, from the centres of mass
-LEVELS = ((4, 2.0, 1.0), (2, 1.0, 0.5), (1, 0.5, 0.1))  # voxels a step, smoothing in mm, share of the voxels looked at
+LEVELS = ((4, 2.0, 1.0), (2, 1.0, 0.5), (1, 0.5, 0.1))  # voxels a step, smoothing in mm, fraction of voxels looked at
 MOST_STRETCH = 1.5  # of a head against the template, either way
 _COARSE_MM = 6.0
 _KEPT_STARTS = 3
 
 
-def register(brain: sitk.Image, kind: Literal["rigid", "affine"] = "rigid") -> sitk.AffineTransform:
+def register(brain: sitk.Image, transform_type: TransformType = "rigid") -> sitk.AffineTransform:
     """The transform from points of the template to points of the scan.
 
     The similarity is mutual information, which no change of brightness misleads. On voxels of 6 mm every one of 27
@@ -26,7 +28,7 @@ def register(brain: sitk.Image, kind: Literal["rigid", "affine"] = "rigid") -> s
 
     Args:
         brain: The scan, 0 outside the brain.
-        kind: Six degrees of freedom, or twelve.
+        transform_type: Six degrees of freedom, or twelve.
 
     Raises:
         ScanError: The affine one would stretch the brain beyond what heads differ by.
@@ -35,7 +37,7 @@ def register(brain: sitk.Image, kind: Literal["rigid", "affine"] = "rigid") -> s
     near = sitk.BinaryDilate(sitk.Cast(fixed > 0, sitk.sitkUInt8), [5, 5, 5])
     transform: sitk.Transform = _best_start(fixed, near, brain)
     transform = _optimise(fixed, near, brain, transform)
-    if kind == "affine":
+    if transform_type == "affine":
         loose = sitk.AffineTransform(3)
         loose.SetCenter(transform.GetCenter())
         loose.SetMatrix(transform.GetMatrix())
@@ -87,10 +89,10 @@ def _best_start(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image) -> sitk.
 def _optimise(
     fixed: sitk.Image, near: sitk.Image, brain: sitk.Image, transform: sitk.Transform, step_mm: float = 1.0
 ) -> sitk.Transform:
-    shrink, sigmas, shares = zip(*LEVELS, strict=True)
+    shrink, sigmas, fractions = zip(*LEVELS, strict=True)
     method = _method(near, transform)
     method.SetMetricSamplingStrategy(method.REGULAR)
-    method.SetMetricSamplingPercentagePerLevel(shares)
+    method.SetMetricSamplingPercentagePerLevel(fractions)
     method.SetShrinkFactorsPerLevel(shrink)
     method.SetSmoothingSigmasPerLevel(sigmas)
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()

@@ -222,5 +222,4 @@ def _is_stripped(volume: Volume) -> bool:
     if not STRIPPED_LITRES[0] <= litres <= STRIPPED_LITRES[1]:
         return False
     piece = largest_part(to_itk((~outside).astype(np.uint8), volume.affine))
-    share = float(to_array(piece)[~outside].mean())
-    return share > 0.95
+    return float(to_array(piece)[~outside].mean()) > 0.95

@@ -12,16 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Generic, Literal, TypeAlias, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from brainfm.errors import BrainfmError, MissingExtraError
 from brainfm.prep import bias, deepbet, programs, registration
 from brainfm.prep.image import sitk, template
+from brainfm.prep.registration import TransformType
 
-Kind: TypeAlias = Literal["rigid", "affine"]
 BiasCorrection: TypeAlias = Callable[[sitk.Image], sitk.Image]  # head → head
 BrainExtraction: TypeAlias = Callable[[sitk.Image], sitk.Image]  # head → probability of brain, on the same voxels
-Registration: TypeAlias = Callable[[sitk.Image, Kind], sitk.Transform]  # brain → points of the template to its points
+# brain → the transform from points of the template to points of the scan
+Registration: TypeAlias = Callable[[sitk.Image, TransformType], sitk.Transform]
 Step = TypeVar("Step")
 
 
@@ -66,7 +67,7 @@ def _hd_bet(head: sitk.Image) -> sitk.Image:
     return probability
 
 
-def _ants(brain: sitk.Image, kind: Kind) -> sitk.Transform:
+def _ants(brain: sitk.Image, transform_type: TransformType) -> sitk.Transform:
     """ANTs' registration by mutual information, as antsRegistrationSyNQuick.sh has it, through antspyx."""
     import ants
 
@@ -75,7 +76,8 @@ def _ants(brain: sitk.Image, kind: Kind) -> sitk.Transform:
         sitk.WriteImage(template(), str(fixed))
         sitk.WriteImage(brain, str(moving))
         images = [ants.image_read(str(path)) for path in (fixed, moving)]
-        found = ants.registration(*images, type_of_transform=kind.capitalize(), outprefix=f"{folder}/", random_seed=1)
+        wanted = transform_type.capitalize()
+        found = ants.registration(*images, type_of_transform=wanted, outprefix=f"{folder}/", random_seed=1)
         return sitk.ReadTransform(found["fwdtransforms"][0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 from collections.abc import Mapping
@@ -95,7 +96,8 @@ def load_scan(
 def image_of(image: ScanLike, spec: InputSpec | None = None) -> ImageLike:
     """One image of a scan, to show its voxels by: the first channel of the contract that is there."""
     if not isinstance(image, Mapping):
-        return image
+        channels = split_channels(image, len(spec.channels)) if spec and len(spec.channels) > 1 else None
+        return channels[0] if channels else image
     wanted = [channel.casefold() for channel in spec.channels] if spec else []
     named = {str(name).casefold(): value for name, value in image.items()}
     return next((named[name] for name in wanted if name in named), next(iter(image.values())))
@@ -122,6 +124,8 @@ def _channels(image: ScanLike, spec: InputSpec) -> list[StoredImage | None]:
             )
         return list(map(read_image, images))
     named = {str(name).casefold(): value for name, value in image.items() if value is not None}
+    if len({str(name).casefold() for name in image}) < len(image):
+        raise ScanError(f"{name_of(image) or 'the scan'}: a channel is named twice: {', '.join(map(str, image))}")
     if len(wanted) == 1 and len(named) == 1 and _takes_any(wanted[0]):
         named = {wanted[0].casefold(): next(iter(named.values()))}
     found = [named.get(channel.casefold()) for channel in wanted]
@@ -132,6 +136,10 @@ def _channels(image: ScanLike, spec: InputSpec) -> list[StoredImage | None]:
             f"{name_of(image) or 'the scan'}: {', '.join(missing)} is missing; this contract takes "
             f"{', '.join(wanted)}, and the scan has {have}"
         )
+    for channel in missing:  # filled with zeros, but not for a slip of the pen
+        others = [name for name in named if name not in map(str.casefold, wanted)]
+        if near := difflib.get_close_matches(channel.casefold(), others, n=1, cutoff=0.75):
+            raise ScanError(f"{name_of(image) or 'the scan'}: {channel} is missing; is {near[0]!r} meant for it?")
     stored = [None if value is None else read_image(value) for value in found]
     first = next(one for one in stored if one is not None)
     for channel, one in zip(wanted, stored, strict=True):

@@ -2,7 +2,7 @@
 
 A view is drawn first and made afterwards: `draw_view` says what is done, in plain numbers, and `make_view` does it to
 the crop alone, with torch, in a worker of the loader or on a GPU. The released code does the same with MONAI's random
-transforms; for the same numbers the two give the same view.
+transforms; for the same numbers the two give the same view. Of several channels, one view does the same to each.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class View:
         flip: Whether the last axis is mirrored.
         angle: Radians about the first axis.
         shift: Added to all intensities.
-        gamma: Exponent of the contrast curve.
+        gamma: Exponent of the contrast curve, which goes from the smallest to the largest intensity of each channel.
     """
 
     start: Triple
@@ -108,26 +108,30 @@ def make_view(image: Tensor, mask: Tensor, view: View, shape: Triple, out: Tenso
     """Make a view of its crop.
 
     Args:
-        image: [z, y, x] float32, the voxels of `view.box`.
+        image: [C, z, y, x] float32, the voxels of `view.box`.
         mask: [z, y, x] bool, the brain's.
         view: What to do.
         shape: Voxels of the result.
-        out: [1, *shape] float32, where to make it; None takes new memory.
+        out: [C, *shape] float32, where to make it; None takes new memory.
 
     Returns:
-        [1, *shape] float32: mean 0 and spread 1 inside the mask, 0 outside.
+        [C, *shape] float32: in each channel mean 0 and std 1 inside the mask, 0 outside. One of several channels that
+        is 0 all over, as a missing one is, stays so.
 
     Raises:
         ValueError: The mask of the view is empty, or its voxels are not finite.
     """
     mask = place_mask(mask, view, shape)
-    made = new_memory((1, *shape), image.device) if out is None else out
-    volume = place_image(image, view, made[0])
-    if view.shift is not None:
-        volume += view.shift
-    if view.gamma is not None:
-        adjust_contrast_(volume, view.gamma)
-    masked_zscore_(volume, mask)
+    made = new_memory((len(image), *shape), image.device) if out is None else out
+    for channel, volume in zip(image, made, strict=True):
+        place_image(channel, view, volume)
+        if len(image) > 1 and not channel.any():
+            continue  # a constant's z-score would be its rounding
+        if view.shift is not None:
+            volume += view.shift
+        if view.gamma is not None:
+            adjust_contrast_(volume, view.gamma)
+        masked_zscore_(volume, mask)
     return made
 
 
@@ -207,7 +211,7 @@ def adjust_contrast_(volume: Tensor, gamma: float) -> Tensor:
 
 
 def masked_zscore_(volume: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and spread 1 (population, 1e-12 under the root) inside, 0 outside, as in the input contract; in place.
+    """Mean 0 and std 1 (population, 1e-12 under the root) inside, 0 outside, as in the input contract; in place.
 
     Args:
         volume: [z, y, x].
@@ -225,10 +229,10 @@ def masked_zscore_(volume: Tensor, mask: Tensor) -> Tensor:
     sums = [slab.mul_(inside).sum(dim=(1, 2)) for slab, inside in slabs]
     mean = torch.cat(sums).sum() / count
     norms = [torch.linalg.vector_norm(slab.sub_(mean).mul_(inside), dim=(1, 2)) for slab, inside in slabs]
-    spread = torch.cat(norms).square().sum() / count
-    if not spread.isfinite():
+    variance = torch.cat(norms).square().sum() / count
+    if not variance.isfinite():
         raise ValueError("the view has voxels that are not finite")
-    return volume.div_((spread + _ZSCORE_EPS).sqrt())
+    return volume.div_((variance + _ZSCORE_EPS).sqrt())
 
 
 def new_memory(shape: tuple[int, ...], device: torch.device) -> Tensor:

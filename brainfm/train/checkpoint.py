@@ -18,7 +18,7 @@ from brainfm.files import atomic_path
 from brainfm.train.recipe import Training
 
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
-_FREE = {"output", "device", "workers", "cache", "max_bad_share", "save_every", "resume", "tf32", "channels_last"}
+_FREE = {"output", "device", "workers", "cache", "max_bad_fraction", "save_every", "resume", "tf32", "channels_last"}
 _FREE |= {"grad_checkpointing", "manifest", "augment_on"}
 
 
@@ -73,10 +73,7 @@ def read_run(path: str | os.PathLike[str], settings: Training, data: str, joined
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         theirs, ours = content["recipe"], settings.to_dict()
-        progress = content["progress"]
-        content["progress"] = Progress(
-            int(progress["epoch"]), int(progress["step"]), float(progress["best"]), tuple(content["losses"])
-        )
+        content["progress"] = Progress(**content["progress"], losses=tuple(content["losses"]))
     except Exception as error:  # torch has a dozen ways to say that a file is damaged
         raise WeightsError(
             f"{path}: not a checkpoint of a run, or a damaged one ({type(error).__name__}); remove it to start again"

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from brainfm.errors import BrainfmError
+from brainfm.errors import BrainfmError, RunInterruptedError
 
 
 @click.command("pretrain", context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,7 +25,7 @@ def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> 
     from brainfm.train.pretraining import pretrain
     from brainfm.train.recipe import load_recipe
     from brainfm.train.summary import summarise
-    from brainfm.train.trainer import INTERRUPTED, RunInterruptedError
+    from brainfm.train.trainer import INTERRUPTED
 
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")

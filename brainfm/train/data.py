@@ -42,7 +42,7 @@ class Sample:
     """The views of one scan, and the scans that could not be read before it was found.
 
     Attributes:
-        views: [views, 1, z, y, x] float32.
+        views: [views, C, z, y, x] float32.
         scan: Which scan of the list they show.
         failed: Which scans could not be read, and why.
     """
@@ -54,7 +54,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """What one view is made of: its voxels, [z, y, x] float32, the brain's mask, [z, y, x] bool, and what to do."""
+    """What one view is made of: its voxels, [C, z, y, x] float32, the brain's mask, [z, y, x] bool, and what to do."""
 
     image: Tensor
     mask: Tensor
@@ -219,7 +219,7 @@ class PretrainingData(TrainingData):
         return zlib.crc32((record.patient_id or key_of(record, self.root)).encode())
 
     def _views(self, scan: int, epoch: int, name: int) -> Tensor:
-        views = new_memory((self.views, 1, *self.shape), torch.device("cpu"))
+        views = new_memory((self.views, len(self.spec.channels), *self.shape), torch.device("cpu"))
         for out, attempts in zip(views, self._attempts(scan, epoch, name), strict=True):
             for last, crop in attempts:
                 try:
@@ -246,7 +246,7 @@ class PretrainingData(TrainingData):
         def read(view: View) -> tuple[Tensor, Tensor]:
             if self.cache is not None:
                 return self.cache.read(self._cache_key(record), view.box)
-            return image[view.box], mask[view.box]
+            return image[(..., *view.box)], mask[view.box]
 
         def attempts(draws: np.random.Generator) -> Iterator[tuple[bool, Crop]]:
             for attempt in range(_DRAWS):
@@ -260,7 +260,7 @@ class PretrainingData(TrainingData):
         assert self.cache is not None
         key = key_of(record, self.root)
         if key not in self.cache:
-            raise ScanError(self.cache.errors.get(key, f"{record.image}: not in the cache {self.cache.folder}"))
+            raise ScanError(self.cache.errors.get(key, f"{record.name}: not in the cache {self.cache.folder}"))
         return key
 
 
@@ -286,7 +286,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         items: How many there are.
         batch_size: Of one process.
         rank: Of this process.
-        world: Processes.
+        world: Processes of the group.
         seed: Of the order.
     """
 
@@ -318,7 +318,7 @@ class Batch:
     """Samples side by side.
 
     Attributes:
-        views: [views, B, 1, z, y, x] float32.
+        views: [views, B, C, z, y, x] float32.
         scans: Which scans they show.
         failed: Scans that could not be read, and why.
         targets: [B] what is to be predicted, where something is.

@@ -1,4 +1,4 @@
-"""Processes: who we are under torchrun, what all have in common, and BatchNorm over all of them."""
+"""The process group: who we are under torchrun, what all processes have in common, and BatchNorm over all of them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from brainfm.models.resnet.checkpointed import count_batch
 
 
 @dataclass(frozen=True)
-class Processes:
-    """This process among all, as torchrun set it.
+class ProcessGroup:
+    """The processes that train together, as this one of them sees them.
 
     Attributes:
         rank: Of this process.
-        world: How many there are.
+        world: How many there are; 1 without torchrun.
         device: What this one computes on.
     """
 
@@ -36,7 +36,7 @@ class Processes:
         return self.rank == 0
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean over all processes, name by name."""
+        """The mean over the group, name by name."""
         if self.world == 1:
             return values
         total = torch.tensor(list(values.values()), dtype=torch.float64)
@@ -55,7 +55,7 @@ class Processes:
 
 
 @contextmanager
-def processes(device: str = "auto") -> Iterator[Processes]:
+def process_group(device: str = "auto") -> Iterator[ProcessGroup]:
     """Join the other processes that torchrun started, if any, and leave them again.
 
     Raises:
@@ -69,14 +69,14 @@ def processes(device: str = "auto") -> Iterator[Processes]:
     if ours:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
-        yield Processes(rank, world, place)
+        yield ProcessGroup(rank, world, place)
     finally:
         if ours:
             dist.destroy_process_group()
 
 
 def synchronise_batch_norm(network: nn.Module, place: torch.device) -> nn.Module:
-    """Let every BatchNorm take its statistics over all processes; torch's own does that on GPUs only."""
+    """Let every BatchNorm take its statistics over the process group; torch's own does that on GPUs only."""
     if place.type != "cpu":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         return converted
@@ -87,9 +87,9 @@ def synchronise_batch_norm(network: nn.Module, place: torch.device) -> nn.Module
 
 
 class _SyncBatchNormCPU(nn.BatchNorm3d):
-    """BatchNorm over the joined batch of all processes, which have equal shares; gradients pass between them."""
+    """BatchNorm over the joined batch of the process group, in equal parts; gradients pass between the processes."""
 
-    process_group = None  # all processes, as in nn.SyncBatchNorm
+    process_group = None  # the default one, as in nn.SyncBatchNorm
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:

@@ -101,7 +101,7 @@ def contrastive_metrics(z_i: Tensor, z_j: Tensor) -> dict[str, float]:
     """How well pairs [B, D] are told apart, on this process.
 
     Returns:
-        "top1": Share of first views whose most similar second view is their own; 1 / B by chance.
+        "top1": Fraction of first views whose most similar second view is their own; 1 / B by chance.
         "alignment": Mean squared distance of the pairs on the unit sphere, and
         "uniformity": Log of the mean of exp(−2·squared distance) of first views. Both are those of Wang and Isola 2020
             (arXiv 2005.10242).

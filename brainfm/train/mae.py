@@ -25,7 +25,7 @@ class MaskedAutoencoder(nn.Module):
 
     Example:
         >>> network = MaskedAutoencoder(brainfm.create_model("mae_vit_tiny_3d"))
-        >>> loss, prediction, mask = network(volumes)  # volumes [B, 1, 150, 192, 192]
+        >>> loss, prediction, mask = network(volumes)  # volumes [B, in_chans, 150, 192, 192]
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             volumes: [B, C, D, H, W] of the encoder's `img_size`.
-            mask_ratio: Share of patches to hide.
+            mask_ratio: Fraction of patches to hide.
             noise: [B, patches]; the patches of lowest noise are kept. None draws it from torch's generator.
             predict_all: Predict the voxels of visible patches too, which the loss does not need.
 

@@ -14,7 +14,7 @@ from brainfm.errors import RecipeError
 from brainfm.models.encoder import Encoder
 from brainfm.models.vit import VisionTransformer
 from brainfm.train.data import Batch
-from brainfm.train.distributed import Processes
+from brainfm.train.distributed import ProcessGroup
 from brainfm.train.losses import contrastive_metrics, nt_xent_loss
 from brainfm.train.mae import MaskedAutoencoder
 from brainfm.train.recipe import Recipe, Training
@@ -38,20 +38,20 @@ class Method(ABC):
         self.settings, self.encoder = settings, encoder
 
     @abstractmethod
-    def backward(self, network: nn.Module, batch: Batch, generator: torch.Generator, share: slice) -> dict[str, float]:
+    def backward(self, network: nn.Module, batch: Batch, generator: torch.Generator, rows: slice) -> dict[str, float]:
         """Add a batch's gradient to the parameters.
 
         Args:
             network: `self.network`, or that inside DistributedDataParallel.
             batch: On the training's device.
             generator: Of this step, the same on every process.
-            share: Which rows of the joined batch these are.
+            rows: Which rows of the joined batch these are.
 
         Returns:
             "loss" and what else is logged.
         """
 
-    def end_epoch(self, everyone: Processes) -> dict[str, float]:  # noqa: ARG002 - for those that look at other scans
+    def end_epoch(self, group: ProcessGroup) -> dict[str, float]:  # noqa: ARG002 - for those that look at other scans
         """What is to be logged of an epoch, on every process; the epoch with the smallest "score" is the best."""
         return {}
 
@@ -91,7 +91,7 @@ class SimCLRMethod(PretrainingMethod):
         network: nn.Module,
         batch: Batch,
         generator: torch.Generator,  # noqa: ARG002 - nothing is drawn here
-        share: slice,  # noqa: ARG002
+        rows: slice,  # noqa: ARG002
     ) -> dict[str, float]:
         """As `Method.backward`; logs the loss, top-1, alignment and uniformity."""
         views, chunk = batch.views, self.recipe.batch_chunk
@@ -124,7 +124,7 @@ class SimCLRMethod(PretrainingMethod):
         return {"loss": float(loss.detach())} | contrastive_metrics(z[0].detach(), z[1].detach())
 
     def _project(self, network: nn.Module, views: Tensor) -> Tensor:
-        """[2, B, 1, z, y, x] → projections [2, B, D]."""
+        """[2, B, C, z, y, x] → projections [2, B, D]."""
         with self._autocast(views):
             projections: Tensor = network(views.flatten(0, 1))
         return torch.stack(projections.chunk(2))
@@ -144,11 +144,11 @@ class MAEMethod(PretrainingMethod):
         )
         self._patches = encoder.pos_embed.shape[1] - 1
 
-    def backward(self, network: nn.Module, batch: Batch, generator: torch.Generator, share: slice) -> dict[str, float]:
+    def backward(self, network: nn.Module, batch: Batch, generator: torch.Generator, rows: slice) -> dict[str, float]:
         """As `Method.backward`; logs the loss."""
         # Drawn for the joined batch, so that the number of processes changes nothing.
         views = batch.views[0]
-        noise = torch.rand(share.stop, self._patches, generator=generator)[share].to(views.device)
+        noise = torch.rand(rows.stop, self._patches, generator=generator)[rows].to(views.device)
         with self._autocast(views):
             loss = network(views, self.recipe.mask_ratio, noise, predict_all=False)[0]
         loss.backward()

@@ -46,12 +46,13 @@ def _depths(network: nn.Module) -> dict[str, int]:
     """How many layers lie below each parameter's, by an encoder's `group_matcher`; the head is the last."""
     matcher: dict[str, Any] = network.group_matcher()  # type: ignore[operator]
     blocks = matcher["blocks"]
-    patterns = [blocks] if isinstance(blocks, str) else [pattern for pattern, fixed in blocks if fixed is None]
-    places: dict[str, tuple[int, ...]] = {}
+    patterns = [(blocks, None)] if isinstance(blocks, str) else blocks
+    places: dict[str, tuple[float, ...]] = {}
     for name, _ in network.named_parameters():
-        found = next((match for pattern in patterns if (match := re.match(pattern, name))), None)
+        found = ((match, own) for pattern, own in patterns if (match := re.match(pattern, name)))
+        block, own = next(found, (None, None))
         stem = re.match(matcher["stem"], name) is not None
-        places[name] = tuple(map(int, found.groups())) if found else (-1,) if stem else (math.inf,)  # type: ignore[assignment]
+        places[name] = own or (tuple(map(int, block.groups())) if block else (-1,) if stem else (math.inf,))
     ranks = {place: n for n, place in enumerate(sorted(set(places.values())))}
     return {name: ranks[place] for name, place in places.items()}
 

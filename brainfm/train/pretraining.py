@@ -19,7 +19,7 @@ from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.registry import get_pretrained_cfg
 from brainfm.train.cache import key_of
 from brainfm.train.data import PretrainingData, count_patients
-from brainfm.train.distributed import processes
+from brainfm.train.distributed import process_group
 from brainfm.train.method import METHODS, PretrainingMethod
 from brainfm.train.recipe import Recipe
 from brainfm.train.trainer import Trainer
@@ -47,7 +47,7 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
         BrainfmError: Too many scans cannot be read, or the loss is not finite; the message names the scans.
     """
     records, spec = read_data(recipe)
-    with processes(recipe.device) as everyone:
+    with process_group(recipe.device) as group:
         data = PretrainingData(
             records,
             spec,
@@ -60,12 +60,12 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
             shape=recipe.input_size,
             on_device=recipe.augment_on == "device",
         )
-        method = make_method(recipe)
-        trainer = Trainer(recipe, method, data, everyone, _data_hash(records, data.root))
-        trainer.train(progress and everyone.is_first)
+        method = make_method(recipe, spec)
+        trainer = Trainer(recipe, method, data, group, _data_hash(records, data.root))
+        trainer.train(progress and group.is_first)
         export = trainer.folder / "export"
-        if everyone.is_first:
-            _export(recipe, method, data, scans=len(records) - len(trainer.bad), world=everyone.world, folder=export)
+        if group.is_first:
+            _export(recipe, method, data, scans=len(records) - len(trainer.bad), world=group.world, folder=export)
         return export
 
 
@@ -79,12 +79,12 @@ def read_data(recipe: Recipe) -> tuple[list[ScanRecord], InputSpec]:
     return read_manifest(Path(recipe.manifest)), spec
 
 
-def make_method(recipe: Recipe) -> PretrainingMethod:
-    """The recipe's encoder, with initial weights by its seed, in what it is trained with."""
+def make_method(recipe: Recipe, spec: InputSpec) -> PretrainingMethod:
+    """The recipe's encoder for the contract's channels, initial weights by its seed, in what it is trained with."""
     torch.manual_seed(recipe.seed)
     kwargs: dict[str, Any] = {"img_size": recipe.input_size} if recipe.method == "mae" and recipe.input_size else {}
     try:
-        encoder = create_model(recipe.model, **kwargs)
+        encoder = create_model(recipe.model, in_chans=len(spec.channels), **kwargs)
     except TypeError as error:
         raise RecipeError(f"an MAE needs a ViT, and {recipe.model} takes no img_size") from error
     return METHODS[recipe.method](recipe, encoder)
@@ -119,7 +119,8 @@ def _export(
 
 def _resized(spec: InputSpec, shape: Triple | None) -> InputSpec:
     """The contract of an encoder that was trained on views of another shape than its contract's."""
-    if shape is None or spec.output_shape == (1, *shape):
+    size = None if shape is None else (len(spec.channels), *shape)
+    if shape is None or spec.output_shape == size:
         return spec
     *before, zscore = spec.operations
-    return replace(spec, operations=(*before, Resize(shape), zscore), output_shape=(1, *shape))
+    return replace(spec, operations=(*before, Resize(shape), zscore), output_shape=size)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from brainfm.contract import Triple
 from brainfm.errors import RecipeError
-from brainfm.schema import Checked
+from brainfm.schema import Checked, check_keys, read_yaml
 from brainfm.train.augment import Augmentation
 
 RECIPES = Path(__file__).parent / "recipes"
+
+T = TypeVar("T", bound="Training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Training(Checked):
         epochs: Passes over the patients.
         batch_size: Scans a step, on one process.
         workers: Processes that read scans, for each training process.
-        max_bad_share: Stop when more than this share of the scans tried cannot be read.
+        max_bad_fraction: Stop when more than this fraction of the scans cannot be read.
         optimiser: "adam", "adamw" or "lars".
         lr: Learning rate.
         scale_lr: Multiply lr by the joined batch / 256.
@@ -42,7 +44,7 @@ class Training(Checked):
         tf32: Let CUDA multiply in TF32.
         channels_last: Memory layout.
         grad_checkpointing: Recompute activations in the backward pass; a ResNet's stem by slabs.
-        sync_bn: BatchNorm statistics over all processes.
+        sync_bn: BatchNorm statistics over the process group.
         save_every: Keep a checkpoint every so many epochs, beside the last and the best.
         resume: Go on with the run in `output` where there is one.
     """
@@ -52,7 +54,7 @@ class Training(Checked):
     epochs: int = 150
     batch_size: int = 6
     workers: int = 2
-    max_bad_share: float = 0.01
+    max_bad_fraction: float = 0.01
     optimiser: Literal["adam", "adamw", "lars"] = "adam"
     lr: float = 3e-4
     scale_lr: bool = False
@@ -79,6 +81,13 @@ class Training(Checked):
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs is {self.warmup_epochs}, more than all {self.epochs} epochs")
 
+    @classmethod
+    def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+        """What `to_dict` described. Raises ValueError as `Checked.from_dict`, and for a key's name of before."""
+        if "max_bad_share" in data:
+            raise ValueError("max_bad_share is called max_bad_fraction now; write that")
+        return super().from_dict(data)
+
     def _check_least(self, **least: float) -> None:
         for name, value in least.items():
             if getattr(self, name) < value:
@@ -92,7 +101,7 @@ class Recipe(Training):
     Attributes:
         method: "simclr" or "mae".
         model: The registered encoder to train, from initial weights.
-        manifest: CSV of scans: image_path, mask_path, optional patient_id.
+        manifest: CSV of scans: image_path (or a column a channel, such as t1w_path), mask_path, optional patient_id.
         batch_chunk: SimCLR: scans of the batch that are in memory at a time; the gradient is that of the whole batch,
             BatchNorm's statistics are those of each chunk. None is all.
         every_scan: An epoch takes every scan once, instead of every patient.
@@ -160,7 +169,7 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         near = difflib.get_close_matches(text, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(f"no recipe {text!r}; {hint}Known: {', '.join(known)}, or the path of a .yaml file")
-    values = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = _yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a list of 'key: value' lines")
     return recipe_from_dict(read_overrides(values, overrides), str(path))
@@ -174,48 +183,31 @@ def read_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[
         if not equals:
             raise RecipeError(f"{override!r} is not key=value")
         group, dot, inner = key.strip().partition(".")
-        parsed = _number(read_yaml(value, override))
-        if dot:
-            replaced[group] = dict(replaced.get(group) or {}) | {inner: parsed}
-        else:
+        parsed = _yaml(value, override)
+        if not dot:
             replaced[group] = parsed
+            continue
+        inside = replaced.get(group) or {}
+        if not isinstance(inside, Mapping):
+            raise RecipeError(f"{override!r}: {group} is {inside!r}, and no group of keys")
+        replaced[group] = {**inside, inner: parsed}
     return replaced
 
 
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """The recipe that `to_dict` described. Raises RecipeError as `load_recipe` does."""
-    values = dict(values)
     try:
-        if isinstance(values.get("augmentation"), Mapping):
-            values["augmentation"] = {key: _number(value) for key, value in values["augmentation"].items()}
-        return Recipe.from_dict({key: _number(value) for key, value in values.items()})
+        augmentation = values.get("augmentation", {})
+        if not isinstance(augmentation, Mapping):
+            raise ValueError("augmentation is a group: write augmentation.KEY=VALUE")
+        check_keys(augmentation, Augmentation, "augmentation.")
+        return Recipe.from_dict(values)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{where}: {error}") from error
 
 
-def with_fields(recipe: Recipe, **changes: Any) -> Recipe:
-    """The same recipe with some fields replaced. Raises RecipeError for a value that cannot be."""
+def _yaml(text: str, where: str) -> Any:
     try:
-        return replace(recipe, **changes)
+        return read_yaml(text)
     except ValueError as error:
-        raise RecipeError(str(error)) from error
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """What a YAML text says, as plain data. Raises RecipeError."""
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not YAML ({' '.join(str(error).split())})") from error
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 takes 3e-4 for a word, since it has no point."""
-    if isinstance(value, str):
-        try:
-            return float(value) if "e" in value.lower() else value
-        except ValueError:
-            return value
-    return value
+        raise RecipeError(f"{where}: {error}") from error

@@ -30,7 +30,8 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
     steps = items // joined
     if not steps:
         raise RecipeError(f"{items} patients do not fill one joined batch of {joined}; make batch_size smaller")
-    missing = [path for record in records for path in (record.image, record.mask) if path and not _exists(path)]
+    files = [path for record in records for path in (*record.images.values(), record.mask) if path is not None]
+    missing = [path for path in files if not Path(str(path)).exists()]
     lines = [
         yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None).rstrip(),
         "",
@@ -51,7 +52,7 @@ def estimated_memory(recipe: Recipe, spec: InputSpec) -> float:
     """
     shape = recipe.input_size or spec.output_shape[1:]  # type: ignore[index]
     with torch.device("meta"):
-        method = make_method(replace(recipe, batch_chunk=None))
+        method = make_method(replace(recipe, batch_chunk=None), spec)
     outputs = 0
 
     def count(_: nn.Module, __: Any, output: Any) -> None:
@@ -61,7 +62,7 @@ def estimated_memory(recipe: Recipe, spec: InputSpec) -> float:
     for module in method.network.modules():
         if not list(module.children()) and not getattr(module, "inplace", False):
             module.register_forward_hook(count)
-    volumes = torch.empty(method.views, 1, *shape, device="meta")
+    volumes = torch.empty(method.views, len(spec.channels), *shape, device="meta")
     with torch.no_grad():
         method.network.train()(volumes)
     trained = sum(parameter.numel() for parameter in method.network.parameters() if parameter.requires_grad)
@@ -69,7 +70,3 @@ def estimated_memory(recipe: Recipe, spec: InputSpec) -> float:
     width = {"float32": 4, "bfloat16": 2, "float64": 8}[recipe.precision]
     scans = recipe.batch_chunk or recipe.batch_size
     return trained * (2 + states) * max(4, width) + outputs * width * scans
-
-
-def _exists(path: object) -> bool:
-    return Path(str(path)).exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -19,11 +18,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from brainfm.errors import BrainfmError, RecipeError
-from brainfm.files import atomic_path
+from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
+from brainfm.files import progress_bar, write_csv, write_text
 from brainfm.train.checkpoint import Progress, read_run, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
-from brainfm.train.distributed import Processes, synchronise_batch_norm
+from brainfm.train.distributed import ProcessGroup, synchronise_batch_norm
 from brainfm.train.method import Method
 from brainfm.train.optim import learning_rate, make_optimiser
 from brainfm.train.recipe import Training
@@ -37,12 +36,8 @@ _STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of parameters
 
 
-class RunInterruptedError(BrainfmError):
-    """A signal stopped the run behind a step; its checkpoint is written, and the same command goes on."""
-
-
 class Trainer:
-    """A run in a folder: resumed where there is one, logged, saved, and stopped behind a step by a signal.
+    """A run in a folder: resumed where there is one, logged, saved, and stopped after a step by a signal.
 
     The folder has `log.jsonl` (a line a step, and one an epoch where the method says something of it; `data_s` are the
     seconds a step waited for data, `step_s` those it took), `checkpoints/`,
@@ -52,7 +47,7 @@ class Trainer:
         settings: How to train; its output is the folder.
         method: What is trained.
         data: On what.
-        everyone: The processes that train.
+        group: The processes that train.
         data_hash: Says which data these are; a run on others is not resumed.
 
     Raises:
@@ -61,26 +56,26 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: Training, method: Method, data: TrainingData, everyone: Processes, data_hash: str
+        self, settings: Training, method: Method, data: TrainingData, group: ProcessGroup, data_hash: str
     ) -> None:
-        self.settings, self.method, self.data, self.everyone = settings, method, data, everyone
+        self.settings, self.method, self.data, self.group = settings, method, data, group
         self.folder, self.data_hash = Path(settings.output), data_hash
         self.sampler = EpochSampler(
-            len(data), settings.batch_size, rank=everyone.rank, world=everyone.world, seed=settings.seed
+            len(data), settings.batch_size, rank=group.rank, world=group.world, seed=settings.seed
         )
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
         method.encoder.set_grad_checkpointing(settings.grad_checkpointing)
         layout = torch.channels_last_3d if settings.channels_last else torch.preserve_format
-        network = method.network.to(everyone.device, _DTYPES[settings.precision]).train()
+        network = method.network.to(group.device, _DTYPES[settings.precision]).train()
         network = network.to(memory_format=layout)  # type: ignore[call-overload]
-        if everyone.world > 1 and settings.sync_bn:
-            network = synchronise_batch_norm(network, everyone.device)
+        if group.world > 1 and settings.sync_bn:
+            network = synchronise_batch_norm(network, group.device)
         self.optimiser = make_optimiser(settings, network, method.layer_decay)
         self.progress = Progress()
         self.stopped_by: int | None = None
         self.bad: dict[int, str] = {}
         self._resume(network)
-        self.network: nn.Module = DistributedDataParallel(network) if everyone.world > 1 else network
+        self.network: nn.Module = DistributedDataParallel(network) if group.world > 1 else network
 
     # --- the loop ---
 
@@ -101,26 +96,27 @@ class Trainer:
             sampler=self.sampler,
             num_workers=settings.workers,
             collate_fn=self.data.collate,
-            pin_memory=self.everyone.device.type == "cuda",
+            pin_memory=self.group.device.type == "cuda",
             persistent_workers=settings.workers > 0,
             worker_init_fn=_deaf_to_signals,
         )
         total = self.sampler.steps * settings.epochs
-        with _signals(self), _progress_bar(total, self._step_of_run, shown) as bar, self._log() as log:
+        bar = progress_bar(total=total, unit="step", doing="training", shown=shown, done=self._step_of_run)
+        with _signals(self), bar, self._log() as log:
             while self.progress.epoch < settings.epochs:
                 self.sampler.epoch, self.sampler.first_step = self.progress.epoch, self.progress.step
                 costs = []
                 waiting = time.perf_counter()
                 for loaded in loader:
                     started = time.perf_counter()
-                    metrics = self._step(self.data.batch(loaded, self.everyone.device))
+                    metrics = self._step(self.data.batch(loaded, self.group.device))
                     ended = time.perf_counter()
                     metrics |= {
                         "scans_per_s": self._joined_batch / (ended - waiting),
-                        "data_share": (started - waiting) / (ended - waiting),
+                        "data_fraction": (started - waiting) / (ended - waiting),
                         "data_s": started - waiting,
                         "step_s": ended - started,
-                        "peak_memory_gb": _peak_memory(self.everyone.device),
+                        "peak_memory_gb": _peak_memory(self.group.device),
                     }
                     costs.append((started - waiting, ended - started))
                     waiting = ended
@@ -140,16 +136,16 @@ class Trainer:
         settings = self.settings
         self._note_bad(batch.failed)
         rate = learning_rate(settings, self._step_of_run, self.sampler.steps, self._joined_batch)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        batch = batch.to(self.everyone.device, _DTYPES[settings.precision])
+        for parameters in self.optimiser.param_groups:
+            parameters["lr"] = rate * parameters.get("lr_scale", 1.0)
+        batch = batch.to(self.group.device, _DTYPES[settings.precision])
         generator = torch.Generator().manual_seed(hash((settings.seed, self._step_of_run)) % 2**63)
-        torch.manual_seed(hash((settings.seed, self._step_of_run, self.everyone.rank)) % 2**63)
-        share = slice(self.everyone.rank * settings.batch_size, (self.everyone.rank + 1) * settings.batch_size)
+        torch.manual_seed(hash((settings.seed, self._step_of_run, self.group.rank)) % 2**63)
+        rows = slice(self.group.rank * settings.batch_size, (self.group.rank + 1) * settings.batch_size)
         self.optimiser.zero_grad(set_to_none=True)
-        metrics = self.method.backward(self.network, batch, generator, share)
+        metrics = self.method.backward(self.network, batch, generator, rows)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.clip_grad or math.inf)
-        metrics = self.everyone.mean(metrics) | {"lr": rate, "grad_norm": float(norm)}
+        metrics = self.group.mean(metrics) | {"lr": rate, "grad_norm": float(norm)}
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             self._refuse_not_finite(batch, metrics)
         self.optimiser.step()
@@ -158,7 +154,7 @@ class Trainer:
         return metrics
 
     def _refuse_not_finite(self, batch: Batch, metrics: dict[str, float]) -> None:
-        scans = [str(self.data.records[n].image) for part in self.everyone.gather(batch.scans) for n in part]
+        scans = [self._name(n) for part in self.group.gather(batch.scans) for n in part]
         raise BrainfmError(
             f"the loss is {metrics['loss']} and the gradient's norm {metrics['grad_norm']} in epoch "
             f"{self.progress.epoch + 1}, step {self.progress.step + 1}: a rate that is too high, or a damaged scan in "
@@ -167,30 +163,33 @@ class Trainer:
 
     def _note_bad(self, failed: dict[int, str]) -> None:
         """Keep the list of scans that cannot be read, and stop when there are too many."""
-        found = {n: reason for part in self.everyone.gather(failed) for n, reason in part.items()}
+        found = {n: reason for part in self.group.gather(failed) for n, reason in part.items()}
         if not found.keys() - self.bad.keys():
             return
         self.bad |= found
-        if self.everyone.is_first:
-            with atomic_path(self.folder / "bad_scans.csv") as temporary, temporary.open("w", newline="") as file:
-                rows = [(str(self.data.records[n].image), reason) for n, reason in sorted(self.bad.items())]
-                csv.writer(file).writerows([("image_path", "error"), *rows])
-        if len(self.bad) > self.settings.max_bad_share * len(self.data.records):
+        if self.group.is_first:
+            rows = [(self._name(n), reason) for n, reason in sorted(self.bad.items())]
+            write_csv(self.folder / "bad_scans.csv", [("image_path", "error"), *rows])
+        if len(self.bad) > self.settings.max_bad_fraction * len(self.data.records):
             first = next(iter(self.bad.values()))
             raise BrainfmError(
-                f"{len(self.bad)} of {len(self.data.records)} scans cannot be read, more than max_bad_share="
-                f"{self.settings.max_bad_share:g}; they are listed in {self.folder / 'bad_scans.csv'}; one: {first}"
+                f"{len(self.bad)} of {len(self.data.records)} scans cannot be read, more than max_bad_fraction="
+                f"{self.settings.max_bad_fraction:g}; they are listed in {self.folder / 'bad_scans.csv'}; one: {first}"
             )
+
+    def _name(self, number: int) -> str:
+        """What a scan is called: its path or paths; of one in memory, its place in the list."""
+        return self.data.records[number].name or f"scan {number}"
 
     def _say_costs(self, costs: list[tuple[float, float]]) -> None:
         """Say what an epoch's steps cost by the median: the seconds in which data were waited for, and the rest."""
-        if costs and self.everyone.is_first:
+        if costs and self.group.is_first:
             data, step = (statistics.median(seconds) for seconds in zip(*costs, strict=True))
             logger.info("epoch %d: a step waits %.3g s for data and takes %.3g s", self.progress.epoch + 1, data, step)
 
     def _end_epoch(self, log: Callable[[dict[str, float]], None]) -> None:
         progress = self.progress
-        said = self.method.end_epoch(self.everyone)
+        said = self.method.end_epoch(self.group)
         if said:
             log(said)
         score = said.get("score", sum(progress.losses) / len(progress.losses))
@@ -205,14 +204,14 @@ class Trainer:
 
     @property
     def _joined_batch(self) -> int:
-        return self.settings.batch_size * self.everyone.world
+        return self.settings.batch_size * self.group.world
 
     @property
     def _step_of_run(self) -> int:
         return self.progress.epoch * self.sampler.steps + self.progress.step
 
     def _is_stopped(self) -> bool:
-        return any(stopped is not None for stopped in self.everyone.gather(self.stopped_by))
+        return any(stopped is not None for stopped in self.group.gather(self.stopped_by))
 
     # --- what is kept ---
 
@@ -226,12 +225,12 @@ class Trainer:
         network.load_state_dict(content["model_state_dict"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.progress = content["progress"]
-        if self.everyone.is_first:
+        if self.group.is_first:
             done = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
             logger.info("%s: going on from %s", self.folder, done)
 
     def _save(self, name: str) -> None:
-        if not self.everyone.is_first:
+        if not self.group.is_first:
             return
         network = self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
         save_checkpoint(
@@ -247,15 +246,14 @@ class Trainer:
     @contextmanager
     def _log(self) -> Iterator[Any]:
         """A function that adds a step's line to log.jsonl and to TensorBoard, where that is installed."""
-        if not self.everyone.is_first:
+        if not self.group.is_first:
             yield lambda _: None
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         done = self._step_of_run
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]  # not what will be done again
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in kept))
         board = _tensorboard(self.folder / "tensorboard", done)
         with path.open("a", encoding="utf-8") as file:
 
@@ -283,7 +281,7 @@ def _deaf_to_signals(_: int) -> None:
 
 @contextmanager
 def _signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 (a scheduler that wants its node back) stop the run behind the step that runs."""
+    """Let SIGTERM and SIGUSR1 (a scheduler that wants its node back) stop the run after the step that runs."""
 
     def stop(number: int, _: Any) -> None:
         trainer.stopped_by = number
@@ -297,10 +295,10 @@ def _signals(trainer: Trainer) -> Iterator[None]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a log; the last one may be cut off."""
+    """The whole lines of a log, the keys as they are called now; the last one may be cut off."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace").replace('"data_share":', '"data_fraction":')
     return [line for line in text.split("\n")[:-1] if line.startswith("{") and line.endswith("}")]
 
 
@@ -310,12 +308,6 @@ def _tensorboard(folder: Path, purge_step: int) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-def _progress_bar(total: int, initial: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, initial=initial, unit="step", desc="pretraining", disable=not shown)
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -13,9 +13,9 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,7 +41,8 @@ class Checkpoint:
     Attributes:
         state: Tensors by name, the prefixes of DDP and torch.compile removed.
         dropped: What the file holds beside the network, such as "optimizer_state_dict".
-        provenance: What a file that brainfm wrote says of itself: "source", "source_sha256", "left_out".
+        provenance: What a file that brainfm wrote says of itself: "source", its "source_sha256" (and "source_git_blob"
+            where that is known), and what was "left_out" of it.
     """
 
     state: dict[str, Tensor]
@@ -128,7 +129,8 @@ def _provenance(metadata: Mapping[str, str] | None) -> dict[str, Any]:
         said = dict(json.loads((metadata or {}).get("provenance", "{}")))
     except (ValueError, TypeError):
         return {}
-    known = {key: said[key] for key in ("architecture", "source", "source_sha256") if isinstance(said.get(key), str)}
+    texts = ("architecture", "source", "source_sha256", "source_git_blob")
+    known = {key: said[key] for key in texts if isinstance(said.get(key), str)}
     left_out = said.get("left_out")
     if isinstance(left_out, list) and all(isinstance(item, str) for item in left_out):
         known["left_out"] = left_out
@@ -231,7 +233,7 @@ def _plain_namespaces() -> AbstractContextManager[None]:
 def _unwrap(content: Any, name: str, take: str | None) -> Checkpoint:
     """The network's tensors out of a checkpoint's dictionary."""
     dropped: tuple[str, ...] = ()
-    for key in (take or "").split("."):
+    for key in take.split(".") if take else ():
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             dropped += tuple(str(other) for other in content if other != key)
             content = content[key]
@@ -252,9 +254,10 @@ def _unwrap(content: Any, name: str, take: str | None) -> Checkpoint:
     return Checkpoint(_stripped({str(key): value for key, value in content.items()}), dropped)
 
 
-def _stripped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPER_PREFIXES * 2:
-        if state and all(key.startswith(prefix) for key in state):
+def _stripped(state: dict[str, Tensor], prefixes: Sequence[str] = _WRAPPER_PREFIXES * 2) -> dict[str, Tensor]:
+    """A state dict without prefixes, each taken off where every name has it."""
+    for prefix in prefixes:
+        if all(key.startswith(prefix) for key in state):
             state = {key[len(prefix) :]: value for key, value in state.items()}
     return state
 
@@ -293,12 +296,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str 
         WeightsError: The file cannot be read, its names or shapes are not the model's (they are listed), or it holds
             values that are not finite.
     """
-    keys = _keys_of(model)
-    checkpoint = read_checkpoint(path, keys.take)
-    state = renamed(checkpoint.state, keys)
-    family_filter = getattr(model, "filter_state_dict", None)
-    if callable(family_filter):
-        state = family_filter(state)
+    checkpoint = read_for(model, path)
+    state = fitted(model, checkpoint)
     _match_head(model, state)
     _check_fit(model, state, str(path))
     model.load_state_dict(state, strict=True)
@@ -311,27 +310,63 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str 
     return report
 
 
-def renamed(state: Mapping[str, Tensor], keys: Keys) -> dict[str, Tensor]:
-    """A state dict under the network's names, without what the encoder does not need."""
-    found = dict(state)
-    for prefix in keys.strip:
-        if found and all(key.startswith(prefix) for key in found):
-            found = {key[len(prefix) :]: value for key, value in found.items()}
-    for pattern, new in keys.rename.items():
-        found = {re.sub(pattern, new, key): value for key, value in found.items()}
-    return {key: value for key, value in found.items() if not any(re.search(drop, key) for drop in keys.drop)}
+def read_for(model: nn.Module, path: str | os.PathLike[str]) -> Checkpoint:
+    """A weight file under the names of a model: in the authors' file, those that its cfg gives them (`Keys`).
 
-
-def _keys_of(model: nn.Module) -> Keys:
+    A file that has the model's own names, such as one that was trained further, is taken as it is, with its classifier.
+    Raises as `read_checkpoint`.
+    """
     cfg = getattr(model, "pretrained_cfg", None)
-    return cfg.keys if isinstance(cfg, PretrainedCfg) else Keys()
+    keys = cfg.keys if isinstance(cfg, PretrainedCfg) else Keys()
+    checkpoint = read_checkpoint(path, keys.take)
+    if keys == Keys() or _has_names_of(model, checkpoint):
+        return checkpoint
+    try:
+        return renamed(checkpoint, keys)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _has_names_of(model: nn.Module, checkpoint: Checkpoint) -> bool:
+    head = (f"{model.classifier_name}.",) if isinstance(model, Encoder) else ()
+    wanted, found = (
+        {key for key in names if not key.startswith(head)} for names in (model.state_dict(), checkpoint.state)
+    )
+    return wanted == found
+
+
+def renamed(checkpoint: Checkpoint, keys: Keys) -> Checkpoint:
+    """A checkpoint under the network's names, without what the encoder does not need.
+
+    Raises:
+        ValueError: Two names become one.
+    """
+    state: dict[str, Tensor] = {}
+    dropped: set[str] = set()
+    for key, value in _stripped(checkpoint.state, keys.strip).items():
+        name = key
+        for pattern, new in keys.rename.items():
+            name = re.sub(pattern, new, name)
+        if any(re.search(pattern, name) for pattern in keys.drop):
+            dropped.add(name.split(".")[0])
+        elif name in state:
+            raise ValueError(f"by the keys of its card, two of its tensors are named {name}; one of them is {key}")
+        else:
+            state[name] = value
+    return replace(checkpoint, state=state, dropped=(*sorted(dropped), *checkpoint.dropped))
+
+
+def fitted(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A checkpoint's tensors as a model's family makes of them what it loads, see `Encoder.filter_state_dict`."""
+    family_filter = getattr(model, "filter_state_dict", None)
+    return family_filter(checkpoint.state) if callable(family_filter) else dict(checkpoint.state)
 
 
 def _match_head(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give an encoder the classifier that the file has, or none, so that the rest can be loaded strictly."""
     if not isinstance(model, Encoder):
         return
-    weight = state.get(f"{model.classifier}.weight")
+    weight = state.get(f"{model.classifier_name}.weight")
     classes = len(weight) if weight is not None and weight.ndim >= 2 else 0
     if classes != model.num_classes:
         model.reset_classifier(classes)

@@ -1,4 +1,4 @@
-"""Find the file of a cfg's weights: on this machine, on the Hugging Face Hub, or behind a URL.
+"""Find the file of a cfg's weights: on this machine, on the Hugging Face Hub, or at a URL.
 
 The Hub's files stay in the Hub's own cache, fetched by its own client. A file from a URL is checked against its hash
 and converted once to safetensors in the cache; the download itself is not kept.
@@ -75,12 +75,20 @@ def cached_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None 
 
 def check_digest(path: Path, cfg: PretrainedCfg) -> None:
     """Raises WeightsError where the file's digest is not the cfg's; a cfg without one has nothing to check."""
+    if wrong := wrong_digest(path, cfg):
+        kind, digest, expected = wrong
+        raise WeightsError(
+            f"{path}: {kind} is {digest}, and {cfg.name} expects {expected}; the file is damaged or "
+            f'not the published one. If you trust it, pass pretrained_cfg_overlay={{"{kind}": None}}'
+        )
+
+
+def wrong_digest(path: Path, cfg: PretrainedCfg) -> tuple[str, str, str] | None:
+    """The kind of digest, the file's and the cfg's, where these differ; None where they agree or the cfg has none."""
     for kind, expected, digest_of in (("sha256", cfg.sha256, file_sha256), ("git_blob", cfg.git_blob, file_git_blob)):
         if expected is not None and (digest := digest_of(path)) != expected.lower():
-            raise WeightsError(
-                f"{path}: {kind} is {digest}, and {cfg.name} expects {expected}; the file is damaged or "
-                f'not the published one. If you trust it, pass pretrained_cfg_overlay={{"{kind}": None}}'
-            )
+            return kind, digest, expected
+    return None
 
 
 # --- The Hub --------------------------------------------------------------------------------------
@@ -144,10 +152,7 @@ def _is_damaged(path: Path) -> bool:
     announced = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", announced):
         return file_sha256(path) != announced
-    if re.fullmatch(r"[0-9a-f]{40}", announced):
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() != announced
-    return False
+    return re.fullmatch(r"[0-9a-f]{40}", announced) is not None and file_git_blob(path) != announced
 
 
 def _may_pass(error: Exception) -> bool:
@@ -220,7 +225,7 @@ def hub_reason(error: Exception) -> str:
 
 
 def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> Path:
-    """The converted copy of a file behind a URL; downloaded, checked and converted once, by one process."""
+    """The converted copy of a file at a URL; downloaded, checked and converted once, by one process."""
     from filelock import FileLock
 
     converted, by_hand = _cache_paths(cfg, cache_dir)
@@ -260,7 +265,8 @@ def _is_whole(converted: Path) -> bool:
 def _cache_paths(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> tuple[Path, Path]:
     """Where a URL's weights are kept, in a folder of its own: the converted copy, and the file as downloaded."""
     url = str(cfg.url)
-    key = hashlib.sha256(f"{url} {cfg.sha256}".encode()).hexdigest()[:12]
+    what = f"{url} {cfg.sha256 or cfg.git_blob}" + (f" {cfg.keys.take}" if cfg.keys.take else "")
+    key = hashlib.sha256(what.encode()).hexdigest()[:12]
     folder = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / f"{cfg.name}-{key}"
     return folder / HUB_WEIGHTS, folder / (url.rsplit("/", 1)[-1].partition("?")[0] or "download")
 
@@ -271,6 +277,7 @@ def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
 
     checkpoint = read_checkpoint(source, cfg.keys.take)
     provenance = {"source": cfg.url, "source_sha256": cfg.sha256 or file_sha256(source), "left_out": checkpoint.dropped}
+    provenance |= {"source_git_blob": cfg.git_blob} if cfg.git_blob else {}
     save_state(checkpoint.state, target, provenance)
     logger.info("%s: converted to %s, left out %s", source.name, target, ", ".join(checkpoint.dropped) or "nothing")
 

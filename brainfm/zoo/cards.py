@@ -7,8 +7,7 @@ and readouts stay plain data in it until a model is asked for.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 from brainfm.assets import ASSETS
 from brainfm.errors import WeightsError
 from brainfm.files import one_line
-from brainfm.schema import Checked
+from brainfm.schema import Checked, read_yaml
 
 ZOO = Path(__file__).parent
 COHORTS = ZOO / "cohorts.yaml"
@@ -78,7 +77,7 @@ class WeightsSource(Checked):
     """Where a weight file is; the first that is given is taken.
 
     Attributes:
-        file: On this machine; a relative path is relative to the card.
+        file: On this machine; in a YAML file a relative path is relative to that.
         hub: Repository on the Hugging Face Hub, "org/name".
         revision: Its commit, branch or tag.
         filename: The file there.
@@ -95,7 +94,7 @@ class WeightsSource(Checked):
     def words(self) -> str:
         """Where weights are taken from, in words; empty where no source is named."""
         if self.file:
-            return "in this package" if Path(self.file).parent.name == ASSETS.name else self.file
+            return "in this package" if Path(self.file).resolve().parent == ASSETS.resolve() else self.file
         if self.hub:
             return f"hf-hub:{self.hub}" + (f"@{self.revision}" if self.revision else "")
         return self.url or ""
@@ -103,7 +102,7 @@ class WeightsSource(Checked):
 
 @dataclass(frozen=True)
 class Keys(Checked):
-    """How the names in the authors' file become the network's.
+    """How the names in the authors' file become the network's. A file that has the network's already is left alone.
 
     Attributes:
         take: Where the file keeps the network, as names one in another with dots, such as "network_weights.encoder";
@@ -115,16 +114,16 @@ class Keys(Checked):
 
     take: str | None = None
     strip: tuple[str, ...] = ()
-    rename: dict[str, str] = field(default_factory=dict)
+    rename: dict[str, str] = field(default_factory=dict, hash=False)
     drop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for pattern in (*self.rename, *self.drop):
+        for pattern, new in (self.rename | dict.fromkeys(self.drop, "")).items():
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"keys: {pattern!r} is no regular expression ({error})") from error
+                re.sub(pattern, new, "")
+            except (re.error, IndexError) as error:
+                raise ValueError(f"Keys: no regular expression: {pattern!r} → {new!r} ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,9 @@ class WeightsCard(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.digest is not None and not re.fullmatch(r"sha256:[0-9a-fA-F]{64}|git-blob:[0-9a-f]{40}", self.digest):
+        if self.digest is not None and not re.fullmatch(
+            r"sha256:[0-9a-fA-F]{64}|git-blob:[0-9a-fA-F]{40}", self.digest
+        ):
             raise ValueError(f"digest is {self.digest!r}, and must be sha256: and 64 hex digits, or git-blob: and 40")
 
 
@@ -189,6 +190,11 @@ class ModelCard(Checked):
     notes: str = ""
     weights: dict[str, WeightsCard] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_features < 1 or self.in_chans < 1:
+            raise ValueError(f"num_features is {self.num_features}, in_chans {self.in_chans}; both are 1 or more")
+
 
 @dataclass(frozen=True)
 class Card(Checked):
@@ -215,13 +221,38 @@ class Card(Checked):
                 raise ValueError(f"{name}: its input {model.input!r} is none of the card's: {', '.join(self.inputs)}")
 
 
-@cache
+@dataclass(frozen=True)
+class CohortNames(Checked):
+    """What data sets are called, `cohorts.yaml`: of each cohort, what another name is to it → the names.
+
+    Attributes:
+        names: Names that are of the cohort wherever they are met.
+        names_if_asked: Names that are too short or too common to be taken from a folder.
+        folders_of_others: Folders that are called as a cohort is, and hold something else.
+    """
+
+    names: dict[str, dict[str, tuple[str, ...]]]
+    names_if_asked: dict[str, dict[str, tuple[str, ...]]]
+    folders_of_others: tuple[str, ...]
+
+
 def read_card(path: Path) -> Card:
     """The card in a YAML file. Raises WeightsError, which says what is wrong with it."""
     try:
-        return Card.from_dict(read_yaml(path))
-    except (OSError, ValueError, TypeError) as error:
+        card = Card.from_dict(read_yaml(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise WeightsError(f"{path}: not a card ({one_line(error)})") from error
+    return replace(card, models={name: _beside(path, model) for name, model in card.models.items()})
+
+
+def _beside(path: Path, model: ModelCard) -> ModelCard:
+    """A model whose weight files are where they are for who reads its card here."""
+    weights = {
+        tag: replace(w, source=replace(w.source, file=str((path.parent / Path(w.source.file).expanduser()).resolve())))
+        for tag, w in model.weights.items()
+        if w.source.file
+    }
+    return replace(model, weights=model.weights | weights)
 
 
 def zoo_cards() -> list[Path]:
@@ -229,18 +260,7 @@ def zoo_cards() -> list[Path]:
     return sorted(path for path in ZOO.glob("*.yaml") if path != COHORTS)
 
 
-def read_yaml(path: Path) -> Any:
-    """What a YAML file holds, as plain data. Raises OSError, and ValueError where it is not YAML."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same data, ten times as fast
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"not YAML: {one_line(error)}") from error
-
-
-def cohort_names() -> Mapping[str, Any]:
-    """`cohorts.yaml`: of each cohort other names it goes by, see there."""
-    names: Mapping[str, Any] = read_yaml(COHORTS)
-    return names
+@cache
+def cohort_names() -> CohortNames:
+    """The names of cohorts that this package knows."""
+    return CohortNames.from_dict(read_yaml(COHORTS.read_text(encoding="utf-8")))

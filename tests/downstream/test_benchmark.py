@@ -22,7 +22,7 @@ from brainfm.downstream import benchmark as job
 from brainfm.downstream.benchmark import Plan, benchmark, read_settings
 from brainfm.downstream.results import Row
 from brainfm.downstream.task import load_task, make_task, read_task
-from brainfm.train.trainer import RunInterruptedError
+from brainfm.errors import RunInterruptedError
 
 SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
 PLAN = Plan(models=("test_vit_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
@@ -204,7 +204,7 @@ def test_what_is_trained_from_scratch_is_trained_whole(data):
     plan = replace(PLAN, settings=SETTINGS | {"trained": "head", "drifting": True})
     cfg = job.resolve("test_resnet_3d").cfg
     rows = (Row("test_resnet_3d", mode, "") for mode in ("finetune", "scratch"))
-    whole = [job._settings(job._Cell(data[0], row, 1, 0), plan, cfg, 24, "out") for row in rows]
+    whole = [job._settings(job._Job(data[0], row, 1, 0), plan, cfg, 24, "out") for row in rows]
     assert [(one.trained, one.drifting, one.lr) for one in whole] == [("head", True, 1e-3), ("all", False, 1e-3)]
     assert "What is trained from scratch is trained whole, without trained, drifting." in job._statements(data, plan)
 
@@ -269,7 +269,12 @@ def test_model_that_was_pretrained_on_a_tasks_cohort_is_marked_or_refused(phanto
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("rate=1", "unknown key rate"), ("lr=fast", "lr is 'fast'"), ("epochs=3", "--epochs-scale"), ("lr", "key=value")],
+    [
+        ("rate=1", "Finetuning has no field rate"),
+        ("lr=fast", "lr is 'fast'"),
+        ("epochs=3", "--epochs-scale"),
+        ("lr", "key=value"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(text, message):
     with pytest.raises(RecipeError, match=message):

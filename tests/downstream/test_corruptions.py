@@ -1,4 +1,4 @@
-"""Scans spoilt on purpose: by as much as was asked, reproducibly, and through the whole path to an embedding."""
+"""Scans corrupted on purpose: by as much as was asked, reproducibly, and through the whole path to an embedding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import importlib
 import sys
 import tracemalloc
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -37,9 +38,9 @@ def draw(seed=0):
     return np.random.default_rng(seed)
 
 
-def smooth_blob(shape, centre, spread):
-    """A Gaussian of this sd along each axis."""
-    exponent = sum(((i - c) / s) ** 2 for i, c, s in zip(np.indices(shape), centre, spread, strict=True))
+def smooth_blob(shape, centre, std):
+    """A Gaussian of this std along each axis."""
+    exponent = sum(((i - c) / s) ** 2 for i, c, s in zip(np.indices(shape), centre, std, strict=True))
     return np.exp(-exponent / 2).astype(np.float32)
 
 
@@ -64,8 +65,8 @@ def test_more_strength_changes_more(name, scan):
     region = ~mask if name in OUTSIDE_ONLY else mask
     changes = []
     for strength in CORRUPTIONS[name].levels:
-        spoilt = [CORRUPTIONS[name](*scan, strength, draw(seed))[0] for seed in range(12)]
-        changes.append([float(np.abs(other - image)[region].mean()) for other in spoilt])
+        altered = [CORRUPTIONS[name](*scan, strength, draw(seed))[0] for seed in range(12)]
+        changes.append([float(np.abs(other - image)[region].mean()) for other in altered])
     steps = np.diff(changes, axis=0)
     if name == "flip":  # a scan is flipped or it is not; of many, more are
         assert (steps >= 0).all()
@@ -91,20 +92,25 @@ def test_the_draw_is_the_generators_and_the_arguments_stay(name, scan):
 def test_image_and_mask_stay_sensible(name, scan):
     image, mask, _ = scan
     for strength in CORRUPTIONS[name].levels[1:]:
-        spoilt, brain = CORRUPTIONS[name](*scan, strength, draw(1))
-        assert (spoilt.shape, spoilt.dtype, brain.shape, brain.dtype) == (image.shape, np.float32, mask.shape, np.bool_)
-        assert np.isfinite(spoilt).all()
+        altered, brain = CORRUPTIONS[name](*scan, strength, draw(1))
+        assert (altered.shape, altered.dtype, brain.shape, brain.dtype) == (
+            image.shape,
+            np.float32,
+            mask.shape,
+            np.bool_,
+        )
+        assert np.isfinite(altered).all()
         assert ndimage.label(brain)[1] == 1
         if name in GEOMETRY:
             dice = 2 * (brain & mask).sum() / (brain.sum() + mask.sum())
             assert dice > 0.85
-            assert (spoilt[brain] > 0).mean() > 0.97
+            assert (altered[brain] > 0).mean() > 0.97
         elif name in OUTSIDE_ONLY:
             assert (brain | ~mask).all()
-            np.testing.assert_array_equal(spoilt[mask], image[mask])
+            np.testing.assert_array_equal(altered[mask], image[mask])
         else:
             np.testing.assert_array_equal(brain, mask)
-            np.testing.assert_array_equal(spoilt[~mask], image[~mask])
+            np.testing.assert_array_equal(altered[~mask], image[~mask])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,7 +145,7 @@ def test_strengths_that_mean_nothing_are_refused(name, strength, scan, small_spe
 
 
 @pytest.mark.parametrize("strength", [0.1, 1.0])
-def test_noise_has_the_spread_that_was_asked_for(strength, scan):
+def test_noise_has_the_std_that_was_asked_for(strength, scan):
     image, mask, _ = scan
     added = (corruptions.noise(*scan, strength, draw())[0] - image)[mask].astype(np.float64)
     wanted = strength * image[mask].astype(np.float64).std()
@@ -163,7 +169,7 @@ def test_a_bias_field_has_its_range_over_the_brain_and_is_smooth(strength, scan)
 
 
 def test_ghosts_are_shifted_copies_of_the_image():
-    """Losing a share s of every n-th line takes s/n of each of n copies, N/n apart, and gives the mean line back."""
+    """Losing a fraction s of every n-th line takes s/n of each of n copies, N/n apart, and gives the mean line back."""
     image = draw(0).random((40, 48, 60)).astype(np.float32)
     everywhere = np.ones(image.shape, bool)
     found = set()
@@ -183,7 +189,7 @@ def test_ghosts_are_shifted_copies_of_the_image():
 
 
 def test_a_blur_is_as_wide_as_was_asked_in_mm():
-    """On voxels of 1, 2 and 3 mm, a point becomes a Gaussian of the same sd in mm along each axis."""
+    """On voxels of 1, 2 and 3 mm, a point becomes a Gaussian of the same std in mm along each axis."""
     point = np.zeros((61, 41, 31), np.float32)
     point[30, 20, 15] = 1
     affine = np.diag([-1.0, 2.0, 3.0, 1.0])
@@ -192,7 +198,7 @@ def test_a_blur_is_as_wide_as_was_asked_in_mm():
     for axis, spacing in enumerate((1, 2, 3)):
         line = blurred.sum(axis=tuple(a for a in range(3) if a != axis), dtype=np.float64)
         places = spacing * (np.arange(len(line)) - len(line) // 2)
-        assert np.sqrt((line * places**2).sum()) == pytest.approx(4.0, rel=0.01)  # cut at four sd
+        assert np.sqrt((line * places**2).sum()) == pytest.approx(4.0, rel=0.01)  # cut at four std
     profile = blurred[:, 20, 15] / blurred[30, 20, 15]
     np.testing.assert_allclose(profile[20:41], np.exp(-(np.arange(-10, 11) ** 2) / 32), atol=1e-5)
 
@@ -221,22 +227,22 @@ def test_a_shell_of_skull_is_as_thick_as_was_asked():
     ball = (places**2).sum(axis=0) < 30**2
     image = np.where(ball, draw().uniform(50, 100, ball.shape), 0).astype(np.float32)
     for thickness in (1.0, 2.0, 4.0):
-        spoilt, brain = corruptions.residual_skull(image, ball, np.eye(4), thickness, draw())
+        altered, brain = corruptions.residual_skull(image, ball, np.eye(4), thickness, draw())
         bright = np.percentile(image[ball], 99)
-        added, taken_in = (spoilt - image).sum() / bright, brain.sum() - ball.sum()
+        added, taken_in = (altered - image).sum() / bright, brain.sum() - ball.sum()
         for volume, error in ((added, 0.33), (taken_in, 0.5)):  # voxels of 1 mm; the mask has no partial ones
             radius = np.cbrt(3 / (4 * np.pi) * (ball.sum() + volume))
             assert radius - 30 == pytest.approx(thickness, abs=error)
-        assert spoilt.max() <= image.max()
-        assert (spoilt[brain] >= 0.49 * bright).all()
+        assert altered.max() <= image.max()
+        assert (altered[brain] >= 0.49 * bright).all()
 
 
 def test_a_shell_thinner_than_half_a_voxel_stays_out_of_the_mask(scan):
     image, mask, _ = scan
-    spoilt, brain = corruptions.residual_skull(*scan, 1.0, draw())
+    altered, brain = corruptions.residual_skull(*scan, 1.0, draw())
     np.testing.assert_array_equal(brain, mask)
     bright = np.percentile(image[mask], 99)
-    assert spoilt[~mask].max() == pytest.approx(0.25 * bright, rel=1e-5)
+    assert altered[~mask].max() == pytest.approx(0.25 * bright, rel=1e-5)
 
 
 def test_a_rotation_takes_points_where_scipy_takes_them():
@@ -272,7 +278,7 @@ def test_a_rotation_and_its_opposite_only_blur(scan):
 
 
 def test_a_crop_enlarges_what_is_left():
-    """A point at place p of an axis of n voxels, behind a crop to [a, a + k), lies at (p − a) n / k."""
+    """A point at place p of an axis of n voxels, after a crop to [a, a + k), lies at (p − a) n / k."""
     shape = (40, 50, 60)
     blobs = [smooth_blob(shape, centre, (1.5, 1.5, 1.5)) for centre in ((15, 20, 25), (25, 30, 36))]
     mask = smooth_blob(shape, (20, 25, 30), (6, 6, 6)) > 0.3
@@ -300,7 +306,7 @@ def test_a_flip_exchanges_left_and_right_however_the_scan_is_stored(axes, scan):
     np.testing.assert_array_equal(brain, stored(mask[::-1]))
 
 
-def test_the_share_of_flipped_scans_is_the_strength(scan):
+def test_the_fraction_of_flipped_scans_is_the_strength(scan):
     counts = {
         strength: [corruptions.flip(*scan, strength, draw(seed))[0] is not scan[0] for seed in range(400)]
         for strength in (0.25, 0.5, 1.0)
@@ -316,8 +322,8 @@ def test_the_share_of_flipped_scans_is_the_strength(scan):
 def test_corrupted_scans_are_embedded(small_sample, small_model, small_spec, scan):
     """As the arrays would be, with threads and without, each scan with its own chance."""
     records = [ScanRecord(*small_sample, "sub-01", f"ses-{n}", {"label": str(n)}) for n in range(3)]
-    spoilt = corrupted(records, "rotation", 7.0, spec=small_spec, seed=5)
-    tables = [brainfm.embed(spoilt, small_model, num_workers=workers, batch_size=2) for workers in (2, 0)]
+    scans = corrupted(records, "rotation", 7.0, spec=small_spec, seed=5)
+    tables = [brainfm.embed(scans, small_model, num_workers=workers, batch_size=2) for workers in (2, 0)]
     assert not tables[0].errors
     np.testing.assert_array_equal(tables[0].vectors, tables[1].vectors)
     for n in range(3):
@@ -326,6 +332,52 @@ def test_corrupted_scans_are_embedded(small_sample, small_model, small_spec, sca
         np.testing.assert_allclose(tables[0].vectors[n], alone.vectors[0], rtol=1e-4, atol=1e-5)
     assert len(np.unique(tables[0].vectors, axis=0)) == 3
     assert tables[0].columns() == brainfm.embed(records, small_model).columns()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_are_corrupted_alike_but_for_noise_of_their_own(name, small_sample):
+    """The first as it would be alone, the second by the same draw, in one reading; noise is drawn for each."""
+    image, mask = small_sample
+    strength = CORRUPTIONS[name].levels[-1]
+    specs = [brainfm.InputSpec(channels=channels, mask="file") for channels in (("T1w",), ("T1w", "FLAIR"))]
+    (alone,) = corrupted([small_sample], name, strength, spec=specs[0], seed=4)
+    (both,) = corrupted([ScanRecord({"t1w": image, "flair": image}, mask)], name, strength, spec=specs[1], seed=4)
+    one = brainfm.load_scan(alone.image, alone.mask, spec=specs[0])
+    two = brainfm.load_scan(both.image, both.mask, spec=specs[1])
+    np.testing.assert_array_equal(two.image[0], one.image[0])
+    np.testing.assert_array_equal(two.mask, one.mask)
+    if name == "noise":
+        clean = brainfm.load_scan(image, mask, spec=specs[0])
+        added = (two.image - clean.image)[:, clean.mask]
+        assert abs(np.corrcoef(added)[0, 1]) < 0.03
+    else:
+        np.testing.assert_array_equal(two.image[1], two.image[0])
+    assert both.columns()["flair_path"] == both.columns()["t1w_path"] == str(image)
+
+
+def test_scan_of_several_channels_is_read_and_corrupted_once(small_sample, monkeypatch):
+    image, mask = small_sample
+    spec, read = brainfm.InputSpec(channels=("T1w", "FLAIR"), mask="file"), []
+    load = corruptions.load_scan
+    monkeypatch.setattr(corruptions, "load_scan", lambda *args, **named: read.append(1) or load(*args, **named))
+    (record,) = corrupted([ScanRecord({"flair": image, "t1w": image}, mask)], "blur", 2.0, spec=spec)
+    assert not read
+    brainfm.load_scan(record.image, record.mask, spec=spec)
+    assert len(read) == 1
+    assert not record.mask.scan.kept
+
+
+def test_missing_channel_stays_missing(small_sample):
+    image, mask = small_sample
+    lenient = brainfm.InputSpec(channels=("T1w", "FLAIR"), mask="file", missing_channel="zeros")
+    (record,) = corrupted([ScanRecord({"T1w": image, "FLAIR": None}, mask)], "ghosting", 1.0, spec=lenient)
+    loaded = brainfm.load_scan(record.image, record.mask, spec=lenient)
+    assert loaded.image[0].any()
+    assert not loaded.image[1].any()
+    strict = replace(lenient, missing_channel="refuse")
+    (record,) = corrupted([ScanRecord({"T1w": image}, mask)], "ghosting", 1.0, spec=strict)
+    with pytest.raises(brainfm.ScanError, match="FLAIR is missing"):
+        brainfm.load_scan(record.image, record.mask, spec=strict)
 
 
 def test_strength_0_gives_the_records_themselves(small_sample, small_spec):
@@ -387,13 +439,13 @@ def test_a_bad_scan_is_named_and_stops_nothing(small_sample, small_model, small_
 
 def test_memory_stays_flat(small_sample, small_model, small_spec):
     """Thirty scans cost no more than one: nothing of a scan is kept, and nothing is read before its turn."""
-    spoilt = corrupted([ScanRecord(*small_sample)] * 30, "residual_skull", 2.0, spec=small_spec)
+    scans = corrupted([ScanRecord(*small_sample)] * 30, "residual_skull", 2.0, spec=small_spec)
     transform = brainfm.create_transform(small_spec)
-    transform(spoilt[0].image, spoilt[0].mask)  # imports and caches
+    transform(scans[0].image, scans[0].mask)  # imports and caches
     gc.collect()
     tracemalloc.start()
     try:
-        for record in spoilt:
+        for record in scans:
             transform(record.image, record.mask)
         gc.collect()
         left, _ = tracemalloc.get_traced_memory()
@@ -420,8 +472,8 @@ def test_without_scipy_the_extra_is_named(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loader_takes_the_last_level_at_full_size(name, brain, spec):
     image, mask, affine = brain
-    spoilt, brain_mask = CORRUPTIONS[name](
+    altered, brain_mask = CORRUPTIONS[name](
         image.astype(np.float32), mask > 0, affine, CORRUPTIONS[name].levels[-1], draw()
     )
-    loaded = brainfm.load_scan((spoilt, affine), brain_mask, spec=spec)
-    assert measure(loaded, loaded.mask).fault == ""
+    loaded = brainfm.load_scan((altered, affine), brain_mask, spec=spec)
+    assert measure(loaded, loaded.mask).fault(spec.registration) == ""

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brainfm.downstream.features import table_of
-from brainfm.downstream.task import Task, TaskData, TaskError
+from brainfm.downstream.features import name_of, table_of
+from brainfm.downstream.task import Task, TaskData
+from brainfm.errors import TaskError
 from brainfm.manifest import ScanRecord
 
 
@@ -17,6 +18,20 @@ def of(**columns):
     task = Task(name="y", label="y", kind="binary", covariates=tuple(columns))
     records = [ScanRecord(Path(f"{n}.nii.gz"), None, f"p{n}", "", row) for n, row in enumerate(rows)]
     return TaskData(task, records, np.arange(len(rows)) % 2, ("a", "b"), None, 0)
+
+
+def test_a_scan_is_another_when_any_of_its_files_has_changed(tmp_path):
+    paths = [tmp_path / name for name in ("t1.nii", "flair.nii", "mask.nii")]
+    for path in paths:
+        path.write_bytes(b"1")
+    record = ScanRecord({"t1w": paths[0], "flair": paths[1]}, paths[2])
+    names = [name_of(record), name_of(ScanRecord({"flair": paths[0], "t1w": paths[1]}, paths[2]))]
+    for path in paths:
+        path.write_bytes(path.read_bytes() + b"2")
+        names.append(name_of(record))
+    paths[1].unlink()
+    names.append(name_of(record))
+    assert len(set(names)) == len(names)
 
 
 def test_missing_age_leaves_age_a_number():

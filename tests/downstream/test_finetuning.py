@@ -15,6 +15,7 @@ from brainfm.downstream import finetuning
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
 from brainfm.downstream.lora import add_lora
 from brainfm.downstream.task import load_task, read_task
+from brainfm.errors import RunInterruptedError
 from brainfm.train import trainer
 from brainfm.train.optim import make_optimiser
 
@@ -41,7 +42,7 @@ def state_of(module):
 def test_head_alone_leaves_the_encoder_to_the_bit(model, parts, tmp_path):
     before = brainfm.create_model(model, pretrained=True).state_dict()
     encoder = train(parts, tmp_path / "run", model, trained="head").encoder
-    head = encoder.classifier
+    head = encoder.classifier_name
     for name, value in encoder.state_dict().items():
         if not name.startswith(f"{head}."):
             assert torch.equal(value, before[name]), name
@@ -87,7 +88,7 @@ def test_run_that_was_interrupted_ends_the_same(parts, tmp_path, monkeypatch):
         return step(self, batch)
 
     monkeypatch.setattr(trainer.Trainer, "_step", interrupted)
-    with pytest.raises(trainer.RunInterruptedError):
+    with pytest.raises(RunInterruptedError):
         train(parts, tmp_path / "cut", augment=True)
     monkeypatch.undo()
     resumed = train(parts, tmp_path / "cut", augment=True).encoder.state_dict()
@@ -138,7 +139,7 @@ def test_layer_decay_slows_the_layers_far_from_the_head(name):
     names = {id(parameter): key for key, parameter in encoder.named_parameters()}
     scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
     assert scale.keys() == {key for key, parameter in encoder.named_parameters() if parameter.requires_grad}
-    assert scale[f"{encoder.classifier}.weight"] == 1
+    assert scale[f"{encoder.classifier_name}.weight"] == 1
     assert min(scale.values()) == 0.5**5  # the stem, below four blocks and the head
     last, first = (
         ("layer4.0.conv1.weight", "layer1.0.conv1.weight")
@@ -146,6 +147,11 @@ def test_layer_decay_slows_the_layers_far_from_the_head(name):
         else ("blocks.3.norm1.weight", "blocks.0.norm1.weight")
     )
     assert (scale[last], scale[first]) == (0.5, 0.5**4)
+
+
+def test_former_name_of_a_setting_is_refused_with_the_new_one():
+    with pytest.raises(ValueError, match="max_bad_share is called max_bad_fraction now"):
+        Finetuning.from_dict({"max_bad_share": 0.1})
 
 
 @pytest.mark.parametrize(

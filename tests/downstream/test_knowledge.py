@@ -53,7 +53,7 @@ def test_retrieval_is_that_of_a_distance_matrix(noise, monkeypatch):
     expected = np.mean([patients[distances[k].argmin()] == patients[k] for k in range(80)])
     monkeypatch.setattr(knowledge, "_ROWS", 13)
     found = retrieval(vectors, patients)
-    assert found.share == pytest.approx(expected)
+    assert found.fraction == pytest.approx(expected)
     assert found.chance == pytest.approx(1 / 86)
     assert (found.scans, found.patients) == (80, 40)
 
@@ -62,12 +62,12 @@ def test_retrieval_of_random_vectors_is_at_chance():
     vectors = np.random.default_rng(0).standard_normal((3000, 8))
     found = retrieval(vectors, np.arange(3000) % 10)
     assert found.chance == pytest.approx(299 / 2999)
-    assert found.share == pytest.approx(found.chance, abs=0.02)
+    assert found.fraction == pytest.approx(found.chance, abs=0.02)
 
 
 def test_an_embedding_that_is_always_the_same_retrieves_at_chance_whatever_the_order():
     found = retrieval(np.ones((20, 4)), np.repeat(np.arange(10), 2))
-    assert found.share == pytest.approx(found.chance)
+    assert found.fraction == pytest.approx(found.chance)
     assert found.chance == pytest.approx(1 / 19)
 
 
@@ -327,7 +327,7 @@ def test_embeddings_tell_phantoms_apart(cohort):
     patients = cohort.columns()["patient_id"]
     found = retrieval(cohort.vectors, patients)
     assert found.chance == pytest.approx(1 / 15)
-    assert found.share > 3 * found.chance
+    assert found.fraction > 3 * found.chance
     similarity = same_patient_similarity(cohort.vectors, patients)
     assert similarity.within > similarity.between
     assert similarity.icc.shape == (cohort.vectors.shape[1],)

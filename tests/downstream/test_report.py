@@ -12,6 +12,7 @@ from sklearn.metrics import brier_score_loss, mean_absolute_error, mean_squared_
 
 from brainfm.downstream import plots
 from brainfm.downstream.report import write_report
+from brainfm.downstream.results import Published, read_evaluation
 from brainfm.errors import BrainfmError
 
 RESULTS = ["task", "model", "mode", "fraction", "seed", "metric", "value", "ci_low", "ci_high", "n_train", "n_test"]
@@ -49,7 +50,7 @@ def benchmark(folder: Path, tasks=TASKS, patients=60, seeds=5) -> Path:
     draw = np.random.default_rng(20250910)
     results, predictions = [], []
     plan = [(row, skill, 1.0, seed) for row, skill in ROWS + CONTROLS for seed in range(seeds)]
-    plan += [(row, skill, share, seed) for row, skill in ROWS[-2:] for share in FRACTIONS[:-1] for seed in range(2)]
+    plan += [(row, skill, part, seed) for row, skill in ROWS[-2:] for part in FRACTIONS[:-1] for seed in range(2)]
     for task in tasks:
         binary = task["kind"] == "binary"
         labels = draw.permutation(np.arange(patients) % 2) if binary else draw.uniform(20, 80, patients).round(1)
@@ -327,7 +328,7 @@ def test_label_efficiency_draws_means_and_bands(reported):
 
 
 def test_points_of_a_label_efficiency_curve_are_of_the_same_seeds(age_only, monkeypatch):
-    """All labels were run with more seeds, and so with other splits, than the shares of them."""
+    """All labels were run with more seeds, and so with other splits, than the fractions of them."""
     rows = list(csv.reader((age_only / "results.csv").open()))[1:]
     rows = [row for row in rows if row[3] == "1.0" or row[4] == "0"]
     write_csv(age_only / "results.csv", RESULTS, rows)
@@ -335,10 +336,10 @@ def test_points_of_a_label_efficiency_curve_are_of_the_same_seeds(age_only, monk
     monkeypatch.setattr(plots, "label_efficiency", lambda curves, *a: drawn.extend(curves) or draw(curves, *a))
     write_report(age_only)
     assert len(drawn) == 2
-    for (look, shares, mean, _), (row, _) in zip(drawn, ROWS[-2:], strict=True):
+    for (look, fractions, mean, _), (row, _) in zip(drawn, ROWS[-2:], strict=True):
         own = {float(r[3]): float(r[6]) for r in rows if [*r[1:3], *r[4:6]] == [row["model"], row["mode"], "0", "mae"]}
-        assert (look.title, shares.tolist()) == (row["title"], FRACTIONS)
-        np.testing.assert_allclose(mean, [own[share] for share in FRACTIONS])
+        assert (look.title, fractions.tolist()) == (row["title"], FRACTIONS)
+        np.testing.assert_allclose(mean, [own[fraction] for fraction in FRACTIONS])
 
 
 def test_rows_look_different_and_controls_are_grey():
@@ -451,6 +452,19 @@ def test_the_same_folder_gives_the_same_files(age_only):
     assert files() == first
 
 
+def test_plan_is_read_as_it_was_written_and_what_is_not_ours_in_it_left_alone(age_only):
+    planned = read_evaluation(age_only / "grid.json")
+    assert planned.tasks[0].published == (
+        Published("simclr_resnet18_3d/probe", 5.9, 0.16),
+        Published("vit_tiny_3d/scratch", 7.53),
+    )
+    written = planned.to_dict()
+    assert written["tasks"][0]["published"]["vit_tiny_3d/scratch"] == {"mean": 7.53, "sd": None}
+    written["later"] = written["rows"][0]["later"] = written["tasks"][0]["later"] = "of another version"
+    (age_only / "grid.json").write_text(json.dumps(written))
+    assert read_evaluation(age_only / "grid.json") == planned
+
+
 def test_a_refused_folder_keeps_its_last_report(age_only):
     write_report(age_only)
     before = (age_only / "index.html").read_bytes()
@@ -520,8 +534,8 @@ BAD = [
     (cell(2, "mode", "prob"), r"line 2: row is 'resnet18_3d/prob', and must be of grid\.json"),
     (put("grid.json", None), r"grid\.json: no such file"),
     (put("grid.json", b'{"title": '), r"grid\.json: not a readable JSON file"),
-    (put("grid.json", b"[]"), r"grid\.json: Grid is \[\], and must be an object"),
-    (planned('"tasks"', '"works"'), r"grid\.json: Grid lacks 'tasks'"),
+    (put("grid.json", b"[]"), r"grid\.json: Evaluation is made of named fields, not of \[\]"),
+    (planned('"tasks"', '"works"'), r"grid\.json: Evaluation lacks tasks"),
     (planned('"mae"', '"maw"'), "Column: metric is 'maw', and must be one of auc"),
     (planned('"name": "age"', '"name": "../age"'), "name is '../age', and must be letters, digits"),
     (planned('"mean": 7.53', '"mean": "7.53"'), "Published: mean is '7.53', and must be float"),

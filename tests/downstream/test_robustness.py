@@ -1,4 +1,4 @@
-"""Curves of what is left of a score when scans are spoilt."""
+"""Curves of what is left of a score when scans are corrupted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def results(data, tmp_path_factory):
     return folder
 
 
-def test_curve_is_that_of_the_clean_probe_on_spoilt_test_scans(data, results):
+def test_curve_is_that_of_the_clean_probe_on_corrupted_test_scans(data, results):
     rows = list(csv.DictReader((results / "robustness.csv").open()))
     assert [float(row["strength"]) for row in rows] == list(CORRUPTIONS["noise"].levels)
     model = brainfm.create_model("test_resnet_3d", pretrained=True)

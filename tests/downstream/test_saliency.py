@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,8 +15,10 @@ from nibabel import orientations
 from torch import nn
 
 import brainfm
+from brainfm import registry
+from brainfm.contract import Readout, Window
 from brainfm.downstream.saliency import SaliencyMap, grad_cam, occlusion
-from brainfm.models.encoder import Encoder
+from brainfm.models.encoder import Encoder, stage
 from brainfm.phantom import make_phantom
 
 AXES = ["RAS", "LAS", "PIR", "SLA"]
@@ -27,13 +30,13 @@ class Looker(Encoder):
     """Its logit is 2 · (the mean of what `look` makes of the input) − 1."""
 
     pools = ("avg",)
-    classifier = "fc"
+    classifier_name = "fc"
     first_conv = "look"
 
     def __init__(self, spec: brainfm.InputSpec, look: nn.Module) -> None:
-        super().__init__(1, 1, None, 0.0)
+        super().__init__(1, len(spec.channels), None, 0.0)
         self.num_features = 1
-        self.feature_info = [{"num_chs": 1, "reduction": (1, 1, 1), "module": "look"}]
+        self.feature_info = [stage("look", 1, (1, 1, 1))]
         self.look = look
         self.fc = nn.Linear(1, 1)
         nn.init.constant_(self.fc.weight, 2.0)
@@ -69,8 +72,35 @@ class OneBox(nn.Module):
         return x * self.box
 
 
+class Second(nn.Module):
+    """Of two channels, the square of the second."""
+
+    def forward(self, x):
+        return x[:, 1:].square()
+
+
+class Pooled(Encoder):
+    """Stages of a 3×3×3 convolution and a max-pool of 2, as SFCN's are: each cell is the brightest voxel it sees."""
+
+    classifier_name = "head"
+    first_conv = "stages.0.0"
+
+    def __init__(self, stages=3, num_classes=0, in_chans=1, global_pool=None, drop_rate=0.0):
+        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+        self.num_features = 1
+        self.stages = nn.Sequential(
+            *(nn.Sequential(nn.Conv3d(1, 1, 3, padding=1, bias=False), nn.MaxPool3d(2)) for _ in range(stages))
+        )
+        for conv, _ in self.stages:
+            nn.init.constant_(conv.weight, 0.01)
+            nn.init.constant_(conv.weight[..., 1, 1, 1], 1)
+        # A pool looks at the middle of what it pools: of 8 voxels in all, at voxel 3.5.
+        self.feature_info = [stage(f"stages.{n}", 1, (2 << n,) * 3, (((2 << n) - 1) / 2,) * 3) for n in range(stages)]
+        self.reset_classifier(num_classes)
+
+
 class Dark(nn.Module):
-    """What is darker than one sd below the brain's mean."""
+    """What is darker than one std below the brain's mean."""
 
     def forward(self, x):
         return (-1 - x).relu()
@@ -152,7 +182,7 @@ def test_boxes_with_nothing_to_hide_cost_no_forward_pass(classifier, small_sampl
 
 
 def test_grad_cam_of_a_last_stage_is_the_classifiers_weights(small_sample):
-    """Behind it there is a mean and a linear layer: the gradient is the weight over the number of places."""
+    """After it there is a mean and a linear layer: the gradient is the weight over the number of places."""
     torch.manual_seed(1)
     model = brainfm.create_model("test_resnet_3d", pretrained=True, num_classes=3)
     nn.init.normal_(model.fc.weight)
@@ -242,6 +272,43 @@ def test_a_probe_is_explained_as_a_classifier_with_its_weights(classifier, small
 
 
 # --- The right place ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stages", "layer"), [(3, None), (4, None), (3, "stages.2.0"), (3, "stages.1")])
+@pytest.mark.parametrize("centre", [(13, 21, 29), (21, 28, 13)])
+def test_grad_cam_of_a_pooled_network_peaks_within_half_a_cell_of_a_bright_blob(
+    small_spec, small_sample, monkeypatch, stages, layer, centre
+):
+    monkeypatch.setattr(registry, "_registered", dict(registry._models()))
+    spec = replace(small_spec, representation="any contrast", channels=("any contrast",))  # a blob is no T1w brain
+
+    @brainfm.register_model(cfgs={"bright": brainfm.PretrainedCfg(input_spec=spec)})
+    def pooled_3d(**kwargs):
+        return Pooled(stages, **kwargs)
+
+    image, mask = (nib.load(path) for path in small_sample)
+    voxels = image.get_fdata(dtype=np.float32)
+    distance = np.linalg.norm(np.moveaxis(np.indices(voxels.shape), 0, -1) - centre[::-1], axis=-1)
+    blob = np.where(distance < 2, np.float32(20 * voxels.max()), voxels)
+    scan = nib.Nifti1Image(blob, image.affine), mask
+    made = grad_cam(brainfm.create_model("pooled_3d"), *scan, direction=np.ones(1), layer=layer)
+    cell = {"stages.2.0": 4, "stages.1": 4}.get(layer, 2**stages)  # the convolution comes before the stage's own pool
+    peak = np.argwhere(made.map >= made.map.max() * (1 - 1e-5))  # beyond the outermost cells' centres all are as high
+    assert np.abs(peak - centre).max(axis=1).min() <= cell / 2
+
+
+def test_map_of_a_scan_of_several_channels_lies_on_the_voxels_of_the_first(tmp_path):
+    spec = brainfm.InputSpec(representation="any contrast", channels=("before", "after"))
+    affine = np.diag((-2.0, 2.0, 3.0, 1.0))
+    before, after = np.random.default_rng(0).random((2, 8, 10, 12), dtype=np.float32)
+    after[5, 2, 7] = 9
+    scan = {"after": nib.Nifti1Image(after, affine), "before": nib.Nifti1Image(before, affine)}
+    for made in (grad_cam(Looker(spec, Second()), scan), occlusion(Looker(spec, Second()), scan, window=1)):
+        made.save(tmp_path / "why.nii.gz")
+        saved = nib.load(tmp_path / "why.nii.gz")
+        np.testing.assert_allclose(saved.affine, affine)
+        values = saved.get_fdata()
+        assert np.unravel_index(values.argmax(), values.shape) == (5, 2, 7)
 
 
 @pytest.mark.parametrize("axes", AXES)
@@ -378,7 +445,7 @@ def test_grad_cam_refuses_a_layer_without_a_map(small_model, small_sample, layer
 
 
 def test_grad_cam_refuses_tokens_that_do_not_count(small_sample):
-    """Behind the last block only the CLS token is read: a map of the patches would be 0 and look like an answer."""
+    """After the last block only the CLS token is read: a map of the patches would be 0 and look like an answer."""
     vit = brainfm.create_model("test_vit_3d", pretrained=True)
     with pytest.raises(ValueError, match="norm1"):
         grad_cam(vit, *small_sample, direction=np.ones(96), layer="blocks.3")
@@ -389,6 +456,15 @@ def test_grad_cam_refuses_tokens_that_do_not_count(small_sample):
         48,
         48,
     )
+
+
+@pytest.mark.parametrize("readout", [Readout("brain"), Readout(window=Window((20, 24, 24)))])
+def test_an_embedding_that_is_read_out_otherwise_is_refused(small_sample, readout):
+    """Its direction is of the mean over windows, or over the brain, and not of what one forward pass gives."""
+    model = brainfm.create_model("test_resnet_3d", pretrained=True, pretrained_cfg_overlay={"readout": readout})
+    for explain in (grad_cam, lambda *a, **k: occlusion(*a, window=24, **k)):
+        with pytest.raises(ValueError, match="another than the one that would be explained"):
+            explain(model, *small_sample, direction=np.ones(128))
 
 
 def test_a_map_is_written_as_nifti_or_not_at_all(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_any_cohort_is_divided_to_within_one_patient(kind):
         if kind != "regression":
             for label in np.unique(labels):
                 of_class = [split for split, value in zip(splits, labels, strict=True) if value == label]
-                if len(of_class) >= 10:  # a share of one patient or more: none is put in for being the only one
+                if len(of_class) >= 10:  # one patient or more of it: none is put in for being the only one
                     assert np.abs(counts(of_class) - len(of_class) * fractions).max() < 1
 
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_divided_is_refused(labels, kind, says):
 
 
 @pytest.mark.parametrize("fractions", [(0.6, 0.4), (0.6, 0.3, 0.2), (0.8, 0.2, 0.0)])
-def test_fractions_must_be_three_shares(fractions):
+def test_fractions_must_be_three_numbers(fractions):
     with pytest.raises(ValueError, match="three numbers above 0 that sum to 1"):
         make_split(cohort(20), [0, 1] * 10, kind="binary", fractions=fractions)
 
@@ -230,6 +230,27 @@ def test_a_split_may_lie_in_another_folder(manifest, tmp_path):
     assert load_split(tmp_path / "results" / "split.csv", records) == splits
 
 
+def test_split_of_scans_of_several_channels_is_kept_by_a_column_a_channel(tmp_path):
+    paths = [{"FLAIR": f"p{n}_flair.nii.gz", "T1w": f"p{n}_t1w.nii.gz"} for n in range(10)]
+    del paths[3]["FLAIR"]
+    records = [
+        ScanRecord({channel: tmp_path / path for channel, path in one.items()}, None, "", str(n))
+        for n, one in enumerate(paths)
+    ]
+    splits = make_split(records, [0, 1] * 5, kind="binary")
+    save_split(tmp_path / "split.csv", records, splits)
+    with (tmp_path / "split.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == {
+        "flair_path": "p0_flair.nii.gz",
+        "t1w_path": "p0_t1w.nii.gz",
+        "patient_id": "",
+        "split": splits[0],
+    }
+    assert (rows[3]["flair_path"], rows[3]["t1w_path"]) == ("", "p3_t1w.nii.gz")
+    assert load_split(tmp_path / "split.csv", records[::-1]) == splits[::-1]
+
+
 def test_the_split_of_another_manifest_is_refused(manifest):
     records = read_manifest(manifest)
     path = manifest.parent / "split.csv"
@@ -266,7 +287,7 @@ def test_what_is_no_split_file_is_refused(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_smaller_shares_are_nested_stratified_and_of_the_right_size(kind):
+def test_smaller_fractions_are_nested_stratified_and_of_the_right_size(kind):
     records = cohort(200, scans=2)
     labels = [float(int(r.patient_id[1:]) % 5 == 0) if kind == "binary" else int(r.patient_id[1:]) for r in records]
     splits = make_split(records, labels, kind=kind)
@@ -291,11 +312,11 @@ def test_smaller_shares_are_nested_stratified_and_of_the_right_size(kind):
 def test_what_does_not_go_into_the_bins_evenly_is_drawn_from_all_of_them():
     labels = np.arange(200.0)
     splits = make_split(cohort(200), labels, kind="regression")
-    shares = [subsample(cohort(200), labels, splits, 0.2, kind="regression", seed=seed) for seed in range(40)]
-    assert np.mean([labels[rows].mean() for rows in shares]) == pytest.approx(99.5, abs=2)
+    fractions = [subsample(cohort(200), labels, splits, 0.2, kind="regression", seed=seed) for seed in range(40)]
+    assert np.mean([labels[rows].mean() for rows in fractions]) == pytest.approx(99.5, abs=2)
 
 
-def test_every_class_keeps_a_patient_in_the_smallest_share():
+def test_every_class_keeps_a_patient_in_the_smallest_fraction():
     labels = ["common"] * 95 + ["rare"] * 5
     splits = make_split(cohort(100), labels, kind="binary")
     for seed in range(5):
@@ -305,7 +326,7 @@ def test_every_class_keeps_a_patient_in_the_smallest_share():
             assert {labels[row] for row in rows} == {"common", "rare"}
 
 
-def test_the_share_is_seeded_and_the_same_for_any_order_of_rows():
+def test_the_fraction_is_seeded_and_the_same_for_any_order_of_rows():
     records, labels = cohort(60, scans=2), [int(n % 4 < 2) for n in range(120)]
     splits = make_split(records, labels, kind="binary")
     rows = subsample(records, labels, splits, 0.4, kind="binary", seed=1)
@@ -325,11 +346,11 @@ def test_labels_outside_the_training_data_are_not_looked_at():
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1, float("nan")])
-def test_a_share_outside_the_range_is_refused(fraction):
+def test_a_fraction_outside_the_range_is_refused(fraction):
     with pytest.raises(ValueError, match="above 0 and at most 1"):
         subsample(cohort(3), [0, 1, 0], ["train", "val", "test"], fraction, kind="binary")
 
 
-def test_a_share_of_one_class_is_refused():
+def test_a_fraction_of_one_class_is_refused():
     with pytest.raises(BrainfmError, match="the label is 0 for each of 2 patients"):
         subsample(cohort(4), [0, 0, 1, 1], ["train", "train", "val", "test"], 0.5, kind="binary")

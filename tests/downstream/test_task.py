@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from brainfm import BrainfmError
-from brainfm.downstream.task import TASKS, Task, TaskError, load_task, make_task, read_task
+from brainfm.downstream.task import TASKS, Task, load_task, make_task, read_task
+from brainfm.errors import TaskError
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_tasks_that_ship_can_be_read(name):
 def test_published_numbers_are_those_of_the_papers_table():
     row = "simclr_resnet18_3d/finetune"
     found = {name: load_task(name).published[row] for name in ("stroke_soop", "alzheimer_aibl", "sex_ixi", "age_ixi")}
-    assert list(found.values()) == [[5.37, 0.24], [0.929, 0.028], [0.991, 0.004], [4.35, 0.22]]
+    assert list(found.values()) == [(5.37, 0.24), (0.929, 0.028), (0.991, 0.004), (4.35, 0.22)]
 
 
 def test_words_are_classes_in_their_order_and_rows_without_a_label_are_left_out(manifest):
@@ -107,7 +108,7 @@ def _parts():
     [
         ("label: age\nkind: number", "kind is 'number'"),
         ("label: age\nkind: binary\nmetric: mae", "metric is 'mae', and must be one of auc"),
-        ("lable: age\nkind: binary", "unknown key lable; did you mean label?"),
+        ("lable: age\nkind: binary", r"Task has no field lable; did you mean label\?"),
         ("label: age\nkind: regression\ncovariates: [age]", "the label 'age' itself"),
         ("label: age\nkind: binary\nage_bias: cole", "age_bias is of a regression"),
         ("kind: binary", "label"),

@@ -18,13 +18,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 import brainfm
-from brainfm import BrainfmError, Cohort, ModelNameError, PretrainedCfg, Score, WeightsError, WeightsNotFoundError
-from brainfm import registry as models
+from brainfm import (
+    BrainfmError,
+    Cohort,
+    ModelNameError,
+    PretrainedCfg,
+    Score,
+    WeightsError,
+    WeightsNotFoundError,
+    registry,
+)
 from brainfm.assets import ASSETS
 from brainfm.contract import CropForeground, Resize, ZScore
 from brainfm.hub import convert, fetch, save_for_hub
 from brainfm.models import ResNet
-from brainfm.names import CONFIG_FORMAT
+from brainfm.names import CONFIG_FORMAT, resolve
 from brainfm.train.simclr import SimCLR
 from brainfm.weights import read_checkpoint, save_state
 
@@ -34,10 +42,9 @@ FILES = ["README.md", "config.json", "model.safetensors"]
 
 @pytest.fixture(autouse=True)
 def quick(request, monkeypatch):
-    """No fingerprint, which test_fingerprint.py is about, and a registry to add to."""
-    monkeypatch.setattr("brainfm.hub.fingerprint.compute", lambda model: {"embedding": []})
-    monkeypatch.setattr(models, "_entrypoints", dict(models._entrypoints))
-    monkeypatch.setattr(models, "_cfgs", {name: dict(cfgs) for name, cfgs in models._cfgs.items()})
+    """No golden embedding, which test_golden.py is about, and a registry to add to."""
+    monkeypatch.setattr("brainfm.hub.golden.compute", lambda model: {"embedding": []})
+    monkeypatch.setattr(registry, "_registered", {})
 
 
 def embed(model, *shape):
@@ -55,8 +62,8 @@ def config(folder):
 
 
 def said(folder):
-    """The cfg in a folder's config."""
-    return PretrainedCfg.from_dict(config(folder)["pretrained_cfg"])
+    """The cfg in a folder's config, without where the folder is."""
+    return resolve(f"local-dir:{folder}").cfg.with_source_of(PretrainedCfg())
 
 
 def sha256(path):
@@ -82,11 +89,14 @@ def test_folder_holds_weights_config_and_card(small_model, tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["folder"]
     written = config(folder)
     assert written["format"] == CONFIG_FORMAT
-    assert written["architecture"] == "test_resnet_3d"
     assert written["library_name"] == "brainfm"
     assert written["brainfm_version"] == brainfm.__version__
-    assert written["model_args"] == {"global_pool": "avg"}
-    assert written["pretrained_cfg"]["sha256"] == sha256(folder / "model.safetensors")
+    assert list(written["models"]) == ["test_resnet_3d"]
+    model = written["models"]["test_resnet_3d"]
+    args = {"block": "basic", "layers": [1, 1, 1, 1], "widths": [16, 32, 64, 128], "global_pool": "avg"}
+    assert (model["network"], model["args"]) == ("resnet", args)
+    assert model["weights"]["phantoms"]["digest"] == f"sha256:{sha256(folder / 'model.safetensors')}"
+    assert model["weights"]["phantoms"]["source"] == {"file": "model.safetensors"}
     state = read_checkpoint(folder / "model.safetensors").state
     assert state.keys() == small_model.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in small_model.state_dict().items())
@@ -94,9 +104,9 @@ def test_folder_holds_weights_config_and_card(small_model, tmp_path):
 
 def test_cfg_goes_whole_into_the_config_and_back(small_model, tmp_path):
     folder = save_for_hub(small_model, tmp_path / "folder")
-    expected = small_model.pretrained_cfg.overlay({"file": None, "sha256": sha256(folder / "model.safetensors")})
-    assert said(folder) == expected
+    assert said(folder) == small_model.pretrained_cfg.with_source_of(PretrainedCfg())
     again = load(folder).pretrained_cfg
+    assert again.sha256 == sha256(folder / "model.safetensors")
     assert again.input_spec == small_model.pretrained_cfg.input_spec
     assert again.name == "test_resnet_3d.phantoms"
 
@@ -229,7 +239,7 @@ def test_registered_model_of_others_comes_back_with_its_contract_and_arguments(o
 
 def test_folder_of_a_model_that_is_not_registered_here_is_refused(own_model, tmp_path):
     folder = save_for_hub(new(own_model), tmp_path / "folder")
-    del models._entrypoints["own_resnet"]
+    del registry._registered["own_resnet"]
     with pytest.raises(WeightsError, match="'own_resnet', which is not registered here"):
         load(folder)
 
@@ -469,7 +479,18 @@ def test_packaged_file_is_the_published_one_of_its_tag(small_model, tmp_path):
 
 COHORTS = (Cohort("ADNI", 10, 20, ("H", "AD")), Cohort("Lab", 3, 3))
 SCORES = (Score("sex (IXI)", "ROC AUC", "linear probe", 0.9, 0.01, "https://example.org"),)
-CLAIMS = {"licence": "MIT", "paper": "https://a", "repository": "https://b", "citation": "@misc{a}", "cohorts": COHORTS}
+CLAIMS = {
+    "licence": "MIT",
+    "code_licence": "Apache-2.0",
+    "terms": "Ask.",
+    "gated": True,
+    "redistribute": False,
+    "title": "A paper",
+    "paper": "https://a",
+    "repository": "https://b",
+    "citation": "@misc{a}",
+    "cohorts": COHORTS,
+}
 
 
 @pytest.fixture
@@ -665,8 +686,11 @@ def test_overlay_says_what_the_user_knows(lab, tmp_path):
 def test_overlay_cannot_put_another_source_or_shape_into_the_config(sources, lab, released, tmp_path):
     model = brainfm.create_model("lab_resnet_3d", checkpoint_path=released)
     folder = save_for_hub(model, tmp_path / "folder", pretrained_cfg_overlay=sources)
-    cfg = said(folder)
-    assert (cfg.file, cfg.url, cfg.hub_id, cfg.hub_revision) == (None, None, None, None)
+    written = config(folder)["models"]["lab_resnet_3d"]["weights"]["lab2025"]
+    assert written["source"] == {"file": "model.safetensors"}
+    assert written["digest"] == f"sha256:{sha256(folder / 'model.safetensors')}"
+    cfg = resolve(f"local-dir:{folder}").cfg
+    assert (cfg.file, cfg.url, cfg.hub_id, cfg.hub_revision) == (str(folder / "model.safetensors"), None, None, None)
     assert (cfg.hub_filename, cfg.sha256) == ("model.safetensors", sha256(folder / "model.safetensors"))
     assert (cfg.num_features, cfg.num_classes, cfg.in_chans) == (128, 0, 1)
     assert "/etc/passwd" not in (folder / "config.json").read_text()
@@ -731,12 +755,12 @@ def test_model_in_a_folder_is_replaced_and_other_files_stay(small_model, tmp_pat
     (folder / "training_log.txt").write_text("mine")
     save_for_hub(small_model, folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "training_log.txt"])
-    assert config(folder)["architecture"] == "test_resnet_3d"
+    assert list(config(folder)["models"]) == ["test_resnet_3d"]
     assert "test_vit_3d" not in (folder / "README.md").read_text()
     assert torch.equal(embed(load(folder)), embed(small_model))
 
 
-@pytest.mark.parametrize("what", ["model_card", "_write_json", "create_model"])
+@pytest.mark.parametrize("what", ["model_card", "write_json", "create_model"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupted"])
 def test_failure_while_writing_leaves_the_old_folder_whole(what, error, small_model, tmp_path, monkeypatch):
     def fail(*arguments, **options):

@@ -128,6 +128,15 @@ def test_push_without_the_right_to_write_is_refused(token, reason, hub, folder):
     assert hub.repositories == {}
 
 
+def test_weights_whose_licence_does_not_let_them_be_passed_on_are_not_uploaded(hub, small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("brainfm.hub.golden.compute", lambda model: None)
+    overlay = {"redistribute": False, "terms": "ask the authors"}
+    folder = brainfm.save_for_hub(small_model, tmp_path / "closed", pretrained_cfg_overlay=overlay)
+    with pytest.raises(BrainfmError, match=r"closed: not uploaded: the licence .* passed on \(ask the authors\)"):
+        push_to_hub(folder, "lab/tiny", private=True, token="write-token")
+    assert hub.asked == []
+
+
 def test_folder_that_does_not_load_is_not_uploaded(hub, folder):
     (folder / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(WeightsError, match="sha256"):

@@ -40,7 +40,7 @@ def test_scan_is_the_same(inflater, small_sample, tmp_path, members, padding):
     assert (read.read_image(packed).array == plain.array).all()
 
 
-@pytest.mark.parametrize("fault", ["half", "flipped bit", "another length", "nothing behind the header"])
+@pytest.mark.parametrize("fault", ["half", "flipped bit", "another length", "nothing after the header"])
 def test_damaged_file_is_refused(inflater, small_sample, tmp_path, fault):
     content = (gzip.decompress if str(small_sample[0]).endswith(".gz") else bytes)(small_sample[0].read_bytes())
     packed = bytearray(gzip.compress(content))

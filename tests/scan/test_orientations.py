@@ -156,6 +156,6 @@ def test_z_score_is_that_of_a_plain_float64_reference(brain, expected):
     box = np.s_[10:160, 19:211, 1:193]
     voxels, inside = image.T[box].astype(np.float64), mask.T[box] > 0
     mean = voxels[inside].sum() / inside.sum()
-    spread = np.sqrt(((voxels[inside] - mean) ** 2).sum() / inside.sum() + 1e-12)
-    reference = np.where(inside, (voxels - mean) / spread, 0)
+    std = np.sqrt(((voxels[inside] - mean) ** 2).sum() / inside.sum() + 1e-12)
+    reference = np.where(inside, (voxels - mean) / std, 0)
     np.testing.assert_allclose(expected[True][0].numpy(), reference, rtol=0, atol=1e-6)

@@ -6,28 +6,12 @@ from itertools import product
 import numpy as np
 import pytest
 from nibabel.affines import from_matvec
+from published_contracts import SYNTHBA
 from scipy import ndimage
 
-from brainfm import Grid, ScanError, load_scan
-from brainfm.contract import Transpose
+from brainfm import ScanError, load_scan
 
 CENTRE = np.array([0.0, -18.0, 8.0])  # of the template's brain, mm
-SPACING = 2.0
-
-
-@pytest.fixture(scope="module")
-def coarse_spec(spec):
-    """The published contract at 2 mm: a quick one that leaves the voxels as they are."""
-    grid = Grid((97, 115, 97), (SPACING,) * 3, spec.grid.origin)
-    return replace(spec, grid=grid, operations=(Transpose((2, 1, 0)),), output_shape=None)
-
-
-@pytest.fixture(scope="module")
-def coarse(brain):
-    """Every second voxel of the packaged brain, and their affine."""
-    image, mask, affine = brain
-    strided = (image * mask)[::2, ::2, ::2].astype(np.float32)
-    return strided, affine @ np.diag([SPACING, SPACING, SPACING, 1])
 
 
 @pytest.fixture
@@ -141,7 +125,7 @@ def test_swapped_axes_are_refused(load, moved, order):
 def cut(voxels, axis, low, high):
     """The voxels from `low` to `high` mm along an axis, 0 elsewhere; `low` and `high` are measured from the centre."""
     origin = np.array([-96.0, -132.0, -78.0])
-    mm = origin[axis] + SPACING * np.arange(voxels.shape[axis]) - CENTRE[axis]
+    mm = origin[axis] + 2.0 * np.arange(voxels.shape[axis]) - CENTRE[axis]
     keep = (mm >= low) & (mm <= high)
     return voxels * np.expand_dims(keep, [a for a in range(3) if a != axis])
 
@@ -165,24 +149,13 @@ def test_brain_of_a_small_animal_is_refused(load, moved, scale):
         load(moved(scale * np.eye(3)))
 
 
-def with_scalp(voxels):
-    """The brain in a dark skull and a bright scalp 12 mm thick."""
-    mm = np.stack(np.indices(voxels.shape), axis=-1) * SPACING + (-96.0, -132.0, -78.0) - CENTRE
-
-    def ellipsoid(*radii):
-        return (np.square(mm / radii).sum(axis=-1) <= 1) & (voxels == 0)
-
-    inner, outer = ellipsoid(80, 98, 88), ellipsoid(92, 110, 100)
-    return np.where(outer & ~inner, 240, voxels).astype(np.float32)
-
-
-def test_whole_head_is_refused_without_its_brain_mask(load, coarse):
+def test_whole_head_is_refused_without_its_brain_mask(load, head):
     with pytest.raises(ScanError, match=r"not skull-stripped.*pass mask="):
-        load(with_scalp(coarse[0]))
+        load(head)
 
 
-def test_whole_head_is_taken_with_its_brain_mask(load, coarse):
-    load(with_scalp(coarse[0]), coarse[0] > 0)
+def test_whole_head_is_taken_with_its_brain_mask(load, head, coarse):
+    load(head, coarse[0] > 0)
 
 
 def test_background_of_another_value_is_refused_without_a_mask(load, coarse):
@@ -216,7 +189,86 @@ def test_wrong_contrast_is_refused_on_a_finer_grid_too(coarse, small_spec, contr
         load_scan((np.where(voxels > 0, other, 0), affine), spec=small_spec)
 
 
-def test_other_representations_are_not_judged_as_t1w(coarse, coarse_spec):
+# --- Contrasts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["T2w", "T2", "t2w"])
+def test_t1w_scan_is_refused_by_a_t2w_contract_which_takes_t2w(coarse, coarse_spec, words):
     voxels, affine = coarse
-    spec = replace(coarse_spec, representation="T2w")
+    spec = replace(coarse_spec, representation=words)
     load_scan((np.where(voxels > 0, 260 - voxels, 0), affine), spec=spec)
+    with pytest.raises(ScanError, match=r"do not follow a T2w image.*use the T2w scan"):
+        load_scan((voxels, affine), spec=spec)
+
+
+def test_t2w_head_is_held_against_its_contract_too(coarse, coarse_spec, head):
+    spec = replace(coarse_spec, representation="T2w", skull_strip="any", mask="none")
+    brain = coarse[0] > 0
+    load_scan((np.where(brain, 260 - head, head), coarse[1]), spec=spec)
+    with pytest.raises(ScanError, match="do not follow a T2w image"):
+        load_scan((head, coarse[1]), spec=spec)
+
+
+def test_contract_of_any_contrast_takes_every_contrast(coarse, coarse_spec):
+    voxels, affine = coarse
+    spec = replace(coarse_spec, representation="any contrast")
+    for image in (voxels, np.where(voxels > 0, 260 - voxels, 0)):
+        load_scan((image, affine), spec=spec)
+
+
+# --- What registration left -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("registration", ["affine", "linear", "nonlinear"])
+@pytest.mark.parametrize("scales", [(0.85, 0.85, 0.85), (0.9, 0.9, 0.9), (0.95, 0.95, 0.87), (1.0, 1.1, 1.0)])
+def test_brain_of_another_size_is_refused_where_registration_should_have_changed_it(
+    coarse, coarse_spec, moved, scales, registration
+):
+    scan = moved(np.diag(scales)), coarse[1]
+    load_scan(scan, spec=replace(coarse_spec, registration="rigid"))
+    with pytest.raises(ScanError, match=r"its size is [\d., ]+ of the template's.*register it.*(affine|nonlinear)"):
+        load_scan(scan, spec=replace(coarse_spec, registration=registration))
+
+
+@pytest.mark.parametrize("registration", ["affine", "linear", "nonlinear"])
+def test_brain_of_the_templates_size_is_taken(coarse, coarse_spec, moved, registration):
+    spec = replace(coarse_spec, registration=registration)
+    for matrix in (np.eye(3), np.diag([0.97, 1.03, 1.0]), turn(0, 3)):
+        load_scan((moved(matrix), coarse[1]), spec=spec)
+
+
+@pytest.mark.parametrize("mm", [2, 4])
+def test_tightly_stripped_brain_of_the_templates_size_is_taken(coarse, coarse_spec, mm):
+    voxels, affine = coarse
+    inside = ndimage.binary_erosion(voxels > 0, iterations=mm // 2)
+    load_scan((voxels * inside, affine), spec=replace(coarse_spec, registration="affine"))
+
+
+# --- A space without a grid -----------------------------------------------------------------------
+
+
+def test_contract_of_mni152_without_a_grid_takes_a_brain_in_its_place_on_any_grid(coarse):
+    voxels, affine = coarse
+    shifted = affine @ from_matvec(np.eye(3), (0.3, -0.2, 0.4))
+    assert SYNTHBA.apply(load_scan((voxels[5:, :-3, ::-1], flipped_last(affine, 97, 5)), spec=SYNTHBA)).image.max() == 1
+    load_scan((voxels, shifted), spec=SYNTHBA)
+
+
+def flipped_last(affine, size, start):
+    """The affine of voxels [start:, :, ::-1] of `size` along the last axis."""
+    return affine @ from_matvec(np.diag([1, 1, -1]), (start, 0, size - 1))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shift"), [(np.eye(3), (0, 20, 0)), (turn(0, 25), (0, 0, 0)), (np.diag([1, -1, 1]), (0, 0, 0))]
+)
+def test_contract_of_mni152_without_a_grid_refuses_a_brain_elsewhere(coarse, moved, matrix, shift):
+    with pytest.raises(ScanError, match="the brain does not lie where the template's does"):
+        load_scan((moved(matrix, shift), coarse[1]), spec=SYNTHBA)
+
+
+def test_contract_of_mni152_without_a_grid_refuses_a_scan_in_the_scanners_space(coarse):
+    voxels, affine = coarse
+    scanner = from_matvec(turn(0, 20), (3, 40, -25)) @ affine
+    with pytest.raises(ScanError, match="the brain does not lie where the template's does"):
+        load_scan((voxels, scanner), spec=SYNTHBA)

@@ -78,15 +78,34 @@ def test_whole_view_is_that_of_the_released_pipeline(volume, brain):
     image = AdjustContrast(0.7)(image + 0.3).as_tensor().double()
     inside = image[mask > 0]
     wanted = torch.where(mask.as_tensor() > 0, (image - inside.mean()) / inside.std(correction=0), 0)
-    found = make_view(volume[view.box], brain[view.box], view, SHAPE)
+    found = make_view(volume[None][(..., *view.box)], brain[view.box], view, SHAPE)
     assert found.shape == (1, *SHAPE)
     assert (found - wanted).abs().max() < 1e-3
 
 
 def test_a_view_leaves_the_volume_it_is_made_of_as_it_was(volume, brain):
     view, before = View((0, 0, 0), SHAPE, gamma=0.7, shift=0.3), volume.clone()
-    make_view(volume, brain, view, SHAPE)
+    make_view(volume[None], brain, view, SHAPE)
     assert torch.equal(volume, before)
+
+
+def test_channels_of_a_scan_are_placed_alike_and_standardised_each_by_itself(volume, brain):
+    """Each as it would be alone; so a linear map of a channel, whose gamma curve bends its own range, has its view."""
+    view = View((3, 5, 2), (20, 30, 33), True, 0.4, 0.3, 0.7)
+    channels = torch.stack([volume, 3 * volume + 40, volume.flip(0)])[(..., *view.box)]
+    together = make_view(channels, brain[view.box], view, SHAPE)
+    assert together.shape == (3, *SHAPE)
+    for channel, found in zip(channels, together, strict=True):
+        assert torch.equal(found, make_view(channel[None], brain[view.box], view, SHAPE)[0])
+    assert (together[0] - together[1]).abs().max() < 1e-3
+    assert (together[0] - together[2]).abs().max() > 1
+
+
+def test_missing_channel_stays_0_in_every_view(volume, brain):
+    channels = torch.stack([volume, torch.zeros_like(volume)])
+    found = make_view(channels, brain, View((0, 0, 0), SHAPE, angle=0.2, shift=0.3, gamma=0.7), SHAPE)
+    assert not found[1].any()
+    assert float(found[0].square().sum() / found[0].count_nonzero()) == pytest.approx(1, abs=1e-3)
 
 
 def test_draws_have_the_published_distributions():
@@ -99,13 +118,13 @@ def test_draws_have_the_published_distributions():
     assert np.abs(sizes.mean(axis=0) - [90, 116, 116]).max() < 2.5
     assert ((starts + sizes) <= full).all()
     assert starts.min() == 0
-    for share, wanted in (
+    for fraction, wanted in (
         (np.mean([v.flip for v in views]), 0.5),
         (np.mean([v.angle is not None for v in views]), 0.5),
         (np.mean([v.shift is not None for v in views]), 0.8),
         (np.mean([v.gamma is not None for v in views]), 0.8),
     ):
-        assert share == pytest.approx(wanted, abs=0.03)
+        assert fraction == pytest.approx(wanted, abs=0.03)
     angles = np.array([v.angle for v in views if v.angle is not None])
     gammas = np.array([v.gamma for v in views if v.gamma is not None])
     assert np.abs(angles).max() <= 0.785
@@ -118,7 +137,7 @@ def test_draws_have_the_published_distributions():
 def test_view_without_brain_or_with_values_that_are_not_finite_is_refused(volume, brain):
     view = View((0, 0, 0), (4, 4, 4))
     with pytest.raises(ValueError, match="no voxel"):
-        make_view(volume[view.box], brain[view.box], view, (8, 8, 8))
+        make_view(volume[None][(..., *view.box)], brain[view.box], view, (8, 8, 8))
     volume[15, 19, 22] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         masked_zscore_(volume, brain)

@@ -147,7 +147,8 @@ def test_cache_gives_the_scans_to_half_precision_at_any_box(cache, records, coho
             image, mask = read_brain(record, small_spec)
             found, brain = stored.read(key_of(record, cohort.parent), box)
             assert np.array_equal(brain.numpy(), mask[box])
-            assert np.abs(found.numpy() - (image / image.max())[box]).max() < 2**-11
+            assert found.shape == (1, *mask[box].shape)
+            assert np.abs(found.numpy() - (image / image.max())[(..., *box)]).max() < 2**-11
 
 
 def test_views_from_the_cache_are_those_from_the_scans(cache, records, cohort, small_spec, data):

@@ -48,6 +48,7 @@ def test_overrides_are_yaml_and_reach_groups():
     ("override", "reason"),
     [
         ("bath_size=3", "did you mean batch_size"),
+        ("max_bad_share=0.1", "called max_bad_fraction now"),
         ("augmentation.flop=0.5", r"did you mean augmentation\.flip"),
         ("epochs=many", "epochs is 'many', and must be int"),
         ("epochs=0", "at least 1"),
@@ -57,6 +58,7 @@ def test_overrides_are_yaml_and_reach_groups():
         ("temperature=0", "temperature"),
         ("augmentation.flip=2", "probability"),
         ("augmentation=3", "augmentation is a group"),
+        ("epochs.flip=3", "epochs is 150, and no group"),
         ("method=byol", "'simclr' or 'mae'"),
         ("mask_ratio=1", "between 0 and 1"),
         ("batch_chunk=9", "between 1 and batch_size"),
@@ -83,6 +85,9 @@ def test_unknown_recipe_names_the_nearest_and_a_file_that_is_none_is_refused(tmp
     (tmp_path / "half.yaml").write_text("method: simclr\n")
     with pytest.raises(RecipeError, match="model"):
         load_recipe(tmp_path / "half.yaml")
+    (tmp_path / "old.yaml").write_text("method: simclr\nmodel: test_resnet_3d\nmax_bad_share: 0.1\n")
+    with pytest.raises(RecipeError, match=r"old\.yaml: max_bad_share is called max_bad_fraction now"):
+        load_recipe(tmp_path / "old.yaml")
 
 
 def test_schedule_rises_then_falls_to_zero():

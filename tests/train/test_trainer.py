@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ import torch
 import brainfm
 from brainfm import BrainfmError, RecipeError
 from brainfm.contract import Resize
+from brainfm.errors import RunInterruptedError
 from brainfm.hub import convert
 from brainfm.train.data import Batch
 from brainfm.train.pretraining import pretrain
-from brainfm.train.recipe import load_recipe, recipe_from_dict, with_fields
+from brainfm.train.recipe import load_recipe, recipe_from_dict
 from brainfm.train.summary import estimated_memory, summarise
-from brainfm.train.trainer import RunInterruptedError
 
 SIMCLR = {
     "method": "simclr",
@@ -76,7 +77,7 @@ def test_run_ends_in_a_folder_that_loads_with_what_is_known_of_it(base, recipe, 
     export = pretrain(recipe(base))
     lines = log(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 10))
-    wanted = {"loss", "lr", "grad_norm", "scans_per_s", "data_share", "data_s", "step_s", "peak_memory_gb", "epoch"}
+    wanted = {"loss", "lr", "grad_norm", "scans_per_s", "data_fraction", "data_s", "step_s", "peak_memory_gb", "epoch"}
     wanted |= {"top1", "alignment", "uniformity"} if base is SIMCLR else set()
     assert wanted < lines[0].keys()
     model = brainfm.create_model(f"local-dir:{export}")
@@ -195,7 +196,8 @@ def test_chunks_count_each_scan_once_in_the_running_statistics(recipe):
 # --- Interrupted and resumed ----------------------------------------------------------------------
 
 
-def test_signal_stops_behind_a_step_and_the_same_command_ends_bit_identical(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("started", ["now", "before"])
+def test_signal_stops_after_a_step_and_the_same_command_ends_bit_identical(started, recipe, tmp_path, monkeypatch):
     pretrain(recipe(output=str(tmp_path / "whole")))
     from brainfm.train import trainer
 
@@ -213,10 +215,24 @@ def test_signal_stops_behind_a_step_and_the_same_command_ends_bit_identical(reci
         pretrain(recipe())
     assert signal.getsignal(signal.SIGUSR1) is before
     monkeypatch.undo()
+    if started == "before":
+        _as_written_before(tmp_path / "run")
     pretrain(recipe())
     assert same(network(tmp_path / "run"), network(tmp_path / "whole"))
     assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 10))
     assert [line["loss"] for line in log(tmp_path / "run")] == [line["loss"] for line in log(tmp_path / "whole")]
+    assert all("data_fraction" in line and "data_share" not in line for line in log(tmp_path / "run"))
+
+
+def _as_written_before(folder: Path) -> None:
+    """A run's folder as brainfm wrote it when two of its names were others."""
+    path = folder / "checkpoints" / "last.pt"
+    content = torch.load(path, weights_only=True)
+    content["recipe"]["max_bad_share"] = content["recipe"].pop("max_bad_fraction")
+    torch.save(content, path)
+    lines = (folder / "log.jsonl").read_text()
+    assert lines.count('"data_fraction"') == 5
+    (folder / "log.jsonl").write_text(lines.replace("data_fraction", "data_share"))
 
 
 # Imports all that a run needs, and then forks one after another; says the id of each and, at its end, its status.
@@ -326,10 +342,12 @@ def test_too_many_bad_scans_stop_the_run_with_their_list(recipe, cohort, tmp_pat
     lines = [rows[0], *(f"{cohort.parent / row}" if n > 4 else row for n, row in enumerate(rows[1:]))]
     lines = [line.replace(",sub-", f",{cohort.parent}/sub-", 1) if n > 5 else line for n, line in enumerate(lines)]
     (tmp_path / "bad.csv").write_text("\n".join(lines))  # the first five are not there
-    with pytest.raises(BrainfmError, match=r"of 16 scans cannot be read, more than max_bad_share=0.01.*bad_scans\.csv"):
+    with pytest.raises(
+        BrainfmError, match=r"of 16 scans cannot be read, more than max_bad_fraction=0.01.*bad_scans\.csv"
+    ):
         pretrain(recipe(manifest=str(tmp_path / "bad.csv")))
     assert "no such file" in (tmp_path / "run" / "bad_scans.csv").read_text()
-    pretrain(recipe(manifest=str(tmp_path / "bad.csv"), output=str(tmp_path / "other"), max_bad_share=0.5))
+    pretrain(recipe(manifest=str(tmp_path / "bad.csv"), output=str(tmp_path / "other"), max_bad_fraction=0.5))
 
 
 @pytest.mark.parametrize(
@@ -368,5 +386,5 @@ def test_estimated_memory_is_near_what_was_measured(spec):
     """REFERENCE of the project: forward and backward of one volume in float32 takes 5.9 GB."""
     recipe = load_recipe("simclr_resnet18_3d", ["batch_size=2", "batch_chunk=1"])
     assert 0.7 < estimated_memory(recipe, spec) / (2 * 5.9e9) < 1.5
-    chunked = with_fields(recipe, batch_size=72)
+    chunked = replace(recipe, batch_size=72)
     assert estimated_memory(chunked, spec) == estimated_memory(recipe, spec)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor, list_data_collate
-from monai.transforms import Compose, EnsureChannelFirstd, Flipd, LoadImaged, SaveImaged
+from monai.transforms import Compose, ConcatItemsd, EnsureChannelFirstd, Flipd, LoadImaged, SaveImaged
 from monai.utils import set_determinism
 from torch import nn
 
 import brainfm
-from brainfm import InputSpec, ModelNameError, PretrainedCfg, ScanError
+from brainfm import ModelNameError, PretrainedCfg, ScanError
 from brainfm.contract import Transpose
 from brainfm.scan.read import read_image
 from brainfm.transforms import InputTransform, InputTransformd, create_transform
@@ -360,7 +360,7 @@ def test_keys_may_have_other_names_and_masks_may_be_left_alone(item, small_spec,
 
 
 def test_later_transforms_find_the_right_places(item, small_spec):
-    """A flip behind the contract moves image and mask once each."""
+    """A flip after the contract moves image and mask once each."""
     result = InputTransformd(small_spec)(item)
     before = result["image"].affine.clone()
     flipped = Flipd(["image", "mask"], spatial_axis=0)(result)
@@ -414,7 +414,91 @@ def test_missing_image_key_is_a_key_error(small_spec):
         InputTransformd(small_spec)({"t1": Path("scan.nii.gz")})
 
 
-def test_dictionary_transform_of_several_channels_is_refused_with_the_way_out(item):
-    spec = InputSpec(channels=("T1w", "T2w"))
-    with pytest.raises(ScanError, match=r"2 registered channels.*brainfm\.operations\.Volume"):
-        InputTransformd(spec)(item)
+# --- Several channels -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_channels(small_spec):
+    return replace(small_spec, channels=("T1w", "FLAIR"), output_shape=(2, 40, 48, 48))
+
+
+@pytest.fixture(scope="module")
+def channels(small, small_sample, tmp_path_factory):
+    """An item with the 4 mm scan as T1w, the same upside down as FLAIR, and their mask."""
+    flair = tmp_path_factory.mktemp("flair") / "flair.nii.gz"
+    voxels, mask, affine = small
+    nib.Nifti1Image((voxels.max() + 1 - voxels) * mask, affine).to_filename(flair)
+    return {"t1": str(small_sample[0]), "flair": str(flair), "brain": str(small_sample[1])}
+
+
+def test_tensor_of_several_channels_has_each_as_it_would_be_alone(channels, two_channels, small_spec, expected):
+    tensor = InputTransform(two_channels)({"FLAIR": channels["flair"], "T1w": channels["t1"]}, channels["brain"])
+    assert tensor.shape == (2, 40, 48, 48)
+    assert tensor[:1].equal(expected)
+    alone = replace(small_spec, channels=("FLAIR",), representation="FLAIR")
+    assert tensor[1:].equal(InputTransform(alone)(channels["flair"], channels["brain"]))
+
+
+KEYS = {"by name": {"FLAIR": "flair", "T1w": "t1"}, "in order": ["t1", "flair"], "as a tuple": ("t1", "flair")}
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["paths", "loaded"])
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+def test_dictionary_transform_gathers_the_channels_under_one_key(keys, loaded, channels, two_channels):
+    steps = [LoadImaged(["t1", "flair", "brain"])] if loaded else []
+    result = Compose([*steps, InputTransformd(two_channels, keys, "brain")])(channels)
+    wanted = InputTransform(two_channels)({"T1w": channels["t1"], "FLAIR": channels["flair"]}, channels["brain"])
+    assert result["image"].as_tensor().equal(wanted)
+    assert result["image"].meta["filename_or_obj"] == channels["t1"]
+    assert result["brain"].shape == (1, 40, 48, 48)
+    assert set(result) == {"image", "t1", "flair", "brain"}
+
+
+def test_dictionary_transform_puts_the_tensor_under_the_key_it_is_told(channels, two_channels, item, small_spec):
+    result = InputTransformd(two_channels, ["t1", "flair"], "brain", output_key="t1")(channels)
+    assert result["t1"].shape == (2, 40, 48, 48)
+    assert "image" not in result
+    result = InputTransformd(small_spec, output_key="tensor")(item)
+    assert result["image"] == item["image"]
+    assert result["tensor"].shape == (1, 40, 48, 48)
+
+
+def test_dictionary_transform_takes_channels_that_monai_has_joined(channels, two_channels):
+    keys = ["t1", "flair"]
+    steps = [LoadImaged(keys, ensure_channel_first=True), ConcatItemsd(keys, "image")]
+    result = Compose([*steps, InputTransformd(two_channels, mask_key="brain")])(channels)
+    wanted = InputTransformd(two_channels, keys, "brain")(channels)["image"]
+    assert result["image"].as_tensor().equal(wanted.as_tensor())
+
+
+def test_dictionary_transform_names_a_missing_channel(channels, two_channels):
+    transform = InputTransformd(two_channels, ["t1", "flair"], "brain")
+    with pytest.raises(ScanError, match="FLAIR is missing"):
+        transform({"t1": channels["t1"], "brain": channels["brain"]})
+    with pytest.raises(ScanError, match="T1w, FLAIR is missing"):
+        transform({"brain": channels["brain"]})
+
+
+def test_dictionary_transform_with_too_few_keys_is_refused(two_channels):
+    with pytest.raises(ValueError, match="1 keys, and the contract takes 2 channels, T1w, FLAIR"):
+        InputTransformd(two_channels, ["t1"])
+
+
+def test_dictionary_transform_of_one_image_is_refused_with_the_way_out(item, two_channels):
+    with pytest.raises(ScanError, match=r"takes 2 channels; pass \{'T1w': …, 'FLAIR': …\}"):
+        InputTransformd(two_channels)(item)
+
+
+def test_training_views_place_all_channels_alike(seed, two_channels, channels):
+    """Noise alone is each channel's own: of 0.1 at most, and in one view of five."""
+    transform, noisy = create_transform(two_channels, is_training=True), 0
+    scan = {"T1w": channels["t1"], "FLAIR": channels["flair"]}
+    plain = InputTransform(two_channels)(scan, channels["brain"])
+    seed(0)
+    for _ in range(12):
+        first, second = transform.augment(torch.stack([plain[0], plain[0]]))
+        noisy += not first.equal(second)
+        assert (first - second).std() < 0.15
+        assert not first.equal(plain[0])
+    assert 0 < noisy < 12
+    assert transform(scan, channels["brain"]).shape == (2, 40, 48, 48)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from loopback_hub import LoopbackHub
+from model_folders import config_of
 
 from brainfm import PretrainedCfg
+from brainfm.registry import network_of
 
 
 class Clock:
@@ -22,10 +25,13 @@ class Clock:
         self.now += seconds
 
 
-def repository_files(weights: bytes, cfg: PretrainedCfg, **config: Any) -> dict[str, bytes]:
-    """A model's files as they are on the Hub."""
-    described = cfg.to_dict() | {"sha256": hashlib.sha256(weights).hexdigest()} | config.pop("pretrained_cfg", {})
-    config = {"format": 1, "architecture": cfg.architecture, "pretrained_cfg": described} | config
+def repository_files(
+    weights: bytes, cfg: PretrainedCfg, change: Callable[[dict[str, Any]], object] = lambda config: None
+) -> dict[str, bytes]:
+    """A model's files as they are on the Hub, after a change of its config."""
+    cfg = cfg.overlay({"sha256": hashlib.sha256(weights).hexdigest()})
+    config = config_of(cfg, *network_of(cfg.architecture))
+    change(config)
     return {"config.json": json.dumps(config).encode(), "model.safetensors": weights}
 
 

@@ -73,6 +73,13 @@ def test_name_of_the_file_does_not_matter(as_text, state, tmp_path):
     assert same(read_checkpoint(tmp_path / "weights.pt").state, state)
 
 
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    weight = torch.arange(12.0).reshape(3, 4)
+    state = {"a": weight, "b": weight, "c": weight.T}
+    save_state(state, tmp_path / "w.safetensors", {})
+    assert same(read_checkpoint(tmp_path / "w.safetensors").state, state)
+
+
 def test_upstream_checkpoint_is_read_without_its_optimiser(state, tmp_path):
     torch.save(upstream_checkpoint(state), tmp_path / "simclr.tar")
     checkpoint = read_checkpoint(tmp_path / "simclr.tar")

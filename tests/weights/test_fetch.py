@@ -1,4 +1,4 @@
-"""Finding the file of a cfg: behind a URL, in the cache, or where the user put it."""
+"""Finding the file of a cfg: at a URL, in the cache, or where the user put it."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from hub_cases import blob, leftovers, repository_files
 from loopback_hub import Fault
 from weight_files import same, saved
 
-import brainfm
 from brainfm import WeightsError, WeightsNotFoundError, create_model
+from brainfm.assets import ASSETS
 
 NAME = "hf-hub:lab/tiny"
 HEAD_CONFIG = "HEAD /lab/tiny/resolve/main/config.json"
@@ -320,36 +320,42 @@ def test_weights_that_are_not_those_of_the_config_are_refused(hub, refused, work
     works()
 
 
+VIT = {"dim": 96, "depth": 4, "num_heads": 3}
+
+
+def model_of(config):
+    return config["models"]["test_resnet_3d"]
+
+
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("change", "reason"),
     [
         (b"{broken", "not a brainfm config .*JSONDecodeError"),
         (b"<!DOCTYPE html>", "not a brainfm config"),
         (b"", "not a brainfm config"),
         (
-            {"format": 2, "brainfm_version": "9.1"},
+            lambda c: c.update(format=3, brainfm_version="9.1"),
             r"written by brainfm 9\.1, in a format that is newer.*update brainfm",
         ),
-        ({"format": "two"}, "not a brainfm config"),
-        ({"architecture": "os.system"}, "'os.system', which is not registered"),
-        ({"architecture": "builtins.eval"}, "not registered"),
-        ({"architecture": "hf-hub:lab/other"}, "not registered"),
-        ({"architecture": "local-dir:/etc"}, "not registered"),
-        ({"pretrained_cfg": {"colour": "red"}}, "no field 'colour'"),
-        ({"pretrained_cfg": {"input_spec": {"operations": [{"kind": "os.system"}]}}}, "not a brainfm config"),
-        ({"pretrained_cfg": {"sha256": 12}}, "not a brainfm config|sha256"),
-        ({"architecture": "test_vit_3d"}, "do not fit this VisionTransformer"),
-        ({"model_args": {"colour": "red"}}, "colour"),
-        ({"model_args": {"block": "os.system"}}, "model_args|not a brainfm config"),
+        (lambda c: c.update(format="two"), "not a brainfm config"),
+        (lambda c: model_of(c).update(network="os.system"), "'os.system', which is not registered"),
+        (lambda c: model_of(c).update(network="builtins.eval"), "not registered"),
+        (lambda c: model_of(c).update(network="hf-hub:lab/other"), "not registered"),
+        (lambda c: model_of(c).update(network="local-dir:/etc"), "not registered"),
+        (lambda c: model_of(c).update(colour="red"), "no field colour"),
+        (lambda c: c["inputs"]["input"].update(operations=[{"kind": "os.system"}]), "unknown operation"),
+        (lambda c: model_of(c)["weights"]["phantoms"].update(digest=12), "digest is 12"),
+        (lambda c: model_of(c).update(network="vit", args=VIT), "do not fit this VisionTransformer"),
+        (lambda c: model_of(c)["args"].update(colour="red"), "colour"),
+        (lambda c: model_of(c)["args"].update(block="os.system"), "its config's arguments do not fit"),
     ],
-    ids=lambda value: str(value)[:40].replace("/", "-"),
 )
-def test_config_that_is_not_one_is_refused(changes, reason, hub, refused, works, hub_files, small_model):
+def test_config_that_is_not_one_is_refused(change, reason, hub, refused, works, hub_files, small_model):
     weights = hub_files["model.safetensors"]
     files = (
-        hub_files | {"config.json": changes}
-        if isinstance(changes, bytes)
-        else repository_files(weights, small_model.pretrained_cfg, **json.loads(json.dumps(changes)))
+        hub_files | {"config.json": change}
+        if isinstance(change, bytes)
+        else repository_files(weights, small_model.pretrained_cfg, change)
     )
     hub.add("lab/tiny", files)
     refused(reason, WeightsError)
@@ -358,9 +364,13 @@ def test_config_that_is_not_one_is_refused(changes, reason, hub, refused, works,
 
 
 def test_config_cannot_name_another_place_for_its_weights(hub, works, hub_files, small_model):
-    elsewhere = {"file": "/etc/passwd", "url": "http://127.0.0.1:9/", "hub_id": "lab/other", "hub_filename": "../x"}
-    weights = hub_files["model.safetensors"]
-    hub.add("lab/tiny", repository_files(weights, small_model.pretrained_cfg, pretrained_cfg=elsewhere))
+    elsewhere = {"file": "/etc/passwd", "url": "http://127.0.0.1:9/", "hub": "lab/other", "filename": "../x"}
+    files = repository_files(
+        hub_files["model.safetensors"],
+        small_model.pretrained_cfg,
+        lambda config: model_of(config)["weights"]["phantoms"].update(source=elsewhere),
+    )
+    hub.add("lab/tiny", files)
     cfg = works().pretrained_cfg
     assert (cfg.file, cfg.url, cfg.hub_id, cfg.hub_filename) == (None, None, "lab/tiny", "model.safetensors")
     assert not any("other" in request for request in hub.asked)
@@ -398,7 +408,7 @@ def lying_header() -> bytes:
 def test_weights_that_are_none_are_refused(content, reason, hub, refused, works, hub_files, small_model, tmp_path):
     sentinel = str(tmp_path.parent / f"{tmp_path.name}-ran")
     if content == "vit":
-        content = (brainfm.models.contracts.ASSETS / "test_vit_3d.safetensors").read_bytes()
+        content = (ASSETS / "test_vit_3d.safetensors").read_bytes()
     elif content == "pickle":
         content = pickle.dumps({"epoch": Trap(sentinel)}, protocol=2)
     elif content == "checkpoint":

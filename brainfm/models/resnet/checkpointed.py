@@ -132,10 +132,10 @@ class _Norm:
             for slab in _slabs(x):
                 out[slab] = _at(gradient, slab, shown) * factor
             return of_scale, of_shift
-        shares = torch.stack([of_scale, of_shift])
+        sums = torch.stack([of_scale, of_shift])
         if self.group is not None:
-            dist.all_reduce(shares, group=self.group)
-        along, level = map(_by_channel, shares / self.voxels)
+            dist.all_reduce(sums, group=self.group)
+        along, level = map(_by_channel, sums / self.voxels)
         # factor · (g - level - along · rstd · (x - mean)), in as few passes as can be
         slope, level = factor * along * rstd, factor * (level - along * rstd * mean)
         for slab in _slabs(x):
@@ -176,10 +176,10 @@ class _Moments:
             part = x[slab]
             more = part.numel() // x.shape[1]
             centre = part.sum(dim=_CHANNELS, dtype=self.mean.dtype) / more
-            spread = (part - _by_channel(centre)).square_().sum(dim=_CHANNELS)
-            away, share = centre - self.mean, more / (self.count + more)
-            self.mean = self.mean + away * share
-            self._squares += spread + away.square() * (self.count * share)
+            squares = (part - _by_channel(centre)).square_().sum(dim=_CHANNELS)
+            away, fraction = centre - self.mean, more / (self.count + more)
+            self.mean = self.mean + away * fraction
+            self._squares += squares + away.square() * (self.count * fraction)
             self.count += more
 
     @property
@@ -253,10 +253,10 @@ def _over_processes(mean: Tensor, variance: Tensor, voxels: Tensor, group: Any) 
 
     total = voxels.clone()
     dist.all_reduce(total, group=group)
-    share = voxels / total
-    joined: Tensor = all_reduce(mean * share, group=group)  # type: ignore[no-untyped-call]
-    spread: Tensor = all_reduce((variance + (mean - joined).square()) * share, group=group)  # type: ignore[no-untyped-call]
-    return joined, spread, total
+    fraction = voxels / total
+    joined: Tensor = all_reduce(mean * fraction, group=group)  # type: ignore[no-untyped-call]
+    pooled: Tensor = all_reduce((variance + (mean - joined).square()) * fraction, group=group)  # type: ignore[no-untyped-call]
+    return joined, pooled, total
 
 
 class _PooledConvolution(torch.autograd.Function):
@@ -314,7 +314,7 @@ def _sides(weight: Tensor) -> list[int]:
 
 
 def _windows(x: Tensor, weight: Tensor, slab_bytes: int) -> Iterator[tuple[int, int]]:
-    """First window and the one behind the last, along z, of the max-pool's windows of each slab."""
+    """First window and the one after the last, along z, of the max-pool's windows of each slab."""
     depth, height, width = (n - kernel + 1 for n, kernel in zip(x.shape[2:], weight.shape[2:], strict=True))
     windows = (depth + 1) // 2
     step = max(1, slab_bytes // (2 * len(x) * len(weight) * height * width * x.element_size()))
@@ -349,7 +349,7 @@ def _convolved_planes(under: Tensor, weight: Tensor, batch: int) -> Tensor:
 
 
 def _pooled(z: Tensor, new: int, windows: int) -> Tensor:
-    """The largest voxels of windows; before the first plane of the volume, and behind an odd last one, is nothing."""
+    """The largest voxels of windows; before the first plane of the volume, and after an odd last one, is nothing."""
     ends = 1 - new, 2 * windows + new - z.shape[2]
     if any(ends):
         z = F.pad(z, (0, 0, 0, 0, *ends), value=float("-inf"))
@@ -410,7 +410,7 @@ def _start(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> _Map:
 
 
 def _maps(start: _Map, layers: _Layers) -> list[_Map]:
-    """What the first layer takes, and what each gives; behind the last there is no ReLU."""
+    """What the first layer takes, and what each gives; after the last there is no ReLU."""
     maps = [start]
     for conv, norm in layers:
         z = _convolved(maps[-1], conv)

@@ -19,7 +19,7 @@ class Live:
 
     Attributes:
         low: [planes, 2], the first row and column of the box.
-        high: [planes, 2], the row and column behind its last; at most `low` where the plane has none.
+        high: [planes, 2], the row and column after its last; at most `low` where the plane has none.
         size: Rows and columns of a plane.
     """
 
@@ -44,7 +44,7 @@ class Live:
         """Planes, rows and columns of the map."""
         return len(self.low), *self.size
 
-    def behind(self, layer: nn.Conv3d | nn.MaxPool3d) -> Live:
+    def after(self, layer: nn.Conv3d | nn.MaxPool3d) -> Live:
         """Of the layer's output: every place whose window has a live one in it."""
         kernel, stride, padding = geometry(layer)
         planes, *size = (outputs(n, layer) for n in self.shape)

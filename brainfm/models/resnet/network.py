@@ -33,7 +33,7 @@ class ResNet(Encoder):
         drop_rate: Dropout on the pooled embedding, in training.
     """
 
-    classifier = "fc"
+    classifier_name = "fc"
     first_conv = "conv1"
 
     conv1: nn.Conv3d
@@ -116,8 +116,9 @@ class ResNet(Encoder):
     def for_inference(self, dtype: torch.dtype) -> Encoder:
         """As the contract says: norms folded, all but the last stage a few planes at a time, see `streamed`.
 
-        Where a gradient is asked for, or the network is traced, its forward is the plain one. Hooks on modules in the
-        stem and the first three stages are not called else.
+        Where a gradient is asked for, or the network is traced, its forward is the plain one. Otherwise hooks on
+        modules in the stem and the first three stages are not called. A subclass, whose forward may be another, is
+        not streamed.
         """
         # A weight that is folded is made anew, and need not be copied before.
         folded = [conv for _, conv, _ in _convolutions_with_norms(self)]
@@ -125,9 +126,11 @@ class ResNet(Encoder):
         fast = self._copy_for_inference(shared)
         assert isinstance(fast, ResNet)
         _fold_batch_norms(fast, dtype)
-        fast._streams = True
-        fast.optimizations = ("BatchNorm folded", "stem and first three stages by slabs, without what is empty")
-        return computing_in(fast, dtype)
+        done: tuple[str, ...] = ("BatchNorm folded",)
+        if type(self) is ResNet:
+            fast._streams = True
+            done += ("stem and first three stages by slabs, without what is empty (unless traced)",)
+        return computing_in(fast, dtype, done)
 
 
 def _is_traced() -> bool:

@@ -75,7 +75,7 @@ class _Stream:
 def _stem(x: Tensor, conv: nn.Conv3d, pool: nn.MaxPool3d, border: int) -> _Stream:
     """MaxPool(ReLU(conv(x))). In its map of an empty volume, `border` voxels beside the middle are kept."""
     assert conv.bias is not None
-    live = Live.of(x).behind(conv).behind(pool)
+    live = Live.of(x).after(conv).after(pool)
     constant = conv.bias.relu()  # of an empty volume
     count = _planes_at_a_time(x, len(constant) * math.prod(live.size))
     size = [min(n, 2 * border + 1) for n in live.shape]
@@ -147,7 +147,7 @@ def _convolved(stream: _Stream, conv: nn.Conv3d, shortcut: _Stream | None = None
     """A convolution, a shortcut added to it, and a ReLU. Where the stream is not live everywhere, of stride 1."""
     live, empty = stream.live, stream.empty
     if live is not None and empty is not None:
-        live, empty = live.behind(conv), conv(empty)
+        live, empty = live.after(conv), conv(empty)
         if shortcut is not None and shortcut.live is not None and shortcut.empty is not None:
             live, empty = live.joined(shortcut.live), empty + shortcut.empty
         empty = empty.relu() if relu else empty
@@ -213,7 +213,7 @@ class _Windows:
             held, stride = self._held, self._stride
             count = min(self._count, (len(held) - self._kernel) // stride + 1)
             if self._missing:
-                count = min(count, len(held) // stride)  # the next window may begin behind what is held
+                count = min(count, len(held) // stride)  # the next window may begin after what is held
             if count > 0 and (count == self._count or stride == 1 or not self._missing):
                 self._held = held[count * stride :]
                 return held[: (count - 1) * stride + self._kernel]
@@ -248,7 +248,7 @@ class _Planes:
 
 
 def _forked(slabs: Iterator[Tensor]) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
-    """The slabs twice. The second iterator has to stay behind the first; `itertools.tee` keeps dozens."""
+    """The slabs twice. The second iterator must not overtake the first; `itertools.tee` keeps dozens."""
     waiting: deque[Tensor] = deque()
 
     def keep(slab: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Winograd4(_Winograd):
 
     def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
         """As `Direct`, of at most `TILE` outputs."""
-        zeros = [torch.zeros_like(planes[0])] * (TILE + 2 - len(planes))  # behind the last of a map
+        zeros = [torch.zeros_like(planes[0])] * (TILE + 2 - len(planes))  # after the last of a map
         d0, d1, d2, d3, d4, d5 = *planes, *zeros
         even, odd = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
         at_1 = self._convolved(1, even + odd, self._bias)  # which all four outputs hold once, and so the bias
@@ -122,7 +122,7 @@ class Winograd2(_Winograd):
     def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
         """As `Direct`; pairs of outputs are made as if they were volumes of a batch."""
         batch, count = out.shape[:2]
-        planes = [*planes, *[torch.zeros_like(planes[0])] * (count % 2)]  # behind the last of a map
+        planes = [*planes, *[torch.zeros_like(planes[0])] * (count % 2)]  # after the last of a map
         pairs = (len(planes) - 2) // 2
         sums = out.new_empty(4, batch, pairs, *planes[0].shape[1:])
         for pair, x in enumerate(sums.unbind(2)):

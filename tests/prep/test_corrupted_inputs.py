@@ -1,4 +1,4 @@
-"""What must never pass in silence: a table of spoiled inputs, and what becomes of each.
+"""What must never pass in silence: a table of corrupted inputs, and what becomes of each.
 
 Left and right mirrored is not among them: no figure tells it, for the template and nearly every brain are symmetric.
 """
@@ -177,8 +177,8 @@ JUDGED = {
 
 @pytest.mark.parametrize("name", JUDGED)
 def test_prepared_scan_is_judged_as_it_should_be(name, prepared):
-    spoil, expected, figure = JUDGED[name]
-    figures, verdict = judge(spoil(prepared))
+    corrupt, expected, figure = JUDGED[name]
+    figures, verdict = judge(corrupt(prepared))
     doubts = {one.name: one.verdict for one in figures if one.verdict != "pass"}
     assert verdict == expected, [one.reason for one in figures if one.reason]
     assert figure in doubts or not figure

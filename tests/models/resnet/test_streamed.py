@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 import brainfm
-from brainfm.inference import streaming
-from brainfm.models.resnet import ResNet
-from brainfm.models.resnet.streamed import StreamedResNet
+from brainfm.models.resnet import ResNet, streamed
 from brainfm.models.resnet.winograd import Direct
 
 
@@ -42,8 +40,8 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def convolve_directly(monkeypatch, planes: int) -> None:
     """As on a GPU: convolutions of torch's own, so many planes at a time."""
-    monkeypatch.setattr(streaming, "fastest", Direct)
-    monkeypatch.setattr(streaming, "_planes_at_a_time", lambda x, values: planes)
+    monkeypatch.setattr(streamed, "fastest", Direct)
+    monkeypatch.setattr(streamed, "_planes_at_a_time", lambda x, values: planes)
 
 
 @pytest.mark.parametrize("shape", [(40, 48, 48), (41, 33, 45), (9, 8, 10), (5, 60, 61), (1, 1, 1)])
@@ -55,8 +53,9 @@ def test_streamed_map_is_the_plain_one(monkeypatch, block, shape, planes):
     if planes != "of a processor":
         convolve_directly(monkeypatch, planes)
     with torch.inference_mode():
-        assert isinstance(fast, StreamedResNet)
-        assert relative(fast.forward_features(head(shape)), model.forward_features(head(shape))) < 1e-5
+        features = fast.forward_features(head(shape))
+        assert relative(features, model.forward_features(head(shape))) < 1e-5
+        assert torch.equal(features, streamed.streamed_features(fast, head(shape)))  # which is how it was computed
 
 
 @pytest.mark.parametrize("depth", range(1, 14))
@@ -67,9 +66,9 @@ def test_each_output_gets_the_planes_under_it(depth, stride, kernel, sizes):
     """Planes that hold their own number, in slabs of some size → windows of the right numbers, in order."""
     conv = nn.Conv3d(1, 1, kernel, stride=stride, padding=kernel // 2)
     numbers = torch.arange(1.0, depth + 1)[None, :, None, None, None]
-    stream = streaming._Stream(iter(numbers.split(sizes, dim=1)), depth, count=4)
+    stream = streamed._Stream(iter(numbers.split(sizes, dim=1)), depth, count=4)
     found = []
-    for window in streaming._Windows(stream, conv):
+    for window in streamed._Windows(stream, conv):
         values = [int(plane) for plane in window]
         outputs = (len(values) - kernel) // stride + 1
         assert 1 <= outputs <= 4
@@ -101,7 +100,7 @@ def test_what_is_known_of_empty_space_is_exact(monkeypatch, empty, batch):
         wanted = model.forward_features(x)
         assert relative(fast.forward_features(x), wanted) < 1e-5
         convolve_directly(monkeypatch, 8)
-        assert relative(fast._streamed(x), wanted) < 1e-5  # all of a batch at once, as on a GPU
+        assert relative(streamed._streamed(fast, x), wanted) < 1e-5  # all of a batch at once, as on a GPU
 
 
 def test_several_channels_and_a_head():
@@ -141,12 +140,25 @@ def test_gradients_of_the_input_take_the_plain_way():
 
 def test_network_of_ones_own_keeps_its_own_forward():
     class Mine(ResNet):
-        def forward_features(self, x):
-            return super().forward_features(x) * 0
+        def _stage(self, number, x, needed):
+            return super()._stage(number, x, needed) if number < 2 else super()._stage(number, x * 2, needed)
 
-    fast = brainfm.optimize(Mine("basic", (1, 1, 1, 1), (4, 4, 4, 4)))
+    model = scrambled(Mine("basic", (1, 1, 1, 1), (4, 4, 4, 4))).eval()
+    fast = brainfm.optimize(model)
     with torch.inference_mode():
-        assert not fast(head((16, 16, 16))).any()
+        assert relative(fast(head((16, 16, 16))), model(head((16, 16, 16)))) < 1e-5
+    assert "BatchNorm folded" in fast.optimizations
+    assert not any("slabs" in done for done in fast.optimizations)
+
+
+def test_gradients_and_intermediates_of_a_traced_copy_take_the_plain_way():
+    fast, x = brainfm.optimize(small("basic")), head((16, 24, 24))
+    with torch.inference_mode():
+        program = torch.export.export(fast, (x,)).module()
+        assert relative(program(x), fast(x)) < 1e-5
+        final, maps = fast.forward_intermediates(x)
+        assert relative(final, fast.forward_features(x)) < 1e-5
+        assert torch.equal(maps[-1], final)
 
 
 def test_bfloat16_is_close():

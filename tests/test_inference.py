@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import brainfm
+from brainfm.models.encoder import Encoder, stage
 
 SIZES = {"simclr_resnet18_3d": (32, 40, 40), "simclr_resnet50_3d": (32, 40, 40)}
 
@@ -131,16 +132,94 @@ def test_what_was_done_is_said():
 
 
 @pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
+def test_copy_of_a_copy_computes_in_the_type_that_was_asked_for_last(name):
+    model, x = build(name), volume(name)
+    once = brainfm.optimize(model)
+    again = brainfm.optimize(brainfm.optimize(model, "bfloat16"))
+    assert again.optimizations == once.optimizations
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    with torch.inference_mode():
+        assert torch.equal(brainfm.optimize(once)(x), once(x))
+        z = again(x)
+        assert 1e-7 < relative(z, model(x)) < 2e-2  # its weights were rounded, and what it computes is not
+        assert torch.equal(again.float()(x), z)
+
+
+# --- Networks that say nothing of themselves ------------------------------------------------------
+
+
+class Toy(Encoder):
+    """A family without a `for_inference` of its own."""
+
+    classifier_name = "head"
+    first_conv = "body.0"
+
+    def __init__(self):
+        super().__init__(0, 1, None, 0.0)
+        self.body = nn.Sequential(
+            nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 6, 3, padding=1)
+        )
+        self.num_features, self.feature_info = 6, [stage("body", 6, (1, 1, 1))]
+        self.reset_classifier(0)
+
+
+@pytest.fixture(params=["encoder", "module"])
+def toy(request):
+    """A toy encoder, or a module that is no encoder, in training mode."""
+    torch.manual_seed(0)
+    encoder = Toy()
+    encoder.body[1].running_mean.uniform_()
+    encoder.set_grad_checkpointing()
+    if request.param == "encoder":
+        return encoder
+    return nn.Sequential(encoder.body, nn.AdaptiveAvgPool3d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("auto", 1e-6), ("bfloat16", 2e-2), ("float16", 5e-3)])
+def test_toy_gets_channels_last_memory_and_the_type_alone(toy, dtype, most):
+    fast, x = brainfm.optimize(toy, dtype), torch.randn(2, 1, 9, 10, 11)
+    kind = brainfm.inference.resolve_dtype(dtype)
+    assert type(fast) is type(toy)
+    assert fast.optimizations == ("channels-last memory", str(kind).removeprefix("torch."))
+    assert [type(module) for module in fast.modules()] == [type(module) for module in toy.modules()]
+    convolutions = [module for module in fast.modules() if isinstance(module, nn.Conv3d)]
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last_3d) for conv in convolutions)
+    assert {p.dtype for p in fast.parameters()} == {kind}
+    assert not any(module.training for module in fast.modules())
+    assert all(module.training for module in toy.modules())  # the original is not changed
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in toy.parameters())
+    with torch.inference_mode():
+        z, wanted = fast(x), toy.eval()(x)
+    assert z.dtype == torch.float32
+    assert relative(z, wanted) < most
+
+
+def test_module_without_parameters_is_made_ready_too():
+    x = torch.randn(2, 1, 4, 4, 4)
+    for dtype in ("auto", "bfloat16"):
+        assert torch.equal(brainfm.optimize(nn.Flatten(), dtype)(x), x.flatten(1))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_compiled_copy_casts_what_it_is_given(toy, dtype):
+    fast, x = brainfm.optimize(toy, dtype, compile="eager"), torch.randn(2, 1, 9, 10, 11)
+    with torch.inference_mode():
+        z = fast(x)
+        assert z.dtype == torch.float32
+        assert relative(z, brainfm.optimize(toy, dtype)(x)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
 def test_compiled_network_gives_the_same_embeddings(name):
     model, x = build(name), volume(name)
     fast = brainfm.optimize(model, compile="eager")  # dynamo's tracing without a compiler
     with torch.inference_mode():
         assert relative(fast(x), model(x)) < 1e-5
-    assert fast.optimizations[-1] == "torch.compile"
+    assert fast.optimizations == (*brainfm.optimize(model).optimizations, "torch.compile")
 
 
 @pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])
-def test_checkpointing_is_left_behind(name):
+def test_checkpointing_is_switched_off_in_the_copy(name):
     model, x = build(name), volume(name)
     model.set_grad_checkpointing()
     fast = brainfm.optimize(model)

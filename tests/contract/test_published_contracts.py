@@ -1,4 +1,4 @@
-"""Published input contracts, written as data and run on the packaged brain against plain NumPy and SciPy."""
+"""Published input contracts on the packaged brain, against plain NumPy and SciPy."""
 
 from __future__ import annotations
 
@@ -8,120 +8,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+from published_contracts import BRAINIAC, CONTRACTS, MEDICALNET, SFCN, SYNTHBA
 from scipy import ndimage
 
 import brainfm
-from brainfm import Grid, InputSpec
-from brainfm.contract import (
-    Clip,
-    CropBox,
-    CropCenter,
-    CropForeground,
-    CropToMultiple,
-    DivideByMean,
-    MinMax,
-    Pad,
-    Resample,
-    Resize,
-    Standardize,
-    Transpose,
-    Volume,
-    ZScore,
-)
-
-SFCN = InputSpec(
-    space="MNI152NLin6Asym",
-    registration="linear",
-    orientation="LAS",
-    grid=Grid((182, 218, 182), (1.0, 1.0, 1.0), (90.0, -126.0, -72.0)),
-    skull_strip="required",
-    operations=(DivideByMean("all"), CropBox((11, 13, 11), (171, 205, 171))),
-    output_shape=(1, 160, 192, 160),
-)
-BRAINIAC = InputSpec(
-    space="BrainIAC head template",
-    registration="rigid",
-    orientation="LAS",
-    grid=Grid((170, 206, 162), (1.0, 1.0, 1.0), (84.0, -119.0, -69.0)),
-    skull_strip="required",
-    preparation=("N4", "rigid registration", "HD-BET"),
-    operations=(Resize((96, 96, 96), "trilinear"), ZScore("nonzero", eps_rule="one_if_zero", background="zero")),
-    output_shape=(1, 96, 96, 96),
-)
-OPENMIND = InputSpec(
-    representation="any contrast",
-    channels=("any contrast",),
-    skull_strip="forbidden",
-    operations=(
-        Transpose((2, 1, 0)),
-        CropForeground("nonzero"),
-        ZScore("all", eps=1e-8, eps_rule="floor"),
-        Resample((1.0, 1.0, 1.0), order=3, clip=True),
-        CropCenter((160, 160, 160)),
-    ),
-)
-MEDICALNET = InputSpec(
-    representation="CT or MR",
-    channels=("CT or MR",),
-    operations=(
-        Resize((56, 112, 112), "nearest_corners"),
-        ZScore("positive", background="noise", background_is="zero"),
-    ),
-    output_shape=(1, 56, 112, 112),
-)
-SYNTHBA = InputSpec(
-    representation="any contrast",
-    channels=("any contrast",),
-    space="MNI152NLin6Asym",
-    registration="affine",
-    skull_strip="required",
-    preparation=("SynthStrip", "affine registration to the brain"),
-    operations=(
-        Resample((1.4, 1.4, 1.4), order=1, keep="first_voxel"),  # MONAI's Spacing
-        Pad((130, 130, 130), "minimum"),
-        CropCenter((130, 130, 130)),
-        MinMax("all"),
-    ),
-    output_shape=(1, 130, 130, 130),
-)
-SWINBRAIN_PRETRAINING = InputSpec(
-    representation="T1w, T2w and FLAIR",
-    channels=("T1w", "T2w", "FLAIR"),
-    registration="rigid",
-    skull_strip="required",
-    mask="file",
-    preparation=("HD-BET on T1w", "T2w and FLAIR registered to it"),
-    operations=(CropForeground("mask"), Resize((128, 128, 64), "area"), MinMax("all", per_channel=True)),
-    output_shape=(3, 128, 128, 64),
-)
-SWINBRAIN_FINE_TUNING = replace(
-    SWINBRAIN_PRETRAINING,
-    operations=(CropForeground("mask"), MinMax("all", per_channel=False), Resize((128, 128, 64), "area")),
-)
-NEUROVFM = InputSpec(  # its tokens and their policy come behind the tensor
-    representation="any MR",
-    channels=("any MR",),
-    orientation="RPI",
-    operations=(
-        Resample((1.0, 1.0, 4.0), order=3),
-        Transpose((2, 1, 0)),
-        CropToMultiple((4, 16, 16)),
-        Clip(0.5, 99.5, percentiles=True),
-        MinMax("all"),
-        Standardize(0.3141, 0.2623),
-    ),
-)
-CONTRACTS = {
-    "simclr": brainfm.get_pretrained_cfg("simclr_resnet18_3d").input_spec,
-    "sfcn": SFCN,
-    "brainiac": BRAINIAC,
-    "openmind": OPENMIND,
-    "medicalnet": MEDICALNET,
-    "synthba": SYNTHBA,
-    "swinbrain-pretraining": SWINBRAIN_PRETRAINING,
-    "swinbrain-fine-tuning": SWINBRAIN_FINE_TUNING,
-    "neurovfm": NEUROVFM,
-}
+from brainfm import InputSpec, ScanError
+from brainfm.contract import Volume
 
 NATIVE = np.diag([1.25, 0.9, 1.2, 1.0])  # another scanner's voxels, for the contracts of native space
 every_contract = pytest.mark.parametrize("name", CONTRACTS)
@@ -157,7 +49,7 @@ def volume_for(brain):
 
 @pytest.fixture(scope="module")
 def applied(volume_for):
-    """A function (contract's name) → the volume behind its operations."""
+    """A function (contract's name) → the volume after its operations."""
     return cache(lambda name: CONTRACTS[name].apply(volume_for(name)))
 
 
@@ -369,10 +261,17 @@ def test_each_voxel_of_the_tensor_shows_what_lay_at_its_place(name, applied, vol
     )  # a shift by one voxel leaves 0.95
 
 
-@pytest.mark.parametrize("name", ["sfcn", "brainiac"])
-def test_a_scan_on_another_grid_is_brought_to_the_contracts(name, brain, volume_for):
+def test_a_scan_on_another_grid_is_brought_to_sfcns(brain, volume_for):
     image, _, affine = brain
-    scan = brainfm.load_scan((image, affine), spec=CONTRACTS[name])
-    expected = volume_for(name)
-    np.testing.assert_array_equal(scan.image, expected.image)
-    np.testing.assert_array_equal(scan.affine, expected.affine)
+    scan = brainfm.load_scan((image, affine), spec=SFCN)
+    np.testing.assert_array_equal(scan.image, volume_for("sfcn").image)
+    np.testing.assert_array_equal(scan.affine, volume_for("sfcn").affine)
+
+
+def test_brainiacs_own_space_takes_a_scan_on_its_grid_alone(brain, volume_for):
+    image, _, affine = brain
+    volume = volume_for("brainiac")
+    scan = brainfm.load_scan((volume.stored[0], volume.affine), spec=BRAINIAC)
+    np.testing.assert_array_equal(scan.image, volume.image)
+    with pytest.raises(ScanError, match=r"not on the grid of the space 'BrainIAC head template'.*register it to that"):
+        brainfm.load_scan((image, affine), spec=BRAINIAC)

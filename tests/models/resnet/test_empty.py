@@ -15,7 +15,7 @@ def test_live_box_holds_every_voxel_that_a_change_reaches():
     conv, pool = nn.Conv3d(1, 2, 7, padding=3), nn.MaxPool3d(3, 2, 1)
     with torch.no_grad():
         changed = pool(conv(x)) != pool(conv(torch.zeros_like(x)))
-    live = Live.of(x).behind(conv).behind(pool)
+    live = Live.of(x).after(conv).after(pool)
     assert live.shape == tuple(changed.shape[2:])
     outside = changed.any(dim=(0, 1))
     for plane in range(live.shape[0]):

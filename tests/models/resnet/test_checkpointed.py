@@ -84,13 +84,13 @@ def test_statistics_without_a_momentum_are_the_mean_over_batches():
 
 
 class AsModule(nn.Module):
-    """A residual block behind a stem, or alone."""
+    """A residual block after a stem, or alone."""
 
-    def __init__(self, block: nn.Module, behind_stem: bool) -> None:
+    def __init__(self, block: nn.Module, after_stem: bool) -> None:
         super().__init__()
         self.block = block
-        self.scale = nn.Parameter(torch.randn(6, dtype=torch.float64)) if behind_stem else None
-        self.shift = nn.Parameter(torch.randn(6, dtype=torch.float64)) if behind_stem else None
+        self.scale = nn.Parameter(torch.randn(6, dtype=torch.float64)) if after_stem else None
+        self.shift = nn.Parameter(torch.randn(6, dtype=torch.float64)) if after_stem else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x if self.scale is None else scaled(x, self.scale, self.shift))
@@ -106,16 +106,16 @@ def small_slabs(request, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
-@pytest.mark.parametrize("place", ["behind the stem", "first of a stage", "another"])
+@pytest.mark.parametrize("place", ["after the stem", "first of a stage", "another"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 def test_residual_block_is_that_of_the_modules(kind, place, training, layout, small_slabs):
     torch.manual_seed(0)
     network = ResNet(kind, (2, 2, 1, 1), (6, 8, 8, 8)).double()
-    stage, number = {"behind the stem": (network.layer1, 0), "first of a stage": (network.layer2, 0)}.get(
+    stage, number = {"after the stem": (network.layer1, 0), "first of a stage": (network.layer2, 0)}.get(
         place, (network.layer2, 1)
     )
-    layers = AsModule(stage[number], place == "behind the stem").train(training)
+    layers = AsModule(stage[number], place == "after the stem").train(training)
     with torch.no_grad():
         for values in (*layers.parameters(), *layers.buffers()):
             if values.ndim == 1:

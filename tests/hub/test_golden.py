@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 
@@ -14,7 +13,7 @@ import brainfm
 from brainfm import BrainfmError, WeightsError
 from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.files import file_sha256
-from brainfm.hub import Check, fingerprint, save_for_hub, verify
+from brainfm.hub import Check, golden, save_for_hub, verify
 from brainfm.weights import read_checkpoint, save_state
 
 
@@ -46,8 +45,8 @@ def oks(checks):
 # --- What is kept ---------------------------------------------------------------------------------
 
 
-def test_fingerprint_is_the_embedding_of_the_packaged_scan(made, small_model):
-    stored = json.loads((made / "config.json").read_text())["fingerprint"]
+def test_golden_embedding_is_that_of_the_packaged_scan(made, small_model):
+    stored = json.loads((made / "config.json").read_text())["golden"]
     assert stored["scan_sha256"] == file_sha256(SAMPLE_SCAN)
     assert stored["mask_sha256"] == file_sha256(SAMPLE_MASK)
     assert (stored["dtype"], stored["torch_version"]) == ("float32", torch.__version__)
@@ -56,10 +55,10 @@ def test_fingerprint_is_the_embedding_of_the_packaged_scan(made, small_model):
     assert len(stored["embedding"]) == small_model.num_features
 
 
-def test_fingerprint_is_of_the_embedding_even_where_the_model_has_a_classifier(tmp_path):
+def test_golden_embedding_is_of_the_embedding_even_where_the_model_has_a_classifier(tmp_path):
     model = brainfm.create_model("test_resnet_3d", pretrained=True, num_classes=3)
     folder = save_for_hub(model, tmp_path / "folder")
-    assert len(json.loads((folder / "config.json").read_text())["fingerprint"]["embedding"]) == 128
+    assert len(json.loads((folder / "config.json").read_text())["golden"]["embedding"]) == 128
     assert all(oks(verify(f"local-dir:{folder}", ["float32"])).values())
 
 
@@ -94,7 +93,7 @@ def test_saved_folder_is_ok_with_the_pooling_it_was_saved_with(pool, tmp_path):
 
 def test_other_pooling_is_off(tmp_path):
     folder = save_for_hub(brainfm.create_model("test_vit_3d", pretrained=True), tmp_path / "folder")
-    change(folder, lambda config: config["model_args"].update(global_pool="avg"))
+    change(folder, lambda config: config["models"]["test_vit_3d"]["args"].update(global_pool="avg"))
     assert not verify(f"local-dir:{folder}", ())[0].ok
 
 
@@ -116,8 +115,8 @@ def test_consistent_folder_with_other_weights_is_off(folder):
     state = read_checkpoint(folder / "model.safetensors").state
     save_state({key: v * 1.01 if key.endswith("conv1.weight") else v for key, v in state.items()}, folder / "m")
     (folder / "m").replace(folder / "model.safetensors")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    change(folder, lambda config: config["pretrained_cfg"].update(sha256=digest))
+    digest = f"sha256:{file_sha256(folder / 'model.safetensors')}"
+    change(folder, lambda config: config["models"]["test_resnet_3d"]["weights"]["phantoms"].update(digest=digest))
     checks = verify(f"local-dir:{folder}", ["float32"])
     assert oks(checks) == {"float32": False, "float32, optimized": False}
     assert checks[0].error == pytest.approx(checks[1].error, rel=1e-2)
@@ -135,8 +134,8 @@ def test_weights_that_do_not_have_the_hash_are_refused(folder):
 )
 def test_other_preprocessing_is_off(operation, changes, folder):
     def edit(config):
-        config["pretrained_cfg"]["input_spec"]["operations"][operation].update(changes)
-        config["pretrained_cfg"]["input_spec"]["output_shape"] = None
+        config["inputs"]["input"]["operations"][operation].update(changes)
+        config["inputs"]["input"]["output_shape"] = None
 
     change(folder, edit)
     assert not verify(f"local-dir:{folder}", ())[0].ok
@@ -146,8 +145,8 @@ def test_other_preprocessing_is_off(operation, changes, folder):
 
 
 @pytest.mark.parametrize("key", ["scan_sha256", "mask_sha256"])
-def test_fingerprint_of_another_scan_is_refused(key, folder):
-    change(folder, lambda config: config["fingerprint"].update({key: "0" * 64}))
+def test_golden_embedding_of_another_scan_is_refused(key, folder):
+    change(folder, lambda config: config["golden"].update({key: "0" * 64}))
     with pytest.raises(BrainfmError, match="another sample scan"):
         verify(f"local-dir:{folder}")
 
@@ -172,38 +171,39 @@ def test_fingerprint_of_another_scan_is_refused(key, folder):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_fingerprint_that_is_no_embedding_is_refused(embedding, folder):
-    change(folder, lambda config: config["fingerprint"].update(embedding=embedding))
-    with pytest.raises(WeightsError, match="its fingerprint is not an embedding of 128 numbers"):
+def test_golden_embedding_that_is_no_embedding_is_refused(embedding, folder):
+    change(folder, lambda config: config["golden"].update(embedding=embedding))
+    with pytest.raises(WeightsError, match="its golden embedding is not one of 128 numbers"):
         verify(f"local-dir:{folder}", ())
 
 
 @pytest.mark.parametrize("stored", [[], "text", 3, {}, {"embedding": [1.0] * 128}, False])
-def test_fingerprint_that_is_none_is_refused(stored, folder):
-    change(folder, lambda config: config.update(fingerprint=stored))
-    with pytest.raises(WeightsError, match=r"the fingerprint in its config\.json is not one"):
+def test_golden_embedding_that_is_none_is_refused(stored, folder):
+    change(folder, lambda config: config.update(golden=stored))
+    with pytest.raises(WeightsError, match=r"the golden embedding in its config\.json is not one"):
         verify(f"local-dir:{folder}", ())
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_folder_without_a_fingerprint_is_refused_with_what_to_do(missing, folder):
+def test_folder_without_a_golden_embedding_is_refused_with_what_to_do(missing, folder):
     def edit(config):
-        config["pretrained_cfg"]["tag"] = "mine"
+        model = config["models"]["test_resnet_3d"]
+        model["weights"] = {"mine": model["weights"]["phantoms"]}
         if missing:
-            del config["fingerprint"]
+            del config["golden"]
         else:
-            config["fingerprint"] = None
+            config["golden"] = None
 
     change(folder, edit)
-    with pytest.raises(BrainfmError, match="no fingerprint is known for these weights; 'brainfm convert'"):
+    with pytest.raises(BrainfmError, match="no golden embedding is known for these weights; 'brainfm convert'"):
         verify(f"local-dir:{folder}")
 
 
-def test_model_that_the_packaged_scan_is_no_input_of_has_no_fingerprint_and_says_so(tmp_path, caplog):
+def test_model_that_the_packaged_scan_is_no_input_of_has_no_golden_embedding_and_says_so(tmp_path, caplog):
     model = brainfm.create_model("test_resnet_3d", pretrained=True, in_chans=3)
     folder = save_for_hub(model, tmp_path / "folder")
-    assert "no fingerprint: the packaged sample scan is no input of this model" in caplog.text
-    assert json.loads((folder / "config.json").read_text())["fingerprint"] is None
+    assert "no golden embedding: the packaged sample scan is no input of this model" in caplog.text
+    assert json.loads((folder / "config.json").read_text())["golden"] is None
     with pytest.raises(BrainfmError):
         verify(f"local-dir:{folder}")
 
@@ -220,7 +220,7 @@ def test_dtype_that_is_none_is_refused_by_name(dtype):
 
 
 def test_dtype_auto_is_float32_as_everywhere():
-    assert verify("test_resnet_3d", ["auto"])[1].tolerance == fingerprint.TOLERANCES["float32"]
+    assert verify("test_resnet_3d", ["auto"])[1].tolerance == golden.TOLERANCES["float32"]
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
