@@ -124,8 +124,12 @@ def created(name: str, size: tuple[int, ...] | None = None, seed: int = 0, **kwa
     return create_model(name, **kwargs)
 
 
+@functools.cache
 def outline(name: str, size: tuple[int, ...] | None = None, **kwargs) -> Encoder:
-    """An encoder without numbers, on the meta device: shapes and names cost nothing there, whatever the size."""
+    """An encoder without numbers, on the meta device: shapes and names cost little there, whatever the size.
+
+    It is built once, and not to be changed.
+    """
     with torch.device("meta"):
         return create_model(name, **kwargs) if size is None else created(name, size, **kwargs)
 
@@ -569,7 +573,7 @@ def smoothed(model: Encoder) -> Encoder:
 
 
 def misplaced(model: Encoder, size: tuple[int, ...]) -> np.ndarray:
-    """How far each map's cells look from where `feature_info` says, [stages + 1, 3] in cells; the last is `dense`'s.
+    """How far each map's cells look from where `feature_info` says, [stages, 3] in cells; the last map is `dense`'s.
 
     The gradient of the middle cells with respect to the input says where they look.
     """
@@ -577,7 +581,8 @@ def misplaced(model: Encoder, size: tuple[int, ...]) -> np.ndarray:
     x = torch.rand(1, model.in_chans, *size, generator=draws).requires_grad_()
     _, maps = model.forward_intermediates(x)
     found = []
-    for cells, info in [*zip(maps, model.feature_info, strict=True), (model.dense(x), model.feature_info[-1])]:
+    maps[-1] = model.dense(x)  # made of the last stage's
+    for cells, info in zip(maps, model.feature_info, strict=True):
         middle = [slice(n // 3, n - n // 3) for n in cells.shape[2:]]
         shown = torch.rand(cells.shape[1], generator=draws) @ cells[(0, slice(None), *middle)].flatten(1).sum(dim=1)
         (gradient,) = torch.autograd.grad(shown, x, retain_graph=True)
