@@ -142,6 +142,8 @@ def size_of(name: str, cells: int = 2) -> tuple[int, int, int]:
     """
     steps = outline(name).feature_info[-1]["reduction"]
     for count, beyond in [(cells - 1, (1, 2, 3)), (cells, (1, 2, 3)), (cells, (0, 0, 0)), (cells + 1, (1, 2, 3))]:
+        if count == 0:
+            continue
         size = tuple(count * step + more for step, more in zip(steps, beyond, strict=True))
         try:
             model = outline(name, size)
@@ -182,10 +184,10 @@ def shared(name: str) -> Encoder:
     return build(name, num_classes=3)
 
 
-def volume(name: str, more_channels: int = 0, batch: int = 2, device: str = "cpu") -> torch.Tensor:
+def volume(name: str, more_channels: int = 0, batch: int = 2, device: str = "cpu", cells: int = 2) -> torch.Tensor:
     channels = get_pretrained_cfg(name).in_chans + more_channels
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, channels, *size_of(name), generator=generator).to(device)
+    return torch.randn(batch, channels, *size_of(name, cells), generator=generator).to(device)
 
 
 def trunk_names(model: Encoder) -> list[str]:
@@ -377,8 +379,9 @@ def test_dropout_acts_on_the_embedding_in_training_only(name):
     model, x = build(name, drop_rate=0.5), volume(name)
     with torch.no_grad():
         features = model.forward_features(x)
-        assert torch.equal(model.forward_head(features), model.pool(features))
-        dropped = model.train().forward_head(features) == 0
+        pooled = model.pool(features)
+        assert torch.equal(model.forward_head(features), pooled)
+        dropped = model.train().forward_head(features)[pooled != 0] == 0
     assert 0.25 < dropped.float().mean() < 0.75
 
 
@@ -508,7 +511,8 @@ def test_state_dict_goes_round_strictly(name):
 
 @pytest.mark.parametrize("name", RUN)
 def test_computes_in_bfloat16_on_the_cpu(name):
-    model, x = copy.deepcopy(shared(name)), volume(name, batch=1)
+    # Of one cell: a processor without bfloat16 is slow with it.
+    model, x = copy.deepcopy(shared(name)), volume(name, batch=1, cells=1)
     model.reset_classifier(0)
     with torch.inference_mode():
         wanted = model(x)
@@ -539,7 +543,7 @@ def test_copies_and_pickles(name, tmp_path):
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copy_for_inference_gives_the_same_embedding_and_map(name, dtype):
-    model, x = build(name), volume(name)
+    model, x = build(name), volume(name, cells=2 if dtype == "float32" else 1)
     fast = brainfm.optimize(model, dtype)
     assert fast.pretrained_cfg == model.pretrained_cfg
     with torch.inference_mode():
