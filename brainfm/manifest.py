@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 from brainfm.errors import ScanError
 from brainfm.scan import ImageLike, ScanLike
+from brainfm.scan.kinds import is_dicom
 from brainfm.scan.load import image_of, name_of
-from brainfm.scan.read import is_dicom
 
 # A path (of an image, a manifest or a folder), or a list of images, scans of several channels, and pairs with masks.
 ScansLike: TypeAlias = "str | os.PathLike[str] | Sequence[ScanLike | tuple[ScanLike, ImageLike] | ScanRecord]"

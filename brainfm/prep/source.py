@@ -19,7 +19,8 @@ from brainfm.contract import Reorient, Volume
 from brainfm.errors import ScanError
 from brainfm.files import file_sha256
 from brainfm.prep.image import affine_of, largest_part, locale_kept, sitk, to_array, to_itk
-from brainfm.scan.read import is_dicom, read_image
+from brainfm.scan.kinds import is_dicom
+from brainfm.scan.read import read_image
 
 MIN_EXTENT_MM = 100.0  # along every axis; adults' brains are 110 mm or more
 MAX_VOXEL_MM = 6.0

@@ -151,11 +151,6 @@ def folder_of_images(folder, brain):
     return folder
 
 
-@bad("")
-def uncompressed_file_named_nii_gz(folder, brain):
-    return nifti(folder, brain).rename(folder / "scan.nii.gz")
-
-
 @bad("damaged")
 def header_with_an_unknown_voxel_type(folder, brain):
     return patched(folder, brain, 70, "h", 99)
