@@ -116,11 +116,26 @@ def begins_as_dicom(head: bytes) -> bool:
     return False
 
 
+def is_nifti(head: bytes) -> bool:
+    """Whether bytes are the first of a NIfTI file, or of the header of a pair."""
+    return head[344:347] in (b"n+1", b"ni1") or head[4:7] in (b"n+2", b"ni2")
+
+
+def is_mgh(head: bytes, path: Path) -> bool:
+    """Whether a file is FreeSurfer's, which its first bytes alone say too little of."""
+    return head[:4] == b"\x00\x00\x00\x01" and path.name.lower().endswith((".mgz", ".mgh", ".mgh.gz"))
+
+
+def is_analyze(head: bytes) -> bool:
+    """Whether bytes are the first of an Analyze header, also SPM's, which is NIfTI's without the mark."""
+    return len(head) >= 348 and head[:4] in (b"\x5c\x01\0\0", b"\0\0\x01\x5c") and not is_nifti(head)
+
+
 def refusal(head: bytes, path: Path) -> ScanError:
     """What to say of a file that is neither NIfTI nor MGZ: its kind, where that is known."""
     if begins_as_dicom(head):
         return ScanError(f"{path}: a DICOM file; {_DCM2NIIX}")
-    if len(head) >= 348 and head[:4] in ((348).to_bytes(4, "little"), (348).to_bytes(4, "big")):
+    if is_analyze(head):
         return ScanError(
             f"{path}: an Analyze or SPM header, which does not say where left is; convert the scan again from DICOM, "
             "or pass (array, affine) if you know it"
