@@ -68,7 +68,9 @@ def _from_file(path: Path, what: str) -> StoredImage:
         with path.open("rb") if magic is None else open_packed(path, magic) as file:
             head = file.read(1024)
             if is_nifti(head) and b"ni" in (head[344:346], head[4:6]):  # the voxels are in another file, beside it
-                return _from_nibabel(nib.load(path), str(path))
+                pair = nib.load(path)
+                first_bytes(Path(pair.file_map["image"].filename), what)  # refuses what would be waited for
+                return _from_nibabel(pair, str(path))
             return _from_opened(file, head, path, mapped=magic is None)
     except ScanError:
         raise

@@ -159,6 +159,23 @@ def test_what_is_no_file_is_refused_by_its_kind_and_not_waited_for(kind, role, t
         brainfm.create_transform("test_resnet_3d")(scan, mask)
 
 
+def test_pipe_in_the_place_of_a_pairs_voxels_is_not_waited_for(tmp_path):
+    nib.Nifti1Pair(np.ones((4, 4, 4), np.float32), np.eye(4)).to_filename(tmp_path / "scan.hdr")
+    (tmp_path / "scan.img").unlink()
+    os.mkfifo(tmp_path / "scan.img")
+    with pytest.raises(ScanError, match=r"scan.img: a named pipe"):
+        brainfm.create_transform("test_resnet_3d")(tmp_path / "scan.hdr")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+def test_preparation_waits_for_no_pipe(kind, tmp_path):
+    source = pytest.importorskip("brainfm.prep.source", exc_type=ImportError)
+    path = tmp_path / "scan.nii.gz"
+    os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
+    with pytest.raises(ScanError, match=f"a {'named pipe' if kind == 'fifo' else 'device'}"):
+        source.source_sha256(path)
+
+
 def test_command_line_waits_for_no_pipe(tmp_path):
     os.mkfifo(tmp_path / "scan.nii.gz")
     command = [sys.executable, "-m", "brainfm", "embed", "scan.nii.gz", "--model", "test_resnet_3d", "-o", "out.csv"]
