@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from brainfm import weights
 from brainfm.errors import WeightsError
@@ -15,6 +20,8 @@ from brainfm.models.encoder import Encoder
 from brainfm.names import hub_mirror, resolve
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import network
+
+MAX_TENSORS = 10_000  # in a network that a config describes; the largest ViTs have some hundreds
 
 
 def create_model(
@@ -82,6 +89,8 @@ def create_model(
     channels = cfg.in_chans if in_chans is None else in_chans
     build = network(resolved.network)
     try:
+        if resolved.config and wanted is not None:
+            _check_size(build, {"in_chans": resolved.cfg.in_chans} | resolved.args, wanted)
         model: Encoder = build(num_classes=num_classes, in_chans=channels, drop_rate=drop_rate, **args)
     except Exception as error:  # a config is somebody's word: its arguments may be anything
         if not resolved.config:
@@ -89,6 +98,11 @@ def create_model(
         raise WeightsError(
             f"{name}: its config's arguments do not fit {cfg.architecture}: {one_line(error)}"
         ) from error
+    pool, pools = cfg.readout.pool, getattr(model, "pools", None)
+    if pools and pool not in (None, "brain", *pools):
+        raise WeightsError(
+            f"{name}: its readout pools by {pool!r:.100}, and {cfg.architecture} by {' or '.join(pools)}"
+        )
     model.pretrained_cfg = replace(cfg, num_features=getattr(model, "num_features", cfg.num_features))
     model.network, model.model_args, model.saved_args = resolved.network, args, resolved.args
     if wanted is not None:
@@ -97,3 +111,32 @@ def create_model(
         if getattr(model, "num_classes", num_classes) != num_classes:  # the file's own head is not the one asked for
             model.reset_classifier(num_classes)
     return model.eval()
+
+
+def _check_size(build: Callable[..., Encoder], args: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError where a config's network is larger than its weight file, before memory is taken for it.
+
+    It is built on the device that keeps nothing, which networks of other packages may not bear, and given up at the
+    first parameter that is too much: a config may ask for a billion layers. No bounds on each argument say the same,
+    since what takes memory are products of them.
+    """
+    if not build.__module__.startswith("brainfm.models."):
+        return
+    if negative := [key for key, value in args.items() if _is_negative(value)]:
+        raise ValueError(f"{', '.join(negative)} below 0")
+    thread, size, values, tensors = threading.get_ident(), file.stat().st_size, 0, 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:  # noqa: ARG001 - torch's
+        nonlocal values, tensors
+        if parameter is None or threading.get_ident() != thread:  # the hook is that of all modules
+            return
+        values, tensors = values + parameter.numel(), tensors + 1
+        if values > size or tensors > MAX_TENSORS:
+            raise ValueError(f"they make a network that is larger than its weight file, {file.name} of {size} bytes")
+
+    with torch.device("meta"), register_module_parameter_registration_hook(count):
+        build(**args)
+
+
+def _is_negative(value: Any) -> bool:
+    return any(map(_is_negative, value)) if isinstance(value, tuple) else isinstance(value, int) and value < 0

@@ -13,13 +13,14 @@ from typing import Any, TypeAlias
 
 from brainfm.errors import ScanError
 from brainfm.scan import ImageLike, ScanLike
+from brainfm.scan.kinds import is_dicom
 from brainfm.scan.load import image_of, name_of
-from brainfm.scan.read import is_dicom
+from brainfm.scan.memory import is_mapping
 
 # A path (of an image, a manifest or a folder), or a list of images, scans of several channels, and pairs with masks.
 ScansLike: TypeAlias = "str | os.PathLike[str] | Sequence[ScanLike | tuple[ScanLike, ImageLike] | ScanRecord]"
 
-_IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+_IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nii.bz2", ".nii.xz", ".nii.zst", ".mgz", ".mgh")  # in any case
 _TURBOPREP_IMAGE, _TURBOPREP_MASK = "normalized.nii.gz", "mask.nii.gz"
 
 
@@ -44,7 +45,7 @@ class ScanRecord:
     @property
     def images(self) -> dict[str, ImageLike]:
         """The image of each channel; of a scan of one, under the name ""."""
-        return dict(self.image) if isinstance(self.image, Mapping) else {"": self.image}
+        return dict(self.image) if is_mapping(self.image) else {"": self.image}
 
     @property
     def name(self) -> str:
@@ -139,7 +140,7 @@ def _from_path(path: Path) -> list[ScanRecord]:
         return _from_folder(path)
     if path.suffix.lower() in (".csv", ".tsv"):
         return read_manifest(path)
-    if not path.exists() and not path.name.endswith(_IMAGE_SUFFIXES):
+    if not path.exists() and not path.name.lower().endswith(_IMAGE_SUFFIXES):
         raise ScanError(f"{path}: no such file or folder; check the path")
     return [_record(path)]  # a missing image is one bad scan of the batch
 
@@ -200,7 +201,8 @@ def _from_folder(folder: Path) -> list[ScanRecord]:
     template_space = [
         path
         for path in sorted(folder.glob("sub-*/**/*_T1w.nii*"))
-        if "_space-MNI152" in path.name and path.name.endswith(_IMAGE_SUFFIXES)
+        if "_space-MNI152" in path.name and path.name.lower().endswith(_IMAGE_SUFFIXES)
+        if not path.name.startswith("._")  # what macOS keeps beside a file
     ]
     if template_space:
         return [_bids_record(image) for image in _finest(template_space)]
@@ -209,7 +211,7 @@ def _from_folder(folder: Path) -> list[ScanRecord]:
 
 
 def _refuse_folder(folder: Path) -> None:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("._")]
     if any(is_dicom(path) for path in files[:3]):
         raise ScanError(f"{folder}: a folder of DICOM files; convert them first, for example with dcm2niix")
     if any("_T1w.nii" in path.name for path in files):
@@ -217,7 +219,7 @@ def _refuse_folder(folder: Path) -> None:
             f"{folder}: a BIDS folder with no T1w image in MNI152 space; give the derivatives folder of a run with "
             "fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1, or prepare the scans: brainfm prep"
         )
-    images = [path for path in files if path.name.endswith(_IMAGE_SUFFIXES)]
+    images = [path for path in files if path.name.lower().endswith(_IMAGE_SUFFIXES)]
     if images:
         raise ScanError(
             f"{folder}: neither a TurboPrep folder (no {_TURBOPREP_IMAGE}) nor BIDS derivatives (no sub-*/); "

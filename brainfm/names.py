@@ -21,6 +21,7 @@ from brainfm.weights.fetch import HUB_CONFIG, HUB_WEIGHTS, hub_file
 from brainfm.zoo.cards import Card
 
 CONFIG_FORMAT = 2  # of the config.json beside a model's weights, a card; a higher number is for a later brainfm to read
+MAX_CONFIG_BYTES = 2**24  # a thousand times as long as those of this package
 
 _SCHEMES = ("hf-hub", "local-dir")
 _CARD_FIELDS = {item.name for item in fields(Card)}
@@ -149,6 +150,8 @@ def _read_config(path: Path, name: str, **place: str | None) -> ResolvedModel:
             f"{name}: {path} is not there; a model's folder holds config.json and model.safetensors"
         )
     try:
+        if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it is {size} bytes long")
         content = json.loads(path.read_text(encoding="utf-8"))
         written = content.get("format", 1)
         if written > CONFIG_FORMAT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,6 +252,73 @@ def test_config_with_arguments_that_the_constructor_does_not_take_is_refused(arg
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match="its config's arguments do not fit test_resnet_3d: "):
         create_model(f"local-dir:{folder}")
+
+
+def deep(depth: int) -> list:
+    made: list = []
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
+LARGER = "they make a network that is larger than its weight file"
+
+
+@pytest.mark.parametrize(
+    ("network", "change", "reason"),
+    [
+        ("resnet", {"in_chans": 10**9}, LARGER),
+        ("resnet", {"in_chans": 10**4}, LARGER),
+        ("resnet", {"in_chans": 1e9}, "in_chans is 1000000000.0, and must be int"),
+        ("resnet", {"args": {"widths": [10**5] * 4}}, LARGER),
+        ("resnet", {"args": {"layers": [10**9, 1, 1, 1]}}, LARGER),
+        ("resnet", {"args": {"layers": [-1, 1, 1, 1]}}, "layers below 0"),
+        ("resnet", {"args": {"global_pool": "__class__"}}, "pools by 'avg', not '__class__'"),
+        ("resnet", {"readout": {"pool": "__class__"}}, "its readout pools by '__class__'"),
+        ("resnet", {"args": {"widths": deep(200)}}, "do not fit"),
+        ("resnet", {"args": deep(200)}, "args is .* must be a mapping"),
+        ("vit", {"args": {"img_size": [10**6] * 3}}, LARGER),
+        ("vit", {"args": {"img_size": [2000] * 3}}, LARGER),
+        ("vit", {"args": {"dim": 10**6}}, LARGER),
+        ("vit", {"args": {"depth": 10**9}}, LARGER),
+        ("vit", {"args": {"depth": -1}}, "depth below 0"),
+        ("vit", {"args": {"num_heads": 0}}, "cannot be divided among 0 heads"),
+        ("vit", {"args": {"num_heads": 10**9}}, "cannot be divided among 1000000000 heads"),
+        ("vit", {"args": {"global_pool": "__class__"}}, "pools by 'token' or 'avg', not '__class__'"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_config_of_a_network_that_cannot_be_its_files_is_refused_before_memory_is_taken(
+    network, change, reason, tmp_path
+):
+    name = f"test_{network}_3d"
+    folder = write_folder(tmp_path / "folder", create_model(name, pretrained=True))
+    config = json.loads((folder / "config.json").read_text())
+    model = config["models"][name]
+    args = change.get("args", {})
+    model |= change | ({"args": model["args"] | args} if isinstance(args, dict) else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(WeightsError, match=reason) as refusal:
+        create_model(f"local-dir:{folder}")
+    assert str(refusal.value).startswith(f"local-dir:{folder}: ")
+    assert "\n" not in str(refusal.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50e3  # kB
+
+
+@pytest.mark.parametrize("text", ["[" * 10**6, '{"models": ' * 10**5, '{"format": ' + "9" * 10**5 + "}", " " * 2**25])
+def test_config_nested_or_long_beyond_reason_is_refused_in_one_line(text, folder):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match="is not a brainfm config") as refusal:
+        create_model(f"local-dir:{folder}")
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+
+
+def test_arguments_of_ones_own_may_make_a_network_larger_than_the_file(folder):
+    """A config is somebody's word; what the caller asks for is not held against it."""
+    model = create_model(f"local-dir:{folder}", in_chans=300, num_classes=10**6)
+    assert sum(parameter.numel() for parameter in model.parameters()) > (folder / "model.safetensors").stat().st_size
 
 
 def test_config_says_all_of_its_model_whose_name_need_not_be_registered(folder, x, z):

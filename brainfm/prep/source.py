@@ -19,14 +19,15 @@ from brainfm.contract import Reorient, Volume
 from brainfm.errors import ScanError
 from brainfm.files import file_sha256
 from brainfm.prep.image import affine_of, largest_part, locale_kept, sitk, to_array, to_itk
-from brainfm.scan.read import is_dicom, read_image
+from brainfm.scan.kinds import first_bytes, is_dicom
+from brainfm.scan.read import read_image
 
 MIN_EXTENT_MM = 100.0  # along every axis; adults' brains are 110 mm or more
 MAX_VOXEL_MM = 6.0
 AIR_IN_HOUNSFIELD = -500.0  # below it there is nothing in an MR image
 STRIPPED_LITRES = (0.6, 2.4)  # of voxels that are not background; a head has 3 or more
 
-_SUFFIXES = re.compile(r"\.(nii|nii\.gz|mgz|mgh)$", re.IGNORECASE)
+_SUFFIXES = re.compile(r"\.(nii|nii\.(gz|bz2|xz|zst)|mgz|mgh)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def source_sha256(path: Path) -> str:
     """The sha256 of a file, or of the hashes of the files in a folder. Raises ScanError where there is nothing."""
     if not path.exists():
         raise ScanError(f"{path}: no such file or folder; check the path")
-    if path.is_file():
+    if not path.is_dir():
+        first_bytes(path, "scan")  # refuses what would be waited for: a pipe, a device
         return file_sha256(path)
     hashes = sorted(file_sha256(file) for file in path.iterdir() if file.is_file())
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -106,7 +108,7 @@ def read_source(path: Path) -> Head:
 def _expanded(path: Path) -> list[Path]:
     if not path.is_dir() or not (any(path.glob("sub-*/")) or (path / "dataset_description.json").exists()):
         return [path]
-    found = sorted(p for p in path.glob("sub-*/**/*_T1w.*") if _SUFFIXES.search(p.name))
+    found = sorted(p for p in path.glob("sub-*/**/*_T1w.*") if _SUFFIXES.search(p.name) and p.name[:2] != "._")
     if not found:
         raise ScanError(f"{path}: a BIDS data set without a T1w image (sub-*/…/anat/*_T1w.nii.gz)")
     return found

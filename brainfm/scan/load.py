@@ -16,10 +16,16 @@ from brainfm.contract.spec import InputSpec
 from brainfm.contract.volume import Volume, not_zero
 from brainfm.errors import ScanError
 from brainfm.scan.content import check_content
-from brainfm.scan.grid import TOLERANCE_MM, corner_distance, on_grid
+from brainfm.scan.grid import corner_distance, on_grid
+from brainfm.scan.memory import is_mapping
 from brainfm.scan.read import ImageLike, StoredImage, read_image, split_channels
 
 logger = logging.getLogger("brainfm.scan")
+
+# Of a voxel, at any corner. Tools round what they write (float32, a few decimals), and a whole volume adds that up;
+# another grid is half a voxel off or more somewhere, and no mask's edge is surer than this.
+SAME_VOXEL = 0.1
+OVERSHOOT = 1e-3  # of a mask's highest value: what resampling, in floating point, leaves of 0 and 1
 
 # An image, or of several channels {channel: image}.
 ScanLike: TypeAlias = "ImageLike | Mapping[str, ImageLike]"
@@ -50,9 +56,10 @@ def load_scan(
     The voxels stay as they are stored (`Scan.image` gives real intensities) until the contract's operations run.
 
     Args:
-        image: A NIfTI (.nii, .nii.gz) or MGZ file, a nibabel image, a pair (array [x, y, z], affine [4, 4] to RAS
-            mm), or a MetaTensor. Of several channels, {channel: any of these}, named as the contract names them, all on
-            the same voxels; a MetaTensor may hold all of them, in the contract's order.
+        image: A NIfTI (.nii, .nii.gz, also .bz2, .xz, .zst) or MGZ file, a nibabel or SimpleITK image, a pair (array
+            [x, y, z], affine [4, 4] to RAS mm), a MetaTensor, or an image of TorchIO. Of several channels, {channel:
+            any of these}, named as the contract names them, all on the same voxels; a MetaTensor may hold all of them,
+            in the contract's order.
         mask: The brain mask on the same voxels: a file, an image, a pair, or an array of the scan's shape. Voxels above
             0 are brain. Without one, the non-zero voxels of a skull-stripped image are.
         spec: The input contract.
@@ -95,7 +102,7 @@ def load_scan(
 
 def image_of(image: ScanLike, spec: InputSpec | None = None) -> ImageLike:
     """One image of a scan, to show its voxels by: the first channel of the contract that is there."""
-    if not isinstance(image, Mapping):
+    if not is_mapping(image):
         channels = split_channels(image, len(spec.channels)) if spec and len(spec.channels) > 1 else None
         return channels[0] if channels else image
     wanted = [channel.casefold() for channel in spec.channels] if spec else []
@@ -105,7 +112,7 @@ def image_of(image: ScanLike, spec: InputSpec | None = None) -> ImageLike:
 
 def name_of(image: Any) -> str:
     """What a scan is called in messages: its path, or the paths of its channels; empty for images in memory."""
-    if isinstance(image, Mapping):
+    if is_mapping(image):
         return ", ".join(filter(None, map(name_of, image.values())))
     return str(image) if isinstance(image, str | os.PathLike) else ""
 
@@ -113,7 +120,7 @@ def name_of(image: Any) -> str:
 def _channels(image: ScanLike, spec: InputSpec) -> list[StoredImage | None]:
     """The stored image of each channel of the contract, all on the same voxels; None where one is missing."""
     wanted = spec.channels
-    if not isinstance(image, Mapping):
+    if not is_mapping(image):
         if len(wanted) == 1:
             return [read_image(image)]
         images = split_channels(image, len(wanted))
@@ -145,9 +152,7 @@ def _channels(image: ScanLike, spec: InputSpec) -> list[StoredImage | None]:
     for channel, one in zip(wanted, stored, strict=True):
         if one is None or one is first:
             continue
-        if one.array.shape != first.array.shape or (
-            corner_distance(one.affine, first.affine, first.array.shape) > TOLERANCE_MM
-        ):
+        if one.array.shape != first.array.shape or not _lies_on(one, first):
             raise ScanError(
                 f"{one.source}: {channel} lies on other voxels than {first.source}; register the channels to one of "
                 "them and resample them to its grid"
@@ -183,6 +188,12 @@ def _brain_mask(
     return found[0] if len(found) == 1 else np.logical_or.reduce(found)
 
 
+def _lies_on(one: StoredImage, other: StoredImage) -> bool:
+    """Whether the voxels of two images of one shape are the same places in the world."""
+    apart = corner_distance(one.affine, other.affine, one.array.shape)
+    return apart <= SAME_VOXEL * float(np.linalg.norm(other.affine[:3, :3], axis=0).min())
+
+
 def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
     if isinstance(mask, np.ndarray):
         mask = (mask, image.affine)
@@ -193,7 +204,7 @@ def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
             f"{names} has {stored.array.shape} voxels and the scan {image.array.shape}; "
             "use the mask made from this scan, or resample it to the scan's grid"
         )
-    if corner_distance(stored.affine, image.affine, stored.array.shape) > TOLERANCE_MM:
+    if not _lies_on(stored, image):
         raise ScanError(f"{names} lies elsewhere: its affine is not the scan's; resample it to the scan's grid")
     values: NDArray[Any] = stored.array
     step: float = 0  # an integer for integers: against 0.0 they are compared as float64
@@ -203,6 +214,7 @@ def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
             raise ScanError(f"{names} holds NaN or infinite values; make it 0 outside the brain and 1 inside")
+        step = max(step, OVERSHOOT * min(float(values.max()), 100.0))  # labels may count to thousands
         if ((values > step) & (values < 1 - step)).any():
             raise ScanError(f"{names} holds fractions between 0 and 1 (a probability map?); threshold it first")
     if values.dtype.kind != "u" and (values < -step).any():

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from brainfm import ScanError
-from brainfm.scan import read
+from brainfm.scan import packed, read
 
+GZIP = b"\x1f\x8b"
 MODULES = ("isal.igzip", "zlib_ng.gzip_ng", "gzip")
 
 
@@ -19,13 +20,13 @@ def inflater(request, monkeypatch):
     pytest.importorskip(request.param)
     for faster in MODULES[: MODULES.index(request.param)]:
         monkeypatch.setitem(sys.modules, faster, None)
-    read._gzip_open.cache_clear()
+    packed.fastest.cache_clear()
     yield request.param
-    read._gzip_open.cache_clear()
+    packed.fastest.cache_clear()
 
 
 def test_fastest_gzip_that_is_installed_is_taken(inflater):
-    assert read._gzip_open().__module__.startswith(inflater.split(".")[0])
+    assert packed.fastest(GZIP).__module__.startswith(inflater.split(".")[0])
 
 
 @pytest.mark.parametrize("members", [1, 2, 30])
@@ -33,24 +34,24 @@ def test_fastest_gzip_that_is_installed_is_taken(inflater):
 def test_scan_is_the_same(inflater, small_sample, tmp_path, members, padding):
     plain = read.read_image(small_sample[0])
     content = (gzip.decompress if str(small_sample[0]).endswith(".gz") else bytes)(small_sample[0].read_bytes())
-    packed = tmp_path / "scan.nii.gz"
+    path = tmp_path / "scan.nii.gz"
     step = -(-len(content) // members)
     parts = [gzip.compress(content[at : at + step]) for at in range(0, len(content), step)]
-    packed.write_bytes(b"".join(parts) + bytes(padding))
-    assert (read.read_image(packed).array == plain.array).all()
+    path.write_bytes(b"".join(parts) + bytes(padding))
+    assert (read.read_image(path).array == plain.array).all()
 
 
 @pytest.mark.parametrize("fault", ["half", "flipped bit", "another length", "nothing after the header"])
 def test_damaged_file_is_refused(inflater, small_sample, tmp_path, fault):
     content = (gzip.decompress if str(small_sample[0]).endswith(".gz") else bytes)(small_sample[0].read_bytes())
-    packed = bytearray(gzip.compress(content))
+    changed = bytearray(gzip.compress(content))
     if fault == "flipped bit":
-        packed[-5] ^= 1
+        changed[-5] ^= 1
     elif fault == "another length":
-        packed[-2] ^= 1
+        changed[-2] ^= 1
     else:
-        del packed[len(packed) // 2 if fault == "half" else 10 :]
+        del changed[len(changed) // 2 if fault == "half" else 10 :]
     path = tmp_path / "scan.nii.gz"
-    path.write_bytes(packed)
+    path.write_bytes(changed)
     with pytest.raises(ScanError, match="damaged or incomplete"):
         read.read_image(path)
