@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from brainfm.dense import DenseDType, dense_affine, dense_paths, write_dense
 from brainfm.errors import ScanError
 from brainfm.factory import create_model
-from brainfm.files import one_line, progress_bar, write_json
+from brainfm.files import held, one_line, progress_bar, sweep, write_json
 from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
 from brainfm.manifest import ScanRecord, ScansLike, list_scans
@@ -121,8 +121,8 @@ def embed(
 
     With `output`, finished rows are kept in a journal beside it as they come, and the table is written at the end; a
     run that was interrupted goes on where it stopped when it is started again with the same model and dtype. Scans
-    whose file changed in between are done again. Under torchrun each process takes its share, and rank 0 writes and
-    returns all.
+    whose file changed in between are done again. A second run with the same `output` is refused while the first lasts.
+    Under torchrun each process takes its share, and rank 0 writes and returns all.
 
     Args:
         scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images, scans of
@@ -149,7 +149,7 @@ def embed(
 
     Raises:
         ScanError: The list itself is wrong, or with on_error="raise" a scan.
-        BrainfmError: The device cannot be used.
+        BrainfmError: The device cannot be used, or another run is writing the output.
         ValueError: The model has a classifier, or an argument is out of range.
 
     Example:
@@ -165,7 +165,13 @@ def embed(
     if len(set(names)) != len(names):
         raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
     jobs = [_job(each, not one, records, output, dense, report) for each in models]
-    tables = [_embed(records, job, options) for job in jobs]
+    with ExitStack() as outputs:
+        for job in jobs:
+            if job.output is not None:
+                outputs.enter_context(held(job.output))
+            if job.dense is not None and job.dense.is_dir():
+                sweep(job.dense)
+        tables = [_embed(records, job, options) for job in jobs]
     return tables[0] if one else tables
 
 

@@ -18,6 +18,7 @@ import brainfm
 from brainfm import ScanError
 from brainfm.contract import InputSpec, Readout
 from brainfm.embed import Embeddings
+from brainfm.files import held, temporary_path
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder, stage
 
@@ -767,6 +768,42 @@ def test_table_whose_name_holds_wildcards_goes_on_and_leaves_nothing(pairs, tmp_
     brainfm.embed(pairs, model, output=output)
     assert counted() == len(pairs) - 3
     assert names(tmp_path) == ["out[1].csv", "out[1].json"]
+
+
+def test_second_command_on_an_output_is_refused_in_a_line_and_costs_the_first_no_work(pairs, tmp_path, counted):
+    output = tmp_path / "out.csv"
+    model = interrupted(pairs, output)
+    command = [
+        sys.executable,
+        "-m",
+        "brainfm",
+        "embed",
+        str(pairs[0][0]),
+        "--model",
+        "test_resnet_3d",
+        "-o",
+        str(output),
+    ]
+    with held(output):  # as the first command does
+        second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert second.returncode == 1
+        (line,) = second.stderr.splitlines()
+        assert f"{output}: process {os.getpid()} on " in line
+    brainfm.embed(pairs, model, output=output)
+    assert counted() == len(pairs) - 3
+    assert names(tmp_path) == ["out.csv", "out.json"]
+
+
+def test_half_written_files_of_a_killed_run_are_swept_at_the_next_start(small_sample, small_model, tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    (tmp_path / "maps").mkdir()
+    for path in (tmp_path / "out.csv", tmp_path / "out.errors.csv", tmp_path / "maps" / "sub-01_dense.nii.gz"):
+        half = temporary_path(path)
+        half.with_name(half.name.replace(f"-{os.getpid()}-", f"-{done.pid}-")).write_text("half a tab")
+    table = brainfm.embed([small_sample], small_model, output=tmp_path / "out.csv", dense=tmp_path / "maps")
+    assert names(tmp_path) == ["maps", "out.csv", "out.json"]
+    assert names(tmp_path / "maps") == [Path(table.columns()["dense_path"][0]).name]
 
 
 def test_two_tables_in_one_folder_do_not_mix(pairs, tmp_path, counted):
