@@ -259,11 +259,13 @@ def _embed(records: list[ScanRecord], job: _Job, options: _Options) -> Embedding
     maps = [] if job.dense is None else dense_paths(records, job.dense)
     made_by = origin.digest if job.dense is None else f"{origin.digest} {options.dense_dtype} {job.dense.resolve()}"
     journal = Journal(job.output, rank, made_by) if job.output else None
-    done: dict[int, NDArray[np.float32]] = {}
+    done = _Rows(mine)
     if journal is not None:
         left = [n for n in mine if n not in failed and (not maps or maps[n].is_file())]
-        done = {n: vector for n in left if (vector := journal.find(records[n])) is not None}
-        if done:
+        for n in left:
+            if (vector := journal.find(records[n])) is not None:
+                done[n] = vector
+        if len(done):
             logger.info("%s: %d scans were done by an earlier run", job.output, len(done))
     resumed = len(done)
     todo = [n for n in mine if n not in done and n not in failed]
@@ -288,7 +290,7 @@ def _embed(records: list[ScanRecord], job: _Job, options: _Options) -> Embedding
         if journal is not None:
             journal.close()
     if world > 1:
-        done, failed = _gathered(done, failed, world)
+        done, failed = _gathered(done, failed, world, len(records))
     table = _table(records, maps, done, failed, width, replace(origin, scans=len(records), failed=len(failed)))
     if rank == 0:
         if job.output is not None and journal is not None:
@@ -338,6 +340,40 @@ def _failed_qc(record: ScanRecord) -> str:
         f"{record.name}: its preparation did not pass quality control (prep.json beside it: {record.extra['qc']}); "
         "look at its qc.png, prepare it in another way, or embed without --strict-qc"
     )
+
+
+class _Rows:
+    """The vectors of scans, by their numbers in a list, in one array: rows of their own would need it all twice.
+
+    Args:
+        numbers: Of the scans that may come.
+    """
+
+    def __init__(self, numbers: range) -> None:
+        self._numbers = numbers
+        self._there = np.zeros(len(numbers), dtype=bool)
+        self._vectors = np.empty((0, 0), dtype=np.float32)
+
+    def __setitem__(self, n: int, vector: NDArray[np.float32]) -> None:
+        if not self._vectors.size:
+            self._vectors = np.empty((len(self._numbers), len(vector)), dtype=np.float32)
+        place = self._numbers.index(n)
+        self._vectors[place] = vector
+        self._there[place] = True
+
+    def __contains__(self, n: int) -> bool:
+        return bool(self._there[self._numbers.index(n)])
+
+    def __len__(self) -> int:
+        return int(self._there.sum())
+
+    def taken(self) -> tuple[list[int], NDArray[np.float32]]:
+        """The numbers of the scans that came, and their vectors, moved together; no more may come then."""
+        places = np.flatnonzero(self._there).tolist()
+        for row, place in enumerate(places):
+            if row != place:
+                self._vectors[row] = self._vectors[place]
+        return [self._numbers[place] for place in places], self._vectors[: len(places)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,13 +441,14 @@ def _forward(reader: Reader, scans: Sequence[_Prepared], device: torch.device) -
 def _table(
     records: list[ScanRecord],
     maps: Sequence[Path],
-    done: dict[int, NDArray[np.float32]],
+    done: _Rows,
     failed: dict[int, str],
     width: int,
     origin: Origin,
 ) -> Embeddings:
-    order = sorted(done)
-    vectors = np.stack([done[n] for n in order]) if order else np.empty((0, width), dtype=np.float32)
+    order, vectors = done.taken()
+    if not order:
+        vectors = np.empty((0, width), dtype=np.float32)
     rows = [records[n] for n in order]
     if maps:
         rows = [
@@ -522,9 +559,7 @@ def _own_cores(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _gathered(
-    done: dict[int, NDArray[np.float32]], failed: dict[int, str], world: int
-) -> tuple[dict[int, NDArray[np.float32]], dict[int, str]]:
+def _gathered(done: _Rows, failed: dict[int, str], world: int, scans: int) -> tuple[_Rows, dict[int, str]]:
     """What all processes have, on each of them."""
     import torch.distributed as dist
 
@@ -532,7 +567,11 @@ def _gathered(
     if ours:
         dist.init_process_group("gloo")
     parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, (done, failed))
+    dist.all_gather_object(parts, (*done.taken(), failed))
     if ours:
         dist.destroy_process_group()
-    return {n: v for part, _ in parts for n, v in part.items()}, {n: m for _, part in parts for n, m in part.items()}
+    rows = _Rows(range(scans))
+    for numbers, vectors, _ in parts:
+        for n, vector in zip(numbers, vectors, strict=True):
+            rows[n] = vector
+    return rows, {n: message for *_, part in parts for n, message in part.items()}

@@ -35,7 +35,7 @@ class Journal:
         self._output = output
         self._path = output.with_name(f".{output.name}.rank{rank}.journal")
         self._made_by = made_by
-        self._rows: dict[bytes, NDArray[np.float32]] = {}
+        self._places: dict[bytes, tuple[Path, int]] = {}  # of each scan's line; the vectors stay on the disk
         for path in self._all():  # whoever wrote it, with however many processes
             self._read(path)
         self._file: IO[bytes] | None = None  # opened for the first row: no run leaves an empty one
@@ -46,19 +46,23 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         with path.open("rb") as file:
+            place = 0
             for line in file:
-                checksum, _, content = line.rstrip(b"\n").partition(b" ")
-                if checksum != _checksum(content):  # damaged, of another format, or cut off when the run was killed
-                    continue
-                row = json.loads(content)
-                if row["model"] == self._made_by:
-                    numbers = np.frombuffer(base64.b64decode(row["vector"]), dtype="<f4")
-                    self._rows[_key(row["scan"])] = numbers.astype(np.float32)
+                row = _row(line)
+                if row is not None and row["model"] == self._made_by:
+                    self._places[_key(row["scan"])] = path, place
+                place += len(line)
 
     def find(self, record: ScanRecord) -> NDArray[np.float32] | None:
         """The vector that an earlier run made of a scan."""
-        identity = scan_identity(record) if self._rows else None
-        return None if identity is None else self._rows.get(_key(identity))
+        identity = scan_identity(record) if self._places else None
+        if identity is None or _key(identity) not in self._places:
+            return None
+        path, place = self._places[_key(identity)]
+        with path.open("rb") as file:
+            file.seek(place)
+            row = _row(file.readline())
+        return None if row is None else np.frombuffer(base64.b64decode(row["vector"]), dtype="<f4").astype(np.float32)
 
     def add(self, record: ScanRecord, vector: NDArray[np.float32]) -> None:
         """Keep a row; an image in memory has none."""
@@ -81,6 +85,15 @@ class Journal:
         """Remove the journals of all processes."""
         for path in self._all():
             path.unlink(missing_ok=True)
+
+
+def _row(line: bytes) -> dict[str, str] | None:
+    """The row of a line; None of one that is damaged, of another format, or was cut off when the run was killed."""
+    checksum, _, content = line.rstrip(b"\n").partition(b" ")
+    if checksum != _checksum(content):
+        return None
+    row: dict[str, str] = json.loads(content)
+    return row
 
 
 def _checksum(content: bytes) -> bytes:

@@ -23,7 +23,7 @@ _IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 _TURBOPREP_IMAGE, _TURBOPREP_MASK = "normalized.nii.gz", "mask.nii.gz"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ScanRecord:
     """One scan of a list.
 
