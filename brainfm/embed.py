@@ -24,7 +24,7 @@ from brainfm.factory import create_model
 from brainfm.files import held, one_line, progress_bar, sweep, write_json
 from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
-from brainfm.manifest import ScanRecord, ScansLike, list_scans
+from brainfm.manifest import Listing, ScanRecord, ScansLike, list_scans
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
 from brainfm.table import Embeddings, Origin, check_output, files_of, write
@@ -138,8 +138,8 @@ def embed(
         dense: A folder for dense features: the last feature map of each scan as NIfTI [x, y, z, C], whose affine puts
             every cell where it looks. The table's column `dense_path` names the files.
         dense_dtype: Of the dense features; see `brainfm.dense.write_dense`.
-        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, and the scans that failed;
-            of several models, `<name>.<model>.json`.
+        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, the scans that failed, and
+            what of a folder was left out; of several models, `<name>.<model>.json`.
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
         strict_qc: Refuse scans that `brainfm prep` judged to have failed; without it, the column `qc` says so.
         progress: Show a progress bar.
@@ -238,7 +238,7 @@ def _job(
     return job
 
 
-def _embed(records: list[ScanRecord], job: _Job, options: _Options) -> Embeddings:
+def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     """One model's table."""
     started = time.monotonic()
     encoder = create_model(job.model, pretrained=True) if isinstance(job.model, str) else job.model
@@ -297,7 +297,8 @@ def _embed(records: list[ScanRecord], job: _Job, options: _Options) -> Embedding
             write(table, job.output)
             journal.remove()
         if job.report is not None:
-            write_json(job.report, _report(table, job.output, resumed, time.monotonic() - started))
+            report = _report(table, job.output, resumed, time.monotonic() - started)
+            write_json(job.report, report | {"left_out": records.left_out})
     return table
 
 

@@ -498,6 +498,7 @@ def test_report_says_what_was_done(pairs, bad, tmp_path):
         "embedded": 6,
         "of_an_earlier_run": 3,
         "failed": [{"scan": str(bad[1]), "error": table.errors[0][1]}],
+        "left_out": {},
     }
 
 
