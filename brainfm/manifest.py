@@ -219,15 +219,19 @@ def read_manifest(path: Path) -> list[ScanRecord]:
         raise ScanError(f"{path}: the manifest has the column {', '.join(twice)} twice")
     if not rows:
         raise ScanError(f"{path}: the manifest has a header but no rows")
-    records, seen = [], dict[tuple[str, ...], int]()
-    for line, row in rows:
+    records, seen = [], dict[str, int]()
+    labels: dict[str, str] = {}  # each kept once
+    rows.reverse()
+    while rows:  # not two lists of all at once: they may be long
+        line, row = rows.pop()
         if None in row:
             raise ScanError(f"{path}, line {line}: more fields than the header has; quote fields that hold a comma")
         values = {name: (row[name] or "").strip() for name in names}
+        values |= {name: labels.setdefault(value, value) for name, value in values.items() if len(value) < 8}
         images = [values[name] for name in paths if values[name]]
         if not images:
             raise ScanError(f"{path}, line {line}: {' and '.join(paths)} {'are' if len(paths) > 1 else 'is'} empty")
-        same = tuple(os.path.normpath(values.get(name, "")) for name in (*paths, "mask_path"))
+        same = "\0".join(os.path.normpath(values.get(name, "")) for name in (*paths, "mask_path"))
         if same in seen:
             raise ScanError(
                 f"{path}, line {line}: {', '.join(images)} is already in line {seen[same]}; remove one of them"
