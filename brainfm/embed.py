@@ -159,12 +159,12 @@ def embed(
     """
     options = _Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress)
     records = list_scans(scans)
-    one = isinstance(model, nn.Module | str)
+    several = not isinstance(model, nn.Module | str)
     models: list[nn.Module | str] = [model] if isinstance(model, nn.Module | str) else list(model)
     names = [_file_name(each) for each in models]
     if len(set(names)) != len(names):
         raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
-    jobs = [_job(each, not one, records, output, dense, report) for each in models]
+    jobs = [_job(each, several, records, output, dense, report) for each in models]
     with ExitStack() as outputs:
         for job in jobs:
             if job.output is not None:
@@ -172,7 +172,7 @@ def embed(
             if job.dense is not None and job.dense.is_dir():
                 sweep(job.dense)
         tables = [_embed(records, job, options) for job in jobs]
-    return tables[0] if one else tables
+    return tables if several else tables[0]
 
 
 def path_of(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> Path:
@@ -257,6 +257,7 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     if failed and options.on_error == "raise":
         raise ScanError(failed[min(failed)])
     maps = [] if job.dense is None else dense_paths(records, job.dense)
+    # A row goes with its map: of a run with other maps, or none, no row is taken.
     made_by = origin.digest if job.dense is None else f"{origin.digest} {options.dense_dtype} {job.dense.resolve()}"
     journal = Journal(job.output, rank, made_by) if job.output else None
     done = _Rows(mine)

@@ -128,14 +128,19 @@ def parity() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def upstream_state(parity):
-    """A function (model name) → the state dict whose outputs `parity` holds, made by its recipe."""
+def recipe_state():
+    """A function (key → shape, salt) → a state dict with the numbers of the recipe in `tests/data/README.md`."""
 
-    def make(name: str) -> dict[str, torch.Tensor]:
-        keys = parity["models"][name]["keys"]
-        return {key: torch.from_numpy(_filled(key, shape, parity["salt"])) for key, shape in keys.items()}
+    def make(keys: dict[str, list[int]], salt: int) -> dict[str, torch.Tensor]:
+        return {key: torch.from_numpy(np.asarray(_filled(key, shape, salt))) for key, shape in keys.items()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def upstream_state(parity, recipe_state):
+    """A function (model name) → the state dict whose outputs `parity` holds."""
+    return lambda name: recipe_state(parity["models"][name]["keys"], parity["salt"])
 
 
 def _filled(key: str, shape: list[int], salt: int) -> np.ndarray:

@@ -7,20 +7,25 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm import table
 from brainfm.downstream.task import TaskData, is_missing
 from brainfm.embed import embed, origin_of
 from brainfm.errors import TaskError
-from brainfm.files import atomic_path, file_state, write_json
+from brainfm.files import file_state, write_json
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder
 from brainfm.scan.read import read_image
+from brainfm.table import Embeddings
 
 logger = logging.getLogger("brainfm")
+
+_STATE = "file_state"  # the column by which a scan is found again
 
 
 def read_features(
@@ -44,21 +49,35 @@ def read_features(
 
     Returns:
         [n, num_features]; a row of NaN where a scan cannot be read (they are listed beside the table).
+
+    Raises:
+        BrainfmError: What is in the folder was made by other weights, another contract or dtype, or is damaged.
     """
-    plain = re.sub(r"[^\w.-]+", "-", name)[-60:]
-    path = Path(folder) / f"{plain}.{origin_of(model).digest[:12]}.npz"
-    known = _read(path)
-    todo = [record for record in records if name_of(record) not in known]
+    plain, origin = re.sub(r"[^\w.-]+", "-", name)[-60:], origin_of(model)
+    path = Path(folder) / f"{plain}.{origin.digest[:12]}.npz"
+    nothing = Embeddings(np.empty((0, model.num_features), np.float32), [], origin=origin)
+    known = table.read(path) if path.is_file() else nothing
+    table.check_same_origin(known, nothing)  # whatever its name says
+    vectors = _by_state(known)
+    todo = [record for record in records if name_of(record) not in vectors]
     if todo:
         part = path.with_name(f"new.{path.name}")
-        table = embed(todo, model, output=part, device=device, batch_size=batch_size)
-        if table.errors:
-            logger.warning("%s: %d scans cannot be read, such as %s", path, len(table.errors), table.errors[0][1])
-        known |= {name_of(record): vector for record, vector in zip(table.records, table.vectors, strict=True)}
-        _write(path, known)
+        new = embed(todo, model, output=part, device=device, batch_size=batch_size)
+        if new.errors:
+            logger.warning("%s: %d scans cannot be read, such as %s", path, len(new.errors), new.errors[0][1])
+        rows = [replace(record, extra={_STATE: name_of(record)}) for record in new.records]
+        new = replace(new, records=rows, errors=[])
+        if rows:
+            table.join([known, new] if len(known) else [new]).save(path)
+        vectors |= _by_state(new)
         part.unlink(missing_ok=True)
     missing = np.full(model.num_features, np.nan, dtype=np.float32)
-    return np.stack([known.get(name_of(record), missing) for record in records])
+    return np.stack([vectors.get(name_of(record), missing) for record in records])
+
+
+def _by_state(rows: Embeddings) -> dict[str, NDArray[np.float32]]:
+    """The vectors of a table that `read_features` keeps, by the state of their scans' files."""
+    return {record.extra[_STATE]: vector for record, vector in zip(rows.records, rows.vectors, strict=True)}
 
 
 def name_of(record: ScanRecord) -> str:
@@ -66,19 +85,6 @@ def name_of(record: ScanRecord) -> str:
     files = [*record.images.items(), ("", record.mask)]
     named = [(channel, Path(str(item))) for channel, item in files if item is not None]
     return " ".join(channel + (":".join(map(str, file_state(p))) if p.exists() else str(p)) for channel, p in named)
-
-
-def _read(path: Path) -> dict[str, NDArray[np.float32]]:
-    if not path.is_file():
-        return {}
-    with np.load(path, allow_pickle=False) as content:
-        return dict(zip(content["scans"].tolist(), content["embeddings"], strict=True))
-
-
-def _write(path: Path, known: dict[str, NDArray[np.float32]]) -> None:
-    if known:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, scans=np.array(list(known)), embeddings=np.stack(list(known.values())))
 
 
 def head_sizes(data: TaskData, path: Path) -> list[float | None]:

@@ -124,8 +124,12 @@ def created(name: str, size: tuple[int, ...] | None = None, seed: int = 0, **kwa
     return create_model(name, **kwargs)
 
 
+@functools.cache
 def outline(name: str, size: tuple[int, ...] | None = None, **kwargs) -> Encoder:
-    """An encoder without numbers, on the meta device: shapes and names cost nothing there, whatever the size."""
+    """An encoder without numbers, on the meta device: shapes and names cost little there, whatever the size.
+
+    It is built once, and not to be changed.
+    """
     with torch.device("meta"):
         return create_model(name, **kwargs) if size is None else created(name, size, **kwargs)
 
@@ -138,6 +142,8 @@ def size_of(name: str, cells: int = 2) -> tuple[int, int, int]:
     """
     steps = outline(name).feature_info[-1]["reduction"]
     for count, beyond in [(cells - 1, (1, 2, 3)), (cells, (1, 2, 3)), (cells, (0, 0, 0)), (cells + 1, (1, 2, 3))]:
+        if count == 0:
+            continue
         size = tuple(count * step + more for step, more in zip(steps, beyond, strict=True))
         try:
             model = outline(name, size)
@@ -178,10 +184,10 @@ def shared(name: str) -> Encoder:
     return build(name, num_classes=3)
 
 
-def volume(name: str, more_channels: int = 0, batch: int = 2, device: str = "cpu") -> torch.Tensor:
+def volume(name: str, more_channels: int = 0, batch: int = 2, device: str = "cpu", cells: int = 2) -> torch.Tensor:
     channels = get_pretrained_cfg(name).in_chans + more_channels
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, channels, *size_of(name), generator=generator).to(device)
+    return torch.randn(batch, channels, *size_of(name, cells), generator=generator).to(device)
 
 
 def trunk_names(model: Encoder) -> list[str]:
@@ -373,8 +379,9 @@ def test_dropout_acts_on_the_embedding_in_training_only(name):
     model, x = build(name, drop_rate=0.5), volume(name)
     with torch.no_grad():
         features = model.forward_features(x)
-        assert torch.equal(model.forward_head(features), model.pool(features))
-        dropped = model.train().forward_head(features) == 0
+        pooled = model.pool(features)
+        assert torch.equal(model.forward_head(features), pooled)
+        dropped = model.train().forward_head(features)[pooled != 0] == 0
     assert 0.25 < dropped.float().mean() < 0.75
 
 
@@ -504,7 +511,8 @@ def test_state_dict_goes_round_strictly(name):
 
 @pytest.mark.parametrize("name", RUN)
 def test_computes_in_bfloat16_on_the_cpu(name):
-    model, x = copy.deepcopy(shared(name)), volume(name, batch=1)
+    # Of one cell: a processor without bfloat16 is slow with it.
+    model, x = copy.deepcopy(shared(name)), volume(name, batch=1, cells=1)
     model.reset_classifier(0)
     with torch.inference_mode():
         wanted = model(x)
@@ -535,7 +543,7 @@ def test_copies_and_pickles(name, tmp_path):
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_copy_for_inference_gives_the_same_embedding_and_map(name, dtype):
-    model, x = build(name), volume(name)
+    model, x = build(name), volume(name, cells=2 if dtype == "float32" else 1)
     fast = brainfm.optimize(model, dtype)
     assert fast.pretrained_cfg == model.pretrained_cfg
     with torch.inference_mode():
@@ -569,7 +577,7 @@ def smoothed(model: Encoder) -> Encoder:
 
 
 def misplaced(model: Encoder, size: tuple[int, ...]) -> np.ndarray:
-    """How far each map's cells look from where `feature_info` says, [stages + 1, 3] in cells; the last is `dense`'s.
+    """How far each map's cells look from where `feature_info` says, [stages, 3] in cells; the last map is `dense`'s.
 
     The gradient of the middle cells with respect to the input says where they look.
     """
@@ -577,7 +585,8 @@ def misplaced(model: Encoder, size: tuple[int, ...]) -> np.ndarray:
     x = torch.rand(1, model.in_chans, *size, generator=draws).requires_grad_()
     _, maps = model.forward_intermediates(x)
     found = []
-    for cells, info in [*zip(maps, model.feature_info, strict=True), (model.dense(x), model.feature_info[-1])]:
+    maps[-1] = model.dense(x)  # made of the last stage's
+    for cells, info in zip(maps, model.feature_info, strict=True):
         middle = [slice(n // 3, n - n // 3) for n in cells.shape[2:]]
         shown = torch.rand(cells.shape[1], generator=draws) @ cells[(0, slice(None), *middle)].flatten(1).sum(dim=1)
         (gradient,) = torch.autograd.grad(shown, x, retain_graph=True)
