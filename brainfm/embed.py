@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from brainfm.dense import DenseDType, dense_affine, dense_paths, write_dense
 from brainfm.errors import ScanError
 from brainfm.factory import create_model
-from brainfm.files import one_line, progress_bar, write_json
+from brainfm.files import held, one_line, progress_bar, sweep, write_json
 from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
-from brainfm.manifest import ScanRecord, ScansLike, list_scans
+from brainfm.manifest import Listing, ScanRecord, ScansLike, list_scans
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
 from brainfm.table import Embeddings, Origin, check_output, files_of, write
@@ -121,8 +121,8 @@ def embed(
 
     With `output`, finished rows are kept in a journal beside it as they come, and the table is written at the end; a
     run that was interrupted goes on where it stopped when it is started again with the same model and dtype. Scans
-    whose file changed in between are done again. Under torchrun each process takes its share, and rank 0 writes and
-    returns all.
+    whose file changed in between are done again. A second run with the same `output` is refused while the first lasts.
+    Under torchrun each process takes its share, and rank 0 writes and returns all.
 
     Args:
         scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images, scans of
@@ -138,8 +138,8 @@ def embed(
         dense: A folder for dense features: the last feature map of each scan as NIfTI [x, y, z, C], whose affine puts
             every cell where it looks. The table's column `dense_path` names the files.
         dense_dtype: Of the dense features; see `brainfm.dense.write_dense`.
-        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, and the scans that failed;
-            of several models, `<name>.<model>.json`.
+        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, the scans that failed, and
+            what of a folder was left out; of several models, `<name>.<model>.json`.
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
         strict_qc: Refuse scans that `brainfm prep` judged to have failed; without it, the column `qc` says so.
         progress: Show a progress bar.
@@ -149,7 +149,7 @@ def embed(
 
     Raises:
         ScanError: The list itself is wrong, or with on_error="raise" a scan.
-        BrainfmError: The device cannot be used.
+        BrainfmError: The device cannot be used, or another run is writing the output.
         ValueError: The model has a classifier, or an argument is out of range.
 
     Example:
@@ -165,7 +165,13 @@ def embed(
     if len(set(names)) != len(names):
         raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
     jobs = [_job(each, several, records, output, dense, report) for each in models]
-    tables = [_embed(records, job, options) for job in jobs]
+    with ExitStack() as outputs:
+        for job in jobs:
+            if job.output is not None:
+                outputs.enter_context(held(job.output))
+            if job.dense is not None and job.dense.is_dir():
+                sweep(job.dense)
+        tables = [_embed(records, job, options) for job in jobs]
     return tables if several else tables[0]
 
 
@@ -232,7 +238,7 @@ def _job(
     return job
 
 
-def _embed(records: list[ScanRecord], job: _Job, options: _Options) -> Embeddings:
+def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     """One model's table."""
     started = time.monotonic()
     encoder = create_model(job.model, pretrained=True) if isinstance(job.model, str) else job.model
@@ -254,11 +260,13 @@ def _embed(records: list[ScanRecord], job: _Job, options: _Options) -> Embedding
     # A row goes with its map: of a run with other maps, or none, no row is taken.
     made_by = origin.digest if job.dense is None else f"{origin.digest} {options.dense_dtype} {job.dense.resolve()}"
     journal = Journal(job.output, rank, made_by) if job.output else None
-    done: dict[int, NDArray[np.float32]] = {}
+    done = _Rows(mine)
     if journal is not None:
         left = [n for n in mine if n not in failed and (not maps or maps[n].is_file())]
-        done = {n: vector for n in left if (vector := journal.find(records[n])) is not None}
-        if done:
+        for n in left:
+            if (vector := journal.find(records[n])) is not None:
+                done[n] = vector
+        if len(done):
             logger.info("%s: %d scans were done by an earlier run", job.output, len(done))
     resumed = len(done)
     todo = [n for n in mine if n not in done and n not in failed]
@@ -283,14 +291,15 @@ def _embed(records: list[ScanRecord], job: _Job, options: _Options) -> Embedding
         if journal is not None:
             journal.close()
     if world > 1:
-        done, failed = _gathered(done, failed, world)
+        done, failed = _gathered(done, failed, world, len(records))
     table = _table(records, maps, done, failed, width, replace(origin, scans=len(records), failed=len(failed)))
     if rank == 0:
         if job.output is not None and journal is not None:
             write(table, job.output)
             journal.remove()
         if job.report is not None:
-            write_json(job.report, _report(table, job.output, resumed, time.monotonic() - started))
+            report = _report(table, job.output, resumed, time.monotonic() - started)
+            write_json(job.report, report | {"left_out": records.left_out})
     return table
 
 
@@ -333,6 +342,40 @@ def _failed_qc(record: ScanRecord) -> str:
         f"{record.name}: its preparation did not pass quality control (prep.json beside it: {record.extra['qc']}); "
         "look at its qc.png, prepare it in another way, or embed without --strict-qc"
     )
+
+
+class _Rows:
+    """The vectors of scans, by their numbers in a list, in one array: rows of their own would need it all twice.
+
+    Args:
+        numbers: Of the scans that may come.
+    """
+
+    def __init__(self, numbers: range) -> None:
+        self._numbers = numbers
+        self._there = np.zeros(len(numbers), dtype=bool)
+        self._vectors = np.empty((0, 0), dtype=np.float32)
+
+    def __setitem__(self, n: int, vector: NDArray[np.float32]) -> None:
+        if not self._vectors.size:
+            self._vectors = np.empty((len(self._numbers), len(vector)), dtype=np.float32)
+        place = self._numbers.index(n)
+        self._vectors[place] = vector
+        self._there[place] = True
+
+    def __contains__(self, n: int) -> bool:
+        return bool(self._there[self._numbers.index(n)])
+
+    def __len__(self) -> int:
+        return int(self._there.sum())
+
+    def taken(self) -> tuple[list[int], NDArray[np.float32]]:
+        """The numbers of the scans that came, and their vectors, moved together; no more may come then."""
+        places = np.flatnonzero(self._there).tolist()
+        for row, place in enumerate(places):
+            if row != place:
+                self._vectors[row] = self._vectors[place]
+        return [self._numbers[place] for place in places], self._vectors[: len(places)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -400,13 +443,14 @@ def _forward(reader: Reader, scans: Sequence[_Prepared], device: torch.device) -
 def _table(
     records: list[ScanRecord],
     maps: Sequence[Path],
-    done: dict[int, NDArray[np.float32]],
+    done: _Rows,
     failed: dict[int, str],
     width: int,
     origin: Origin,
 ) -> Embeddings:
-    order = sorted(done)
-    vectors = np.stack([done[n] for n in order]) if order else np.empty((0, width), dtype=np.float32)
+    order, vectors = done.taken()
+    if not order:
+        vectors = np.empty((0, width), dtype=np.float32)
     rows = [records[n] for n in order]
     if maps:
         rows = [
@@ -517,9 +561,7 @@ def _own_cores(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _gathered(
-    done: dict[int, NDArray[np.float32]], failed: dict[int, str], world: int
-) -> tuple[dict[int, NDArray[np.float32]], dict[int, str]]:
+def _gathered(done: _Rows, failed: dict[int, str], world: int, scans: int) -> tuple[_Rows, dict[int, str]]:
     """What all processes have, on each of them."""
     import torch.distributed as dist
 
@@ -527,7 +569,11 @@ def _gathered(
     if ours:
         dist.init_process_group("gloo")
     parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, (done, failed))
+    dist.all_gather_object(parts, (*done.taken(), failed))
     if ours:
         dist.destroy_process_group()
-    return {n: v for part, _ in parts for n, v in part.items()}, {n: m for _, part in parts for n, m in part.items()}
+    rows = _Rows(range(scans))
+    for numbers, vectors, _ in parts:
+        for n, vector in zip(numbers, vectors, strict=True):
+            rows[n] = vector
+    return rows, {n: message for *_, part in parts for n, message in part.items()}

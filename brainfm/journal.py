@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,10 @@ from brainfm.manifest import ScanRecord
 
 
 class Journal:
-    """Finished rows of an interrupted run: one JSON line a scan, added and flushed as it is done.
+    """Finished rows of an interrupted run: one line a scan, added and flushed as it is done.
+
+    A line is a checksum and the row as JSON; one that is not as it was written is passed over, and its scan done again.
+    Whoever has the output's lock (`brainfm.files.held`) may remove the journals of all processes.
 
     Args:
         output: The table that is to be written.
@@ -30,49 +35,74 @@ class Journal:
         self._output = output
         self._path = output.with_name(f".{output.name}.rank{rank}.journal")
         self._made_by = made_by
-        self._rows: dict[str, list[float]] = {}
+        self._places: dict[bytes, tuple[Path, int]] = {}  # of each scan's line; the vectors stay on the disk
         for path in self._all():  # whoever wrote it, with however many processes
             self._read(path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file: IO[bytes] | None = None  # opened for the first row: no run leaves an empty one
 
     def _all(self) -> Iterable[Path]:
         """The journals of all processes."""
         return self._output.parent.glob(f".{glob.escape(self._output.name)}.rank*.journal")
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # the line that was being written when the run was killed
-            if isinstance(row, dict) and row.get("model") == self._made_by and isinstance(row.get("vector"), list):
-                self._rows[str(row.get("scan"))] = row["vector"]
+        with path.open("rb") as file:
+            place = 0
+            for line in file:
+                row = _row(line)
+                if row is not None and row["model"] == self._made_by:
+                    self._places[_key(row["scan"])] = path, place
+                place += len(line)
 
     def find(self, record: ScanRecord) -> NDArray[np.float32] | None:
         """The vector that an earlier run made of a scan."""
-        identity = scan_identity(record)
-        vector = None if identity is None else self._rows.get(identity)
-        return None if vector is None else np.array(vector, dtype=np.float32)
+        identity = scan_identity(record) if self._places else None
+        if identity is None or _key(identity) not in self._places:
+            return None
+        path, place = self._places[_key(identity)]
+        with path.open("rb") as file:
+            file.seek(place)
+            row = _row(file.readline())
+        return None if row is None else np.frombuffer(base64.b64decode(row["vector"]), dtype="<f4").astype(np.float32)
 
     def add(self, record: ScanRecord, vector: NDArray[np.float32]) -> None:
         """Keep a row; an image in memory has none."""
         identity = scan_identity(record)
         if identity is None:
             return
-        row = {"model": self._made_by, "scan": identity, "vector": vector.astype(float).tolist()}
-        self._file.write("\n" + json.dumps(row))
+        numbers = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        content = json.dumps({"model": self._made_by, "scan": identity, "vector": numbers}).encode()
+        if self._file is None:
+            self._file = self._path.open("ab")
+        self._file.write(b"\n" + _checksum(content) + b" " + content)  # on a line of its own, after a torn one too
         self._file.flush()
 
     def close(self) -> None:
         """End the writing; what is written stays."""
-        self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        if self._file is not None:
+            self._file.close()
 
     def remove(self) -> None:
         """Remove the journals of all processes."""
         for path in self._all():
             path.unlink(missing_ok=True)
+
+
+def _row(line: bytes) -> dict[str, str] | None:
+    """The row of a line; None of one that is damaged, of another format, or was cut off when the run was killed."""
+    checksum, _, content = line.rstrip(b"\n").partition(b" ")
+    if checksum != _checksum(content):
+        return None
+    row: dict[str, str] = json.loads(content)
+    return row
+
+
+def _checksum(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest()[:16].encode()
+
+
+def _key(identity: str) -> bytes:
+    """A scan's identity in little memory."""
+    return hashlib.sha256(identity.encode()).digest()[:16]
 
 
 def scan_identity(record: ScanRecord) -> str | None:

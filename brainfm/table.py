@@ -27,6 +27,7 @@ from brainfm.schema import Checked
 FORMATS = (".csv", ".parquet", ".npz")
 _KEY = "brainfm_origin"  # in Parquet's metadata and in an .npz
 _MEANING = ("weights", "contract", "readout", "dtype")
+_ROWS_AT_ONCE = 16_384  # of a Parquet file: its columns are a copy of the rows
 _OWN = {"embeddings", "error", "file", "allow_pickle", _KEY}
 
 
@@ -121,12 +122,7 @@ class Embeddings:
                 with temporary.open("wb") as file:
                     np.savez(file, embeddings=self.vectors, **arrays)
             elif path.suffix == ".parquet":
-                pyarrow, parquet = _pyarrow()
-                numbers = {f"e{n}": np.ascontiguousarray(column) for n, column in enumerate(self.vectors.T)}
-                columns = pyarrow.table(texts | numbers)
-                if origin:
-                    columns = columns.replace_schema_metadata({_KEY: origin})
-                parquet.write_table(columns, temporary)
+                self._write_parquet(texts, origin, temporary)
             else:
                 with temporary.open("w", newline="", encoding="utf-8") as file:
                     writer = csv.writer(file)
@@ -138,6 +134,18 @@ class Embeddings:
                 write_json(origin_path(path), self.origin.to_dict())
             else:  # one that is there is another table's
                 origin_path(path).unlink(missing_ok=True)
+
+    def _write_parquet(self, texts: dict[str, list[str]], origin: str, path: Path) -> None:
+        pyarrow, parquet = _pyarrow()
+        numbers = [f"e{n}" for n in range(self.vectors.shape[1])]
+        fields = [(name, pyarrow.string()) for name in texts] + [(name, pyarrow.float32()) for name in numbers]
+        schema = pyarrow.schema(fields, metadata={_KEY: origin} if origin else None)
+        with parquet.ParquetWriter(path, schema) as writer:
+            for start in range(0, max(len(self), 1), _ROWS_AT_ONCE):
+                part = slice(start, start + _ROWS_AT_ONCE)
+                columns = {name: values[part] for name, values in texts.items()}
+                columns |= dict(zip(numbers, np.ascontiguousarray(self.vectors[part].T), strict=True))
+                writer.write_table(pyarrow.table(columns, schema))
 
 
 def read(path: str | os.PathLike[str]) -> Embeddings:
@@ -272,9 +280,14 @@ def write(table: Embeddings, path: Path) -> None:
 
 def text_columns(records: Sequence[ScanRecord]) -> dict[str, list[str]]:
     """Every column of the records' rows, as text."""
-    rows = [record.columns() for record in records]
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name, "") for row in rows] for name in names}
+    columns: dict[str, list[str]] = {}
+    for n, record in enumerate(records):  # and not all of them as rows first: they may be many
+        row = record.columns()
+        for name in [name for name in row if name not in columns]:
+            columns[name] = []
+        for name, values in columns.items():
+            values += [""] * (n - len(values)) + [row.get(name, "")]
+    return columns
 
 
 def _read_npz(path: Path) -> tuple[dict[str, list[str]], NDArray[np.float32], str]:

@@ -262,10 +262,8 @@ def test_scans_of_the_same_name_get_files_of_their_own(tmp_path):
     assert dense_paths(records[1:2] + records[:1], tmp_path) == [paths[1], paths[0]]  # whatever their order
 
 
-def test_two_records_of_one_patient_and_scan_are_both_written(tmp_path):
-    records = [
-        ScanRecord(scan(tmp_path, name, blob), None, "p1", "s1") for name, blob in (("a", None), ("b", (9, 9, 9)))
-    ]
+def test_two_records_of_one_patient_without_a_scan_id_are_both_written(tmp_path):
+    records = [ScanRecord(scan(tmp_path, name, blob), None, "p1") for name, blob in (("a", None), ("b", (9, 9, 9)))]
     files = brainfm.embed(records, toy(), dense=tmp_path / "maps").columns()["dense_path"]
     one, other = (nib.load(file).get_fdata() for file in files)
     assert not np.array_equal(one, other)

@@ -18,6 +18,7 @@ import brainfm
 from brainfm import ScanError
 from brainfm.contract import InputSpec, Readout
 from brainfm.embed import Embeddings
+from brainfm.files import held, temporary_path
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder, stage
 
@@ -497,6 +498,7 @@ def test_report_says_what_was_done(pairs, bad, tmp_path):
         "embedded": 6,
         "of_an_earlier_run": 3,
         "failed": [{"scan": str(bad[1]), "error": table.errors[0][1]}],
+        "left_out": {},
     }
 
 
@@ -585,14 +587,13 @@ def test_wrong_model_among_several_is_refused_before_any_work(other, reason, sec
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_rows_that_are_kept_own_their_memory(batch_size, pairs, monkeypatch):
+@pytest.mark.parametrize("broken", [0, 1])
+def test_vectors_are_kept_once_in_one_array_of_their_own(batch_size, broken, pairs, bad):
     """A view would keep the output of a whole batch, and with it torch's memory, as long as the run lasts."""
-    kept = []
-    table = module._table
-    monkeypatch.setattr(module, "_table", lambda r, m, done, *more: kept.append(done) or table(r, m, done, *more))
-    brainfm.embed(pairs, Pooled(), batch_size=batch_size)
-    assert len(kept[0]) == len(pairs)
-    assert all(vector.flags.owndata and vector.base is None for vector in kept[0].values())
+    vectors = brainfm.embed([*bad[:broken], *pairs], Pooled(), batch_size=batch_size).vectors
+    whole = vectors if vectors.base is None else vectors.base
+    assert whole.flags.owndata
+    assert whole.nbytes == 4 * 8 * (broken + len(pairs))
 
 
 GROWTH = """
@@ -767,6 +768,42 @@ def test_table_whose_name_holds_wildcards_goes_on_and_leaves_nothing(pairs, tmp_
     brainfm.embed(pairs, model, output=output)
     assert counted() == len(pairs) - 3
     assert names(tmp_path) == ["out[1].csv", "out[1].json"]
+
+
+def test_second_command_on_an_output_is_refused_in_a_line_and_costs_the_first_no_work(pairs, tmp_path, counted):
+    output = tmp_path / "out.csv"
+    model = interrupted(pairs, output)
+    command = [
+        sys.executable,
+        "-m",
+        "brainfm",
+        "embed",
+        str(pairs[0][0]),
+        "--model",
+        "test_resnet_3d",
+        "-o",
+        str(output),
+    ]
+    with held(output):  # as the first command does
+        second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert second.returncode == 1
+        (line,) = second.stderr.splitlines()
+        assert f"{output}: process {os.getpid()} on " in line
+    brainfm.embed(pairs, model, output=output)
+    assert counted() == len(pairs) - 3
+    assert names(tmp_path) == ["out.csv", "out.json"]
+
+
+def test_half_written_files_of_a_killed_run_are_swept_at_the_next_start(small_sample, small_model, tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    (tmp_path / "maps").mkdir()
+    for path in (tmp_path / "out.csv", tmp_path / "out.errors.csv", tmp_path / "maps" / "sub-01_dense.nii.gz"):
+        half = temporary_path(path)
+        half.with_name(half.name.replace(f"-{os.getpid()}-", f"-{done.pid}-")).write_text("half a tab")
+    table = brainfm.embed([small_sample], small_model, output=tmp_path / "out.csv", dense=tmp_path / "maps")
+    assert names(tmp_path) == ["maps", "out.csv", "out.json"]
+    assert names(tmp_path / "maps") == [Path(table.columns()["dense_path"][0]).name]
 
 
 def test_two_tables_in_one_folder_do_not_mix(pairs, tmp_path, counted):

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import platform
+import re
+import subprocess
+import sys
 
 import pytest
 
-from brainfm.files import atomic_path, file_git_blob, file_sha256, file_state, one_line, write_json, write_text
+from brainfm.errors import BrainfmError
+from brainfm.files import (
+    atomic_path,
+    file_git_blob,
+    file_sha256,
+    file_state,
+    held,
+    one_line,
+    sweep,
+    temporary_path,
+    write_json,
+    write_text,
+)
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -87,3 +104,160 @@ def test_state_of_a_file_changes_with_its_content_and_not_with_how_it_is_named(t
 )
 def test_message_becomes_one_line(message, line):
     assert one_line(ValueError(message)) == line
+
+
+# --- File systems that lack a call ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["chmod", "fsync"])
+def test_file_system_without_a_call_costs_no_result(call, tmp_path, monkeypatch):
+    def lacking(*arguments, **options):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, call, lacking)
+    monkeypatch.setattr(type(tmp_path), "chmod", lacking)
+    write_text(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_sync_that_says_the_content_is_lost_is_an_error(number, tmp_path, monkeypatch):
+    def lost(*arguments):
+        raise OSError(number, "lost")
+
+    monkeypatch.setattr(os, "fsync", lost)
+    with pytest.raises(OSError, match="lost"):
+        write_text(tmp_path / "a.txt", "whole")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- What killed processes leave ------------------------------------------------------------------
+
+
+def dead_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def left_by(process, path, machine=None):
+    """A temporary file of `path`, as if a process had been killed while it wrote it."""
+    ours = temporary_path(path)
+    name = ours.name.replace(f"-{os.getpid()}-", f"-{process}-")
+    if machine:
+        name = re.sub(r"-[0-9a-f]{4}-", f"-{machine}-", name, count=1)
+    leftover = ours.with_name(name)
+    leftover.write_text("half a tab")
+    return leftover
+
+
+def test_sweep_removes_what_ended_processes_left_of_this_output_only(tmp_path):
+    output = tmp_path / "out.csv"
+    dead = dead_process()
+    gone = [left_by(dead, tmp_path / name) for name in ("out.csv", "out.json", "out.errors.csv")]
+    others = tmp_path / ".out-1234abcd.csv", tmp_path / ".out.csv.rank0.journal", tmp_path / "out.csv"
+    stay = [left_by(dead, tmp_path / "outer.csv"), left_by(os.getpid(), output), left_by(os.getppid(), output)]
+    for path in others:
+        path.write_text("another's")
+    elsewhere = left_by(dead, output, machine="0000")
+    sweep(output)
+    assert not any(path.exists() for path in gone)
+    assert all(path.exists() for path in (*others, *stay, elsewhere))
+    sweep(output, others=True)
+    assert not elsewhere.exists()
+    assert all(path.exists() for path in (*others, *stay))
+
+
+def test_sweep_of_a_folder_goes_through_all_of_it(tmp_path):
+    (tmp_path / "scans").mkdir()
+    left = [left_by(dead_process(), tmp_path / "scans" / name) for name in ("a.image.npy", "b.nii.gz", "model")]
+    left[2].unlink()
+    left[2].mkdir()  # of a folder that was being written
+    (left[2] / "model.safetensors").write_text("half")
+    (tmp_path / "scans" / "a.npy").write_text("whole")
+    sweep(tmp_path)
+    assert [path.name for path in (tmp_path / "scans").iterdir()] == ["a.npy"]
+
+
+# --- One command at a time ------------------------------------------------------------------------
+
+HOLD = """
+import os, pathlib, sys, time
+from brainfm.files import held
+with held(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A function (output) → a process that holds it."""
+    processes = []
+
+    def hold(output):
+        process = subprocess.Popen([sys.executable, "-c", HOLD, output], stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_output_is_held_by_one_process_which_is_named_and_taken_over_when_it_is_killed(kind, holder, tmp_path):
+    output = tmp_path / "out"
+    if kind == "folder":
+        output.mkdir()
+    process = holder(output)
+    named = rf"out: process {process.pid} on {re.escape(platform.node())}, since 20"
+    with pytest.raises(BrainfmError, match=named), held(output):
+        pass
+    leftover = left_by(process.pid, output / "a.npy" if kind == "folder" else output)
+    process.kill()
+    process.wait()
+    with held(output):
+        assert not leftover.exists()
+    assert [path.name for path in tmp_path.rglob("*")] == (["out"] if kind == "folder" else [])
+
+
+def test_output_is_held_once_within_a_process_and_free_afterwards(tmp_path):
+    output = tmp_path / "out.csv"
+    for _ in range(2):
+        with (
+            held(output),
+            held(tmp_path / "other.csv"),
+            pytest.raises(BrainfmError, match=f"process {os.getpid()} on "),
+        ):
+            held(output).__enter__()
+    with pytest.raises(RuntimeError, match="failed"), held(tmp_path / "out.csv"):
+        raise RuntimeError("failed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_of_one_torchrun_share_a_lock(tmp_path, monkeypatch):
+    with held(tmp_path / "out.csv"):
+        monkeypatch.setenv("RANK", "1")
+        with held(tmp_path / "out.csv"):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(BrainfmError, match="is writing it"), held(tmp_path / "out.csv"):
+            pass
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_file_system_without_locks_costs_the_lock_and_not_the_result(fault, tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def lacking(*arguments):
+        raise fault
+
+    monkeypatch.setattr(fcntl, "flock", lacking)
+    with held(tmp_path / "out.csv"):
+        write_text(tmp_path / "out.csv", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+    assert "cannot be locked here" in caplog.text

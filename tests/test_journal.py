@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -114,12 +115,54 @@ def test_torn_line_costs_its_own_row_only(torn, records, tmp_path):
     assert [vector is None for vector in kept(tmp_path / "out.csv", records)] == [False, False]
 
 
+def old_format(records):
+    return json.dumps({"model": "weights", "scan": scan_identity(records[0]), "vector": [1.0]})
+
+
 @pytest.mark.parametrize(
-    "content", ["[1, 2]", '"text"', '{"model": "weights"}', '{"model": "weights", "scan": 3}', "\x00\xff"]
+    "content",
+    ["[1, 2]", '"text"', '{"model": "weights"}', old_format, "\x00\xff", "[" * 100_000, " ", "0123456789abcdef {}"],
+    ids=["list", "text", "no vector", "old format", "bytes", "nested", "blank", "wrong checksum"],
 )
 def test_what_is_no_row_is_passed_over(content, records, tmp_path):
-    rows = [content, json.dumps({"model": "weights", "scan": scan_identity(records[0]), "vector": [1.0]})]
-    (tmp_path / ".out.csv.rank0.journal").write_text("\n".join(rows), encoding="latin-1")
+    journal = Journal(tmp_path / "out.csv", 0, "weights")
+    journal.add(records[1], VECTOR)
+    journal.close()
+    (path,) = tmp_path.glob(".out.csv*")
+    line = (content(records) if callable(content) else content).encode("latin-1")
+    path.write_bytes(line + b"\n" + path.read_bytes() + b"\n" + line)
     first, second = kept(tmp_path / "out.csv", records)
-    assert first.tolist() == [1.0]
-    assert second is None
+    assert first is None
+    assert second.tobytes() == VECTOR.tobytes()
+
+
+def test_row_with_any_letter_changed_is_done_again(records, tmp_path):
+    journal = Journal(tmp_path / "out.csv", 0, "weights")
+    journal.add(records[0], VECTOR)
+    journal.close()
+    (path,) = tmp_path.glob(".out.csv*")
+    whole = path.read_bytes()
+    for place in range(1, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert kept(tmp_path / "out.csv", records) == [None, None], place
+
+
+def test_rows_of_an_earlier_run_take_no_memory_before_they_are_asked_for(records, tmp_path):
+    journal = Journal(tmp_path / "out.csv", 0, "weights")
+    journal.add(records[0], np.ones(10_000, np.float32))
+    journal.close()
+    tracemalloc.start()
+    journal = Journal(tmp_path / "out.csv", 0, "weights")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 10_000
+    assert journal.find(records[0]).nbytes == 40_000
+    assert journal.find(records[0]).flags.owndata
+
+
+def test_run_that_is_ended_before_its_first_row_leaves_another_process_s_rows(records, tmp_path):
+    first, second = (Journal(tmp_path / "out.csv", 1, "weights") for _ in range(2))
+    second.close()
+    first.add(records[0], VECTOR)
+    first.close()
+    assert kept(tmp_path / "out.csv", records)[0] is not None

@@ -1,12 +1,17 @@
 """Lists of scans: files, manifests, TurboPrep folders and BIDS derivatives; what cannot be one is refused by name."""
 
+import errno
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from brainfm import ScanError, load_scan
-from brainfm.manifest import ScanRecord, list_scans
+from brainfm.cli import main
+from brainfm.manifest import ScanRecord, list_inputs, list_scans
 
 DICOM = bytes(128) + b"DICM" + bytes(500)
 
@@ -304,6 +309,177 @@ def test_sessions_are_scans_of_one_patient(tmp_path):
     found = [(record.patient_id, record.scan_id) for record in list_scans(tmp_path)]
     assert found == [("sub-01", "ses-a"), ("sub-01", "ses-b")]
     assert all("ses-" in str(record.mask) for record in list_scans(tmp_path))
+
+
+# --- What a folder holds beside its scans ---------------------------------------------------------
+
+
+def ids(records):
+    return [(record.patient_id, record.scan_id) for record in records]
+
+
+def test_links_to_folders_are_followed_once_each_and_loops_end(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    turboprep(data / "p1", elsewhere / "p2", elsewhere / "p3" / "month12")
+    (data / "p2").symlink_to(elsewhere / "p2")
+    (data / "again").symlink_to(data / "p1")
+    (data / "more").symlink_to(elsewhere)
+    (elsewhere / "p3" / "up").symlink_to(data)
+    records = list_scans(data)
+    assert len({record.image.resolve() for record in records}) == len(records) == 3
+    assert records.left_out == {}
+
+
+def test_bids_subject_behind_a_link_is_listed(tmp_path):
+    derivative(tmp_path / "data", "01")
+    derivative(tmp_path / "elsewhere", "02")
+    (tmp_path / "data" / "sub-02").symlink_to(tmp_path / "elsewhere" / "sub-02")
+    records = list_scans(tmp_path / "data")
+    assert ids(records) == [("sub-01", ""), ("sub-02", "")]
+    assert all(record.mask for record in records)
+
+
+def test_folder_that_cannot_be_read_and_a_link_to_nothing_are_counted_and_named(tmp_path, monkeypatch, caplog):
+    turboprep(tmp_path / "p1", tmp_path / "p2")
+    (tmp_path / "p3").symlink_to(tmp_path / "gone")
+    scan = os.scandir
+
+    def denied(path):
+        if str(path).endswith("p2"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    records = list_scans(tmp_path)
+    assert ids(records) == [("p1", "")]
+    assert records.left_out == {
+        str(tmp_path / "p3"): "a link that leads nowhere",
+        str(tmp_path / "p2"): "cannot be read: Permission denied",
+    }
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{tmp_path}: 2 left out: ")
+    assert "p2 (cannot be read: Permission denied)" in warning
+    assert list_scans(records).left_out == records.left_out
+
+
+def test_subject_without_the_image_that_is_looked_for_is_counted_and_named(tmp_path, caplog):
+    image = derivative(tmp_path, "01", session="a")
+    derivative(tmp_path, "01", session="b", space="")
+    derivative(tmp_path, "02", space="")
+    (tmp_path / "sub-03" / "figures").mkdir(parents=True)
+    touch(tmp_path / "logs" / "a.txt")
+    records = list_scans(tmp_path)
+    assert [record.image for record in records] == [image]
+    left = [tmp_path / "sub-01" / "ses-b" / "anat", tmp_path / "sub-02" / "anat", tmp_path / "sub-03"]
+    assert records.left_out == dict.fromkeys(map(str, left), "no T1w image in MNI152 space in it")
+    assert "3 left out" in caplog.text
+
+
+def test_prepared_folder_names_the_patients_without_a_prepared_scan(tmp_path, caplog):
+    turboprep(tmp_path / "p1")
+    touch(tmp_path / "p1" / "more" / "raw.nii.gz", tmp_path / "p2" / "prep.json", tmp_path / "p3" / "T1.nii")
+    touch(tmp_path / "notes" / "a.txt")
+    records = list_scans(tmp_path)
+    assert records.left_out == dict.fromkeys(map(str, (tmp_path / "p2", tmp_path / "p3")), "no normalized.nii.gz in it")
+
+
+def test_command_says_what_it_left_out_and_its_exit_code_is_one(small_sample, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "p1").symlink_to(small_sample[0].parent)
+    (tmp_path / "data" / "p2").symlink_to(tmp_path / "gone")
+    report = tmp_path / "run.json"
+    arguments = [tmp_path / "data", "--model", "test_resnet_3d", "-o", tmp_path / "out.csv", "--report", report]
+    result = CliRunner().invoke(main, ["embed", *map(str, arguments)])
+    assert result.exit_code == 1
+    assert "1 scans →" in result.output
+    assert "1 folders were left out" in result.output
+    assert json.loads(report.read_text())["left_out"] == {str(tmp_path / "data" / "p2"): "a link that leads nowhere"}
+
+
+def test_resource_fork_of_macos_is_no_scan(tmp_path):
+    image = derivative(tmp_path, "01")
+    touch(image.with_name(f"._{image.name}"))
+    assert [record.image for record in list_scans(tmp_path)] == [image]
+
+
+# --- Who, and which scan --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nobody", ["n/a", "NA", "nan", "N/A", "None", "<NA>", " ", ""])
+def test_field_that_says_nothing_is_no_patient(nobody, tmp_path):
+    records = list_scans(manifest(tmp_path, f"image_path,patient_id,scan_id\na.nii,{nobody},{nobody}\nb.nii,p1,1\n"))
+    assert ids(records) == [("", ""), ("p1", "1")]
+    assert ids([ScanRecord("a.nii", None, nobody, nobody)]) == [("", "")]
+
+
+def test_scans_of_nobody_are_not_one_patient_of_all(tmp_path):
+    from brainfm.train.data import count_patients
+
+    records = list_scans(manifest(tmp_path, "image_path,patient_id\na.nii,n/a\nb.nii,n/a\nc.nii,NA\n"))
+    assert count_patients(records) == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("sub-002_S_0295/sub-002_S_0295_T1w.nii.gz", ("sub-002_S_0295", "")),
+        ("sub-002_S_0295/ses-m12/anat/sub-002_S_0295_ses-m12_T1w.nii.gz", ("sub-002_S_0295", "ses-m12")),
+        ("sub-002_S_0295/normalized.nii.gz", ("sub-002_S_0295", "")),
+        ("sub-002_S_0295_ses-m12/normalized.nii.gz", ("sub-002_S_0295", "ses-m12")),
+        ("sub-002_S_0295_T1w.nii.gz", ("sub-002_S_0295", "")),
+        ("sub-002-S-0295_T1w.nii.gz", ("sub-002-S-0295", "")),
+        ("sub-OAS_30001/sub-OAS_30001_run-1_T1w.nii.gz", ("sub-OAS_30001", "run-1")),
+        ("sub-01_T1w/normalized.nii.gz", ("sub-01", "")),
+        ("sub-01/sub-012_T1w.nii.gz", ("sub-012", "")),
+        ("sub-01_defaced_T1w.nii.gz", ("sub-01", "")),
+        ("sub-01/ses-2020-01-31/anat/sub-01_ses-2020-01-31_T1w.nii.gz", ("sub-01", "ses-2020-01-31")),
+        (
+            "sub-01/anat/sub-01_ce-gd_rec-norm_echo-1_inv-2_part-mag_T1w.nii",
+            ("sub-01", "ce-gd_rec-norm_echo-1_inv-2_part-mag"),
+        ),
+        ("site_sub-01_T1w.nii", ("sub-01", "")),
+        ("scan.nii", ("", "")),
+    ],
+)
+def test_patient_and_scan_of_a_name(path, found):
+    assert ids(list_scans([path])) == [found]
+
+
+@pytest.mark.parametrize("entity", ["ce", "rec", "echo", "inv", "part", "task", "acq", "run"])
+def test_images_that_differ_in_an_entity_are_two_scans(entity, tmp_path):
+    for value in "12":
+        derivative(tmp_path, "01", space=f"_{entity}-{value}_space-MNI152NLin2009cAsym_res-1")
+    assert ids(list_scans(tmp_path)) == [("sub-01", f"{entity}-1"), ("sub-01", f"{entity}-2")]
+
+
+def test_one_scan_in_two_template_spaces_is_two_rows_with_ids_of_their_own(tmp_path):
+    for space in ("MNI152NLin2009cAsym", "MNI152NLin6Asym"):
+        derivative(tmp_path, "01", space=f"_space-{space}_res-1")
+    derivative(tmp_path, "02")
+    assert ids(list_scans(tmp_path)) == [
+        ("sub-01", "space-MNI152NLin2009cAsym"),
+        ("sub-01", "space-MNI152NLin6Asym"),
+        ("sub-02", ""),
+    ]
+
+
+def test_images_of_two_contrasts_in_a_list_are_two_scans():
+    assert ids(list_scans(["sub-01_T1w.nii", "sub-01_T2w.nii"])) == [("sub-01", "T1w"), ("sub-01", "T2w")]
+
+
+def test_two_files_that_would_be_one_scan_of_one_patient_are_refused_by_name(tmp_path):
+    turboprep(tmp_path / "siteA" / "sub-01", tmp_path / "siteB" / "sub-01")
+    both = [str(tmp_path / site / "sub-01" / "normalized.nii.gz") for site in ("siteA", "siteB")]
+    for scans in (tmp_path, both):
+        with pytest.raises(ScanError, match="both would be the scan of patient sub-01") as caught:
+            list_scans(scans)
+        assert all(path in str(caught.value) for path in both)
+    with pytest.raises(ScanError, match="both would be the scan of patient sub-01"):
+        list_inputs(both)
+    text = "image_path,patient_id,scan_id\na.nii,p1,m0\nb.nii,p1,m0\n"
+    with pytest.raises(ScanError, match=r"a\.nii and .*b\.nii: both would be scan m0 of patient p1"):
+        list_scans(manifest(tmp_path, text))
+    assert len(list_scans([both[0], both[0]])) == 2  # one file twice is one scan
 
 
 # --- Folders that are neither ---------------------------------------------------------------------

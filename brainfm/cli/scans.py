@@ -80,16 +80,16 @@ def embed_command(
     """
     import brainfm
     from brainfm.embed import path_of
-    from brainfm.manifest import ScanRecord, list_scans
+    from brainfm.manifest import Listing, ScanRecord, list_inputs
     from brainfm.table import check_output, errors_path
 
     check_output(Path(output))
     if mask is not None:
         if len(inputs) != 1:
             raise brainfm.ScanError("--mask goes with one scan; list several with their masks in a manifest")
-        records = [ScanRecord(inputs[0], mask)]
+        records = Listing([ScanRecord(inputs[0], mask)])
     else:
-        records = [record for item in inputs for record in list_scans(item)]
+        records = list_inputs(inputs)
     models = tuple(dict.fromkeys(models))
     encoders: list[Any] = list(models)
     if checkpoint is not None:
@@ -116,7 +116,9 @@ def embed_command(
             click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each)")
         if table.errors and len(records) > 1:
             click.echo(f"{len(table.errors)} of {len(records)} scans failed; see {errors_path(path)}", err=True)
-    if any(table.errors for table in tables):
+    if records.left_out:
+        click.echo(f"{len(records.left_out)} folders were left out, such as {next(iter(records.left_out))}", err=True)
+    if records.left_out or any(table.errors for table in tables):
         sys.exit(1)
 
 

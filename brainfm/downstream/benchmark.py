@@ -36,7 +36,7 @@ from brainfm.downstream.statistics import (
 from brainfm.downstream.task import Task, TaskData
 from brainfm.errors import BrainfmError, RecipeError, TaskError, WeightsNotFoundError
 from brainfm.factory import create_model
-from brainfm.files import progress_bar, write_csv, write_json
+from brainfm.files import held, progress_bar, write_csv, write_json
 from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans, pretraining_overlap
 from brainfm.pretrained import PretrainedCfg
@@ -159,7 +159,8 @@ def benchmark(
     Raises:
         WeightsNotFoundError: A model that was pretrained has no weights here.
         TaskError: A task cannot be run.
-        BrainfmError: A model was pretrained on a task's data, with on_overlap="refuse"; or scans cannot be read.
+        BrainfmError: A model was pretrained on a task's data, with on_overlap="refuse"; scans cannot be read; or
+            another command is writing the output.
     """
     output = Path(output)
     names = [one.task.name for one in data]
@@ -171,7 +172,8 @@ def benchmark(
     jobs = list(_jobs(data, rows, controls, plan))
     evaluation = _evaluation(data, rows, controls, notes, plan, cfgs, len(jobs))
     made_of = {one.task.name: _made_of(one) for one in data}
-    with process_group(str(plan.settings.get("device", "auto"))) as everyone:
+    output.mkdir(parents=True, exist_ok=True)
+    with held(output), process_group(str(plan.settings.get("device", "auto"))) as everyone:
         if everyone.world > 1 and any(job.row.mode not in _TRAINED for job in jobs):
             raise BrainfmError(
                 "only training uses several processes: under torchrun give --modes finetune scratch --no-controls, and "

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from torch import nn
 
 from brainfm.errors import BrainfmError, ScanError, WeightsError, WeightsNotFoundError
 from brainfm.factory import create_model
-from brainfm.files import file_git_blob, file_sha256, write_json
+from brainfm.files import file_git_blob, file_sha256, sync, temporary_path, write_json
 from brainfm.hub import golden
 from brainfm.hub.card import model_card
 from brainfm.models.encoder import Encoder
@@ -293,14 +292,14 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     if folder.is_dir() and any(folder.iterdir()) and not _holds_model(folder):
         raise BrainfmError(f"{folder}: not empty, and no model's folder; name a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = temporary_path(folder.parent / (folder.name or "here"))
+    temporary.mkdir()
     try:
         yield temporary
         folder.mkdir(exist_ok=True)
         for name in (HUB_WEIGHTS, HUB_CONFIG, CARD):
             if (temporary / name).is_file():
-                with (temporary / name).open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(temporary / name)
                 (temporary / name).replace(folder / name)
             else:
                 (folder / name).unlink(missing_ok=True)

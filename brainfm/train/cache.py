@@ -24,7 +24,7 @@ from torch import Tensor
 
 from brainfm.contract import InputSpec, ZScore
 from brainfm.errors import BrainfmError, ScanError
-from brainfm.files import atomic_path, file_state, progress_bar, write_json, write_text
+from brainfm.files import atomic_path, file_state, held, progress_bar, write_json, write_text
 from brainfm.manifest import ScanRecord
 from brainfm.scan import load_scan
 from brainfm.schema import Checked
@@ -111,10 +111,22 @@ def build_cache(
         progress: Show a progress bar.
 
     Raises:
-        BrainfmError: The folder is a cache of another contract.
+        BrainfmError: The folder is a cache of another contract, or another command is writing it.
     """
     folder = Path(folder)
     (folder / "scans").mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        return _build(records, folder, spec, root, workers, progress)
+
+
+def _build(
+    records: Sequence[ScanRecord],
+    folder: Path,
+    spec: InputSpec,
+    root: str | os.PathLike[str],
+    workers: int,
+    progress: bool,
+) -> CacheReport:
     if (folder / "cache.json").is_file():
         _check_contract(folder, spec)
     else:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import http.client
 import logging
-import os
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from brainfm.errors import WeightsNotFoundError
-from brainfm.files import one_line
+from brainfm.files import one_line, sync
 
 logger = logging.getLogger("brainfm")
 
@@ -78,7 +77,6 @@ def _fetch_rest(url: str, partial: Path, have: int) -> None:
             while block := response.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
-            file.flush()
-            os.fsync(file.fileno())
+        sync(partial)
     if total is not None and partial.stat().st_size != total:
         raise ConnectionError(f"the connection broke after {partial.stat().st_size} of {total} bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from brainfm.downstream.benchmark import Plan, benchmark, read_settings
 from brainfm.downstream.results import Row
 from brainfm.downstream.task import load_task, make_task, read_task
 from brainfm.errors import RunInterruptedError
+from brainfm.files import held
 
 SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
 PLAN = Plan(models=("test_vit_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
@@ -75,6 +77,14 @@ def test_report_and_splits_are_written(results):
     assert "Epochs are scaled by 0.005: 1 instead of 100 (fine-tuned), 2 instead of 300 (from scratch)" in text
     tests = json.loads((results / "grid.json").read_text())["tests"]
     assert {test["test"] for test in tests} == {"DeLong", "paired bootstrap"}
+
+
+def test_second_command_on_the_output_is_refused_while_the_first_lasts(data, results):
+    before = (results / "index.html").read_bytes()
+    with held(results), pytest.raises(BrainfmError, match=f"process {os.getpid()} on .* is writing it"):
+        benchmark(data, PLAN, results)
+    assert (results / "index.html").read_bytes() == before
+    assert not list(results.glob(".*"))
 
 
 def test_nothing_is_done_twice_and_what_is_lost_is_done_again_alike(data, results, monkeypatch):

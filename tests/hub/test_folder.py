@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -123,6 +124,18 @@ def test_weights_and_config_say_where_they_came_from(small_model, tmp_path):
 def test_one_model_gives_one_weight_file_to_the_bit(small_model, tmp_path):
     folders = [save_for_hub(small_model, tmp_path / name) for name in "ab"]
     assert len({sha256(folder / "model.safetensors") for folder in folders}) == 1
+
+
+def test_file_system_without_fsync_or_chmod_costs_no_folder(small_model, tmp_path, monkeypatch):
+    def lacking(*arguments, **options):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    for call in ("fsync", "chmod"):
+        monkeypatch.setattr(os, call, lacking)
+    save_for_hub(small_model, tmp_path / "model")
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(["model", *FILES])
+    assert brainfm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).num_features
 
 
 def test_files_are_readable_by_others_as_the_umask_says(small_model, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from brainfm import BrainfmError, ScanError
+from brainfm.files import held
 from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.train.augment import Augmentation
 from brainfm.train.cache import ScanCache, build_cache, key_of, read_brain
@@ -183,6 +184,13 @@ def test_build_that_was_killed_goes_on(records, small_spec, tmp_path, cohort):
     report = build_cache(records[:4], tmp_path, small_spec, root=cohort.parent, workers=2)
     assert (report.written, report.found) == (2, 2)
     assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 4
+
+
+def test_second_build_of_a_cache_is_refused_while_the_first_lasts(records, small_spec, tmp_path):
+    with held(tmp_path), pytest.raises(BrainfmError, match="is writing it"):
+        build_cache(records[:2], tmp_path, small_spec)
+    assert build_cache(records[:2], tmp_path, small_spec).written == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "index.jsonl", "scans"]
 
 
 def test_bad_scan_is_listed_and_the_rest_is_built(records, small_spec, tmp_path):
