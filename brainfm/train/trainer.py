@@ -10,16 +10,18 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
-from brainfm.files import progress_bar, write_csv, write_text
+from brainfm.files import one_line, progress_bar, write_csv, write_text
 from brainfm.train.checkpoint import Progress, read_newest, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
 from brainfm.train.distributed import ProcessGroup, synchronise_batch_norm
@@ -99,7 +101,8 @@ class Trainer:
             workers=settings.workers,
             device=self.group.device,
         )
-        with self._under_ddp(), _signals(self), bar, self._log() as log, batches as loader:
+        lines = logging_redirect_tqdm([logger]) if shown else nullcontext()  # above the bar, not in it
+        with self._under_ddp(), _signals(self), bar, lines, self._log() as log, batches as loader:
             while self.progress.epoch < settings.epochs:
                 self.sampler.epoch, self.sampler.first_step = self.progress.epoch, self.progress.step
                 costs = []
@@ -121,7 +124,7 @@ class Trainer:
                     bar.set_postfix(loss=f"{metrics['loss']:.3f}", epoch=self.progress.epoch + 1)
                     bar.update()
                     self._stop_if_asked()
-                self._say_costs(costs)
+                self._say_epoch(costs)
                 self._end_epoch(log)
 
     @contextmanager
@@ -184,11 +187,21 @@ class Trainer:
         """What a scan is called: its path or paths; of one in memory, its place in the list."""
         return self.data.records[number].name or f"scan {number}"
 
-    def _say_costs(self, costs: list[tuple[float, float]]) -> None:
-        """Say what an epoch's steps cost by the median: the seconds in which data were waited for, and the rest."""
-        if costs and self.group.is_first:
-            data, step = (statistics.median(seconds) for seconds in zip(*costs, strict=True))
-            logger.info("epoch %d: a step waits %.3g s for data and takes %.3g s", self.progress.epoch + 1, data, step)
+    def _say_epoch(self, costs: list[tuple[float, float]]) -> None:
+        """Say an epoch's mean loss, what its steps cost by the median, and what the steps that are left will cost."""
+        if not costs or not self.group.is_first:
+            return
+        data, step = (statistics.median(seconds) for seconds in zip(*costs, strict=True))
+        left = self.sampler.steps * self.settings.epochs - self._step_of_run
+        logger.info(
+            "epoch %d of %d: loss %.4g; a step waits %.3g s for data and takes %.3g s; %s left",
+            self.progress.epoch + 1,
+            self.settings.epochs,
+            statistics.fmean(self.progress.losses),
+            data,
+            step,
+            tqdm.format_interval(left * (data + step)),
+        )
 
     def _end_epoch(self, log: Callable[[dict[str, float]], None]) -> None:
         progress = self.progress
@@ -284,7 +297,7 @@ class Trainer:
         done = self._step_of_run
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]  # not what will be done again
         write_text(path, "".join(f"{line}\n" for line in kept))
-        board = _tensorboard(self.folder / "tensorboard", done)
+        board = _Board(self.folder / "tensorboard", done)
         with path.open("a", encoding="utf-8") as file:
 
             def log(metrics: dict[str, float]) -> None:
@@ -292,15 +305,12 @@ class Trainer:
                 line = {"epoch": self.progress.epoch + 1, "step": step, **metrics}
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                if board is not None:
-                    for name, value in metrics.items():
-                        board.add_scalar(name, value, step)
+                board.add(metrics, step)
 
             try:
                 yield log
             finally:
-                if board is not None:
-                    board.close()
+                board.close()
 
 
 @contextmanager
@@ -334,12 +344,41 @@ def _lines(path: Path) -> list[str]:
     return [line for line in text.split("\n")[:-1] if line.startswith("{") and line.endswith("}")]
 
 
-def _tensorboard(folder: Path, purge_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=purge_step)
+class _Board:
+    """TensorBoard, where it is installed and as long as it works: a run does without."""
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        except ModuleNotFoundError:
+            pass
+        except Exception as error:  # another package's; of versions that do not go together there are all kinds
+            self._do_without(error)
+
+    def add(self, metrics: dict[str, float], step: int) -> None:
+        if self._writer is None:
+            return
+        try:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+        except Exception as error:  # such as of a full disk, in its own thread
+            self._do_without(error)
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+        except Exception as error:
+            self._do_without(error)
+
+    def _do_without(self, error: Exception) -> None:
+        self._writer = None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        logger.warning("going on without TensorBoard (%s); log.jsonl has the same numbers", reason)
 
 
 def _peak_memory(device: torch.device) -> float:

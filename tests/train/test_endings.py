@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -175,6 +176,70 @@ def test_worker_that_hangs_in_a_read_does_not_hold_the_end_up(cohort, tmp_path):
     code, said, left = run.end(60)
     assert (code, left) == (1, [])
     assert "of a step" in said
+
+
+# --- What is said meanwhile -----------------------------------------------------------------------
+
+BROKEN = """
+import sys, types
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "tensorboard":
+            raise TypeError("Descriptors cannot be created directly.")
+
+sys.meta_path.insert(0, Broken())
+from brainfm.cli.main import main
+main()
+"""
+
+
+def test_console_says_loss_and_time_left_once_and_does_without_a_broken_tensorboard(cohort, tmp_path):
+    fields = [*SETTINGS, "epochs=2", "workers=0", f"manifest={cohort}", f"output={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, "pretrain", "test_resnet_3d", *fields],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(set(lines)) == 3
+    assert lines[0].startswith("going on without TensorBoard (TypeError: Descriptors cannot be created directly.)")
+    for n, line in enumerate(lines[1:], start=1):
+        assert re.fullmatch(
+            rf"epoch {n} of 2: loss [\d.]+; a step waits .* s for data and takes .* s; [\d:]+ left", line
+        )
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 12
+
+
+@pytest.mark.slow
+def test_terminal_has_a_bar_with_loss_and_time_left(cohort, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    fields = [*SETTINGS, "epochs=2", "workers=0", f"manifest={cohort}", f"output={tmp_path / 'run'}"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # 40 lines of 120
+    with subprocess.Popen(
+        [sys.executable, "-m", "brainfm", "pretrain", "test_resnet_3d", *fields],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    ) as run:
+        os.close(theirs)
+        said = b""
+        while True:
+            try:
+                said += os.read(ours, 4096)
+            except OSError:  # the terminal's other end is closed
+                break
+    os.close(ours)
+    assert run.returncode == 0
+    text = said.decode()
+    assert re.search(r"training:.*12/12 \[\d\d:\d\d<\d\d:\d\d.*epoch=2, loss=", text)
+    assert text.count("epoch 1 of 2: loss") == 1
 
 
 # --- Under torchrun -------------------------------------------------------------------------------
