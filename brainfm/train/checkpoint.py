@@ -5,7 +5,8 @@ What is random is a function of (seed, epoch, step), so there is no generator's 
 
 from __future__ import annotations
 
-import os
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from brainfm.errors import RecipeError, WeightsError
+from brainfm.errors import BrainfmError, RecipeError, WeightsError
 from brainfm.files import atomic_path
 from brainfm.train.recipe import Training
+
+logger = logging.getLogger("brainfm")
 
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_fraction", "save_every", "resume", "tf32", "channels_last"}
@@ -48,7 +51,11 @@ def save_checkpoint(
     data: str,
     joined_batch: int,
 ) -> None:
-    """Write a checkpoint, atomically. `read_checkpoint` and `brainfm convert` read the network out of it."""
+    """Write a checkpoint, atomically. `read_checkpoint` and `brainfm convert` read the network out of it.
+
+    Raises:
+        BrainfmError: It cannot be written, such as on a full disk; the one that was there is as it was.
+    """
     content = {
         "format": 1,
         "model_state_dict": network,
@@ -59,12 +66,61 @@ def save_checkpoint(
         "data": data,
         "joined_batch": joined_batch,
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch hides the OSError of a full disk behind its own
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise BrainfmError(
+            f"{path}: cannot be written ({reason.strerror or reason}); make room there, and the same command goes on "
+            "from the last checkpoint that could"
+        ) from error
 
 
-def read_run(path: str | os.PathLike[str], settings: Training, data: str, joined_batch: int) -> dict[str, Any]:
-    """A checkpoint of this very run.
+def read_newest(folder: Path, settings: Training, data: str, joined_batch: int) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of this very run that is whole, and its content; None where there is none at all.
+
+    That is the last one, or where it is damaged or gone, the further one of the best and the newest of an epoch.
+
+    Raises:
+        RecipeError: As `read_run`.
+        WeightsError: There are checkpoints, and none is whole; the message names them.
+    """
+    damaged: list[str] = []
+
+    def first_whole(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        for path in paths:
+            try:
+                yield path, read_run(path, settings, data, joined_batch)
+                return
+            except WeightsError as error:
+                damaged.append(f"{path.name}, {error}")
+
+    last, best = ([folder / f"{name}.pt"] if (folder / f"{name}.pt").is_file() else [] for name in ("last", "best"))
+    epochs = sorted(folder.glob("epoch*.pt"), reverse=True)
+    for found in first_whole(last):
+        return found
+    whole = [*first_whole(epochs), *first_whole(best)]
+    if whole:
+        newest, content = max(whole, key=lambda found: found[1]["progress"].epoch)
+        lost = "; ".join(damaged if last else ["last.pt is gone", *damaged])
+        logger.warning("%s: going on from %s instead (%s)", folder, newest.name, lost)
+        return newest, content
+    if damaged:
+        raise WeightsError(
+            f"{folder}: no checkpoint of the run can be read ({'; '.join(damaged)}); put a copy of one in place, or "
+            f"remove {folder.parent} to start again"
+        )
+    return None
+
+
+def read_run(path: Path, settings: Training, data: str, joined_batch: int) -> dict[str, Any]:
+    """A checkpoint of this very run, whatever the number of processes was that the joined batch was shared by.
 
     Raises:
         RecipeError: It is of another recipe, other scans, or another joined batch; the message says what differs.
@@ -75,10 +131,9 @@ def read_run(path: str | os.PathLike[str], settings: Training, data: str, joined
         theirs, ours = content["recipe"], settings.to_dict()
         content["progress"] = Progress(**content["progress"], losses=tuple(content["losses"]))
     except Exception as error:  # torch has a dozen ways to say that a file is damaged
-        raise WeightsError(
-            f"{path}: not a checkpoint of a run, or a damaged one ({type(error).__name__}); remove it to start again"
-        ) from error
-    changed = [f"{key} was {theirs.get(key)}" for key in ours if key not in _FREE and theirs.get(key) != ours[key]]
+        raise WeightsError(f"not a checkpoint of a run, or a damaged one: {type(error).__name__}") from error
+    free = _FREE if ours.get("gradient") == "upstream" else _FREE | {"batch_size"}  # which depends on the processes
+    changed = [f"{key} was {theirs.get(key)}" for key in ours if key not in free and theirs.get(key) != ours[key]]
     if content["joined_batch"] != joined_batch:
         changed.append(f"the joined batch was {content['joined_batch']} and is {joined_batch}")
     if content["data"] != data:

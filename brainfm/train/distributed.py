@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # now: its functions hold for ever, as a default, the group there is by then
 from torch import Tensor, nn
 
 from brainfm.inference import resolve_device

@@ -7,22 +7,25 @@ import logging
 import math
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
-from brainfm.files import progress_bar, write_csv, write_text
-from brainfm.train.checkpoint import Progress, read_run, save_checkpoint
+from brainfm.files import one_line, progress_bar, write_csv, write_text
+from brainfm.train.checkpoint import Progress, read_newest, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
 from brainfm.train.distributed import ProcessGroup, synchronise_batch_norm
+from brainfm.train.loader import STOPPING, loading
 from brainfm.train.method import Method
 from brainfm.train.optim import learning_rate, make_optimiser
 from brainfm.train.recipe import Training
@@ -30,8 +33,6 @@ from brainfm.train.recipe import Training
 logger = logging.getLogger("brainfm")
 
 INTERRUPTED = 75  # exit code of a run that a signal stopped and that can go on: EX_TEMPFAIL
-
-_STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of parameters
 
@@ -75,7 +76,7 @@ class Trainer:
         self.stopped_by: int | None = None
         self.bad: dict[int, str] = {}
         self._resume(network)
-        self.network: nn.Module = DistributedDataParallel(network) if group.world > 1 else network
+        self.network: nn.Module = network
 
     # --- the loop ---
 
@@ -87,22 +88,21 @@ class Trainer:
 
         Raises:
             RunInterruptedError: SIGTERM or SIGUSR1 came; a checkpoint is written.
+            KeyboardInterrupt: Ctrl-C came; a checkpoint is written, unless it came twice.
             BrainfmError: Too many scans cannot be read, or the loss is not finite; the message names the scans.
         """
         settings = self.settings
-        loader: DataLoader[Any] = DataLoader(
-            self.data,
-            settings.batch_size,
-            sampler=self.sampler,
-            num_workers=settings.workers,
-            collate_fn=self.data.collate,
-            pin_memory=self.group.device.type == "cuda",
-            persistent_workers=settings.workers > 0,
-            worker_init_fn=_deaf_to_signals,
-        )
         total = self.sampler.steps * settings.epochs
         bar = progress_bar(total=total, unit="step", doing="training", shown=shown, done=self._step_of_run)
-        with _signals(self), bar, self._log() as log:
+        batches = loading(
+            self.data,
+            self.sampler,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            device=self.group.device,
+        )
+        lines = logging_redirect_tqdm([logger]) if shown else nullcontext()  # above the bar, not in it
+        with self._under_ddp(), _signals(self), bar, lines, self._log() as log, batches as loader:
             while self.progress.epoch < settings.epochs:
                 self.sampler.epoch, self.sampler.first_step = self.progress.epoch, self.progress.step
                 costs = []
@@ -123,14 +123,20 @@ class Trainer:
                     log(metrics)
                     bar.set_postfix(loss=f"{metrics['loss']:.3f}", epoch=self.progress.epoch + 1)
                     bar.update()
-                    if self._is_stopped():
-                        self._save("last")
-                        raise RunInterruptedError(
-                            f"stopped by signal {self.stopped_by} in epoch {self.progress.epoch + 1}, step "
-                            f"{self.progress.step}; the same command goes on from there"
-                        )
-                self._say_costs(costs)
+                    self._stop_if_asked()
+                self._say_epoch(costs)
                 self._end_epoch(log)
+
+    @contextmanager
+    def _under_ddp(self) -> Iterator[None]:
+        """Average gradients over the processes; no longer than that, for DDP holds the process group's threads."""
+        bare = self.network
+        if self.group.world > 1:
+            self.network = DistributedDataParallel(bare)
+        try:
+            yield
+        finally:
+            self.network = bare
 
     def _step(self, batch: Batch) -> dict[str, float]:
         settings = self.settings
@@ -181,11 +187,21 @@ class Trainer:
         """What a scan is called: its path or paths; of one in memory, its place in the list."""
         return self.data.records[number].name or f"scan {number}"
 
-    def _say_costs(self, costs: list[tuple[float, float]]) -> None:
-        """Say what an epoch's steps cost by the median: the seconds in which data were waited for, and the rest."""
-        if costs and self.group.is_first:
-            data, step = (statistics.median(seconds) for seconds in zip(*costs, strict=True))
-            logger.info("epoch %d: a step waits %.3g s for data and takes %.3g s", self.progress.epoch + 1, data, step)
+    def _say_epoch(self, costs: list[tuple[float, float]]) -> None:
+        """Say an epoch's mean loss, what its steps cost by the median, and what the steps that are left will cost."""
+        if not costs or not self.group.is_first:
+            return
+        data, step = (statistics.median(seconds) for seconds in zip(*costs, strict=True))
+        left = self.sampler.steps * self.settings.epochs - self._step_of_run
+        logger.info(
+            "epoch %d of %d: loss %.4g; a step waits %.3g s for data and takes %.3g s; %s left",
+            self.progress.epoch + 1,
+            self.settings.epochs,
+            statistics.fmean(self.progress.losses),
+            data,
+            step,
+            tqdm.format_interval(left * (data + step)),
+        )
 
     def _end_epoch(self, log: Callable[[dict[str, float]], None]) -> None:
         progress = self.progress
@@ -210,24 +226,51 @@ class Trainer:
     def _step_of_run(self) -> int:
         return self.progress.epoch * self.sampler.steps + self.progress.step
 
-    def _is_stopped(self) -> bool:
-        return any(stopped is not None for stopped in self.group.gather(self.stopped_by))
+    def _stop_if_asked(self) -> None:
+        """Save the run and end it, where a signal came to any of the processes."""
+        came = [signal.Signals(number) for number in self.group.gather(self.stopped_by) if number is not None]
+        if not came:
+            return
+        self._save("last")
+        ending = KeyboardInterrupt if came[0] == signal.SIGINT else RunInterruptedError  # Ctrl-C is that in Python
+        raise ending(
+            f"stopped by {came[0].name} in epoch {self.progress.epoch + 1}, step {self.progress.step}; "
+            "the same command goes on from there"
+        )
 
     # --- what is kept ---
 
     def _resume(self, network: nn.Module) -> None:
-        last = self.folder / "checkpoints" / "last.pt"
-        if not last.is_file():
-            return
-        if not self.settings.resume:
+        folder = self.folder / "checkpoints"
+        if not self.settings.resume and any(folder.glob("*.pt")):
             raise RecipeError(f"{self.folder}: holds a run, and resume is false; give another output=, or remove it")
-        content = read_run(last, self.settings, self.data_hash, self._joined_batch)
+        found = read_newest(folder, self.settings, self.data_hash, self._joined_batch)
+        if found is None:
+            return
+        _, content = found
         network.load_state_dict(content["model_state_dict"])
         self.optimiser.load_state_dict(content["optimiser"])
         self.progress = content["progress"]
         if self.group.is_first:
             done = f"epoch {self.progress.epoch + 1}, step {self.progress.step}"
             logger.info("%s: going on from %s", self.folder, done)
+            self._say_if_shared_anew(content["recipe"]["batch_size"])
+
+    def _say_if_shared_anew(self, batch_size: int) -> None:
+        """Say that a joined batch is shared by another number of processes than before the run was resumed."""
+        ours = self.settings.batch_size
+        if batch_size == ours:
+            return
+        logger.info(
+            "%s: the joined batch of %d is %d × %d now (processes × batch_size) and was %d × %d; steps are the same%s",
+            self.folder,
+            self._joined_batch,
+            self.group.world,
+            ours,
+            self._joined_batch // batch_size,
+            batch_size,
+            "" if self.settings.sync_bn else f", but any BatchNorm takes its statistics over {ours} scans",
+        )
 
     def _save(self, name: str) -> None:
         if not self.group.is_first:
@@ -254,7 +297,7 @@ class Trainer:
         done = self._step_of_run
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]  # not what will be done again
         write_text(path, "".join(f"{line}\n" for line in kept))
-        board = _tensorboard(self.folder / "tensorboard", done)
+        board = _Board(self.folder / "tensorboard", done)
         with path.open("a", encoding="utf-8") as file:
 
             def log(metrics: dict[str, float]) -> None:
@@ -262,31 +305,30 @@ class Trainer:
                 line = {"epoch": self.progress.epoch + 1, "step": step, **metrics}
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                if board is not None:
-                    for name, value in metrics.items():
-                        board.add_scalar(name, value, step)
+                board.add(metrics, step)
 
             try:
                 yield log
             finally:
-                if board is not None:
-                    board.close()
-
-
-def _deaf_to_signals(_: int) -> None:
-    """Schedulers and torchrun send their signals to loader workers too, which are needed until the step has ended."""
-    for number in _STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+                board.close()
 
 
 @contextmanager
 def _signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGTERM and SIGUSR1 (a scheduler that wants its node back) stop the run after the step that runs."""
+    """Let a signal stop the run after the step that runs; a second Ctrl-C stops it at once."""
+    if threading.current_thread() is not threading.main_thread():  # only the main one is told of signals
+        yield
+        return
 
     def stop(number: int, _: Any) -> None:
+        if number == signal.SIGINT:
+            signal.signal(number, again)
+            logger.info("stopping after this step; Ctrl-C again stops at once")
         trainer.stopped_by = number
 
-    before = {number: signal.signal(number, stop) for number in _STOPPING}
+    # torchrun passes Ctrl-C on, so that a process of a group may have it twice for once.
+    again = signal.default_int_handler if trainer.group.world == 1 else stop
+    before = {number: signal.signal(number, stop) for number in STOPPING}
     try:
         yield
     finally:
@@ -302,12 +344,41 @@ def _lines(path: Path) -> list[str]:
     return [line for line in text.split("\n")[:-1] if line.startswith("{") and line.endswith("}")]
 
 
-def _tensorboard(folder: Path, purge_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=purge_step)
+class _Board:
+    """TensorBoard, where it is installed and as long as it works: a run does without."""
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        except ModuleNotFoundError:
+            pass
+        except Exception as error:  # another package's; of versions that do not go together there are all kinds
+            self._do_without(error)
+
+    def add(self, metrics: dict[str, float], step: int) -> None:
+        if self._writer is None:
+            return
+        try:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+        except Exception as error:  # such as of a full disk, in its own thread
+            self._do_without(error)
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+        except Exception as error:
+            self._do_without(error)
+
+    def _do_without(self, error: Exception) -> None:
+        self._writer = None
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        logger.warning("going on without TensorBoard (%s); log.jsonl has the same numbers", reason)
 
 
 def _peak_memory(device: torch.device) -> float:

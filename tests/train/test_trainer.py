@@ -137,13 +137,13 @@ pretrain(recipe_from_dict(json.loads(sys.argv[1])))
 """
 
 
-def torchrun(world, fields, tmp_path):
-    (tmp_path / "steps.py").write_text(STEPS)
+def torchrun(world, fields, tmp_path, code=STEPS, fails=False):
+    (tmp_path / "steps.py").write_text(code)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
         [*command, str(tmp_path / "steps.py"), json.dumps(fields)], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode != 0) == fails, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -319,11 +319,72 @@ def test_manifest_that_lists_other_scans_is_refused_and_one_that_moved_with_them
     pretrain(recipe(epochs=1, manifest=str(tmp_path / "moved" / cohort.name)))
 
 
-def test_damaged_checkpoint_is_refused(recipe, tmp_path):
+@pytest.mark.parametrize("lost", ["truncated", "gone"])
+def test_run_whose_last_checkpoint_is_lost_goes_on_from_the_newest_whole_one(lost, recipe, tmp_path, caplog):
+    pretrain(recipe(save_every=2))
+    whole, losses = network(tmp_path / "run"), [line["loss"] for line in log(tmp_path / "run")]
+    folder = tmp_path / "run" / "checkpoints"
+    last, newest = folder / "last.pt", folder / "epoch0002.pt"
+    last.write_bytes(last.read_bytes()[:10_000])
+    (folder / "best.pt").write_bytes(b"")
+    if lost == "gone":
+        last.unlink()
+    with caplog.at_level("INFO", "brainfm"):
+        pretrain(recipe(save_every=2))
+    assert f"going on from {newest.name} instead (last.pt" in caplog.text
+    assert "going on from epoch 3, step 0" in caplog.text
+    assert same(network(tmp_path / "run"), whole)
+    assert [line["loss"] for line in log(tmp_path / "run")] == losses
+
+
+def test_run_without_a_whole_checkpoint_is_refused(recipe, tmp_path):
     pretrain(recipe(epochs=1))
-    (tmp_path / "run" / "checkpoints" / "last.pt").write_bytes(b"PK\x03\x04 half")
-    with pytest.raises(brainfm.WeightsError, match=r"last\.pt"):
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(b"PK\x03\x04 half")
+    with pytest.raises(brainfm.WeightsError, match=r"last\.pt.*best\.pt.*put a copy of one in place, or remove .*run "):
         pretrain(recipe(epochs=1))
+
+
+STOPS = f"""
+import os, signal
+from brainfm.train.trainer import Trainer
+step = Trainer._step
+
+def stopped(self, batch):
+    metrics = step(self, batch)
+    if self._step_of_run == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return metrics
+
+Trainer._step = stopped
+{STEPS}
+"""
+
+
+def test_run_goes_on_with_another_number_of_processes_of_the_same_joined_batch(cohort, tmp_path, caplog):
+    fields = SIMCLR | {"manifest": str(cohort), "epochs": 2, "precision": "float64"}
+    broken = fields | {"output": str(tmp_path / "run")}
+    torchrun(2, broken | {"batch_size": 2}, tmp_path, code=STOPS, fails=True)
+    assert len(log(tmp_path / "run")) == 4
+    with caplog.at_level("INFO", "brainfm"):
+        pretrain(recipe_from_dict(broken | {"batch_size": 4}))
+    assert "joined batch of 4 is 1 × 4 now (processes × batch_size) and was 2 × 2; steps are the same" in caplog.text
+    pretrain(recipe_from_dict(fields | {"batch_size": 4, "output": str(tmp_path / "whole")}))
+    losses, wanted = ([line["loss"] for line in log(tmp_path / name)] for name in ("run", "whole"))
+    assert losses == pytest.approx(wanted, rel=1e-9)
+    resumed = network(tmp_path / "run")
+    for key, value in network(tmp_path / "whole").items():
+        assert (resumed[key] - value).abs().max() <= 1e-9 * max(1, value.abs().max()), key
+
+
+def test_gradient_that_depends_on_the_processes_does_not_go_on_with_others(recipe):
+    pretrain(recipe(epochs=1, gradient="upstream", batch_size=4))
+    from brainfm.train.checkpoint import read_newest
+
+    settings = recipe(epochs=1, gradient="upstream", batch_size=2)
+    data = torch.load(Path(settings.output) / "checkpoints" / "last.pt", weights_only=True)["data"]
+    with pytest.raises(RecipeError, match="batch_size was 4"):
+        read_newest(Path(settings.output) / "checkpoints", settings, data, joined_batch=4)
 
 
 # --- What goes wrong ------------------------------------------------------------------------------
