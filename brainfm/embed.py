@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +14,9 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
+from brainfm.batches import MOST_SCANS, Batches, PreparedScan, prepared_scans
 from brainfm.dense import DenseDType, dense_affine, dense_paths, write_dense
 from brainfm.errors import ScanError
 from brainfm.factory import create_model
@@ -28,14 +27,11 @@ from brainfm.manifest import Listing, ScanRecord, ScansLike, list_scans
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
 from brainfm.table import Embeddings, Origin, check_output, files_of, write
-from brainfm.transforms import InputTransform, create_transform
+from brainfm.transforms import create_transform
 from brainfm.version import __version__
 from brainfm.weights import weights_digest
 
 logger = logging.getLogger("brainfm")
-
-_MOST_SCANS = 16  # a batch; ours
-_FRACTION_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -270,7 +266,9 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
             logger.info("%s: %d scans were done by an earlier run", job.output, len(done))
     resumed = len(done)
     todo = [n for n in mine if n not in done and n not in failed]
-    batches = _Batches(_prepared(records, todo, transform, options, place), options.batch_size, place)
+    size, workers = options.batch_size, options.num_workers
+    most = size if size != "auto" else MOST_SCANS if place.type == "cuda" else 1
+    batches = Batches(prepared_scans(records, todo, transform, workers, workers + most), size, place)
     shown = options.progress and rank == 0
     bar = progress_bar(total=len(mine), unit="scan", doing="embedding", shown=shown, done=len(mine) - len(todo))
     try:
@@ -379,16 +377,6 @@ class _Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
-    """A scan as its contract's tensor [C, D, H, W], with its name, brain mask and affine."""
-
-    name: str
-    tensor: Tensor
-    mask: NDArray[np.bool_] | None
-    affine: NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
 class _Embedded:
     """A scan's vector, and where they were asked for its dense features [C, d, h, w] with their affine."""
 
@@ -397,7 +385,7 @@ class _Embedded:
     affine: NDArray[np.float64]
 
 
-def _embedded(reader: Reader, batches: _Batches, device: torch.device) -> Iterator[tuple[int, _Embedded | ScanError]]:
+def _embedded(reader: Reader, batches: Batches, device: torch.device) -> Iterator[tuple[int, _Embedded | ScanError]]:
     """What each scan becomes, or the reason why it does not."""
     for numbers, scans in batches:
         if isinstance(scans, ScanError):
@@ -406,7 +394,7 @@ def _embedded(reader: Reader, batches: _Batches, device: torch.device) -> Iterat
             yield from zip(numbers, _outcomes(reader, scans, device), strict=True)
 
 
-def _outcomes(reader: Reader, scans: Sequence[_Prepared], device: torch.device) -> list[_Embedded | ScanError]:
+def _outcomes(reader: Reader, scans: Sequence[PreparedScan], device: torch.device) -> list[_Embedded | ScanError]:
     """What each scan of a batch becomes. Where one of them fails, or all together are too large, each goes alone."""
     try:
         return _forward(reader, scans, device)
@@ -421,7 +409,7 @@ def _outcomes(reader: Reader, scans: Sequence[_Prepared], device: torch.device) 
     return [ScanError(f"{scans[0].name}: {reason}")]
 
 
-def _forward(reader: Reader, scans: Sequence[_Prepared], device: torch.device) -> list[_Embedded | ScanError]:
+def _forward(reader: Reader, scans: Sequence[PreparedScan], device: torch.device) -> list[_Embedded | ScanError]:
     tensors = [scan.tensor for scan in scans]
     joined = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one is not copied
     if device.type == "cuda":
@@ -459,98 +447,9 @@ def _table(
     return Embeddings(vectors, rows, [(records[n], failed[n]) for n in sorted(failed)], origin)
 
 
-# --- Reading ahead --------------------------------------------------------------------------------
-
-
-def _prepared(
-    records: list[ScanRecord], todo: list[int], transform: InputTransform, options: _Options, device: torch.device
-) -> Iterator[tuple[int, _Prepared | ScanError]]:
-    """Tensors in order, prepared by threads (inflating and NumPy release the interpreter's lock) a little ahead."""
-
-    def prepare(n: int) -> _Prepared | ScanError:
-        name = records[n].name or f"scan {n}"
-        try:
-            volume = transform.volume(records[n].image, records[n].mask)
-            return _Prepared(name, transform.tensor(volume), volume.mask, volume.affine)
-        except ScanError as error:
-            return error
-        except Exception as error:  # one bad scan never stops a batch
-            return ScanError(f"{name}: {type(error).__name__}: {error}")
-
-    if options.num_workers == 0:
-        yield from ((n, prepare(n)) for n in todo)
-        return
-    automatic = _MOST_SCANS if device.type == "cuda" else 1
-    most_ahead = options.num_workers + (automatic if options.batch_size == "auto" else options.batch_size)
-    pool = ThreadPoolExecutor(options.num_workers, thread_name_prefix="brainfm-scan")
-    try:
-        ahead: deque[tuple[int, Future[_Prepared | ScanError]]] = deque()
-        for n in todo:
-            ahead.append((n, pool.submit(prepare, n)))
-            if len(ahead) > most_ahead:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        while ahead:
-            first, future = ahead.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-class _Batches:
-    """Scans in batches of one shape, in their order; one that could not be prepared passes by itself.
-
-    Args:
-        items: The scans with their numbers.
-        size: Scans of a batch. "auto" is 1 on a CPU, and on a GPU, after a first batch of 1, what its memory holds.
-        device: Where the batches go.
-    """
-
-    def __init__(
-        self, items: Iterator[tuple[int, _Prepared | ScanError]], size: int | Literal["auto"], device: torch.device
-    ) -> None:
-        self._items, self._device = items, device
-        self._size = 1 if size == "auto" else size
-        self._grows = size == "auto" and device.type == "cuda"
-        self._affordable = 0  # voxels of a batch that has grown
-
-    def __iter__(self) -> Iterator[tuple[list[int], list[_Prepared] | ScanError]]:
-        numbers: list[int] = []
-        scans: list[_Prepared] = []
-        for n, scan in self._items:
-            if isinstance(scan, ScanError):
-                yield [n], scan
-                continue
-            if scans and scan.tensor.shape != scans[0].tensor.shape:
-                yield numbers, scans
-                numbers, scans = [], []
-            numbers.append(n)
-            scans.append(scan)
-            if len(scans) >= self._most(scan.tensor):
-                yield numbers, scans
-                numbers, scans = [], []
-                if self._grows and not self._affordable:
-                    self._affordable = self._scans_that_fit() * scan.tensor.numel()
-        if scans:
-            yield numbers, scans
-
-    def _most(self, tensor: Tensor) -> int:
-        """Scans of a batch of tensors like this one."""
-        if not self._affordable:
-            return self._size
-        return max(1, min(_MOST_SCANS, self._affordable // tensor.numel()))
-
-    def _scans_that_fit(self) -> int:
-        """Scans that the free memory of the GPU holds, by the most that the first one took."""
-        taken = torch.cuda.max_memory_allocated(self._device) - torch.cuda.memory_allocated(self._device)
-        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        free = torch.cuda.mem_get_info(self._device)[0] + cached
-        return max(1, int(_FRACTION_OF_MEMORY * free / max(taken, 1)))
-
-
 @contextmanager
 def _own_cores(device: torch.device) -> Iterator[None]:
-    """On a CPU that processes of torchrun share, compute with this one's share of its cores."""
+    """On a CPU that processes of torchrun share, compute with this one's part of its cores."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     before = torch.get_num_threads()
     if device.type == "cpu" and local > 1:
