@@ -95,6 +95,8 @@ def create_model(
     except Exception as error:  # a config is somebody's word: its arguments may be anything
         if not resolved.config:
             raise
+        if wanted is not None:
+            weights.read_checkpoint(wanted)  # a file that is no weight file says so itself
         raise WeightsError(
             f"{name}: its config's arguments do not fit {cfg.architecture}: {one_line(error)}"
         ) from error

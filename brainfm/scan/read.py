@@ -149,7 +149,8 @@ def _from_nibabel(image: Any, source: str) -> StoredImage:
 
     check_orientation(image.header, source, _head_of(image))
     proxy = image.dataobj
-    check_voxels(proxy.shape, getattr(proxy, "dtype", np.dtype(np.float64)), source)
+    if hasattr(proxy, "shape"):  # what is no array yet, and does not say its shape, is judged when it is one
+        check_voxels(proxy.shape, getattr(proxy, "dtype", np.dtype(np.float64)), source)
     try:
         if not isinstance(proxy, ArrayProxy):
             return checked(np.asanyarray(proxy), image.affine, source)

@@ -398,7 +398,7 @@ def lying_header() -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n", "Git LFS pointer"),
         (b"<!doctype html><title>Log in</title>", "is a web page"),
         (lying_header(), "damaged safetensors"),
-        (saved({"weight": torch.ones(3)}), "do not fit this ResNet"),
+        (saved({"weight": torch.ones(3)}), "larger than its weight file"),
         ("vit", "do not fit this ResNet"),
         ("pickle", "damaged|refused"),
         ("checkpoint", r"refused: .* asks to run \w+\.mkdir"),
