@@ -194,6 +194,21 @@ def test_toy_gets_channels_last_memory_and_the_type_alone(toy, dtype, most):
     assert relative(z, wanted) < most
 
 
+def test_family_is_asked_for_its_own_copy(monkeypatch):
+    def for_inference(self, dtype):
+        fast = copy.deepcopy(self).eval()
+        fast.body[0].bias.data += 1
+        fast.optimizations = (f"its own way, in {dtype}",)
+        return fast
+
+    toy, x = Toy().eval(), torch.randn(1, 1, 9, 10, 11)
+    monkeypatch.setattr(Toy, "for_inference", for_inference)
+    fast = brainfm.optimize(toy, "bfloat16")
+    assert fast.optimizations == ("its own way, in torch.bfloat16",)
+    with torch.inference_mode():
+        assert relative(fast(x), toy(x)) > 1e-3
+
+
 def test_module_without_parameters_is_made_ready_too():
     x = torch.randn(2, 1, 4, 4, 4)
     for dtype in ("auto", "bfloat16"):
