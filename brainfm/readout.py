@@ -94,10 +94,10 @@ class Reader:
             vectors: Tensor = self.model(x)
             return Features(vectors.float())
         model = self.model
-        kind = next(
+        like = next(
             model.parameters(), x
-        ).dtype  # the hooks of an optimised copy cast what its `forward` is given alone
-        features = model.forward_features(x.to(kind))
+        )  # an optimised copy's hooks cast what its `forward` is given, and nothing else
+        features = model.forward_features(x.to(like.dtype))
         maps: Tensor = model._as_map(features, x.shape[2:]).float()
         if self.readout.pool == "brain":
             return Features(torch.stack([_brain_mean(m, b, model) for m, b in zip(maps, brains, strict=True)]), maps)
