@@ -64,7 +64,7 @@ def dense_paths(records: Sequence[ScanRecord], folder: Path) -> list[Path]:
                 f"{record.name or f'scan {number}'} {record.mask if isinstance(record.mask, str | os.PathLike) else ''}"
             )
             stem = _plain(Path(record.name).name.partition(".")[0]) or "scan"
-            name = "_".join(filter(None, (name, stem, hashlib.sha256(place.encode()).hexdigest()[:8])))
+            name = "_".join(filter(None, (name, stem, hashlib.sha256(os.fsencode(place)).hexdigest()[:8])))
         paths.append(folder / f"{name}_dense.nii.gz")
     return paths
 

@@ -23,7 +23,7 @@ from brainfm.factory import create_model
 from brainfm.files import held, one_line, progress_bar, sweep, write_json
 from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
-from brainfm.manifest import Listing, ScanRecord, ScansLike, list_scans
+from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
 from brainfm.table import Embeddings, Origin, check_output, files_of, write
@@ -121,8 +121,8 @@ def embed(
     Under torchrun each process takes its share, and rank 0 writes and returns all.
 
     Args:
-        scans: A path (image, manifest CSV, TurboPrep or BIDS-derivatives folder), or a list of paths, images, scans of
-            several channels {channel: image}, or (image, mask) pairs.
+        scans: A path (image, manifest, TurboPrep or BIDS-derivatives folder), a DataFrame with a manifest's columns, or
+            a list of paths, images, scans of several channels {channel: image}, or (image, mask) pairs.
         model: An encoder of `create_model`, or the name of one with published weights; or a list of them.
         batch_size: Scans a forward pass; "auto" is 1 on a CPU, and on a GPU as many as its free memory holds, by what
             the first scan took, at most 16. Scans whose tensors differ in shape are not put in one batch.
@@ -144,7 +144,7 @@ def embed(
         The table, in the order of the scans; of several models a list of tables.
 
     Raises:
-        ScanError: The list itself is wrong, or with on_error="raise" a scan.
+        ScanError: The list itself is wrong, as where none of its files is there, or with on_error="raise" a scan.
         BrainfmError: The device cannot be used, or another run is writing the output.
         ValueError: The model has a classifier, or an argument is out of range.
 
@@ -155,6 +155,7 @@ def embed(
     """
     options = _Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress)
     records = list_scans(scans)
+    check_found(records)
     several = not isinstance(model, nn.Module | str)
     models: list[nn.Module | str] = [model] if isinstance(model, nn.Module | str) else list(model)
     names = [_file_name(each) for each in models]

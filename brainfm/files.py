@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from brainfm.errors import BrainfmError
 
@@ -154,9 +154,9 @@ def _said_by(holder: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, atomically."""
+    """Write a text file in UTF-8, atomically; names that are not UTF-8 with backslashes, as JSON reads them back."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
@@ -165,9 +165,13 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]], line_end: str = "\r\n") -> None:
-    """Write rows, the header first, as CSV in UTF-8, atomically."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    """Write rows, the header first, as CSV in UTF-8, atomically; names that are not UTF-8 with backslashes."""
+    with atomic_path(path) as temporary, _open_text(temporary) as file:
         csv.writer(file, lineterminator=line_end).writerows(rows)
+
+
+def _open_text(path: Path) -> TextIO:
+    return path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
 
 
 def file_sha256(path: Path) -> str:

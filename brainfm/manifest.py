@@ -1,34 +1,46 @@
-"""Lists of scans: files, a CSV manifest, a TurboPrep folder, a BIDS-derivatives folder."""
+"""Lists of scans: files, manifests, DataFrames, a TurboPrep folder, a BIDS-derivatives folder; and who is who in them.
+
+The rule of ids: patient and scan are those of a manifest or, with a line in the log, of BIDS names; one patient is
+written one way; two files are never the same scan of the same patient; what a listing leaves out is counted and named.
+"""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+from brainfm.bids import ACQUISITION, bids_ids, entities, stem
 from brainfm.errors import ScanError
+from brainfm.paths import is_image, on_disk, path_of, printable, unprinted, walk_folder
 from brainfm.scan import ImageLike, ScanLike
 from brainfm.scan.kinds import is_dicom
 from brainfm.scan.load import image_of, name_of
 from brainfm.scan.memory import is_mapping
+from brainfm.tabular import is_frame, is_missing, is_table, read_rows, rows_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 logger = logging.getLogger("brainfm")
 
-# A path (of an image, a manifest or a folder), or a list of images, scans of several channels, and pairs with masks.
-ScansLike: TypeAlias = "str | os.PathLike[str] | Sequence[ScanLike | tuple[ScanLike, ImageLike] | ScanRecord]"
+# A path (of an image, a table or a folder), a DataFrame, or a list of images, scans of several channels, pairs with
+# masks, and paths.
+ScansLike: TypeAlias = (
+    "str | os.PathLike[str] | pd.DataFrame | Sequence[ScanLike | tuple[ScanLike, ImageLike] | ScanRecord]"
+)
 
-_IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nii.bz2", ".nii.xz", ".nii.zst", ".mgz", ".mgh")  # in any case
 _TURBOPREP_IMAGE, _TURBOPREP_MASK = "normalized.nii.gz", "mask.nii.gz"
-_NO_ID = {"n/a", "na", "#n/a", "nan", "<na>", "none", "null", "-"}  # as programs write a field without a value
-# What BIDS calls an acquisition by; entities of derivatives (space, res, desc, …) are named where they differ alone.
-_ACQUISITION = ("ses", "sample", "task", "acq", "ce", "rec", "dir", "run", "echo", "flip", "inv", "mt", "part", "proc")
-_BIDS_SUFFIX = r"(?:T1w|T2w|T2starw|FLAIR|PDw|PDT2|UNIT1|MPRAGE|mask|brain)"
+_OWN = ("image_path", "mask_path", "patient_id", "scan_id")
+# What else a column of patients, or of scans, is called, by its letters; the first that is there is taken.
+_PATIENT_COLUMNS = ("participantid", "subjectid", "subject", "sub", "srcsubjectid", "ptid", "eid", "rid")
+_SCAN_COLUMNS = ("sessionid", "session", "ses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +63,8 @@ class ScanRecord:
 
     def __post_init__(self) -> None:
         for name in ("patient_id", "scan_id"):
-            if str(getattr(self, name)).strip().casefold() in ("", *_NO_ID):
-                object.__setattr__(self, name, "")
+            text = str(getattr(self, name))
+            object.__setattr__(self, name, "" if is_missing(text) else printable(text))
 
     @property
     def images(self) -> dict[str, ImageLike]:
@@ -65,26 +77,30 @@ class ScanRecord:
         return name_of(self.image)
 
     def columns(self) -> dict[str, str]:
-        """The record as a row of text, without the images themselves; a channel is named in small letters."""
+        """The record as a row of text, without the images themselves; a channel is named in small letters.
+
+        Names of files that are not UTF-8 are as `brainfm.paths.printable` has them.
+        """
         paths = {
             f"{channel.lower()}_path" if channel else "image_path": image for channel, image in self.images.items()
         }
         texts = {
-            column: str(item) if isinstance(item, str | os.PathLike) else ""
+            column: printable(str(item)) if isinstance(item, str | os.PathLike) else ""
             for column, item in (paths | {"mask_path": self.mask}).items()
         }
-        return texts | {"patient_id": self.patient_id, "scan_id": self.scan_id} | self.extra
+        extra = {name: printable(value) for name, value in self.extra.items()}
+        return texts | {"patient_id": self.patient_id, "scan_id": self.scan_id} | extra
 
     @classmethod
     def from_columns(cls, row: Mapping[str, str], folder: Path | None = None) -> ScanRecord:
-        """The record that `columns` described; relative paths are relative to `folder`, and `~` is who runs this.
+        """The record that `columns` described; with a `folder`, paths are those of `brainfm.paths.path_of`.
 
         The scan is in `image_path` or, where that is empty or no column, in one a channel, such as `t1w_path` and
-        `flair_path`. A channel whose field is empty is missing.
+        `flair_path`. A channel whose field is empty is missing. Raises ScanError as `path_of` does.
         """
 
         def path(text: str) -> str | Path:
-            return folder / Path(text).expanduser() if folder else text
+            return unprinted(text) if folder is None else path_of(text, folder)
 
         values = dict(row)
         mask, patient, scan = (values.pop(name, "") for name in ("mask_path", "patient_id", "scan_id"))
@@ -100,26 +116,24 @@ class Listing(list[ScanRecord]):
     Attributes:
         left_out: Folders of which no scan is in the list, and why: unreadable ones, and those without the image that
             is looked for.
+        rows: Of a manifest, the number of each scan's row, as a spreadsheet program counts them; else empty.
     """
 
-    def __init__(self, records: Iterable[ScanRecord] = (), left_out: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        records: Iterable[ScanRecord] = (),
+        left_out: Mapping[str, str] | None = None,
+        rows: Sequence[Any] = (),
+    ) -> None:
         super().__init__(records)
         self.left_out = dict(left_out or {})
+        self.rows = list(rows)
 
 
 def is_channel_column(name: str) -> bool:
     """Whether a manifest's column names the images of a channel, such as `t1w_path`."""
     named = re.fullmatch(r"[\w -]+_path", name)  # and no header line that other marks than commas divide
     return named is not None and name not in ("image_path", "mask_path", "dense_path")
-
-
-def list_inputs(inputs: Sequence[str | os.PathLike[str]]) -> Listing:
-    """Every scan of several paths, each as in `list_scans`."""
-    parts = [list_scans(item) for item in inputs]
-    records = [record for part in parts for record in part]
-    if not any(Path(item).suffix.lower() in (".csv", ".tsv") for item in inputs):
-        records = _told_apart(records)
-    return Listing(records, {folder: why for part in parts for folder, why in part.left_out.items()})
 
 
 def list_scans(scans: ScansLike) -> Listing:
@@ -130,27 +144,77 @@ def list_scans(scans: ScansLike) -> Listing:
     it differs from another of the same patient.
 
     Args:
-        scans: A path of an image, of a manifest (.csv), of a TurboPrep folder (`normalized.nii.gz` beside
-            `mask.nii.gz`, at any depth) or of a BIDS-derivatives folder (`sub-*` with T1w images in MNI152 space); or a
-            list of images, scans of several channels, pairs of one of these with its mask, and records.
+        scans: A path of an image, of a manifest (.csv, .tsv, .txt, .xlsx, .parquet), of a TurboPrep folder
+            (`normalized.nii.gz` beside `mask.nii.gz`, at any depth) or of a BIDS-derivatives folder (`sub-*` with T1w
+            images in MNI152 space); a DataFrame with a manifest's columns, whose paths are relative to the working
+            folder; or a list of such paths, images, scans of several channels, pairs of one of these with its mask, and
+            records.
 
     A scan that `brainfm prep` made has its verdict (pass, look, fail) as the column `qc`.
 
     Raises:
         ScanError: There is no such path, the manifest has no rows, no column of images or a row twice, a folder holds
-            no scans, or two files would be one scan of one patient; the message says what was looked for.
+            no scans, two files would be one scan of one patient, or one patient is written in two ways; the message
+            says what was looked for.
     """
-    if isinstance(scans, str | os.PathLike):
-        found = _from_path(Path(scans))
-        _refuse_one_id_of_two(found)
-        return Listing(map(_with_verdict, found), getattr(found, "left_out", {}))
-    if isinstance(scans, ScanRecord | Mapping) or not isinstance(scans, Iterable):
+    if is_frame(scans):
+        listed = _from_rows(rows_of(scans), "the DataFrame", Path())
+    elif isinstance(scans, str | os.PathLike):
+        listed = _from_path(Path(scans))
+    elif isinstance(scans, ScanRecord | Mapping) or not isinstance(scans, Iterable) or getattr(scans, "ndim", 1) > 1:
         raise ScanError(f"scans must be a path or a list, not one {type(scans).__name__}; put it in a list")
-    items = list(scans)
-    named = iter(_told_apart([_record(item) for item in items if not isinstance(item, ScanRecord)]))
-    records = [item if isinstance(item, ScanRecord) else next(named) for item in items]
-    _refuse_one_id_of_two(records)
-    return Listing(map(_with_verdict, records), getattr(scans, "left_out", {}))
+    else:
+        listed = _from_list(scans)
+    _refuse_one_id_of_two(listed)
+    check_patients(listed)
+    return Listing(map(_with_verdict, listed), listed.left_out, listed.rows)
+
+
+def check_found(records: Sequence[ScanRecord]) -> None:
+    """Raise ScanError where there is no scan, or no file of any is there: not the scans are bad then, but the list."""
+    if not records:
+        raise ScanError("the list of scans is empty; name images, a manifest or a folder")
+    files = ([item for item in record.images.values() if item is not None] for record in records)
+    if any(not isinstance(item, str | os.PathLike) or os.path.exists(item) for each in files for item in each):  # noqa: PTH110
+        return
+    raise ScanError(
+        f"{records[0].name}: no such file{f', nor any of the other {len(records) - 1}' if len(records) > 1 else ''}; "
+        "check the paths: in a manifest they are relative to it, else to the working folder"
+    )
+
+
+def check_patients(records: Iterable[ScanRecord]) -> None:
+    """Raise ScanError where what may be one patient is written in two ways, such as 007, 7 and sub-007."""
+    ways: dict[str, dict[str, None]] = {}
+    for patient in dict.fromkeys(record.patient_id for record in records if record.patient_id):
+        bare = re.sub(r"^sub(-|_|(?=\d))", "", patient.casefold()).removesuffix(".0")
+        ways.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", bare), {})[patient] = None
+    several = [list(each) for each in ways.values() if len(each) > 1]
+    if several:
+        raise ScanError(
+            f"the patients {', '.join(map(repr, several[0]))} may be one, written in {len(several[0])} ways"
+            f"{f' (and so {len(several) - 1} more)' if len(several) > 1 else ''}; write each patient one way, and "
+            "different ones in ways that differ by more than case, sub- and leading zeros"
+        )
+
+
+def _from_list(scans: Iterable[Any]) -> Listing:
+    records: list[ScanRecord] = []
+    named: list[int] = []  # by their files' names
+    given: list[int] = []
+    left_out = dict(getattr(scans, "left_out", {}))
+    for item in scans:
+        is_path = isinstance(item, str | os.PathLike)
+        part = _from_path(item) if is_path else [_record(item)]
+        if isinstance(item, ScanRecord):
+            given += [len(records)] if item.patient_id and not item.scan_id else []
+        elif not (is_path and is_table(Path(item))):
+            named += range(len(records), len(records) + len(part))
+        records += part
+        left_out |= getattr(part, "left_out", {})
+    _tell_apart(records, named)
+    _tell_apart(records, given, by_place=True)
+    return Listing(records, left_out, getattr(scans, "rows", ()))
 
 
 def _with_verdict(record: ScanRecord) -> ScanRecord:
@@ -171,86 +235,180 @@ def _record(item: Any) -> ScanRecord:
     if isinstance(item, ScanRecord):
         return item
     if isinstance(item, tuple) and len(item) == 2 and not _is_array_and_affine(item):
-        return ScanRecord(item[0], item[1], *_bids_ids(image_of(item[0])))
-    return ScanRecord(item, None, *_bids_ids(image_of(item)))
+        return ScanRecord(_found(item[0]), _found(item[1]), *_ids_of(item[0]))
+    return ScanRecord(_found(item), None, *_ids_of(item))
+
+
+def _found(item: Any) -> Any:
+    """A path where the disk has it; everything else, and what is there as it is named, unchanged."""
+    if not isinstance(item, str | os.PathLike):
+        return item
+    found = on_disk(Path(item).expanduser())
+    return item if found == Path(item) else found
+
+
+def _ids_of(image: ScanLike) -> tuple[str, str]:
+    first = image_of(image)
+    return bids_ids(Path(first)) if isinstance(first, str | os.PathLike) else ("", "")
 
 
 def _is_array_and_affine(item: tuple[Any, Any]) -> bool:
     return getattr(item[1], "shape", None) == (4, 4)
 
 
-def _from_path(path: Path) -> list[ScanRecord]:
+def _from_path(item: str | os.PathLike[str]) -> Listing:
+    path = Path(_found(item))
     if path.is_dir():
         return _from_folder(path)
-    if path.suffix.lower() in (".csv", ".tsv"):
+    if is_table(path):
         return read_manifest(path)
-    if not path.exists() and not path.name.lower().endswith(_IMAGE_SUFFIXES):
+    if not path.exists() and not is_image(path):
         raise ScanError(f"{path}: no such file or folder; check the path")
-    return [_record(path)]  # a missing image is one bad scan of the batch
+    return Listing([_record(item)])  # a missing image is one bad scan of the batch
 
 
-def read_manifest(path: Path) -> list[ScanRecord]:
-    """The rows of a CSV (or TSV) manifest.
+# --- Manifests ------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> Listing:
+    """The rows of a manifest: a table that `brainfm.tabular.read_rows` reads.
 
     `image_path` is needed, or a column a channel such as `t1w_path` and `flair_path`, which count where there is no
-    `image_path`. `mask_path`, `patient_id` and `scan_id` are optional, and other columns are kept. Relative paths are
-    relative to the manifest. Raises ScanError as `list_scans` does.
+    `image_path`. `mask_path`, `patient_id` and `scan_id` are optional, and other columns are kept; case, blanks and
+    underscores in these names do not matter. Relative paths are relative to the manifest.
+
+    Where there is no `patient_id`, `participant_id`, `subject_id`, `subject`, `PTID`, `RID` or the like is taken, and
+    where none says who, BIDS names of the files do; each with a line in the log. Likewise `session_id` or `session` for
+    `scan_id`; scans of a patient that still have one id are told apart by their names. Raises ScanError as `list_scans`
+    does.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            names = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = names
-            rows = [(reader.line_num, row) for row in reader if any((row.get(name) or "").strip() for name in names)]
-    except FileNotFoundError as error:
-        raise ScanError(f"{path}: no such manifest") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ScanError(f"{path}: not a readable CSV manifest ({error})") from error
-    if not names:
-        raise ScanError(f"{path}: the manifest is empty; it needs a header line with image_path (and mask_path)")
+    path = path.expanduser()
+    if not path.exists():
+        raise ScanError(f"{path}: no such manifest; check the path")
+    return _from_rows(read_rows(path), str(path), path.parent)
+
+
+def _from_rows(rows: pd.DataFrame, where: str, folder: Path) -> Listing:
+    rows = rows.rename(columns=_own_names(list(rows.columns), where))
+    names = list(rows.columns)
     channels = [name for name in names if is_channel_column(name)]
     if "image_path" not in names and not channels:
         raise ScanError(
-            f"{path}: the manifest has no column image_path, nor one a channel such as t1w_path (it has "
+            f"{where}: the manifest has no column image_path, nor one a channel such as t1w_path (it has "
             f"{', '.join(names)})"
         )
+    if rows.empty:
+        raise ScanError(f"{where}: the manifest has a header but no rows")
     paths = ["image_path"] if "image_path" in names else channels
-    if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ScanError(f"{path}: the manifest has the column {', '.join(twice)} twice")
-    if not rows:
-        raise ScanError(f"{path}: the manifest has a header but no rows")
-    records, seen = [], dict[str, int]()
+    records: list[ScanRecord] = []
+    seen: dict[str, Any] = {}
     labels: dict[str, str] = {}  # each kept once
-    rows.reverse()
-    while rows:  # not two lists of all at once: they may be long
-        line, row = rows.pop()
-        if None in row:
-            raise ScanError(f"{path}, line {line}: more fields than the header has; quote fields that hold a comma")
-        values = {name: (row[name] or "").strip() for name in names}
-        values |= {name: labels.setdefault(value, value) for name, value in values.items() if len(value) < 8}
+    for row, *fields in rows.itertuples(name=None):
+        values = {name: labels.setdefault(v, v) if len(v) < 8 else v for name, v in zip(names, fields, strict=True)}
         images = [values[name] for name in paths if values[name]]
         if not images:
-            raise ScanError(f"{path}, line {line}: {' and '.join(paths)} {'are' if len(paths) > 1 else 'is'} empty")
+            raise ScanError(f"{where}, row {row}: {' and '.join(paths)} {'are' if len(paths) > 1 else 'is'} empty")
         same = "\0".join(os.path.normpath(values.get(name, "")) for name in (*paths, "mask_path"))
         if same in seen:
             raise ScanError(
-                f"{path}, line {line}: {', '.join(images)} is already in line {seen[same]}; remove one of them"
+                f"{where}, row {row}: {', '.join(images)} is already in row {seen[same]}; remove one of them"
             )
-        seen[same] = line
-        records.append(ScanRecord.from_columns(values, path.parent))
+        seen[same] = row
+        try:
+            records.append(ScanRecord.from_columns(values, folder))
+        except ScanError as error:
+            raise ScanError(f"{where}, row {row}: {error}") from error
+    records = _identified(records, _patients(rows, where), _scans(rows), where)
+    _refuse_one_id_of_two(records)
+    check_patients(records)
+    return Listing(records, rows=rows.index)
+
+
+def _letters(column: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", column.casefold())
+
+
+def _own_names(columns: Sequence[str], where: str) -> dict[str, str]:
+    """Columns that have a name of a manifest's own but for case, blanks and underscores → that name."""
+    own = {_letters(name): name for name in _OWN}
+    found: dict[str, str] = {}
+    for column in columns:
+        name = own.get(_letters(column))
+        if name is None:
+            continue
+        if name in found.values():
+            first = next(other for other in found if found[other] == name)
+            raise ScanError(f"{where}: {first} and {column} are both the column {name}; rename or remove one")
+        found[column] = name
+    return found
+
+
+def _patients(rows: pd.DataFrame, where: str) -> list[str]:
+    """Who each row says was scanned, by the first column that says it; empty where none does."""
+    if "patient_id" in rows and not rows["patient_id"].map(is_missing).all():
+        return list(rows["patient_id"])
+    named = {_letters(column): column for column in reversed(rows.columns)}
+    found = [named[name] for name in _PATIENT_COLUMNS if name in named]
+    found = [column for column in found if not rows[column].map(is_missing).all()]
+    if not found:
+        return [""] * len(rows)
+    first, *others = found
+    for other in others:
+        pairs = rows[[first, other]][~rows[first].map(is_missing) & ~rows[other].map(is_missing)].drop_duplicates()
+        if not (pairs[first].is_unique and pairs[other].is_unique):
+            raise ScanError(
+                f"{where}: there is no column patient_id, and {first} and {other} tell the patients apart in different "
+                "ways; rename the right one to patient_id"
+            )
+    logger.warning("%s: no column patient_id; the patients are those of the column %s", where, first)
+    return list(rows[first])
+
+
+def _scans(rows: pd.DataFrame) -> list[str]:
+    if "scan_id" in rows:
+        return list(rows["scan_id"])
+    named = {_letters(column): column for column in reversed(rows.columns)}
+    column = next((named[name] for name in _SCAN_COLUMNS if name in named), None)
+    return [""] * len(rows) if column is None else list(rows[column])
+
+
+def _identified(records: list[ScanRecord], patients: list[str], scans: list[str], where: str) -> list[ScanRecord]:
+    """A manifest's records with their ids: its own, else those of BIDS names; scans without one are told apart."""
+    explicit = [bool(record.scan_id) for record in records]
+    given = [not is_missing(patient) for patient in patients]
+    for n, (patient, scan) in enumerate(zip(patients, scans, strict=True)):
+        if is_missing(patient) or is_missing(scan):
+            named_patient, named_scan = _ids_of(records[n].image)
+            patient, scan = (
+                named_patient if is_missing(patient) else patient,
+                named_scan if is_missing(scan) else scan,
+            )
+        records[n] = replace(records[n], patient_id=patient, scan_id=scan)
+    guessed = [
+        record.patient_id for record, known in zip(records, given, strict=True) if record.patient_id and not known
+    ]
+    if guessed:
+        logger.warning(
+            "%s: the patient of %d of %d scans is that of its file's name, such as %s; say it in a column patient_id",
+            *(where, len(guessed), len(records), guessed[0]),
+        )
+    for own in (True, False):
+        _tell_apart(records, [n for n, e in enumerate(explicit) if not e and given[n] == own], by_place=own)
     return records
 
 
+# --- Folders --------------------------------------------------------------------------------------
+
+
 def _from_folder(folder: Path) -> Listing:
-    files, folders, left_out = _walk(folder)
+    files, folders, left_out = walk_folder(folder)
     prepared = [path for path in files if path.name == _TURBOPREP_IMAGE]
     in_mni = [path for path in files if _is_bids_t1w(path, folder) and "_space-MNI152" in path.name]
     if prepared:
         records = [_turboprep_record(image, folder) for image in prepared]
         missing = f"no {_TURBOPREP_IMAGE} in it"
         alone = folder / _TURBOPREP_IMAGE in prepared  # what is below is the one scan's
-        inner = [path.relative_to(folder).parts for path in files if path.name == "prep.json" or _is_image(path)]
+        inner = [path.relative_to(folder).parts for path in files if path.name == "prep.json" or is_image(path)]
         of_scans = {folder / parts[0] for parts in inner if len(parts) > 1 and not alone}
     elif in_mni:
         records = [_bids_record(image) for image in _finest(in_mni)]
@@ -266,67 +424,25 @@ def _from_folder(folder: Path) -> Listing:
     if left_out:
         first = ", ".join(f"{place} ({why})" for place, why in [*left_out.items()][:3])
         logger.warning("%s: %d left out: %s%s", folder, len(left_out), first, ", …" if len(left_out) > 3 else "")
-    return Listing(_told_apart(records), left_out)
-
-
-def _walk(folder: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
-    """The files and folders below a folder, in order, and why which of them cannot be read.
-
-    Links to folders are followed after all else, so that what a link leads to twice, or back to, is there once.
-    """
-    files: list[Path] = []
-    folders: list[Path] = []
-    closed: dict[str, str] = {}
-    seen: set[tuple[int, int]] = set()
-    tops = [folder]
-
-    def note(error: OSError) -> None:
-        closed[str(error.filename)] = f"cannot be read: {error.strerror}"
-
-    for top in tops:  # which grows
-        for name, inner, names in os.walk(top, onerror=note):
-            place = Path(name)
-            state = place.stat()
-            if (state.st_dev, state.st_ino) in seen:
-                inner.clear()
-                continue
-            seen.add((state.st_dev, state.st_ino))
-            folders.append(place)
-            tops += [place / link for link in sorted(inner) if (place / link).is_symlink()]
-            for path in (place / file for file in names if not file.startswith("._")):  # which macOS writes
-                if _is_image(path) or not _leads_nowhere(path):
-                    files.append(path)
-                else:
-                    closed[str(path)] = "a link that leads nowhere"
-    return sorted(files), sorted(folders), closed
-
-
-def _leads_nowhere(path: Path) -> bool:
-    try:
-        return path.is_symlink() and not path.exists()
-    except OSError:
-        return False
-
-
-def _is_image(path: Path) -> bool:
-    return path.name.lower().endswith(_IMAGE_SUFFIXES)
+    _tell_apart(records, range(len(records)))
+    return Listing(records, left_out)
 
 
 def _is_bids_t1w(path: Path, folder: Path) -> bool:
     inner = path.relative_to(folder).parts
-    return len(inner) > 1 and inner[0].startswith("sub-") and "_T1w.nii" in path.name and _is_image(path)
+    return len(inner) > 1 and inner[0].startswith("sub-") and "_t1w.nii" in path.name.lower() and is_image(path)
 
 
 def _refuse_folder(folder: Path, files: Sequence[Path], left_out: Mapping[str, str]) -> NoReturn:
     closed = "".join(f"; {place} {why}" for place, why in [*left_out.items()][:1])
     if any(is_dicom(path) for path in files[:3]):
         raise ScanError(f"{folder}: a folder of DICOM files; convert them first, for example with dcm2niix{closed}")
-    if any("_T1w.nii" in path.name for path in files):
+    if any("_t1w.nii" in path.name.lower() for path in files):
         raise ScanError(
             f"{folder}: a BIDS folder with no T1w image in MNI152 space; give the derivatives folder of a run with "
             f"fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1, or prepare the scans: brainfm prep{closed}"
         )
-    images = [path for path in files if _is_image(path)]
+    images = [path for path in files if is_image(path)]
     if images:
         raise ScanError(
             f"{folder}: neither a TurboPrep folder (no {_TURBOPREP_IMAGE}) nor BIDS derivatives (no sub-*/); "
@@ -337,7 +453,7 @@ def _refuse_folder(folder: Path, files: Sequence[Path], left_out: Mapping[str, s
 
 def _turboprep_record(image: Path, folder: Path) -> ScanRecord:
     mask = image.with_name(_TURBOPREP_MASK)
-    patient, scan = _bids_ids(image)
+    patient, scan = bids_ids(image)
     if not patient:
         parts = image.parent.relative_to(folder).parts or (folder.resolve().name,)
         patient, scan = parts[0], "_".join(parts[1:])
@@ -345,8 +461,8 @@ def _turboprep_record(image: Path, folder: Path) -> ScanRecord:
 
 
 def _bids_record(image: Path) -> ScanRecord:
-    mask = image.with_name(re.sub(r"(_desc-[^_]+)?_T1w\.", "_desc-brain_mask.", image.name))
-    return ScanRecord(image, mask if mask.exists() else None, *_bids_ids(image))
+    mask = image.with_name(re.sub(r"(?i)(_desc-[^_]+)?_T1w\.", "_desc-brain_mask.", image.name))
+    return ScanRecord(image, mask if mask.exists() else None, *bids_ids(image))
 
 
 def _finest(images: list[Path]) -> list[Path]:
@@ -362,85 +478,65 @@ def _resolution(path: Path) -> tuple[int, str]:
     return (int(found.group(1)) if found else 0, path.name)
 
 
-def _bids_ids(image: Any) -> tuple[str, str]:
-    """Patient and scan from the BIDS entities in a file's name, or in the folders right above it; empty without any."""
-    if not isinstance(image, str | os.PathLike):
-        return "", ""
-    entities = _entities(Path(image))
-    return _patient(Path(image)), "_".join(f"{key}-{entities[key]}" for key in _ACQUISITION if key in entities)
+# --- Who is who -----------------------------------------------------------------------------------
 
 
-def _names_of(path: Path) -> list[str]:
-    """A file's name without its ending, and those of the folders that may say whose it is.
+def _tell_apart(records: list[ScanRecord], numbers: Sequence[int], *, by_place: bool = False) -> None:
+    """Give those records whose ids are of names, and the same, every entity in which they differ.
 
-    Only `anat` and `ses-…` may stand between a file and its `sub-…` folder: a folder further up is no patient.
+    With `by_place`, for patients that are known and not guessed, what entities leave the same has the end of its path.
+    Raises ScanError for what is still the same.
     """
-    names = [re.sub(r"(?i)\.(nii|mgz|mgh|dcm)(\.\w+)?$", "", path.name)]
-    for folder in path.parents:
-        names.append(folder.name)
-        if folder.name != "anat" and not folder.name.startswith("ses-"):
-            break
-    return names
+    told = [records[n] for n in numbers]
+    for same in _with_one_id(told):
+        found = {n: entities(_first_path(told[n])) for n in same}
+        keys = dict.fromkeys(key for each in found.values() for key in each if key not in ACQUISITION)
+        differ = [key for key in keys if len({each.get(key) for each in found.values()}) > 1]
+        for n in same:
+            more = [each if key == "suffix" else f"{key}-{each}" for key in differ if (each := found[n].get(key))]
+            told[n] = _named_further(told[n], *more)
+    for same in _with_one_id(told) if by_place else ():
+        for n, end in zip(same, _ends([_first_path(told[n]) for n in same]), strict=True):
+            told[n] = _named_further(told[n], end)
+    _refuse_one_id_of_two(told)
+    for n, record in zip(numbers, told, strict=True):
+        records[n] = record
 
 
-def _entities(path: Path) -> dict[str, str]:
-    """The BIDS entities of a file, without the patient, and its suffix; what its name says goes before its folders."""
-    names = _names_of(path)
-    found = {"suffix": names[0].rpartition("_")[2]}
-    for name in names:
-        for part in name.split("_"):
-            key, dash, value = part.partition("-")
-            if dash and key.isalnum() and value and key != "sub":
-                found.setdefault(key, value)
-    return found
+def _named_further(record: ScanRecord, *more: str) -> ScanRecord:
+    return replace(record, scan_id="_".join(filter(None, (record.scan_id, *more))))
 
 
-def _patient(path: Path) -> str:
-    """`sub-…` of a file's name, or of its folder's: whole where that is more, as `sub-002_S_0295`, which is no BIDS."""
-    file, *folders = _names_of(path)
-    named = re.search(r"(?:^|_)(sub-[^_]+(?:_S_\d+)?)", file)
-    for folder in folders:
-        if folder.startswith("sub-"):
-            whole = re.split(rf"_(?=[A-Za-z0-9]+-)|_{_BIDS_SUFFIX}$", folder)[0]
-            if named is None or f"{file}_".startswith(f"{whole}_"):
-                return whole
-    hits = (re.search(r"(?:^|_)(sub-[^_]+(?:_S_\d+)?)", name) for name in (file, *folders))
-    return next((hit.group(1) for hit in hits if hit), "")
-
-
-def _told_apart(records: Sequence[ScanRecord]) -> list[ScanRecord]:
-    """Records whose ids are of their names: where two have the same, with every entity in which they differ."""
+def _with_one_id(records: Sequence[ScanRecord]) -> list[list[int]]:
+    """The numbers of records that are the same scan of the same patient, though of different files."""
     same: dict[tuple[str, str], list[int]] = {}
     for n, record in enumerate(records):
         if record.patient_id and record.name:
             same.setdefault((record.patient_id, record.scan_id), []).append(n)
-    told = list(records)
-    for numbers in same.values():
-        if len({records[n].name for n in numbers}) < 2:
-            continue
-        entities = {n: _entities(Path(str(image_of(records[n].image)))) for n in numbers}
-        keys = dict.fromkeys(key for each in entities.values() for key in each if key not in _ACQUISITION)
-        differ = [key for key in keys if len({each.get(key) for each in entities.values()}) > 1]
-        for n in numbers:
-            more = [each if key == "suffix" else f"{key}-{each}" for key in differ if (each := entities[n].get(key))]
-            told[n] = replace(records[n], scan_id="_".join(filter(None, (records[n].scan_id, *more))))
-    _refuse_one_id_of_two(told, named=True)
-    return told
+    return [numbers for numbers in same.values() if len({records[n].name for n in numbers}) > 1]
 
 
-def _refuse_one_id_of_two(records: Sequence[ScanRecord], *, named: bool = False) -> None:
-    """Raise ScanError where two files are the same scan of the same patient.
+def _first_path(record: ScanRecord) -> Path:
+    return Path(str(image_of(record.image)))
 
-    Scans that a manifest gives no `scan_id` are no claim; `named` ones, by their BIDS names, are.
-    """
-    seen: dict[tuple[str, str], str] = {}
-    for record in records:
-        if not (record.patient_id and record.name and (record.scan_id or named)):
-            continue
-        first = seen.setdefault((record.patient_id, record.scan_id), record.name)
-        if first != record.name:
-            scan = f"scan {record.scan_id} of " if record.scan_id else "the scan of "
-            raise ScanError(
-                f"{first} and {record.name}: both would be {scan}patient {record.patient_id}; list them in a manifest "
-                "that gives each its own patient_id and scan_id"
-            )
+
+def _ends(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that differ, without the endings of images: `m00_t1` and `m12_t1`."""
+    parts = [(*path.parent.parts, stem(path)) for path in paths]
+    for length in count(1):
+        ends = ["_".join(each[-length:]) for each in parts]
+        if len(set(ends)) == len(set(paths)) or length >= max(map(len, parts)):
+            return ends
+    raise AssertionError
+
+
+def _refuse_one_id_of_two(records: Sequence[ScanRecord]) -> None:
+    """Raise ScanError where two files are the same scan of the same patient."""
+    for numbers in _with_one_id(records):
+        names = list(dict.fromkeys(records[n].name for n in numbers))
+        record = records[numbers[0]]
+        scan = f"scan {record.scan_id} of " if record.scan_id else "the scan of "
+        raise ScanError(
+            f"{' and '.join(names[:2])}: both would be {scan}patient {record.patient_id}; list them in a manifest that "
+            "gives each its own patient_id and scan_id"
+        )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from brainfm.errors import BrainfmError, MissingExtraError, ScanError
 from brainfm.files import atomic_path, one_line, write_json
 from brainfm.manifest import ScanRecord
+from brainfm.paths import printable
 from brainfm.schema import Checked
 
 FORMATS = (".csv", ".parquet", ".npz")
@@ -274,7 +275,8 @@ def write(table: Embeddings, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([*texts, "error"])
         writer.writerows(
-            [*row, message] for *row, message in zip(*texts.values(), [e for _, e in table.errors], strict=True)
+            [*row, printable(message)]
+            for *row, message in zip(*texts.values(), [e for _, e in table.errors], strict=True)
         )
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from brainfm import ScanError, load_scan
 from brainfm.cli import main
-from brainfm.manifest import ScanRecord, list_inputs, list_scans
+from brainfm.manifest import ScanRecord, list_scans
 
 DICOM = bytes(128) + b"DICM" + bytes(500)
 
@@ -190,8 +190,8 @@ def test_one_scan_with_two_masks_is_two_rows(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the manifest is empty; it needs a header line with image_path"),
-        ("\n\n", "the manifest is empty; it needs a header line with image_path"),
+        ("", "the table is empty; it needs a header line, such as image_path"),
+        ("\n\n", "the table is empty; it needs a header line, such as image_path"),
         ("image_path,mask_path\n", "a header but no rows"),
         ("image_path,mask_path\n,\n", "a header but no rows"),
         (
@@ -199,20 +199,20 @@ def test_one_scan_with_two_masks_is_two_rows(tmp_path):
             r"no column image_path, nor one a channel such as t1w_path \(it has path, mask_path\)",
         ),
         ("a.nii,m.nii\nb.nii,n.nii\n", "no column image_path"),
-        ("image_path;mask_path\na.nii;m.nii\n", "no column image_path"),
+        ("path;mask_path\na.nii;m.nii\n", r"no column image_path.*it has path, mask_path"),
         ("mask_path,dense_path,label\nm.nii,d.nii,AD\n", "no column image_path"),
-        ("t1w_path,flair_path,label\n,,AD\n", "line 2: t1w_path and flair_path are empty"),
-        ("t1w_path,flair_path\na.nii,b.nii\na.nii,./b.nii\n", "line 3: a.nii, ./b.nii is already in line 2"),
-        ("t1w_path,flair_path\na.nii,\nb.nii,\na.nii,\n", "line 4: a.nii is already in line 2"),
-        ("image_path,t1w_path\na.nii,\n,b.nii\n", "line 3: image_path is empty"),
-        ("image_path,mask_path\na.nii,m.nii\nb.nii,\na.nii,m.nii\n", "line 4: a.nii is already in line 2; remove one"),
-        ("image_path\na.nii\n./a.nii\n", "line 3: ./a.nii is already in line 2"),
+        ("t1w_path,flair_path,label\n,,AD\n", "row 2: t1w_path and flair_path are empty"),
+        ("t1w_path,flair_path\na.nii,b.nii\na.nii,./b.nii\n", "row 3: a.nii, ./b.nii is already in row 2"),
+        ("t1w_path,flair_path\na.nii,\nb.nii,\na.nii,\n", "row 4: a.nii is already in row 2"),
+        ("image_path,t1w_path\na.nii,\n,b.nii\n", "row 3: image_path is empty"),
+        ("image_path,mask_path\na.nii,m.nii\nb.nii,\na.nii,m.nii\n", "row 4: a.nii is already in row 2; remove one"),
+        ("image_path\na.nii\n./a.nii\n", "row 3: ./a.nii is already in row 2"),
         ("image_path,label,label\na.nii,1,2\n", "the column label twice"),
-        ("image_path,label\na.nii,AD,London\n", "line 2: more fields than the header has; quote fields"),
-        ("image_path,label\na.nii,AD\n,CN\n", "line 3: image_path is empty"),
+        ("image_path,label\na.nii,AD,London\n", r"row 2: more fields than the header has \('London'\); quote fields"),
+        ("image_path,label\na.nii,AD\n,CN\n", "row 3: image_path is empty"),
     ],
 )
-def test_bad_manifest_is_refused_with_the_line(text, message, tmp_path):
+def test_bad_manifest_is_refused_with_the_row(text, message, tmp_path):
     path = manifest(tmp_path, text)
     with pytest.raises(ScanError, match=message) as caught:
         list_scans(path)
@@ -222,7 +222,7 @@ def test_bad_manifest_is_refused_with_the_line(text, message, tmp_path):
 
 def test_spreadsheet_saved_as_csv_by_name_only_is_refused(tmp_path):
     path = touch(tmp_path / "scans.csv", content=b"PK\x03\x04\xff\xfe\x00" * 50)
-    with pytest.raises(ScanError, match="not a readable CSV manifest"):
+    with pytest.raises(ScanError, match="by its content it is an Excel file"):
         list_scans(path)
 
 
@@ -475,7 +475,7 @@ def test_two_files_that_would_be_one_scan_of_one_patient_are_refused_by_name(tmp
             list_scans(scans)
         assert all(path in str(caught.value) for path in both)
     with pytest.raises(ScanError, match="both would be the scan of patient sub-01"):
-        list_inputs(both)
+        list_scans(both)
     text = "image_path,patient_id,scan_id\na.nii,p1,m0\nb.nii,p1,m0\n"
     with pytest.raises(ScanError, match=r"a\.nii and .*b\.nii: both would be scan m0 of patient p1"):
         list_scans(manifest(tmp_path, text))

@@ -80,7 +80,7 @@ def embed_command(
     """
     import brainfm
     from brainfm.embed import path_of
-    from brainfm.manifest import Listing, ScanRecord, list_inputs
+    from brainfm.manifest import Listing, ScanRecord, list_scans
     from brainfm.table import check_output, errors_path
 
     check_output(Path(output))
@@ -89,7 +89,7 @@ def embed_command(
             raise brainfm.ScanError("--mask goes with one scan; list several with their masks in a manifest")
         records = Listing([ScanRecord(inputs[0], mask)])
     else:
-        records = list_inputs(inputs)
+        records = list_scans(inputs)
     models = tuple(dict.fromkeys(models))
     encoders: list[Any] = list(models)
     if checkpoint is not None:

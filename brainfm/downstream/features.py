@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm import table
-from brainfm.downstream.task import TaskData, is_missing
+from brainfm.downstream.covariates import encoded
+from brainfm.downstream.task import TaskData
 from brainfm.embed import embed, origin_of
 from brainfm.errors import TaskError
 from brainfm.files import file_state, write_json
@@ -112,24 +113,15 @@ def table_of(data: TaskData, sizes: Sequence[float | None], train: Sequence[int]
     """The task's covariates and head sizes as numbers [n, d]: words one-hot; what is missing is the mean of `train`.
 
     Raises:
-        TaskError: No covariate has a value in train.
+        TaskError: No covariate has a value in train; or as of `brainfm.downstream.covariates.encoded`.
     """
     columns: list[NDArray[np.float64]] = []
     for name in data.task.covariates:
-        columns += _encoded([record.extra.get(name, "") for record in data.records])
+        texts = [record.extra.get(name, "") for record in data.records]
+        columns += encoded(name, texts, range(len(texts)), categorical=name in data.task.categorical)
     columns.append(np.array([np.nan if size is None else size for size in sizes]))
     known = [column for column in columns if np.isfinite(column[list(train)]).any()]
     if not known:
         raise TaskError(f"{data.task.name}: its covariates {', '.join(data.task.covariates)} are empty")
     filled = [np.where(np.isfinite(column), column, np.nanmean(column[list(train)])) for column in known]
     return np.stack(filled, axis=1)
-
-
-def _encoded(texts: Sequence[str]) -> list[NDArray[np.float64]]:
-    """One column of numbers, or one for each word but the first; of either, nan is what is missing."""
-    missing = np.array([is_missing(text) for text in texts])
-    try:
-        return [np.array([np.nan if absent else float(text) for text, absent in zip(texts, missing, strict=True)])]
-    except ValueError:
-        words = sorted({text for text, absent in zip(texts, missing, strict=True) if not absent})
-        return [np.where(missing, np.nan, [float(text == word) for text in texts]) for word in words[1:]]

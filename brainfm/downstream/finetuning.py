@@ -122,7 +122,7 @@ def _data_hash(*parts: Labelled) -> str:
         for part in parts
         for record, label in zip(part.records, part.labels, strict=True)
     ]
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    return hashlib.sha256("\n".join(rows).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

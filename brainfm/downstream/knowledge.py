@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from brainfm.downstream.covariates import numbers_of
 from brainfm.downstream.statistics import icc, metrics
 from brainfm.errors import BrainfmError, MissingExtraError
 from brainfm.files import atomic_path
+from brainfm.tabular import is_missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -251,16 +253,17 @@ def plot_map(points: ArrayLike, column: Sequence[Any], path: str | os.PathLike[s
     """Draw a map, coloured by a column, as a .png or .svg; needs no display.
 
     A column of numbers (as text, too) with more than ten values is a colour scale, every other one categories with a
-    legend. Scans without a value are grey.
+    legend; one of more than ten numbers and some words is refused. Scans without a value are grey.
 
     Args:
         points: [n, 2], as of `embedding_map`.
-        column: [n] values; None, "" and nan are unknown.
+        column: [n] values; None, nan, "" and "n/a" are unknown.
         path: Of the picture; written atomically.
         title: Of the legend or the colour scale: the column's name.
 
     Raises:
-        ValueError: Points and column do not fit, or the path ends in neither .png nor .svg.
+        ValueError: Points and column do not fit, numbers of the column have words among them, or the path ends in
+            neither .png nor .svg.
         MissingExtraError: matplotlib is not installed.
     """
     path, places = Path(path), _matrix(points)
@@ -279,8 +282,8 @@ def plot_map(points: ArrayLike, column: Sequence[Any], path: str | os.PathLike[s
     axes.scatter(
         places[unknown, 0], places[unknown, 1], s=_DOT, color=_UNKNOWN, label="unknown" if unknown.any() else ""
     )
-    numbers = _numbers(value for value, absent in zip(values, unknown, strict=True) if not absent)
-    if numbers is not None and len(np.unique(numbers)) > _CATEGORIES:
+    numbers = _numbers([value for value, absent in zip(values, unknown, strict=True) if not absent])
+    if numbers is not None:
         dots = axes.scatter(places[~unknown, 0], places[~unknown, 1], s=_DOT, c=numbers)
         figure.colorbar(dots, label=title)
     else:
@@ -304,11 +307,15 @@ def _scatter_categories(axes: Axes, places: _Array, names: NDArray[np.str_], unk
         axes.legend(title=title or None, fontsize="small")
 
 
-def _numbers(values: Any) -> _Array | None:
-    try:
-        return np.array([float(value) for value in values])
-    except (TypeError, ValueError):
+def _numbers(values: Sequence[Any]) -> _Array | None:
+    """The values as a scale; None where they are categories: few, or none of them numbers."""
+    numbers = numbers_of([str(value) for value in values])
+    words = list(dict.fromkeys(str(value) for value, number in zip(values, numbers, strict=True) if np.isnan(number)))
+    if len(np.unique(numbers[~np.isnan(numbers)])) <= _CATEGORIES:
         return None
+    if words:
+        raise ValueError(f"the column has numbers, and {words[0]!r}; write that as a number, or empty it")
+    return numbers
 
 
 # --- What is unlike the rest ----------------------------------------------------------------------
@@ -429,9 +436,11 @@ def _column(column: ArrayLike, name: str, rows: int) -> NDArray[Any]:
         raise ValueError(f"{name} has the shape {list(values.shape)}, and there are {rows} vectors; give one a vector")
     unknown = sum(_is_unknown(value) for value in values.tolist())
     if unknown:
-        raise ValueError(f"{name} is unknown (None, '' or nan) for {unknown} of {rows} scans; leave these scans out")
+        raise ValueError(
+            f"{name} is unknown (None, nan, '' or 'n/a') for {unknown} of {rows} scans; leave these scans out"
+        )
     return values.astype(str) if values.dtype == object else values
 
 
 def _is_unknown(value: Any) -> bool:
-    return value is None or value == "" or value != value
+    return value is None or value != value or is_missing(str(value))

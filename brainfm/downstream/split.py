@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from brainfm.downstream.statistics import Kind
 from brainfm.errors import BrainfmError
 from brainfm.files import write_csv
-from brainfm.manifest import ScanRecord, read_manifest
+from brainfm.manifest import ScanRecord, check_patients, read_manifest
 
 SPLITS = ("train", "val", "test")
 PAPER_FRACTIONS = (0.6, 0.2, 0.2)  # paper, downstream evaluation on SOOP and IXI
@@ -43,7 +43,7 @@ def make_split(
     one in each split at least. A patient of several scans has the most frequent class, or the mean value, of the scans.
 
     Args:
-        records: The scans; one without `patient_id` is a patient of its own.
+        records: The scans, each with its patient.
         labels: One a scan: classes, or numbers for a regression.
         kind: What the labels are.
         fractions: Of train, val and test: each above 0, 1 together. The default is the paper's.
@@ -53,7 +53,8 @@ def make_split(
         "train", "val" or "test" for each scan.
 
     Raises:
-        BrainfmError: A label is missing, all are the same, or a class has too few patients to be in every split.
+        BrainfmError: A patient is unknown or written in two ways, a label is missing, all are the same, or a class has
+            too few patients to be in every split.
         ValueError: An argument is out of range.
 
     Example:
@@ -127,7 +128,10 @@ def subsample(
 
 
 def check_split(records: Sequence[ScanRecord], splits: Sequence[str]) -> None:
-    """Raise BrainfmError for a split with a patient on two sides, an empty side, or a word that is no side."""
+    """Raise BrainfmError for a split with a patient on two sides, an empty side, or a word that is no side.
+
+    Nor can it be told of scans whose patients are unknown, or written in two ways.
+    """
     _check_length(records, splits, "splits")
     unknown = sorted({repr(split) for split in splits if split not in SPLITS})
     if unknown:
@@ -196,12 +200,20 @@ def load_split(path: str | os.PathLike[str], records: Sequence[ScanRecord]) -> l
 
 
 def _patients(records: Sequence[ScanRecord]) -> list[list[int]]:
-    """The rows of each patient; patients by their ids, then scans without one by their paths."""
-    rows: dict[tuple[bool, str], list[int]] = {}
+    """The rows of each patient, by their ids."""
+    unknown = [
+        record.name or f"image in memory, row {row}" for row, record in enumerate(records) if not record.patient_id
+    ]
+    if unknown:
+        raise BrainfmError(
+            f"nobody says whose {len(unknown)} of {len(records)} scans are: {_few(unknown)}; a split keeps patients "
+            "together: give a column patient_id (where each scan is of another person, a number each)"
+        )
+    check_patients(records)
+    rows: dict[str, list[int]] = {}
     for row, record in enumerate(records):
-        own = record.name or f"image in memory, row {row}"
-        rows.setdefault((not record.patient_id, record.patient_id or own), []).append(row)
-    return [rows[key] for key in sorted(rows)]
+        rows.setdefault(record.patient_id, []).append(row)
+    return [rows[patient] for patient in sorted(rows)]
 
 
 def _patient_labels(

@@ -16,19 +16,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.downstream.covariates import encoded, numbers_of
 from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, check_split, make_split
 from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
 from brainfm.errors import BrainfmError, TaskError
 from brainfm.files import one_line
 from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.schema import Checked, read_yaml
+from brainfm.tabular import is_missing
 
 logger = logging.getLogger("brainfm")
 
 TASKS = Path(__file__).parent / "tasks"
 
 _METRIC = {"binary": "auc", "multiclass": "balanced_accuracy", "regression": "mae"}
-_MISSING = {"", "na", "n/a", "nan", "none", "null"}
 _MOST_CLASSES = 20
 
 
@@ -49,7 +50,9 @@ class Task(Checked):
         classes: The label's words in order, the first is 0; () takes whole numbers, or the words in alphabetical order.
         split: The manifest's column that says "train", "val" or "test"; where it has none, each seed draws a split.
         fractions: Of the patients for train, val and test, where a split is drawn.
-        covariates: Columns that a control predicts from without an image; head size is added where there are masks.
+        covariates: Columns that a control predicts from without an image, as numbers, or as categories where they hold
+            words; head size is added where there are masks.
+        categorical: Those of them whose values are categories though they look like numbers, such as codes of sites.
         cohorts: Names of the data, to say which models were pretrained on them.
         published: "model/mode" → [mean, standard deviation] of the paper's table.
         published_source: Where that is from.
@@ -68,6 +71,7 @@ class Task(Checked):
     split: str = "split"
     fractions: tuple[float, float, float] = PAPER_FRACTIONS
     covariates: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
     cohorts: tuple[str, ...] = ()
     published: dict[str, tuple[float, ...]] = field(default_factory=dict)
     published_source: str = ""
@@ -91,6 +95,8 @@ class Task(Checked):
             raise ValueError("age_bias is of a regression")
         if self.label in self.covariates:
             raise ValueError(f"covariates hold the label {self.label!r} itself")
+        if other := [name for name in self.categorical if name not in self.covariates]:
+            raise ValueError(f"categorical names {other[0]!r}, which is none of the covariates")
 
     @property
     def higher_is_better(self) -> bool:
@@ -120,8 +126,8 @@ class TaskData:
 
     @property
     def patients(self) -> list[str]:
-        """The patient of each scan; one without is a patient of its own."""
-        return [record.patient_id or f"scan {n}" for n, record in enumerate(self.records)]
+        """The patient of each scan."""
+        return [record.patient_id for record in self.records]
 
     @property
     def has_masks(self) -> bool:
@@ -175,8 +181,8 @@ def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> Tas
         manifest: Instead of the task's own.
 
     Raises:
-        TaskError: There is no such column, labels are not what the kind says, all are the same, or there are too few
-            patients; the message names the values.
+        TaskError: There is no such column, labels are not what the kind says, all are the same, a covariate is neither
+            numbers nor categories, patients are unknown, or too few; the message names the values.
         ScanError: The manifest is not one.
         BrainfmError: A patient is in two splits.
     """
@@ -188,13 +194,21 @@ def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> Tas
         columns = list(everything[0].extra)
         if column not in columns:
             raise TaskError(f"{path}: there is no column {column!r}; it has {', '.join(columns) or 'no labels at all'}")
-    records = [record for record in everything if not is_missing(record.extra[task.label])]
+    labelled = [n for n, record in enumerate(everything) if not is_missing(record.extra[task.label])]
+    records = [everything[n] for n in labelled]
     if not records:
         raise TaskError(f"{path}: no row has a {task.label}; it is empty in all {len(everything)}")
     texts = [record.extra[task.label] for record in records]
     labels, classes = _labels(texts, task, path)
     if len(set(texts)) == 1:
         raise TaskError(f"{path}: every {task.label} is {texts[0]!r}; there is nothing to tell apart")
+    rows = [everything.rows[n] for n in labelled]
+    for column in task.covariates:
+        try:
+            values = [record.extra[column] for record in records]
+            encoded(column, values, rows, categorical=column in task.categorical)
+        except TaskError as error:
+            raise TaskError(f"{path}: {error}") from error
     given = _given_split(records, task, path)
     data = TaskData(task, records, labels, classes, given, len(everything) - len(records))
     _check_splits(data, path)
@@ -208,13 +222,7 @@ def _labels(texts: Sequence[str], task: Task, path: Path) -> tuple[NDArray[Any],
 
 
 def _numbers(texts: Sequence[str], task: Task, path: Path) -> NDArray[np.float64]:
-    values = []
-    for text in texts:
-        try:
-            values.append(float(text))
-        except ValueError:
-            values.append(np.nan)
-    labels = np.array(values)
+    labels = numbers_of(texts)
     if wrong := [text for text, value in zip(texts, labels, strict=True) if not np.isfinite(value)]:
         raise TaskError(
             f"{path}: {task.label} must be numbers for a regression, and {len(wrong)} rows are not, such as "
@@ -224,7 +232,8 @@ def _numbers(texts: Sequence[str], task: Task, path: Path) -> NDArray[np.float64
 
 
 def _classes(texts: Sequence[str], task: Task, path: Path) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    found = sorted(set(texts), key=lambda text: (not _is_number(text), float(text) if _is_number(text) else 0, text))
+    values = dict(zip(texts, np.nan_to_num(numbers_of(texts), nan=np.inf).tolist(), strict=True))
+    found = sorted(values, key=lambda text: (values[text], text))  # numbers as numbers, words after them
     names = task.classes or tuple(found)
     if strange := [text for text in found if text not in names]:
         raise TaskError(f"{path}: {task.label} has {_few(strange)}, and the task's classes are {', '.join(names)}")
@@ -262,19 +271,6 @@ def _check_splits(data: TaskData, path: Path) -> None:
         if data.task.kind != "regression" and len(count) < len(data.classes):
             lacking = next(name for n, name in enumerate(data.classes) if n not in count)
             raise TaskError(f"{path}: no scan of class {lacking!r} is in {part}; each part needs every class")
-
-
-def is_missing(text: str) -> bool:
-    """Whether a field of a table says that there is no value, such as "" or BIDS's "n/a"."""
-    return text.strip().lower() in _MISSING
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _few(values: Sequence[str], most: int = 4) -> str:

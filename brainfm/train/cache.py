@@ -186,7 +186,7 @@ def key_of(record: ScanRecord, root: str | os.PathLike[str]) -> str:
     files = _files(record)
     parts = [os.path.relpath(item, root) if isinstance(item, str | os.PathLike) else "" for item in files.values()]
     channels = [name for name in files if name not in ("", "mask")]
-    return hashlib.sha256("\0".join([*parts, *channels]).encode()).hexdigest()[:20]
+    return hashlib.sha256(os.fsencode("\0".join([*parts, *channels]))).hexdigest()[:20]
 
 
 def _files(record: ScanRecord) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import brainfm
@@ -19,12 +18,12 @@ from brainfm.downstream.split import SPLITS, check_split
 from brainfm.errors import BrainfmError
 from brainfm.files import atomic_path
 from brainfm.manifest import ScanRecord, list_scans
+from brainfm.tabular import read_rows
 
 Labels = dict[str, float]
 People = dict[Hashable, Labels | str]  # a row of the table: its labels, or why it cannot be used
 
 DISAGREE = "several rows of the table that disagree"
-_EXCEL_READERS = {".xls": "xlrd", ".xlsx": "openpyxl"}
 
 
 @dataclass(frozen=True)
@@ -66,38 +65,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV, TSV or Excel table (its first sheet) that has these columns."""
-    if not path.is_file():
-        raise BrainfmError(f"{path}: no such file")
-    suffix = path.suffix.lower()
-    if suffix in _EXCEL_READERS:
-        rows = _read_excel(path, _EXCEL_READERS[suffix])
-    else:
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            rows = list(csv.reader(file, delimiter="\t" if suffix == ".tsv" else ","))
-    names = [name.strip() for name in rows[0]] if rows else []
-    missing = [column for column in columns if column not in names]
+    """The rows of a table that has these columns: CSV, TSV, or the first sheet of an Excel file."""
+    rows = read_rows(path)
+    missing = [column for column in columns if column not in rows]
     if missing:
         raise BrainfmError(
-            f"{path}: no column {', '.join(map(repr, missing))}; found: {', '.join(map(repr, names)) or 'nothing'}"
+            f"{path}: no column {', '.join(map(repr, missing))}; found: {', '.join(map(repr, rows.columns))}"
         )
-    return [dict(zip(names, map(str.strip, row), strict=False)) for row in rows[1:] if any(row)]
-
-
-def _read_excel(path: Path, reader: str) -> list[list[str]]:
-    missing = [package for package in ("pandas", reader) if find_spec(package) is None]
-    if missing:
-        raise BrainfmError(
-            f"{path}: {' and '.join(missing)} is not installed; run: pip install {' '.join(missing)}; or save the "
-            "table as CSV in a spreadsheet program, and give that"
-        )
-    import pandas as pd
-
-    try:
-        table = pd.read_excel(path, header=None, dtype=object, engine=reader)
-    except Exception as error:  # each reader has errors of its own
-        raise BrainfmError(f"{path}: not a readable {path.suffix} file ({error})") from error
-    return table.where(table.notna(), "").astype(str).to_numpy().tolist()
+    return rows.to_dict("records")
 
 
 def number(text: str) -> float:

@@ -37,7 +37,7 @@ try:
     main(sys.argv[1:])
 except SystemExit as end:
     assert not end.code, end.code
-loaded = {"torch", "monai", "numpy"} & sys.modules.keys()
+loaded = {"torch", "monai", "numpy", "pandas"} & sys.modules.keys()
 print(*sorted(loaded), file=sys.stderr)
 """
 

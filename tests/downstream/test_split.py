@@ -98,22 +98,32 @@ def test_a_patient_counts_by_the_most_frequent_class_of_the_scans():
     assert make_split(records, labels, kind="binary") == make_split(records, changed, kind="binary")
 
 
-def test_scans_without_patient_are_patients_of_their_own():
-    records = [ScanRecord(f"{n}.nii.gz") for n in range(20)]
-    assert counts(make_split(records, [0, 1] * 10, kind="binary")) == (12, 4, 4)
+def test_scans_whose_patient_nobody_says_are_not_split():
+    records = [*cohort(20, scans=1), ScanRecord("a.nii.gz"), ScanRecord("b.nii.gz", None, "n/a")]
+    labels, parts = [0, 1] * 11, ["train"] * 14 + ["val"] * 4 + ["test"] * 4
+    for refused in (
+        lambda: make_split(records, labels, kind="binary"),
+        lambda: check_split(records, parts),
+        lambda: subsample(records, labels, parts, 0.5, kind="binary"),
+    ):
+        with pytest.raises(BrainfmError, match=r"whose 2 of 22 scans are: a\.nii\.gz, b\.nii\.gz; .*patient_id"):
+            refused()
+
+
+def test_one_patient_written_in_two_ways_is_not_split():
+    records = [ScanRecord(f"{n}.nii", None, name, "") for n, name in enumerate(["007", "8", "9", "7", "10", "11"])]
+    with pytest.raises(BrainfmError, match="the patients '007', '7' may be one"):
+        make_split(records, [0, 1] * 3, kind="binary")
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression"])
-@pytest.mark.parametrize("known", [True, False], ids=["patients", "scans without patient"])
-def test_the_order_of_rows_changes_nothing(kind, known):
+def test_the_order_of_rows_changes_nothing(kind):
     records = cohort(40, scans=3)
     draw = np.random.default_rng(3)
     ages = {patient: draw.normal(50, 10) for patient in range(40)}
     labels = [ages[int(r.patient_id[1:])] + draw.normal() for r in records]
     if kind == "binary":
         labels = [int(label > 50) for label in labels]
-    if not known:
-        records = [ScanRecord(record.image) for record in records]
     splits = make_split(records, labels, kind=kind, seed=7)
     for _ in range(5):
         order = draw.permutation(len(records))
@@ -234,7 +244,7 @@ def test_split_of_scans_of_several_channels_is_kept_by_a_column_a_channel(tmp_pa
     paths = [{"FLAIR": f"p{n}_flair.nii.gz", "T1w": f"p{n}_t1w.nii.gz"} for n in range(10)]
     del paths[3]["FLAIR"]
     records = [
-        ScanRecord({channel: tmp_path / path for channel, path in one.items()}, None, "", str(n))
+        ScanRecord({channel: tmp_path / path for channel, path in one.items()}, None, f"p{n}", str(n))
         for n, one in enumerate(paths)
     ]
     splits = make_split(records, [0, 1] * 5, kind="binary")
@@ -244,7 +254,7 @@ def test_split_of_scans_of_several_channels_is_kept_by_a_column_a_channel(tmp_pa
     assert rows[0] == {
         "flair_path": "p0_flair.nii.gz",
         "t1w_path": "p0_t1w.nii.gz",
-        "patient_id": "",
+        "patient_id": "p0",
         "split": splits[0],
     }
     assert (rows[3]["flair_path"], rows[3]["t1w_path"]) == ("", "p3_t1w.nii.gz")
@@ -257,7 +267,7 @@ def test_the_split_of_another_manifest_is_refused(manifest):
     save_split(path, records, make_split(records, [0, 1] * 5, kind="binary"))
     with pytest.raises(BrainfmError, match=r"5 of its scans are not in the manifest \(.*p0.*p1.*p2.* and 2 more\)"):
         load_split(path, records[5:])
-    others = [*records, ScanRecord(manifest.parent / "new.nii.gz")]
+    others = [*records, ScanRecord(manifest.parent / "new.nii.gz", None, "new")]
     with pytest.raises(BrainfmError, match=r"1 scans of the manifest are not in it \(.*new.nii.gz\); .*new split"):
         load_split(path, others)
 
@@ -277,7 +287,7 @@ def test_what_is_no_split_file_is_refused(manifest, tmp_path):
         load_split(tmp_path / "none.csv", read_manifest(manifest))
     with pytest.raises(BrainfmError, match="needs the columns image_path and split"):
         load_split(manifest, read_manifest(manifest))
-    images = [ScanRecord((np.zeros((2, 2, 2)), np.eye(4))) for _ in range(3)]
+    images = [ScanRecord((np.zeros((2, 2, 2)), np.eye(4)), None, name) for name in "abc"]
     with pytest.raises(BrainfmError, match="image in memory"):
         save_split(tmp_path / "split.csv", images, SPLITS)
     assert not (tmp_path / "split.csv").exists()
