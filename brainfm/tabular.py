@@ -155,7 +155,7 @@ def _delimited(text: str, ending: str) -> pd.DataFrame:
         text = "\n" + text[said.end() :]
     header = next((line for line in text.split("\n") if line.strip(_BLANKS)), "")
     bare = re.sub(r'"[^"]*"', "", header)
-    tab = "\t" in bare or ending == ".tsv"
+    tab = "\t" in bare or (ending == ".tsv" and not re.search("[,;]", bare))
     separator = said[1] if said else "\t" if tab else max(",;", key=bare.count)
     width = 1 + max(line.count(separator) for line in text.split("\n"))  # of a damaged row, too
     with warnings.catch_warnings():

@@ -217,7 +217,10 @@ def test_a_folder_without_usable_scans_is_refused(tmp_path, run_here):
     )
     missing = tmp_path / "none"
     assert run_here("soop.py", table, missing, "-o", tmp_path / "soop.csv") == f"error: {missing}: no such folder"
-    assert run_here("soop.py", missing, scans, "-o", tmp_path / "soop.csv") == f"error: {missing}: no such file"
+    assert (
+        run_here("soop.py", missing, scans, "-o", tmp_path / "soop.csv")
+        == f"error: {missing}: no such file; check the path"
+    )
     assert not (tmp_path / "soop.csv").exists()
 
 

@@ -1,21 +1,27 @@
 """Many scans → a table: whole, in order, with the bad ones listed, and none done twice after an interruption."""
 
 import csv
+import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import nn
 
 import brainfm
 from brainfm import ScanError
+from brainfm.cli import main
 from brainfm.contract import InputSpec, Readout
 from brainfm.embed import Embeddings
 from brainfm.files import held, temporary_path
@@ -979,3 +985,121 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch):
     with module._own_cores(torch.device("cpu")):
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
+
+
+# --- What a list of scans may be ------------------------------------------------------------------
+
+
+@pytest.fixture
+def cohort(originals, tmp_path):
+    """A folder with three of the brains, and what they embed as."""
+    for n, path in enumerate(originals[0][:3]):
+        shutil.copy(path, tmp_path / f"{n}.nii")
+    shutil.copy(originals[1], tmp_path / "mask.nii.gz")
+    images = [tmp_path / f"{n}.nii" for n in range(3)]
+    return tmp_path, brainfm.embed([(path, tmp_path / "mask.nii.gz") for path in images], Pooled()).vectors
+
+
+def test_dataframe_is_embedded_as_the_manifest_it_is(cohort, monkeypatch):
+    folder, expected = cohort
+    monkeypatch.chdir(folder)
+    frame = pd.DataFrame({"image_path": ["0.nii", "1.nii", "2.nii"], "mask_path": "mask.nii.gz", "PTID": [7, 8, 9]})
+    table = brainfm.embed(frame, Pooled())
+    np.testing.assert_array_equal(table.vectors, expected)
+    assert table.columns()["patient_id"] == ["7", "8", "9"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda frame, path: frame.to_csv(path.with_suffix(".csv"), sep=";", encoding="cp1252"),
+        lambda frame, path: frame.to_csv(path.with_suffix(".txt"), sep="\t", encoding="utf-16", index=False),
+        lambda frame, path: frame.assign(empty="").to_excel(path.with_suffix(".xlsx"), index=False),
+        lambda frame, path: frame.to_parquet(path.with_suffix(".parquet")),
+    ],
+    ids=["semicolons in Latin-1", "tabs in UTF-16", "Excel", "Parquet"],
+)
+def test_manifest_of_any_program_is_embedded_by_the_command(write, cohort):
+    folder, _ = cohort
+    sites = ["Münster", "Brno ", "Köln"]
+    frame = pd.DataFrame({"image_path": [f" {n}.nii" for n in range(3)], "mask_path": "'mask.nii.gz'", "site": sites})
+    write(frame.assign(participant_id=["007", "008", "009"]), folder / "scans")
+    (path,) = folder.glob("scans.*")
+    arguments = ["embed", str(path), "--model", "test_resnet_3d", "-o", str(folder / "out.csv")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    columns = brainfm.table.read(folder / "out.csv").columns()
+    assert columns["patient_id"] == ["007", "008", "009"]
+    assert columns["site"] == ["Münster", "Brno", "Köln"]
+
+
+def test_folder_in_a_list_is_expanded(cohort, small_sample):
+    folder, expected = cohort
+    shutil.copytree(small_sample[0].parent, folder / "prepared" / "p1")
+    table = brainfm.embed([folder / "prepared", folder / "0.nii"], Pooled())
+    assert [record.patient_id for record in table.records] == ["p1"]
+    assert len(table.errors) == 1  # it has no mask
+    both = brainfm.embed([folder / "prepared", (folder / "0.nii", folder / "mask.nii.gz")], Pooled())
+    np.testing.assert_array_equal(both.vectors[1:], expected[:1])
+
+
+@pytest.mark.parametrize(
+    ("scans", "message"),
+    [
+        (["missing.nii"], "missing.nii: no such file; check the paths"),
+        ("missing.nii", "missing.nii: no such file; check the paths"),
+        (
+            ["a.nii", ("b.nii", "m.nii"), {"T1w": "c.nii"}],
+            "a.nii: no such file, nor any of the other 2; check the paths",
+        ),
+        (["nowhere/"], "nowhere: no such file or folder"),
+        ([], "the list of scans is empty"),
+        (pd.DataFrame({"image_path": ["a.nii", "b.nii"]}), "a.nii: no such file, nor any of the other 1"),
+    ],
+)
+def test_list_of_which_nothing_is_there_is_refused(scans, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ScanError, match=message):
+        brainfm.embed(scans, Pooled(), output="out.csv")
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_file_among_others_is_that_scan_s_error(cohort):
+    folder, expected = cohort
+    table = brainfm.embed([folder / "gone.nii", (folder / "0.nii", folder / "mask.nii.gz")], Pooled())
+    np.testing.assert_array_equal(table.vectors, expected[:1])
+    assert "gone.nii: no such file" in table.errors[0][1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+@pytest.mark.parametrize("ending", [".csv", ".parquet", ".npz"])
+def test_names_that_are_not_utf_8_cost_no_table_and_read_back_to_the_same_files(ending, cohort):
+    folder, expected = cohort
+    place = folder / os.fsdecode(b"sub-caf\xe9") / os.fsdecode(b"ses-\xff")
+    place.mkdir(parents=True)
+    for name, path in (("normalized.nii.gz", "0.nii"), ("mask.nii.gz", "mask.nii.gz")):
+        content = (folder / path).read_bytes()
+        (place / name).write_bytes(content if path.endswith("gz") else gzip.compress(content))
+    broken = place.with_name("ses-2")
+    shutil.copytree(place, broken)
+    (broken / "normalized.nii.gz").write_bytes(b"no image")
+    output, report = folder / f"out{ending}", folder / "run.json"
+    made = brainfm.embed(place.parent, Pooled(), output=output, report=report)
+    np.testing.assert_array_equal(made.vectors, expected[:1])
+    back = brainfm.table.read(output)
+    assert [Path(record.image) for record in back.records] == [place / "normalized.nii.gz"]
+    assert (back.records[0].patient_id, back.records[0].scan_id) == ("sub-caf\\udce9", "ses-\\udcff")
+    np.testing.assert_array_equal(brainfm.embed(back.records, Pooled()).vectors, expected[:1])
+    assert json.loads(report.read_text())["failed"][0]["scan"] == str(broken / "normalized.nii.gz")
+    assert "caf\\udce9" in (folder / "out.errors.csv").read_text()
+    if ending != ".npz":
+        again = brainfm.embed(output, Pooled())  # as a manifest
+        np.testing.assert_array_equal(again.vectors, expected[:1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_manifest_in_nfc_embeds_files_in_nfd(cohort):
+    folder, expected = cohort
+    (folder / "0.nii").rename(folder / unicodedata.normalize("NFD", "Zoë.nii"))
+    (folder / "scans.csv").write_text(f"image_path,mask_path\n{unicodedata.normalize('NFC', 'Zoë.nii')},mask.nii.gz\n")
+    np.testing.assert_array_equal(brainfm.embed(folder / "scans.csv", Pooled()).vectors, expected[:1])

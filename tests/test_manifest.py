@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -569,3 +570,146 @@ def test_relative_paths_of_a_row_are_relative_to_the_folder_that_is_given():
     record = ScanRecord.from_columns(row, Path("/data"))
     assert record.image == {"t1w": Path("/data/a.nii"), "flair": Path("/abs/b.nii")}
     assert record.mask == Path("/data/m.nii")
+
+
+# --- Manifests: who is who ------------------------------------------------------------------------
+
+
+def rows_of(folder, *lines):
+    return list_scans(manifest(folder, "\n".join(lines) + "\n"))
+
+
+@pytest.mark.parametrize("column", ["participant_id", "subject_id", "Subject", "PTID", "RID", "subject id", "eid"])
+def test_patients_are_taken_from_a_column_of_that_meaning_and_said(column, tmp_path, caplog):
+    records = rows_of(tmp_path, f"image_path,{column},age", "a.nii,007,71", "b.nii,008,72")
+    assert ids(records) == [("007", ""), ("008", "")]
+    assert records[0].extra == {column: "007", "age": "71"}
+    assert f"no column patient_id; the patients are those of the column {column}" in caplog.text
+
+
+def test_column_patient_id_goes_before_others_and_its_case_does_not_matter(tmp_path, caplog):
+    records = rows_of(tmp_path, "Image_Path,Patient ID,SCAN_ID,subject", "a.nii,p1,m0,x", "b.nii,p1,m1,y")
+    assert ids(records) == [("p1", "m0"), ("p1", "m1")]
+    assert caplog.text == ""
+
+
+def test_two_columns_that_tell_patients_apart_in_one_way_are_one(tmp_path):
+    records = rows_of(tmp_path, "image_path,RID,PTID", "a.nii,295,002_S_0295", "b.nii,295,002_S_0295", "c.nii,413,n/a")
+    assert [record.patient_id for record in records] == ["002_S_0295", "002_S_0295", ""]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            ["image_path,participant_id,subject_id", "a.nii,1,5", "b.nii,2,5"],
+            "participant_id and subject_id tell the patients apart in different ways; rename",
+        ),
+        (["image_path,patient_id,Patient_ID", "a.nii,1,5"], "patient_id and Patient_ID are both the column patient_id"),
+        (["image_path,patient_id", "a.nii,007", "b.nii,7"], "patients '007', '7' may be one"),
+        (["image_path,patient_id", "a.nii,7", "b.nii,sub-007", "c.nii,007"], "'7', 'sub-007', '007' may be one"),
+        (["image_path,patient_id", "a.nii,AB1", "b.nii,ab1"], "'AB1', 'ab1' may be one"),
+        (["image_path,patient_id", "a.nii,7.0", "b.nii,7"], "'7.0', '7' may be one"),
+        (["image_path,patient_id", "sub-01_T1w.nii,", "b.nii,01"], "'sub-01', '01' may be one"),
+        (["image_path", "siteA/sub-01_T1w.nii", "siteB/sub-01_T1w.nii"], "both would be the scan of patient sub-01"),
+        (["image_path,session", "siteA/sub-01_T1w.nii,1", "siteB/sub-01_T1w.nii,1"], "both would be scan 1 of patient"),
+    ],
+)
+def test_patient_that_may_be_two_or_two_that_may_be_one_are_refused_by_name(lines, message, tmp_path):
+    with pytest.raises(ScanError, match=message):
+        rows_of(tmp_path, *lines)
+
+
+def test_ids_that_differ_by_more_than_case_and_zeros_are_taken(tmp_path):
+    names = ["10", "100", "1", "p-1-1", "p11", "002_S_0295", "002_S_2950", "sub-A", "sub-B", "0"]
+    records = rows_of(tmp_path, "image_path,patient_id", *(f"{n}.nii,{name}" for n, name in enumerate(names)))
+    assert [record.patient_id for record in records] == names
+
+
+def test_flat_names_say_who_and_which_scan_where_no_column_does(tmp_path, caplog):
+    names = ["sub-OAS30001_ses-d0129_T1w", "sub-OAS30001_ses-d0757_T1w", "sub-OAS_30002_T1w", "sub-002_S_0295_T1w"]
+    records = rows_of(tmp_path, "image_path,age", *(f"raw/{name}.nii.gz,70" for name in names), "other.nii,70")
+    assert ids(records) == [
+        ("sub-OAS30001", "ses-d0129"),
+        ("sub-OAS30001", "ses-d0757"),
+        ("sub-OAS_30002", ""),
+        ("sub-002_S_0295", ""),
+        ("", ""),
+    ]
+    assert "the patient of 4 of 5 scans is that of its file's name, such as sub-OAS30001" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["sub-002_0295_T1w.nii", "sub-01_20200131_T1w.nii", "sub-01_2_T1w.nii", "007_T1w.nii"])
+def test_name_that_may_mean_two_patients_says_none(name, tmp_path):
+    assert ids(rows_of(tmp_path, "image_path", name)) == [("", "")]
+    assert ids(list_scans([name])) == [("", "")]
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "found"),
+    [
+        ("patient_id,session_id", ["a/t1.nii,p1,m0", "b/t1.nii,p1,m12"], ["m0", "m12"]),
+        ("patient_id,session", ["a/t1.nii,p1,m0", "b/t1.nii,p1,m0"], ["m0_a_t1", "m0_b_t1"]),
+        ("patient_id", ["sub-1_ses-1_T1w.nii,p1", "sub-1_ses-2_T1w.nii,p1"], ["ses-1", "ses-2"]),
+        ("patient_id", ["p1/m00/t1.nii.gz,p1", "p1/m12/t1.nii.gz,p1"], ["m00_t1", "m12_t1"]),
+        ("patient_id", ["x_m00.nii,p1", "x_m12.nii,p1"], ["m00", "m12"]),
+        ("patient_id,scan_id", ["a.nii,p1,m0", "b.nii,p1,", "c.nii,p1,n/a"], ["m0", "b", "c"]),
+        ("patient_id", ["a.nii,p1", "b.nii,p2"], ["", ""]),
+    ],
+)
+def test_scans_of_a_patient_without_ids_are_told_apart_by_session_or_name(columns, rows, found, tmp_path):
+    records = rows_of(tmp_path, f"image_path,{columns}", *rows)
+    assert [record.scan_id for record in records] == found
+    assert list_scans(records) == records
+
+
+# --- DataFrames, and lists of what a path may be --------------------------------------------------
+
+
+def test_dataframe_is_a_manifest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frame = pd.DataFrame(
+        {
+            "image_path": ["a.nii", Path("b.nii")],
+            "patient_id": [7, 8],
+            "age": [71.5, None],
+            "mask_path": [None, "m.nii"],
+        }
+    )
+    assert list_scans(frame) == [
+        ScanRecord(Path("a.nii"), None, "7", "", {"age": "71.5"}),
+        ScanRecord(Path("b.nii"), Path("m.nii"), "8", "", {"age": ""}),
+    ]
+    with pytest.raises(ScanError, match="the DataFrame: the manifest has no column image_path"):
+        list_scans(frame.drop(columns="image_path"))
+    with pytest.raises(ScanError, match="the DataFrame, row 5: image_path is empty"):
+        list_scans(frame.assign(image_path=["a.nii", None]).set_axis([4, 5]))
+    assert [record.image for record in list_scans(frame["image_path"])] == ["a.nii", Path("b.nii")]
+
+
+def test_folders_and_manifests_in_a_list_are_what_they_are_alone(tmp_path):
+    turboprep(tmp_path / "data" / "p1", tmp_path / "data" / "p2")
+    (tmp_path / "data" / "p3").symlink_to(tmp_path / "gone")
+    table = manifest(tmp_path, "image_path,patient_id,scan_id\na.nii,p4,m0\n")
+    records = list_scans([tmp_path / "data", str(table), "b.nii"])
+    assert ids(records) == [("p1", ""), ("p2", ""), ("p4", "m0"), ("", "")]
+    assert list(records.left_out) == [str(tmp_path / "data" / "p3")]
+    with pytest.raises(ScanError, match="no scans in this folder"):
+        list_scans([touch(tmp_path / "empty" / "a.txt").parent])
+    with pytest.raises(ScanError, match="both would be scan m0 of patient p4"):
+        list_scans([table, manifest(tmp_path, "image_path,patient_id,scan_id\nc.nii,p4,m0\n", "more.csv")])
+
+
+def test_array_is_no_list_of_scans():
+    with pytest.raises(ScanError, match="not one ndarray; put it in a list"):
+        list_scans(np.zeros((3, 4, 5)))
+
+
+def test_endings_are_taken_in_any_case(tmp_path):
+    image = derivative(tmp_path / "bids", "01")
+    for path in image.parent.iterdir():
+        path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    (record,) = list_scans(tmp_path / "bids")
+    assert (record.image.name[-7:], record.mask.name[-7:]) == (".NII.GZ", ".NII.GZ")
+    with pytest.raises(ScanError, match="name its 1 image files"):
+        list_scans(touch(tmp_path / "loose" / "A.MGZ").parent)
