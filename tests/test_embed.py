@@ -1036,10 +1036,8 @@ def test_manifest_of_any_program_is_embedded_by_the_command(write, cohort):
 def test_folder_in_a_list_is_expanded(cohort, small_sample):
     folder, expected = cohort
     shutil.copytree(small_sample[0].parent, folder / "prepared" / "p1")
-    table = brainfm.embed([folder / "prepared", folder / "0.nii"], Pooled())
-    assert [record.patient_id for record in table.records] == ["p1"]
-    assert len(table.errors) == 1  # it has no mask
     both = brainfm.embed([folder / "prepared", (folder / "0.nii", folder / "mask.nii.gz")], Pooled())
+    assert [record.patient_id for record in both.records] == ["p1", ""]
     np.testing.assert_array_equal(both.vectors[1:], expected[:1])
 
 

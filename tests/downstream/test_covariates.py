@@ -108,5 +108,5 @@ def test_what_a_map_is_coloured_by_and_what_leaks_take_no_mixture_for_categories
     assert "n/a" not in (tmp_path / "age.svg").read_text()  # grey, and no category of a legend
     with pytest.raises(ValueError, match=r"the column has numbers, and '89\+'"):
         plot_map(points, [*AGES[:39], "89+"], tmp_path / "age.svg")
-    with pytest.raises(ValueError, match="column is unknown .* for 20 of 40"):
+    with pytest.raises(ValueError, match=r"column is unknown .* for 20 of 40"):
         leakage_probe(points, ["a", "n/a"] * 20, AGES)
