@@ -155,13 +155,13 @@ def embed(
     """
     options = _Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress)
     records = list_scans(scans)
-    check_found(records)
     several = not isinstance(model, nn.Module | str)
     models: list[nn.Module | str] = [model] if isinstance(model, nn.Module | str) else list(model)
     names = [_file_name(each) for each in models]
     if len(set(names)) != len(names):
         raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
     jobs = [_job(each, several, records, output, dense, report) for each in models]
+    check_found(records)
     with ExitStack() as outputs:
         for job in jobs:
             if job.output is not None:

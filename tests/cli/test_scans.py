@@ -107,6 +107,7 @@ def test_embed_strict_stops_at_the_first_bad_scan_with_one_line(run, tmp_path, s
 def test_embed_of_many_bad_scans_shows_the_first_ten(run, tmp_path):
     lines = "\n".join(f"scan{n}.nii" for n in range(13))
     (tmp_path / "scans.csv").write_text(f"image_path\n{lines}\n")
+    (tmp_path / "scan0.nii").write_bytes(b"no image")  # where none is there, that is said once
     result = run("embed", tmp_path / "scans.csv", "-o", tmp_path / "out.csv", *SMALL)
     assert sum(line.startswith("ScanError: ") for line in result.err) == 10
     assert result.err[-1].startswith("13 of 13 scans failed")
