@@ -134,11 +134,12 @@ def test_embed_of_many_bad_scans_shows_the_first_ten(run, tmp_path):
 )
 def test_embed_with_a_wrong_argument_is_one_line(arguments, message, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.nii").touch()
     result = run("embed", *arguments)
     assert result.code == 1
     assert len(result.err) == 1
     assert message in result.err[0]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
 
 
 @pytest.mark.parametrize(
