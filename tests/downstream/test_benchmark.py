@@ -172,7 +172,7 @@ def test_test_part_changes_nothing_that_is_chosen(mode, data, tmp_path, monkeypa
         monkeypatch.setattr(type(one), "split", lambda self, seed, splits=splits: list(splits))
         if swapped:
             labels[splits == "test"] = 1 - labels[splits == "test"]
-        changed = type(one)(one.task, one.records, labels, one.classes, None, 0)
+        changed = type(one)(one.task, one.records, labels, one.classes, None)
         benchmark([changed], plan, tmp_path / str(swapped))
         found.append([row["prediction"] for row in rows_of(tmp_path / str(swapped) / "predictions.csv")])
     assert found[0] == found[1]
@@ -181,7 +181,7 @@ def test_test_part_changes_nothing_that_is_chosen(mode, data, tmp_path, monkeypa
 def test_patient_in_two_parts_of_a_split_stops_the_grid(data, tmp_path, monkeypatch):
     one = data[0]
     twin = brainfm.manifest.ScanRecord(one.records[1].image, one.records[1].mask, one.records[0].patient_id)
-    leaky = type(one)(one.task, [one.records[0], twin, *one.records[2:]], one.labels, one.classes, None, 0)
+    leaky = type(one)(one.task, [one.records[0], twin, *one.records[2:]], one.labels, one.classes, None)
     splits = one.split(0)
     splits[0], splits[1] = "train", "test"
     monkeypatch.setattr(type(one), "split", lambda self, seed: splits)

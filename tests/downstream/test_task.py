@@ -47,7 +47,7 @@ def test_published_numbers_are_those_of_the_papers_table():
 def test_words_are_classes_in_their_order_and_rows_without_a_label_are_left_out(manifest):
     words = ["HC", "AD"] * 10 + ["", "n/a"]
     data = read_task(make_task("dx", "binary"), manifest(dx=words))
-    assert (data.classes, data.dropped, len(data.records)) == (("AD", "HC"), 2, 20)
+    assert (data.classes, len(data.left_out), len(data.records)) == (("AD", "HC"), 2, 20)
     assert data.labels.tolist() == [1, 0] * 10
     data = read_task(Task(name="dx", label="dx", kind="binary", classes=("HC", "AD")), manifest(dx=words))
     assert data.labels.tolist() == [0, 1] * 10
