@@ -165,10 +165,10 @@ def _main_table(run: Run) -> Table:
         line = [Cell(row.title)]
         for task in run.evaluation.tasks:
             summary, best, decimals = run.summary(task, row), run.best(task), decimals_of(run, task, task.metric)
-            wins = summary and best and round(summary.mean, decimals) == round(best.mean, decimals)
-            wins = wins and not task.too_small and not run.is_below_a_control(task, best)
+            wins = bool(summary and best and round(summary.mean, decimals) == round(best.mean, decimals))
+            wins = wins and not task.too_small and best is not None and not run.is_below_a_control(task, best)
             text = summary_text(summary, decimals, run.evaluation.seeds)
-            line.append(Cell(text, may_win and bool(wins), _marks(run.evaluation, task, row)))
+            line.append(Cell(text, may_win and wins, _marks(run.evaluation, task, row)))
             found = next((p for p in task.published if p.row == row.key), None)
             line.append(Cell(mean_std(found.mean, found.sd, decimals) if found else NONE))
         return line
@@ -198,7 +198,12 @@ def _left_out_table(run: Run) -> Table | None:
     left_out, titles = run.evaluation.left_out, {row.key: row.title for row in run.evaluation.everything}
     names = {task.name: task.title for task in run.evaluation.tasks}
     lines = [
-        [Cell(names.get(one.task, one.task)), Cell(one.scan), Cell(one.why), Cell(titles.get(one.row, one.row or "all"))]
+        [
+            Cell(names.get(one.task, one.task)),
+            Cell(one.scan),
+            Cell(one.why),
+            Cell(titles.get(one.row, one.row or "all")),
+        ]
         for one in left_out[:_MOST_SHOWN]
     ]
     more = f"; the first {_MOST_SHOWN}, all are in left_out.csv" if len(left_out) > _MOST_SHOWN else ""

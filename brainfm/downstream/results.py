@@ -65,7 +65,7 @@ class Share(_Part):
 
 
 @dataclass(frozen=True)
-class LeftOut(_Part):
+class Unused(_Part):
     """A scan or row that is not used, by one row ("model/mode") of the table or ("") by none; and whether it failed."""
 
     task: str
@@ -208,7 +208,7 @@ class Evaluation(_Part):
     statements: tuple[str, ...] = ()
     tests: tuple[PairedTest, ...] = ()
     warnings: tuple[str, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[Unused, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -301,9 +301,7 @@ def paired_bootstrap_over_runs(
     if not runs or (len(runs) > 1 and any(groups is None for *_, groups in runs)):
         raise ValueError("give at least one run, and the patient of each case where there are several")
     function = _metric(kind, metric)
-    cases = [
-        (*_checked(labels, first, kind), _checked(labels, second, kind)[1]) for labels, first, second, _ in runs
-    ]
+    cases = [(*_checked(labels, first, kind), _checked(labels, second, kind)[1]) for labels, first, second, _ in runs]
     labels = np.concatenate([part for part, *_ in cases])
     groups = runs[0][3] if len(runs) == 1 else np.concatenate([np.asarray(groups) for *_, groups in runs])
     ends = np.cumsum([len(part) for part, *_ in cases])[:-1]

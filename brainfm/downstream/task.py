@@ -131,6 +131,7 @@ class TaskData:
         given_split: "train", "val" or "test" of each scan, where the manifest says it.
         left_out: What is not used: rows without a label, scans that are not there.
         embeddings: Vectors [n, d] that were made before, by the name of their table; NaN where one has none of a scan.
+        made_by: The model that made each of them, where the table says it.
         notes: What the results say of the data.
     """
 
@@ -141,6 +142,7 @@ class TaskData:
     given_split: list[str] | None
     left_out: tuple[LeftOut, ...] = ()
     embeddings: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    made_by: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -232,7 +234,7 @@ def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> Tas
 
 
 def task_data(task: Task, everything: Sequence[ScanRecord], path: str | os.PathLike[str]) -> TaskData:
-    """The scans of a list that have a label, with their labels; `path` is what errors call it. Raises as `read_task`."""
+    """The scans of a list that have a label, and their labels; `path` is for errors, which are those of `read_task`."""
     for column in (task.label, *task.covariates):
         columns = list(everything[0].extra)
         if column not in columns:
@@ -293,7 +295,9 @@ def _numbers(texts: Sequence[str], task: Task, path: str | os.PathLike[str]) -> 
     return labels
 
 
-def _classes(texts: Sequence[str], task: Task, path: str | os.PathLike[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _classes(
+    texts: Sequence[str], task: Task, path: str | os.PathLike[str]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     found = sorted(set(texts), key=lambda text: (not _is_number(text), float(text) if _is_number(text) else 0, text))
     names: tuple[str, ...] = task.classes or tuple(found)
     if strange := [text for text in found if text not in names]:

@@ -21,8 +21,8 @@ _IN_UNITS = ("mae", "rmse")
 NONE = "–"
 
 RULE = (
-    "A gain is claimed only over the controls, and by one test over all seeds: a row is above its controls where the 95 % "
-    "interval of its difference from each of them (paired bootstrap, below) lies wholly on the better side of 0."
+    "A gain is claimed only over the controls, and by one test over all seeds: a row is above its controls where the "
+    "95 % interval of its difference from each of them (paired bootstrap, below) lies wholly on the better side of 0."
 )
 _LEAST_OF_A_CLASS, _LEAST = 10, 20  # patients in a test part; ours: below, one patient moves an AUC by 0.1 or so
 

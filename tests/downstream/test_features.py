@@ -63,7 +63,9 @@ def test_features_are_kept_as_a_table_that_says_what_made_it_and_only_new_scans_
     kept = table.read(path)
     assert kept.origin.digest == origin_of(small_model).digest
     np.testing.assert_array_equal(kept.vectors, found)
-    np.testing.assert_array_equal(read_features([first, second], small_model, tmp_path, "small").vectors, [*found, *found])
+    np.testing.assert_array_equal(
+        read_features([first, second], small_model, tmp_path, "small").vectors, [*found, *found]
+    )
     assert len(table.read(path)) == 1
 
 
