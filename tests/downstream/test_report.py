@@ -235,7 +235,9 @@ def test_no_row_is_bold_below_a_control_nor_of_too_few_patients(age_only):
     grid = json.loads((age_only / "grid.json").read_text())
     controls = grid["controls"] + [row for row in grid["rows"] if row["title"] == best]
     assert bold(tasks=[grid["tasks"][0] | {"too_small": "4 test patients, fewer than 20"}]) == []
-    assert "no gain is claimed of so few patients: 4 test patients, fewer than 20" in (age_only / "table.md").read_text()
+    assert (
+        "no gain is claimed of so few patients: 4 test patients, fewer than 20" in (age_only / "table.md").read_text()
+    )
     rows = [row for row in grid["rows"] if row["title"] != best]
     assert bold(tasks=grid["tasks"], rows=rows, controls=controls) == []
 
@@ -337,7 +339,12 @@ def test_data_of_a_task_warnings_and_what_is_left_out_are_on_every_page(age_only
     assert head == ["Part", "Scans", "Patients", "Patients: F (0)", "Patients: M (1)"]
     assert line == ["training", "30–31", "24", "12", "11–12"]
     page = Page((age_only / "index.html").read_text()).text
-    for text in ("test_resnet_3d: a test model.", "11–12", "Left out: 25; the first 20, all are in left_out.csv", "19.nii"):
+    for text in (
+        "test_resnet_3d: a test model.",
+        "11–12",
+        "Left out: 25; the first 20, all are in left_out.csv",
+        "19.nii",
+    ):
         assert text in page
     assert "20.nii" not in page
     assert r"\textbf{Warning:} test\_resnet\_3d: a test model." in (age_only / "table.tex").read_text()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
+from sklearn.metrics import roc_auc_score
 
 from brainfm.downstream import statistics
 from brainfm.downstream.statistics import (
@@ -19,6 +20,7 @@ from brainfm.downstream.statistics import (
     delong_test,
     icc,
     metrics,
+    paired_bootstrap_over_runs,
     paired_bootstrap_test,
     summarise,
 )
