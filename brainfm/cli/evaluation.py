@@ -68,7 +68,8 @@ def benchmark_command(
 
     The same command goes on with a grid that stopped. Of the models, those with weights are probed and fine-tuned, and
     those without are trained from scratch. Exit code 1: there was an error, or scans are left out that are not there
-    or cannot be read; the results of the others are written. 75: a signal stopped a training, which can go on. 130: Ctrl-C.
+    or cannot be read; the results of the others are written. 75: a signal stopped a training, which can go on. 130:
+    Ctrl-C.
     """
     from brainfm.downstream.task import load_task, read_task
     from brainfm.errors import TaskError
@@ -124,7 +125,8 @@ def probe_command(labels: Path, tables: tuple[str, ...], models: tuple[str, ...]
     be the YAML file of a task that names its table.
 
     The split is the column 'split' of LABELS, or is drawn by patient, 60/20/20, another for each seed. Exit code 1:
-    there was an error, or scans are left out that are not there or cannot be read; the results of the others are written.
+    there was an error, or scans are left out that are not there or cannot be read; the results of the others are
+    written.
     """
     from brainfm.errors import BrainfmError
 

@@ -82,7 +82,8 @@ class Plan:
 
     Attributes:
         models: Names of `create_model`, or of tables of embeddings that the tasks' data hold. One without weights is
-            trained from scratch only; one with weights is probed and fine-tuned, and trained from scratch where no model without weights is in the list.
+            trained from scratch only; one with weights is probed and fine-tuned, and trained from scratch where no
+            model without weights is in the list.
         modes: Of `MODES`.
         seeds: Runs of each; the paper has five.
         fractions: Of the training patients, for curves of label efficiency; those below 1 are run with one seed.

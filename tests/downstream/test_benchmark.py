@@ -49,7 +49,7 @@ def rows_of(path):
 
 def test_grid_has_every_run_and_its_numbers_are_those_of_its_predictions(results):
     scores, guesses = rows_of(results / "results.csv"), rows_of(results / "predictions.csv")
-    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test"
+    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test positive"
     assert list(scores[0]) == names.split()
     runs = {(r["task"], r["mode"], r["seed"]) for r in scores}
     modes = ("probe", "finetune", "scratch", "untrained", "covariates")
@@ -116,7 +116,7 @@ def test_another_evaluation_in_the_output_is_not_lost_but_where_that_is_asked_fo
     folder = shutil.copytree(results, tmp_path / "copy")
     before = (folder / "results.csv").read_bytes()
     plan = replace(PLAN, modes=("probe",), seeds=1, controls=False)
-    with pytest.raises(BrainfmError, match="holds another evaluation, of which .* would be lost; name another output"):
+    with pytest.raises(BrainfmError, match=r"holds another evaluation, of which .* would be lost; name another output"):
         benchmark(data[:1], plan, folder)
     assert (folder / "results.csv").read_bytes() == before
     benchmark(data[:1], plan, folder, replace_all=True)
@@ -156,7 +156,7 @@ def test_what_can_fail_is_tried_before_anything_is_run(data, tmp_path, monkeypat
     with pytest.raises(BrainfmError, match="weights"):
         benchmark(data[:1], plan, tmp_path / "a")
     lora = replace(PLAN, models=("test_resnet_3d",), settings=SETTINGS | {"trained": "lora"})
-    with pytest.raises((BrainfmError, ValueError), match="(?i)lora|attention"):
+    with pytest.raises((BrainfmError, ValueError), match=r"(?i)lora|attention"):
         benchmark(data[:1], lora, tmp_path / "b")
     cards = [replace(record, mask=None, image=Path(__file__)) for record in data[0].records]
     with pytest.raises(BrainfmError, match="none of 40 scans can be read; the first"):
@@ -232,7 +232,7 @@ def test_other_scans_patients_or_covariates_do_a_run_again(what, data, tmp_path,
 
 
 def test_other_settings_after_a_kill_do_not_meet_what_the_killed_run_left(data, tmp_path, monkeypatch):
-    plan = replace(PLAN, models=("resnet18_3d",), modes=("scratch",), seeds=1, controls=False)
+    plan = replace(PLAN, models=("test_resnet_3d",), modes=("scratch",), seeds=1, controls=False)
     met = []
     monkeypatch.setattr(
         job, "finetune", lambda *a: met.append(Path(a[-1].output)) or met[-1].mkdir(parents=True) or _stop()

@@ -69,7 +69,7 @@ def test_task_may_name_the_positive_class(manifest):
 )
 def test_kind_of_a_label_is_known_where_there_is_no_doubt(values, kind):
     assert kind_of(values, "y") == kind
-    with pytest.raises(TaskError, match="y has 5 different values .* Say --kind"):
+    with pytest.raises(TaskError, match=r"y has 5 different values .* Say --kind"):
         kind_of(["0", "1", "2", "3", "4"], "y")
 
 
