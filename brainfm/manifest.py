@@ -324,6 +324,15 @@ def _from_rows(rows: pd.DataFrame, where: str, folder: Path) -> Listing:
     return Listing(records, rows=rows.index)
 
 
+def with_ids(rows: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The rows of a table with its own columns under their names, and patient_id and scan_id from where it has them.
+
+    Raises ScanError where columns disagree on who is who.
+    """
+    rows = rows.rename(columns=_own_names(list(rows.columns), where))
+    return rows.assign(patient_id=_patients(rows, where), scan_id=_scans(rows))
+
+
 def _letters(column: str) -> str:
     return re.sub(r"[^a-z0-9]", "", column.casefold())
 

@@ -107,6 +107,24 @@ class Embeddings:
         """The text columns: image_path (or a path a channel), mask_path, patient_id, scan_id and the manifest's own."""
         return text_columns(self.records)
 
+    def to_pandas(self) -> Any:
+        """The table as a pandas.DataFrame: the text columns, then e0, e1, … in float32; its `attrs` hold the origin.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+            ScanError: A column of the manifest has a name of the table's own.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("pandas", "eval") from error
+        check_columns(self.records)
+        texts = pandas.DataFrame(self.columns(), index=range(len(self)), dtype=object)
+        numbers = pandas.DataFrame(self.vectors, columns=[f"e{n}" for n in range(self.vectors.shape[1])])
+        frame = pandas.concat([texts, numbers], axis=1)
+        frame.attrs = {_KEY: self.origin.to_dict()} if self.origin else {}
+        return frame
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table, atomically: .csv, .parquet (needs the extra [eval]) or .npz.
 
@@ -252,6 +270,11 @@ def check_output(path: Path, records: Sequence[ScanRecord] = ()) -> None:
             f"{origin_path(path)} is something else, and the origin of {path.name} would be written there; name the "
             "table otherwise, or move that file"
         )
+    check_columns(records)
+
+
+def check_columns(records: Sequence[ScanRecord]) -> None:
+    """Raise ScanError for a manifest's column that has a name of the table's own."""
     names = {name for record in records for name in record.extra}
     clash = sorted(name for name in names if name in _OWN or re.fullmatch(r"e\d+", name))
     if clash:

@@ -73,6 +73,26 @@ def test_scans_of_several_channels_are_read_back(path):
     assert found.records[1].image == {"t1w": "c.nii"}
 
 
+def test_table_becomes_a_dataframe_with_its_texts_numbers_and_origin():
+    written = table()
+    frame = written.to_pandas()
+    assert frame["patient_id"].tolist() == ["p 1", "p2", ""]
+    assert frame["scan_id"].tolist() == ["007", "", ""]
+    assert (frame.dtypes.iloc[-12:] == np.float32).all()
+    np.testing.assert_array_equal(frame[[f"e{n}" for n in range(12)]].to_numpy(), written.vectors)
+    assert Origin.from_dict(frame.attrs["brainfm_origin"]) == ORIGIN
+    empty = replace(written, vectors=written.vectors[:0], records=[])
+    assert empty.to_pandas().shape == (0, 12)
+    clash = replace(written, records=[replace(r, extra={"e0": "1"}) for r in written.records])
+    with pytest.raises(ScanError, match="e0 has a name of the table's own"):
+        clash.to_pandas()
+
+
+def test_repr_is_one_short_line():
+    text = repr(replace(table(), vectors=np.zeros((3, 4096), np.float32)))
+    assert text == "Embeddings(3 scans, 4096 numbers each of test_resnet_3d.phantoms, 1 failed)"
+
+
 def test_table_without_an_origin_stays_one(path):
     table().save(path)
     table(origin=None).save(path)

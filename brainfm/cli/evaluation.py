@@ -38,6 +38,9 @@ def _common(command: Any) -> Any:
         click.option("--epochs-scale", default=1.0, show_default=True, help="Times the paper's epochs."),
         click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Such as lr=1e-3."),
         click.option("--no-controls", is_flag=True, help="Without untrained encoders and covariates."),
+        click.option(
+            "--replace", "replace_all", is_flag=True, help="Replace another evaluation that the output holds."
+        ),
         click.option("--refuse-overlap", is_flag=True, help="Refuse models that were pretrained on a task's data."),
     ):
         command = option(command)
@@ -64,7 +67,9 @@ def benchmark_command(
     """Evaluate models on TASKS: names that ship with brainfm (age_ixi), or YAML files; and write tables and a page.
 
     The same command goes on with a grid that stopped. Of the models, those with weights are probed and fine-tuned, and
-    those without are trained from scratch. Exit code 75: a signal stopped a training, which can go on.
+    those without are trained from scratch. Exit code 1: there was an error, or scans are left out that are not there
+    or cannot be read; the results of the others are written. 75: a signal stopped a training, which can go on. 130:
+    Ctrl-C.
     """
     from brainfm.downstream.task import load_task, read_task
     from brainfm.errors import TaskError
@@ -88,35 +93,89 @@ def _beside(name: str, task: Any) -> Path | None:
     return Path(name).parent / task.manifest if task.manifest else None
 
 
-def _single(mode: str, title: str) -> click.Command:
-    @click.command(mode, cls=_ManyValues, context_settings=_HELP, help=title)
-    @click.argument("manifest", type=click.Path(path_type=Path))
-    @click.option("--label", required=True, help="The manifest's column to predict.")
-    @click.option("--kind", type=click.Choice(["binary", "multiclass", "regression"]), required=True)
-    @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
-    @click.option("--covariates", multiple=True, help="Columns that a control predicts from without an image.")
-    @_common
-    def command(
-        manifest: Path, label: str, kind: Any, models: tuple[str, ...], covariates: tuple[str, ...], **options: Any
-    ) -> None:
-        from brainfm.downstream.task import make_task, read_task
-
-        task = make_task(label, kind, covariates)
-        _run([read_task(task, manifest)], models, (mode,), **options)
-
+def _own(command: Any) -> Any:
+    """The options of evaluations on one's own labels."""
+    for option in (
+        click.option("--covariates", multiple=True, help="Columns that a control predicts from without an image."),
+        click.option("--positive", default="", metavar="WORD", help="The word that is 1; of a label with two."),
+        click.option(
+            "--kind",
+            type=click.Choice(["binary", "multiclass", "regression"]),
+            help="What the label is, where its values leave doubt.",
+        ),
+        click.option("--label", default="", metavar="COLUMN", help="What to predict; a task's file knows."),
+    ):
+        command = option(command)
     return command
 
 
-probe_command = _single(
-    "probe",
-    "Fit a linear model on the embeddings of the scans in MANIFEST, and say how well it predicts a column.\n\n"
-    "The split is the manifest's column 'split', or is drawn by patient, 60/20/20, another for each seed.",
+@click.command("probe", cls=_ManyValues, context_settings=_HELP)
+@click.argument("labels", type=click.Path(path_type=Path))
+@click.option(
+    "--embeddings", "tables", multiple=True, metavar="TABLE", help="Of 'brainfm embed': .csv, .parquet, .npz."
 )
-finetune_command = _single(
-    "finetune",
-    "Fine-tune encoders to predict a column of MANIFEST.\n\nThe split is as that of 'brainfm probe'; settings are the "
-    "paper's unless --set replaces them.",
-)
+@click.option("--models", multiple=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
+@_own
+@_common
+def probe_command(labels: Path, tables: tuple[str, ...], models: tuple[str, ...], **options: Any) -> None:
+    """Fit a linear model on embeddings of scans, and say how well it predicts a column of LABELS.
+
+    With --embeddings, LABELS is any table (.csv, .tsv), joined by patient_id (or participant_id, subject_id, PTID) and
+    scan_id, or by image_path; no model and no scan is needed. With --models, LABELS is a manifest of scans. Either may
+    be the YAML file of a task that names its table.
+
+    The split is the column 'split' of LABELS, or is drawn by patient, 60/20/20, another for each seed. Exit code 1:
+    there was an error, or scans are left out that are not there or cannot be read; the results of the others are
+    written.
+    """
+    from brainfm.errors import BrainfmError
+
+    if bool(tables) == bool(models):
+        raise BrainfmError("give --embeddings TABLE, which 'brainfm embed' makes, or --models NAME, and not both")
+    if not tables:
+        _run([_read_own(labels, options)], models, ("probe",), **options)
+        return
+    from brainfm.downstream.precomputed import read_embedded
+
+    own = {name: options.pop(name) for name in _OWN}
+    data = read_embedded(labels, {name: name for name in tables}, **own)
+    _run([data], tables, ("probe",), **options)
+
+
+@click.command("finetune", cls=_ManyValues, context_settings=_HELP)
+@click.argument("manifest", type=click.Path(path_type=Path))
+@click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
+@_own
+@_common
+def finetune_command(manifest: Path, models: tuple[str, ...], **options: Any) -> None:
+    """Fine-tune encoders to predict a column of MANIFEST, or as the YAML file of a task says.
+
+    The split and the exit codes are those of 'brainfm probe', and 75: a signal stopped a training, which can go on.
+    Settings are the paper's unless --set replaces them.
+    """
+    _run([_read_own(manifest, options)], models, ("finetune",), **options)
+
+
+_OWN = ("label", "kind", "covariates", "positive")
+
+
+def _read_own(path: Path, options: dict[str, Any]) -> Any:
+    """The scans and labels of a manifest or of a task's file; takes its options out of all."""
+    from brainfm.downstream.task import kind_of, load_task, make_task, read_task
+    from brainfm.errors import TaskError
+    from brainfm.manifest import read_manifest
+
+    own = {name: options.pop(name) for name in _OWN}
+    if path.suffix.lower() in (".yaml", ".yml"):
+        if any(own.values()):
+            raise TaskError(f"{path}: a task's file says label, kind, covariates and positive itself; leave them out")
+        task = load_task(path)
+        return read_task(task, _beside(str(path), task))
+    if not own["label"]:
+        raise TaskError(f"{path}: which column is to be predicted? Say --label COLUMN")
+    if not own["kind"]:
+        own["kind"] = kind_of([record.extra.get(own["label"], "") for record in read_manifest(path)], own["label"])
+    return read_task(make_task(**own), path)
 
 
 def _run(
@@ -130,10 +189,12 @@ def _run(
     settings: tuple[str, ...],
     no_controls: bool,
     refuse_overlap: bool,
+    replace_all: bool,
     fractions: tuple[float, ...] = (),
     corrupted: bool = False,
 ) -> None:
     from brainfm.downstream.benchmark import Plan, benchmark, read_settings
+    from brainfm.downstream.results import read_evaluation
     from brainfm.errors import BrainfmError, RunInterruptedError
     from brainfm.train.trainer import INTERRUPTED
 
@@ -148,8 +209,9 @@ def _run(
         settings=read_settings(settings),
         controls=not no_controls,
     )
+    on_overlap: Any = "refuse" if refuse_overlap else "mark"
     try:
-        page = benchmark(data, plan, output, on_overlap="refuse" if refuse_overlap else "mark", progress=True)
+        page = benchmark(data, plan, output, on_overlap=on_overlap, replace_all=replace_all, progress=True)
     except RunInterruptedError as stopped:
         click.echo(str(stopped), err=True)
         sys.exit(INTERRUPTED)
@@ -165,3 +227,7 @@ def _run(
         return
     click.echo((page.parent / "table.md").read_text(encoding="utf-8"))
     click.echo(f"{page}: the page with all tables and figures")
+    evaluation = read_evaluation(output / "grid.json")
+    if failed := {(one.task, one.scan) for one in evaluation.left_out if one.failed}:
+        click.echo(f"{len(failed)} scans were left out; see {output / 'left_out.csv'}", err=True)
+        sys.exit(1)

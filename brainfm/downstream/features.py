@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,14 @@ from brainfm.models.encoder import Encoder
 from brainfm.scan.read import read_image
 from brainfm.table import Embeddings
 
-logger = logging.getLogger("brainfm")
-
 _STATE = "file_state"  # the column by which a scan is found again
+
+
+class Features(NamedTuple):
+    """Embeddings [n, num_features] of n scans, NaN where a scan cannot be read, and by its number why not."""
+
+    vectors: NDArray[np.float32]
+    failed: dict[int, str]
 
 
 def read_features(
@@ -37,7 +42,7 @@ def read_features(
     *,
     device: str = "auto",
     batch_size: int = 1,
-) -> NDArray[np.float32]:
+) -> Features:
     """Embeddings of scans: those that are in a folder from before, and the others computed and added.
 
     Args:
@@ -49,7 +54,7 @@ def read_features(
         batch_size: See `brainfm.embed`.
 
     Returns:
-        [n, num_features]; a row of NaN where a scan cannot be read (they are listed beside the table).
+        The embeddings, in the order of the scans.
 
     Raises:
         BrainfmError: What is in the folder was made by other weights, another contract or dtype, or is damaged.
@@ -60,12 +65,12 @@ def read_features(
     known = table.read(path) if path.is_file() else nothing
     table.check_same_origin(known, nothing)  # whatever its name says
     vectors = _by_state(known)
+    reasons: dict[str, str] = {}
     todo = [record for record in records if name_of(record) not in vectors]
     if todo:
         part = path.with_name(f"new.{path.name}")
         new = embed(todo, model, output=part, device=device, batch_size=batch_size)
-        if new.errors:
-            logger.warning("%s: %d scans cannot be read, such as %s", path, len(new.errors), new.errors[0][1])
+        reasons = {name_of(record): reason for record, reason in new.errors}
         rows = [replace(record, extra={_STATE: name_of(record)}) for record in new.records]
         new = replace(new, records=rows, errors=[])
         if rows:
@@ -73,7 +78,9 @@ def read_features(
         vectors |= _by_state(new)
         part.unlink(missing_ok=True)
     missing = np.full(model.num_features, np.nan, dtype=np.float32)
-    return np.stack([vectors.get(name_of(record), missing) for record in records])
+    names = [name_of(record) for record in records]
+    failed = {n: reasons[name] for n, name in enumerate(names) if name not in vectors}
+    return Features(np.stack([vectors.get(name, missing) for name in names]), failed)
 
 
 def _by_state(rows: Embeddings) -> dict[str, NDArray[np.float32]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -100,9 +100,8 @@ def finetune(
     """
     torch.manual_seed(settings.seed)
     head = LinearHead(kind, train.labels)
-    encoder.reset_classifier(head.outputs, settings.global_pool)
+    put_head(encoder, head.outputs, settings)
     transform = create_transform(encoder)
-    _choose_trained(encoder, settings)
     with process_group(settings.device) as group:
         data = _LabelledData(train, head, transform, settings)
         method = _Supervised(settings, encoder, head, val, transform)
@@ -113,7 +112,7 @@ def finetune(
         encoder.load_state_dict(best["model_state_dict"])
         encoder.eval()
         group.gather(None)  # all have read it
-        return FinetunedModel(encoder, head, transform, group.device, best["progress"]["epoch"])
+        return FinetunedModel(encoder, head, transform, group.device, best["progress"]["epoch"], trainer.bad)
 
 
 def _data_hash(*parts: Labelled) -> str:
@@ -135,6 +134,7 @@ class FinetunedModel:
         transform: What it takes scans by.
         device: Where it is.
         epoch: The one that was chosen, counted from 1.
+        failed: By number the training scans that could not be read, and why.
     """
 
     encoder: Encoder
@@ -142,6 +142,7 @@ class FinetunedModel:
     transform: InputTransform
     device: torch.device
     epoch: int
+    failed: dict[int, str] = field(default_factory=dict)
 
     def predict(self, records: Sequence[ScanRecord], batch_size: int = 1) -> tuple[NDArray[np.float64], dict[int, str]]:
         """Predictions of the scans that can be read, in order, and the reason for each that cannot."""
@@ -165,7 +166,9 @@ class FinetunedModel:
         return self.head.predictions(torch.cat(outputs)), failed
 
 
-def _choose_trained(encoder: Encoder, settings: Finetuning) -> None:
+def put_head(encoder: Encoder, outputs: int, settings: Finetuning) -> None:
+    """Give an encoder a new head, and freeze or add what the settings say. Raises BrainfmError where it cannot be."""
+    encoder.reset_classifier(outputs, settings.global_pool)
     if settings.trained == "lora":
         add_lora(encoder, settings.lora_rank)
     elif settings.trained == "head" and settings.drifting:

@@ -32,13 +32,19 @@ from brainfm.downstream.wording import (
     number,
     p_value_text,
     progress_text,
+    span_text,
     summary_text,
 )
 from brainfm.files import write_text
 from brainfm.render import render, render_page
 from brainfm.version import __version__
 
-_READING = "Mean ± standard deviation (n − 1) over the seeds; n=… where they are not {seeds}. Bold: the best row."
+_READING = (
+    "Mean ± standard deviation (n − 1) over the seeds; n=… where they are not {seeds}. "
+    "Bold: the best row, where it is better than every control and there are patients enough to say so."
+)
+_FIGURES = {"scores", "efficiency", "robustness", "roc", "calibration", "agreement"}  # the last words of their names
+_MOST_SHOWN = 20  # of what is left out
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -58,10 +64,14 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     run = read_run(folder)
-    pictures = []
+    pictures, drawn = [], set[str]()
     for drawing in drawings(run):
         _, svg = plots.save_figure(drawing.figure, folder / "figures" / drawing.name)
+        drawn.add(drawing.name)
         pictures.append(Picture(drawing.task, drawing.caption, drawing.alt, svg.read_bytes()))
+    for left in (folder / "figures").glob("*_*.*"):  # of an earlier report
+        if left.stem not in drawn and left.stem.rpartition("_")[2] in _FIGURES and left.suffix in (".png", ".svg"):
+            left.unlink()
     content = _content(run)
     figures = [(title, list(group)) for title, group in groupby(pictures, key=lambda picture: picture.task.title)]
     write_text(folder / "table.md", render("table.md", **content))
@@ -75,6 +85,7 @@ def _content(run: Run) -> dict[str, Any]:
     evaluation = run.evaluation
     return {
         "title": evaluation.title,
+        "warnings": list(evaluation.warnings),
         "statements": list(evaluation.statements),
         "progress": progress_text(run),
         "done": run.done >= evaluation.runs,
@@ -83,6 +94,7 @@ def _content(run: Run) -> dict[str, Any]:
         "notes": _notes(evaluation),
         "sources": _sources(evaluation),
         "rule": RULE,
+        "data": [table for table in (*_share_tables(run), _left_out_table(run)) if table],
         "claims": [(task.title, claims(run, task)) for task in evaluation.tasks],
         "others": [table for table in (*_metric_tables(run), _test_table(run)) if table],
         "making": _making(evaluation),
@@ -153,9 +165,10 @@ def _main_table(run: Run) -> Table:
         line = [Cell(row.title)]
         for task in run.evaluation.tasks:
             summary, best, decimals = run.summary(task, row), run.best(task), decimals_of(run, task, task.metric)
-            wins = summary and best and round(summary.mean, decimals) == round(best.mean, decimals)
+            wins = bool(summary and best and round(summary.mean, decimals) == round(best.mean, decimals))
+            wins = wins and not task.too_small and best is not None and not run.is_below_a_control(task, best)
             text = summary_text(summary, decimals, run.evaluation.seeds)
-            line.append(Cell(text, may_win and bool(wins), _marks(run.evaluation, task, row)))
+            line.append(Cell(text, may_win and wins, _marks(run.evaluation, task, row)))
             found = next((p for p in task.published if p.row == row.key), None)
             line.append(Cell(mean_std(found.mean, found.sd, decimals) if found else NONE))
         return line
@@ -164,6 +177,38 @@ def _main_table(run: Run) -> Table:
     if run.evaluation.controls:
         groups.append(("Controls", [cells(row, False) for row in run.evaluation.controls]))
     return Table("Results on the test split", head, groups)
+
+
+def _share_tables(run: Run) -> Iterator[Table]:
+    """For each task, what is in train, validation and test."""
+    names = {"train": "training", "val": "validation", "test": "test"}
+    for task in run.evaluation.tasks:
+        words = [f"{word} ({n})" for n, word in enumerate(task.classes)] if task.kind != "regression" else []
+        lines = []
+        for share in task.shares:
+            counts = (share.scans, share.patients, *share.classes)
+            lines.append([Cell(names.get(share.part, share.part)), *(Cell(span_text(count)) for count in counts)])
+        if lines:
+            head = ["Part", "Scans", "Patients", *(f"Patients: {word}" for word in words)]
+            yield Table(f"{task.title}: what is in each part", [(title, "") for title in head], [("", lines)])
+
+
+def _left_out_table(run: Run) -> Table | None:
+    """The first scans and rows that are not used; None where all are."""
+    left_out, titles = run.evaluation.left_out, {row.key: row.title for row in run.evaluation.everything}
+    names = {task.name: task.title for task in run.evaluation.tasks}
+    lines = [
+        [
+            Cell(names.get(one.task, one.task)),
+            Cell(one.scan),
+            Cell(one.why),
+            Cell(titles.get(one.row, one.row or "all")),
+        ]
+        for one in left_out[:_MOST_SHOWN]
+    ]
+    more = f"; the first {_MOST_SHOWN}, all are in left_out.csv" if len(left_out) > _MOST_SHOWN else ""
+    head = [(name, "") for name in ("Column", "Left out", "Why", "By")]
+    return Table(f"Left out: {len(left_out):,}{more}", head, [("", lines)]) if lines else None
 
 
 def _metric_tables(run: Run) -> Iterator[Table]:
@@ -196,11 +241,14 @@ def _test_table(run: Run) -> Table | None:
         task = tasks.get(test.task)
         title, decimals = (task.title, decimals_of(run, task, task.metric)) if task else (test.task, 3)
         numbers = [NONE if n is None else number(n, decimals) for n in (test.difference, test.ci_low, test.ci_high)]
+        p_value = p_value_text(test.p_value)
+        if task and task.too_small:  # an interval of a handful of patients says nothing
+            numbers[1:], p_value = [NONE, NONE], NONE
         names = [title, titles.get(test.first, test.first), titles.get(test.second, test.second), test.test]
-        cells = [*names, numbers[0], f"{numbers[1]} to {numbers[2]}", p_value_text(test.p_value)]
+        cells = [*names, numbers[0], f"{numbers[1]} to {numbers[2]}", p_value]
         rows.append([Cell(text) for text in cells])
     head = ("Column", "First", "Second", "Test", "Difference (first − second)", "Interval", "p")
-    return Table("Paired tests", [(name, "") for name in head], [("", rows)]) if rows else None
+    return Table("Paired tests, over all seeds", [(name, "") for name in head], [("", rows)]) if rows else None
 
 
 def _notes(evaluation: Evaluation) -> dict[str, str]:

@@ -48,6 +48,34 @@ class Published(_Part):
 
 
 @dataclass(frozen=True)
+class Share(_Part):
+    """What is in a part of the split, of all seeds' splits the fewest and the most.
+
+    Attributes:
+        part: "train", "val" or "test".
+        scans: How many.
+        patients: How many.
+        classes: Patients of each class, in the order of the task's classes.
+    """
+
+    part: str
+    scans: tuple[int, int]
+    patients: tuple[int, int]
+    classes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Unused(_Part):
+    """A scan or row that is not used, by one row ("model/mode") of the table or ("") by none; and whether it failed."""
+
+    task: str
+    scan: str
+    why: str
+    row: str = ""
+    failed: bool = False
+
+
+@dataclass(frozen=True)
 class Column(_Part):
     """A task.
 
@@ -61,6 +89,9 @@ class Column(_Part):
         published: Numbers to show beside ours.
         published_source: Where they were published.
         without: Controls ("model/mode") that this task cannot have, such as covariates where none are known.
+        classes: The words of the classes; of a binary task, the first is 0 and the second, the positive one, 1.
+        shares: What is in train, val and test.
+        too_small: Why the test part is too small to say anything of; "" where it is not.
     """
 
     name: str
@@ -72,6 +103,9 @@ class Column(_Part):
     published: tuple[Published, ...] = ()
     published_source: str = ""
     without: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    shares: tuple[Share, ...] = ()
+    too_small: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +113,11 @@ class Column(_Part):
             raise ValueError(f"Column: name is {self.name!r}, and must be letters, digits, - and _")
         if self.metric not in HIGHER_IS_BETTER:
             raise ValueError(f"Column: metric is {self.metric!r}, and must be one of {', '.join(HIGHER_IS_BETTER)}")
+
+    @property
+    def positive(self) -> str:
+        """The class that is 1 in a binary task; "" where none is known."""
+        return self.classes[1] if self.kind == "binary" and len(self.classes) == 2 else ""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Column:
@@ -123,7 +162,7 @@ class Note(_Part):
 
 @dataclass(frozen=True)
 class PairedTest(_Part):
-    """A test of two rows ("model/mode") on the same patients; None is a number that could not be had."""
+    """A test of two rows ("model/mode") on the same patients, of all seeds; None is a number that could not be had."""
 
     task: str
     first: str
@@ -151,6 +190,8 @@ class Evaluation(_Part):
         notes: Marks on cells.
         statements: Sentences for the top of everything.
         tests: Paired tests.
+        warnings: What must be read before any number.
+        left_out: Scans and rows that are not used, and why.
     """
 
     title: str
@@ -166,6 +207,8 @@ class Evaluation(_Part):
     notes: tuple[Note, ...] = ()
     statements: tuple[str, ...] = ()
     tests: tuple[PairedTest, ...] = ()
+    warnings: tuple[str, ...] = ()
+    left_out: tuple[Unused, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +282,11 @@ class Run:
         """The best of the rows; the controls do not compete."""
         found = [summary for row in self.evaluation.rows if (summary := self.summary(task, row))]
         return max(found, key=lambda summary: summary.mean * sign(task.metric), default=None)
+
+    def is_below_a_control(self, task: Column, summary: Summary) -> bool:
+        """Whether a control's mean is as good or better."""
+        theirs = [found.mean for row in self.evaluation.controls if (found := self.summary(task, row))]
+        return any(mean * sign(task.metric) >= summary.mean * sign(task.metric) for mean in theirs)
 
 
 def read_run(folder: Path) -> Run:

@@ -20,7 +20,7 @@ from brainfm.downstream.task import TaskData
 from brainfm.embed import embed, origin_of
 from brainfm.errors import BrainfmError
 from brainfm.factory import create_model
-from brainfm.files import progress_bar, write_csv
+from brainfm.files import held, progress_bar, write_csv
 from brainfm.models.encoder import Encoder
 from brainfm.transforms import create_transform
 
@@ -55,9 +55,23 @@ def robustness(
         `output/robustness.csv`: a row a task, model, corruption and strength.
 
     Raises:
-        BrainfmError: No test scan can be read at all strengths of a corruption.
+        BrainfmError: No test scan can be read at all strengths of a corruption; or another command is writing
+            the output.
     """
     output = Path(output)
+    with held(output):
+        return _robustness(data, models, output, names, seed, device, progress)
+
+
+def _robustness(
+    data: Sequence[TaskData],
+    models: Sequence[str],
+    output: Path,
+    names: Sequence[str],
+    seed: int,
+    device: str,
+    progress: bool,
+) -> Path:
     path = output / "robustness.csv"
     rows = _read(path)
     jobs = [(one, model, name) for one in data for model in models for name in names]
@@ -86,7 +100,7 @@ def _made_of(data: TaskData, model: Encoder, seed: int) -> str:
 def _curve(data: TaskData, model_name: str, name: str, output: Path, seed: int, device: str) -> list[dict[str, Any]]:
     model = create_model(model_name, pretrained=True)
     spec = create_transform(model).spec
-    clean = read_features(data.records, model, output / "embeddings", model_name, device=device)
+    clean = read_features(data.records, model, output / "embeddings", model_name, device=device).vectors
     readable = set(np.flatnonzero(np.isfinite(clean).all(axis=1)).tolist())
     splits = data.split(seed)
     train = [n for n, part in enumerate(splits) if part == "train" and n in readable]

@@ -7,7 +7,7 @@ table and its interval come from the same lines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -268,12 +268,50 @@ def paired_bootstrap_test(
     Raises:
         ValueError: As of `bootstrap_interval`.
     """
-    labels, first = _checked(labels, first, kind)
-    _, second = _checked(labels, second, kind)
+    return paired_bootstrap_over_runs([(labels, first, second, groups)], kind, metric, n=n, level=level, seed=seed)
+
+
+def paired_bootstrap_over_runs(
+    runs: Sequence[tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike | None]],
+    kind: Kind,
+    metric: str,
+    *,
+    n: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> PairedDifference:
+    """As `paired_bootstrap_test`, of the mean difference over several runs, such as the seeds of an evaluation.
+
+    A patient is drawn for all runs at once: test sets of other splits share patients, and runs are not independent. So
+    the difference is that of the means over the runs, and more runs on the same patients do not make it more certain.
+    A run of which a resample has too few cases for the metric is left out of that resample.
+
+    Args:
+        runs: For each run labels, predictions of the first model and of the second, and groups, as of
+            `paired_bootstrap_test`; of several runs the groups must be given.
+        kind: As of `metrics`.
+        metric: One of the kind's.
+        n: Resamples.
+        level: Of confidence.
+        seed: Of the resamples.
+
+    Raises:
+        ValueError: As of `bootstrap_interval`; there is no run, or one of several does not say whose its cases are.
+    """
+    if not runs or (len(runs) > 1 and any(groups is None for *_, groups in runs)):
+        raise ValueError("give at least one run, and the patient of each case where there are several")
     function = _metric(kind, metric)
+    cases = [(*_checked(labels, first, kind), _checked(labels, second, kind)[1]) for labels, first, second, _ in runs]
+    labels = np.concatenate([part for part, *_ in cases])
+    groups = runs[0][3] if len(runs) == 1 else np.concatenate([np.asarray(groups) for *_, groups in runs])
+    ends = np.cumsum([len(part) for part, *_ in cases])[:-1]
 
     def difference(weights: _Array) -> _Array:
-        return function(labels, first, weights) - function(labels, second, weights)
+        parts = zip(cases, np.split(weights, ends, axis=1), strict=True)
+        each = np.stack([function(y, one, w) - function(y, other, w) for (y, one, other), w in parts])
+        known = ~np.isnan(each)
+        mean: _Array = np.where(known, each, 0).sum(axis=0) / known.sum(axis=0)
+        return mean
 
     differences = _over(_resamples(labels, kind, groups, n, seed), difference)
     observed = float(_over(iter([np.ones((1, len(labels)))]), difference)[0])

@@ -8,8 +8,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ class Task(Checked):
         age_bias: "keep", or the rule of `age_bias_correction`, learned on val, applied to test; of regressions.
         unit: Of the label, such as "years".
         classes: The label's words in order, the first is 0; () takes whole numbers, or the words in alphabetical order.
+        positive: Of a binary label the word that is 1; "" is the second of the classes.
         split: The manifest's column that says "train", "val" or "test"; where it has none, each seed draws a split.
         fractions: Of the patients for train, val and test, where a split is drawn.
         covariates: Columns that a control predicts from without an image, as numbers, or as categories where they hold
@@ -68,6 +69,7 @@ class Task(Checked):
     age_bias: Literal["keep", "cole", "beheshti"] = "keep"
     unit: str = ""
     classes: tuple[str, ...] = ()
+    positive: str = ""
     split: str = "split"
     fractions: tuple[float, float, float] = PAPER_FRACTIONS
     covariates: tuple[str, ...] = ()
@@ -91,6 +93,10 @@ class Task(Checked):
             raise ValueError(f"metric is {self.metric!r}, and must be one of {', '.join(known)}")
         if self.selection not in ("metric", "loss"):
             raise ValueError(f"selection is {self.selection!r}, and must be 'metric' or 'loss'")
+        if self.positive and self.kind != "binary":
+            raise ValueError("positive is of a binary task: the word of its label that is 1")
+        if self.positive and self.classes and self.positive not in self.classes:
+            raise ValueError(f"positive is {self.positive!r}, and must be one of the classes {', '.join(self.classes)}")
         if self.age_bias != "keep" and self.kind != "regression":
             raise ValueError("age_bias is of a regression")
         if self.label in self.covariates:
@@ -104,6 +110,21 @@ class Task(Checked):
         return HIGHER_IS_BETTER[self.metric]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A scan or a row of labels that is not used.
+
+    Attributes:
+        scan: Its path, or whose it is.
+        why: In words.
+        failed: Whether it should have been used: a scan that is not there or cannot be read.
+    """
+
+    scan: str
+    why: str
+    failed: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class TaskData:
     """The scans of a task that have a label.
@@ -114,7 +135,10 @@ class TaskData:
         labels: [n]: float64 for a regression, else int64 from 0.
         classes: The words of the classes.
         given_split: "train", "val" or "test" of each scan, where the manifest says it.
-        dropped: Rows without a label.
+        left_out: What is not used: rows without a label, scans that are not there.
+        embeddings: Vectors [n, d] that were made before, by the name of their table; NaN where one has none of a scan.
+        made_by: The model that made each of them, where the table says it.
+        notes: What the results say of the data.
     """
 
     task: Task
@@ -122,7 +146,10 @@ class TaskData:
     labels: NDArray[Any]
     classes: tuple[str, ...]
     given_split: list[str] | None
-    dropped: int
+    left_out: tuple[LeftOut, ...] = ()
+    embeddings: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    made_by: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def patients(self) -> list[str]:
@@ -145,12 +172,32 @@ class TaskData:
             return self.given_split
         return make_split(self.records, self.labels, kind=self.task.kind, fractions=self.task.fractions, seed=seed)
 
+    def without(self, reasons: Mapping[int, str]) -> TaskData:
+        """The task without some of its scans, which failed for the reasons given; raises TaskError if few are left."""
+        if not reasons:
+            return self
+        kept = [n for n in range(len(self.records)) if n not in reasons]
+        failed = [LeftOut(self.records[n].name, why, failed=True) for n, why in sorted(reasons.items())]
+        first = f"{len(failed)} of {len(self.records)} scans are left out, such as {failed[0].scan} ({failed[0].why})"
+        if not kept:
+            raise TaskError(f"{self.task.name}: {first}: none is left")
+        data = replace(
+            self,
+            records=[self.records[n] for n in kept],
+            labels=self.labels[kept],
+            given_split=None if self.given_split is None else [self.given_split[n] for n in kept],
+            left_out=(*self.left_out, *failed),
+            embeddings={name: vectors[kept] for name, vectors in self.embeddings.items()},
+        )
+        check_parts(data, f"{self.task.name}: {first}")
+        return data
 
-def make_task(label: str, kind: Kind, covariates: Sequence[str] = ()) -> Task:
+
+def make_task(label: str, kind: Kind, covariates: Sequence[str] = (), positive: str = "") -> Task:
     """A task on a column of a user's own manifest. Raises TaskError."""
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", label) or "label"
     try:
-        return Task(name=name, title=label, label=label, kind=kind, covariates=tuple(covariates))
+        return Task(name=name, title=label, label=label, kind=kind, covariates=tuple(covariates), positive=positive)
     except ValueError as error:
         raise TaskError(str(error)) from error
 
@@ -189,20 +236,26 @@ def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> Tas
     if not (manifest or task.manifest):
         raise TaskError(f"{task.name}: this task needs a manifest: --manifest {task.name}=FILE.csv")
     path = Path(manifest or task.manifest)
-    everything = read_manifest(path)
+    return task_data(task, read_manifest(path), path)
+
+
+def task_data(task: Task, everything: Sequence[ScanRecord], path: str | os.PathLike[str]) -> TaskData:
+    """The scans of a list that have a label, and their labels; `path` is for errors, which are those of `read_task`."""
     for column in (task.label, *task.covariates):
         columns = list(everything[0].extra)
         if column not in columns:
             raise TaskError(f"{path}: there is no column {column!r}; it has {', '.join(columns) or 'no labels at all'}")
     labelled = [n for n, record in enumerate(everything) if not is_missing(record.extra[task.label])]
     records = [everything[n] for n in labelled]
+    unlabelled = [record for record in everything if is_missing(record.extra[task.label])]
     if not records:
         raise TaskError(f"{path}: no row has a {task.label}; it is empty in all {len(everything)}")
     texts = [record.extra[task.label] for record in records]
     labels, classes = _labels(texts, task, path)
     if len(set(texts)) == 1:
         raise TaskError(f"{path}: every {task.label} is {texts[0]!r}; there is nothing to tell apart")
-    rows = [everything.rows[n] for n in labelled]
+    numbers = getattr(everything, "rows", []) or range(2, len(everything) + 2)  # as a spreadsheet counts them
+    rows = [numbers[n] for n in labelled]
     for column in task.covariates:
         try:
             values = [record.extra[column] for record in records]
@@ -210,18 +263,38 @@ def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> Tas
         except TaskError as error:
             raise TaskError(f"{path}: {error}") from error
     given = _given_split(records, task, path)
-    data = TaskData(task, records, labels, classes, given, len(everything) - len(records))
-    _check_splits(data, path)
-    if data.dropped:
-        logger.info("%s: %d of %d rows have no %s and are left out", path, data.dropped, len(everything), task.label)
+    left_out = tuple(LeftOut(record.name or record.patient_id, f"no {task.label}") for record in unlabelled)
+    data = TaskData(task, records, labels, classes, given, left_out)
+    check_parts(data, path)
+    if left_out:
+        logger.info("%s: %d of %d rows have no %s and are left out", path, len(left_out), len(everything), task.label)
     return data
 
 
-def _labels(texts: Sequence[str], task: Task, path: Path) -> tuple[NDArray[Any], tuple[str, ...]]:
+def kind_of(texts: Sequence[str], label: str) -> Kind:
+    """What a label is, where its values leave no doubt: two are binary, words are classes, many numbers a regression.
+
+    Raises:
+        TaskError: They leave doubt.
+    """
+    values = {text for text in texts if not is_missing(text)}
+    if len(values) <= 2:
+        return "binary"
+    if not any(map(_is_number, values)):
+        return "multiclass"
+    if len(values) > _MOST_CLASSES and all(map(_is_number, values)):
+        return "regression"
+    raise TaskError(
+        f"{label} has {len(values)} different values ({_few(sorted(values))}): classes or a quantity? Say --kind "
+        "binary, multiclass or regression"
+    )
+
+
+def _labels(texts: Sequence[str], task: Task, path: str | os.PathLike[str]) -> tuple[NDArray[Any], tuple[str, ...]]:
     return (_numbers(texts, task, path), ()) if task.kind == "regression" else _classes(texts, task, path)
 
 
-def _numbers(texts: Sequence[str], task: Task, path: Path) -> NDArray[np.float64]:
+def _numbers(texts: Sequence[str], task: Task, path: str | os.PathLike[str]) -> NDArray[np.float64]:
     labels = numbers_of(texts)
     if wrong := [text for text, value in zip(texts, labels, strict=True) if not np.isfinite(value)]:
         raise TaskError(
@@ -231,7 +304,9 @@ def _numbers(texts: Sequence[str], task: Task, path: Path) -> NDArray[np.float64
     return labels
 
 
-def _classes(texts: Sequence[str], task: Task, path: Path) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _classes(
+    texts: Sequence[str], task: Task, path: str | os.PathLike[str]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     values = dict(zip(texts, np.nan_to_num(numbers_of(texts), nan=np.inf).tolist(), strict=True))
     found = sorted(values, key=lambda text: (values[text], text))  # numbers as numbers, words after them
     names = task.classes or tuple(found)
@@ -242,6 +317,10 @@ def _classes(texts: Sequence[str], task: Task, path: Path) -> tuple[NDArray[np.i
             f"{path}: {task.label} has {len(names)} different values ({_few(names)}), and a binary task has two; "
             "empty the label of all other rows, or make the task multiclass or a regression"
         )
+    if task.positive and task.positive not in names:
+        raise TaskError(f"{path}: positive is {task.positive!r}, and {task.label} has {_few(names)}")
+    if task.positive:
+        names = (*(name for name in names if name != task.positive), task.positive)
     if len(names) > _MOST_CLASSES:
         raise TaskError(
             f"{path}: {task.label} has {len(names)} different values ({_few(names)}): free text, or numbers? "
@@ -250,7 +329,7 @@ def _classes(texts: Sequence[str], task: Task, path: Path) -> tuple[NDArray[np.i
     return np.array([names.index(text) for text in texts], dtype=np.int64), names
 
 
-def _given_split(records: Sequence[ScanRecord], task: Task, path: Path) -> list[str] | None:
+def _given_split(records: Sequence[ScanRecord], task: Task, path: str | os.PathLike[str]) -> list[str] | None:
     if task.split not in records[0].extra:
         return None
     given = [record.extra[task.split] for record in records]
@@ -259,7 +338,7 @@ def _given_split(records: Sequence[ScanRecord], task: Task, path: Path) -> list[
     return given
 
 
-def _check_splits(data: TaskData, path: Path) -> None:
+def check_parts(data: TaskData, path: str | os.PathLike[str]) -> None:
     """That there are enough patients of every class in each part; raises what `make_split` and `check_split` say."""
     try:
         splits = data.split(0)

@@ -49,7 +49,7 @@ def rows_of(path):
 
 def test_grid_has_every_run_and_its_numbers_are_those_of_its_predictions(results):
     scores, guesses = rows_of(results / "results.csv"), rows_of(results / "predictions.csv")
-    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test"
+    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test positive"
     assert list(scores[0]) == names.split()
     runs = {(r["task"], r["mode"], r["seed"]) for r in scores}
     modes = ("probe", "finetune", "scratch", "untrained", "covariates")
@@ -76,7 +76,111 @@ def test_report_and_splits_are_written(results):
     assert "phantoms, not people" in text
     assert "Epochs are scaled by 0.005: 1 instead of 100 (fine-tuned), 2 instead of 300 (from scratch)" in text
     tests = json.loads((results / "grid.json").read_text())["tests"]
-    assert {test["test"] for test in tests} == {"DeLong", "paired bootstrap"}
+    pairs = {(test["first"], test["second"]) for test in tests if test["task"] == "phantom_age"}
+    assert ("test_vit_3d/probe", "test_vit_3d/scratch") in pairs
+    assert ("test_vit_3d/scratch", "covariates/covariates") in pairs  # each row is held against every control
+
+
+def test_paired_difference_is_that_of_the_table(results):
+    """The test of seed 0 alone could contradict the table, which is of all seeds."""
+    scores = [
+        row for row in rows_of(results / "results.csv") if row["task"] == "phantom_sex" and row["metric"] == "auc"
+    ]
+    means = {}
+    for row in scores:
+        means.setdefault(f"{row['model']}/{row['mode']}", []).append(float(row["value"]))
+    for test in json.loads((results / "grid.json").read_text())["tests"]:
+        if test["task"] == "phantom_sex":
+            assert test["difference"] == pytest.approx(np.mean(means[test["first"]]) - np.mean(means[test["second"]]))
+
+
+def test_every_output_says_which_class_is_1_and_how_many_are_in_each_part(results):
+    for name in ("results.csv", "predictions.csv"):
+        assert {(row["task"], row["positive"]) for row in rows_of(results / name)} == {
+            ("phantom_sex", "1"),
+            ("phantom_age", ""),
+        }
+    column = json.loads((results / "grid.json").read_text())["tasks"][0]
+    assert column["classes"] == ["0", "1"]
+    assert [share["part"] for share in column["shares"]] == ["train", "val", "test"]
+    assert [sum(low for low, _ in share["classes"]) for share in column["shares"]] == [24, 8, 8]
+    for name in ("table.md", "index.html"):
+        text = (results / name).read_text()
+        assert "the positive class, 1, is" in text
+        assert "no brain encoder" in text
+        assert "4 test patients of class 0, fewer than 10" in text
+    assert "**" not in (results / "table.md").read_text().split("|", 1)[1].split("## Data")[0]  # nothing is bold
+
+
+def test_another_evaluation_in_the_output_is_not_lost_but_where_that_is_asked_for(data, results, tmp_path, caplog):
+    folder = shutil.copytree(results, tmp_path / "copy")
+    before = (folder / "results.csv").read_bytes()
+    plan = replace(PLAN, modes=("probe",), seeds=1, controls=False)
+    with pytest.raises(BrainfmError, match=r"holds another evaluation, of which .* would be lost; name another output"):
+        benchmark(data[:1], plan, folder)
+    assert (folder / "results.csv").read_bytes() == before
+    benchmark(data[:1], plan, folder, replace_all=True)
+    assert "the evaluation in it is replaced, all of it" in caplog.text
+    assert {path.name.split("_")[1] for path in (folder / "figures").iterdir()} == {"sex"}
+    assert len(list((folder / "runs").iterdir())) == 1
+    caplog.clear()
+    with caplog.at_level("INFO", logger="brainfm"):
+        benchmark(data[:1], replace(plan, seeds=2), folder)
+    assert "1 of 2 runs are there from before and are kept" in caplog.text
+
+
+def test_scans_that_are_not_there_or_cannot_be_read_are_counted_and_named(data, tmp_path):
+    gone, broken = tmp_path / "gone.nii.gz", tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"no scan")
+    one = data[0]
+    first, second = (replace(one.records[n], image=path) for n, path in enumerate((gone, broken)))
+    one = replace(one, records=[first, second, *one.records[2:]])
+    benchmark([one], replace(PLAN, modes=("probe", "finetune"), seeds=1, controls=False), tmp_path / "out")
+    left_out = {(row["scan"], row["row"]): row for row in rows_of(tmp_path / "out" / "left_out.csv")}
+    assert set(left_out) == {(str(gone), ""), (str(broken), "")}
+    assert left_out[str(gone), ""]["why"] == "no such file"
+    assert "broken.nii.gz" in left_out[str(broken), ""]["why"]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "2 of 40 scans were left out" in text
+    assert "39 scans of 39 patients" in text
+
+
+def test_what_can_fail_is_tried_before_anything_is_run(data, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(job, "_probed", lambda *_: ran.append(1) or _stop())
+    monkeypatch.setattr(job, "_trained", lambda *_: ran.append(1) or _stop())
+    model = brainfm.create_model("test_resnet_3d", pretrained=True)
+    brainfm.save_for_hub(model, tmp_path / "weights")
+    (tmp_path / "weights" / "model.safetensors").unlink()
+    plan = replace(PLAN, models=("test_resnet_3d", f"local-dir:{tmp_path / 'weights'}"), modes=("probe",))
+    with pytest.raises(BrainfmError, match="weights"):
+        benchmark(data[:1], plan, tmp_path / "a")
+    lora = replace(PLAN, models=("test_resnet_3d",), settings=SETTINGS | {"trained": "lora"})
+    with pytest.raises((BrainfmError, ValueError), match=r"(?i)lora|attention"):
+        benchmark(data[:1], lora, tmp_path / "b")
+    cards = [replace(record, mask=None, image=Path(__file__)) for record in data[0].records]
+    with pytest.raises(BrainfmError, match="none of 40 scans can be read; the first"):
+        benchmark([replace(data[0], records=cards)], PLAN, tmp_path / "c")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        benchmark(data[:1], PLAN, tmp_path / "file" / "out")
+    assert ran == []
+
+
+def test_two_folders_of_one_name_are_two_names():
+    names = job.short_names(["local-dir:runs/a/export", "local-dir:runs/b/export", "test_resnet_3d"])
+    assert list(names.values()) == ["a", "b", "test_resnet_3d"]
+    names = job.short_names(["local-dir:x/mae/export", "local-dir:y/mae/export"])
+    assert list(names.values()) == ["x/mae", "y/mae"]
+
+
+def test_model_that_is_not_run_in_a_mode_is_named():
+    plan = Plan(models=("simclr_resnet18_3d", "resnet18_3d"))
+    said = list(job._not_run({model: job.resolve(model).cfg for model in plan.models}, plan))
+    assert said == [
+        "simclr_resnet18_3d is not trained from scratch: resnet18_3d stands for that.",
+        "resnet18_3d has no weights, and is not run as: linear probe, fine-tuned.",
+    ]
 
 
 def test_second_command_on_the_output_is_refused_while_the_first_lasts(data, results):
@@ -128,7 +232,7 @@ def test_other_scans_patients_or_covariates_do_a_run_again(what, data, tmp_path,
 
 
 def test_other_settings_after_a_kill_do_not_meet_what_the_killed_run_left(data, tmp_path, monkeypatch):
-    plan = replace(PLAN, models=("resnet18_3d",), modes=("scratch",), seeds=1, controls=False)
+    plan = replace(PLAN, models=("test_resnet_3d",), modes=("scratch",), seeds=1, controls=False)
     met = []
     monkeypatch.setattr(
         job, "finetune", lambda *a: met.append(Path(a[-1].output)) or met[-1].mkdir(parents=True) or _stop()
@@ -139,22 +243,22 @@ def test_other_settings_after_a_kill_do_not_meet_what_the_killed_run_left(data, 
     assert met[0] != met[1]
 
 
-@pytest.mark.parametrize(("twice", "test"), [(False, "DeLong"), (True, "paired bootstrap")])
-def test_paired_tests_are_of_the_same_scans_and_delong_only_of_one_scan_a_patient(twice, test):
+def test_paired_tests_are_of_all_seeds_and_of_the_scans_that_both_could_read():
     draw, task, row = np.random.default_rng(0), make_task("sex", "binary"), Row("a", "probe", "A")
-    labels, scores = np.array([0, 1] * 20), draw.random((2, 40))
-    patients = [f"p{n // 4 * 2 + n % 2 if twice else n}" for n in range(40)]
+    labels, patients = np.array([0, 1] * 20), [f"p{n}" for n in range(40)]
 
     def result(scores, rows):
         names = {"labels": labels, "predictions": scores, "patients": np.array(patients)}
         return {"rows": rows} | {name: values[rows].tolist() for name, values in names.items()}
 
-    everything, some = list(range(40)), list(range(1, 40))  # the first scan of a patient could not be read by one
-    found = job._paired(task, row, row, result(scores[0], everything), result(scores[1], some))
-    assert found == job._paired(task, row, row, result(scores[0], some), result(scores[1], some))
-    areas = [roc_auc_score(labels[some], one[some]) for one in scores]
-    assert found.difference == pytest.approx(areas[0] - areas[1])
-    assert found.test == test
+    everything, some = list(range(40)), list(range(1, 40))  # the first scan could not be read by one
+    scores = draw.random((2, 2, 40))
+    ours = {seed: result(scores[0, seed], everything) for seed in range(2)}
+    theirs = {seed: result(scores[1, seed], some) for seed in range(2)}
+    found = job._paired(task, row, row, ours, theirs)
+    assert found == job._paired(task, row, row, {n: result(scores[0, n], some) for n in range(2)}, theirs)
+    areas = [[roc_auc_score(labels[some], scores[who, seed][some]) for seed in range(2)] for who in range(2)]
+    assert found.difference == pytest.approx(np.mean(areas[0]) - np.mean(areas[1]))
 
 
 def _stop():
@@ -172,7 +276,7 @@ def test_test_part_changes_nothing_that_is_chosen(mode, data, tmp_path, monkeypa
         monkeypatch.setattr(type(one), "split", lambda self, seed, splits=splits: list(splits))
         if swapped:
             labels[splits == "test"] = 1 - labels[splits == "test"]
-        changed = type(one)(one.task, one.records, labels, one.classes, None, 0)
+        changed = type(one)(one.task, one.records, labels, one.classes, None)
         benchmark([changed], plan, tmp_path / str(swapped))
         found.append([row["prediction"] for row in rows_of(tmp_path / str(swapped) / "predictions.csv")])
     assert found[0] == found[1]
@@ -181,7 +285,7 @@ def test_test_part_changes_nothing_that_is_chosen(mode, data, tmp_path, monkeypa
 def test_patient_in_two_parts_of_a_split_stops_the_grid(data, tmp_path, monkeypatch):
     one = data[0]
     twin = brainfm.manifest.ScanRecord(one.records[1].image, one.records[1].mask, one.records[0].patient_id)
-    leaky = type(one)(one.task, [one.records[0], twin, *one.records[2:]], one.labels, one.classes, None, 0)
+    leaky = type(one)(one.task, [one.records[0], twin, *one.records[2:]], one.labels, one.classes, None)
     splits = one.split(0)
     splits[0], splits[1] = "train", "test"
     monkeypatch.setattr(type(one), "split", lambda self, seed: splits)

@@ -223,58 +223,84 @@ def test_paired_tests_are_listed(reported):
     assert listed[1:] == [[*names, "−2.35", "−3.10 to −1.60", "< 0.001"]]
 
 
-def test_a_control_is_not_bold_where_it_is_best(age_only):
-    def bold():
+def test_no_row_is_bold_below_a_control_nor_of_too_few_patients(age_only):
+    def bold(**changes):
+        grid = json.loads((age_only / "grid.json").read_text())
+        (age_only / "grid.json").write_text(json.dumps(grid | changes))
         write_report(age_only)
         lines = tables((age_only / "table.md").read_text())[0][1:]
         return [line[0] for line in lines if line[1].startswith("**")]
 
     (best,) = bold()
     grid = json.loads((age_only / "grid.json").read_text())
-    grid["controls"] += [row for row in grid["rows"] if row["title"] == best]
-    grid["rows"] = [row for row in grid["rows"] if row["title"] != best]
-    (age_only / "grid.json").write_text(json.dumps(grid))
-    (second,) = bold()
-    assert second in [row["title"] for row in grid["rows"]]
+    controls = grid["controls"] + [row for row in grid["rows"] if row["title"] == best]
+    assert bold(tasks=[grid["tasks"][0] | {"too_small": "4 test patients, fewer than 20"}]) == []
+    assert (
+        "no gain is claimed of so few patients: 4 test patients, fewer than 20" in (age_only / "table.md").read_text()
+    )
+    rows = [row for row in grid["rows"] if row["title"] != best]
+    assert bold(tasks=grid["tasks"], rows=rows, controls=controls) == []
 
 
-WORKED = [  # the controls have 0.80 and 0.70; value, ci_low, ci_high of two seeds each
-    ("A", [(0.84, 0.79, 0.90), (0.86, 0.83, 0.90)], "above"),  # 0.81 to 0.90
-    ("B", [(0.85, 0.78, 0.90), (0.85, 0.80, 0.90)], "not above"),  # 0.79 to 0.90: the interval holds 0.80
-    ("C", [(0.75, 0.74, 0.76), (0.75, 0.74, 0.76)], "not above"),  # above one control only
-    ("D", [(0.60, 0.55, 0.65), (0.60, 0.55, 0.65)], "not above"),
+WORKED = [  # the lowest and highest lead over the controls E and F, which have 0.80 and 0.70
+    ("A", (0.01, 0.10), (0.10, 0.20), "above", "E"),
+    ("B", (-0.01, 0.10), (0.10, 0.20), "not above", "E"),  # the interval holds 0
+    ("C", (-0.06, -0.04), (0.04, 0.06), "not above", "E"),  # above one control only
+    ("D", (0.02, 0.05), (-0.20, -0.10), "not above", "F"),
 ]
 
 
 @pytest.mark.parametrize("lower_is_better", [False, True])
-def test_a_gain_is_claimed_only_above_every_control(tmp_path, lower_is_better):
-    """A worked example; for an error all values are mirrored about 0.5."""
+def test_a_gain_is_claimed_only_where_the_paired_test_of_every_control_says_so(tmp_path, lower_is_better):
+    """A worked example; for an error all values are mirrored about 0.5. The runs' own intervals say nothing here."""
     metric = "mae" if lower_is_better else "auc"
-    controls = [("E", [(0.80, 0.75, 0.85)] * 2), ("F", [(0.70, 0.65, 0.75)] * 2)]
-    lines = []
-    for name, seeds in [(name, seeds) for name, seeds, _ in WORKED] + controls:
-        for seed, (value, low, high) in enumerate(seeds):
-            numbers = [1 - value, 1 - high, 1 - low] if lower_is_better else [value, low, high]
-            lines.append(["task", name, "probe", 1.0, seed, metric, *numbers, 10, 10])
+    lines, tests = [], []
+    for name, value in [*((row[0], 0.85) for row in WORKED), ("E", 0.80), ("F", 0.70)]:
+        for seed in range(2):
+            number = 1 - value if lower_is_better else value
+            lines.append(["task", name, "probe", 1.0, seed, metric, number, number - 0.3, number + 0.3, 10, 10])
+    for name, *leads, _, _ in WORKED:
+        for other, (low, high) in zip("EF", leads, strict=True):
+            ends = [-high, -low] if lower_is_better else [low, high]
+            one = {"task": "task", "first": f"{name}/probe", "second": f"{other}/probe", "test": "paired bootstrap"}
+            tests.append(one | {"difference": sum(ends) / 2, "ci_low": ends[0], "ci_high": ends[1], "p_value": 0.5})
     write_csv(tmp_path / "results.csv", RESULTS, lines)
     kind = "regression" if lower_is_better else "binary"
-    rows, grey = ([{"model": row[0], "mode": "probe", "title": row[0]} for row in part] for part in (WORKED, controls))
+    rows, grey = ([{"model": n, "mode": "probe", "title": n} for n in part] for part in ("ABCD", "EF"))
     task = {"name": "task", "title": "Task", "kind": kind, "metric": metric}
-    grid = {"title": "Worked", "tasks": [task], "rows": rows, "controls": grey, "seeds": 2, "runs": 12}
+    grid = {"title": "Worked", "tasks": [task], "rows": rows, "controls": grey, "seeds": 2, "runs": 12, "tests": tests}
     (tmp_path / "grid.json").write_text(json.dumps(grid))
     write_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
-    claims = re.findall(r"^- (.): (above|not above) its controls: .* control, (.), has (.*)\.$", text, re.MULTILINE)
-    bar = "0.200" if lower_is_better else "0.800"
-    assert claims == [(name, verdict, "E", bar) for name, _, verdict in WORKED]
+    claims = re.findall(r"^- (.): (above|not above) its controls: .* control, (.), has", text, re.MULTILINE)
+    assert claims == [(name, verdict, closest) for name, _, _, verdict, closest in WORKED]
 
 
-def test_nothing_is_claimed_without_an_interval(age_only):
-    rows = list(csv.reader((age_only / "results.csv").open()))[1:]
-    write_csv(age_only / "results.csv", RESULTS, [[*row[:7], "", "", *row[9:]] for row in rows])
+def with_tests(folder, controls, **numbers):
+    """Gives every row a paired test against some of the controls."""
+    grid = json.loads((folder / "grid.json").read_text())
+    task = grid["tasks"][0]["name"]
+    grid["tests"] = [
+        {"task": task, "first": f"{row['model']}/{row['mode']}", "second": other, "test": "paired bootstrap"} | numbers
+        for row in grid["rows"]
+        for other in controls
+    ]
+    (folder / "grid.json").write_text(json.dumps(grid))
+    return grid
+
+
+BOTH = ("simclr_resnet18_3d/untrained", "none/covariates")
+
+
+def test_nothing_is_claimed_without_a_test_or_its_interval(age_only):
+    with_tests(age_only, BOTH, difference=-1.0)
     write_report(age_only)
-    claims = re.findall(r": (.*) its controls: .* without an interval; the best", (age_only / "table.md").read_text())
+    claims = re.findall(r": (.*) its controls: .* without an interval", (age_only / "table.md").read_text())
     assert claims == ["not above"] * len(ROWS)
+    with_tests(age_only, BOTH[:1], difference=-1.0, ci_low=-2.0, ci_high=-0.5)
+    write_report(age_only)
+    text = (age_only / "table.md").read_text()
+    assert text.count("no gain is claimed without a paired test against Head size alone") == len(ROWS)
 
 
 def test_nothing_is_claimed_before_every_control_is_in(age_only):
@@ -289,11 +315,49 @@ def test_nothing_is_claimed_before_every_control_is_in(age_only):
 def test_a_control_that_a_task_cannot_have_holds_back_no_claim(age_only):
     rows = list(csv.reader((age_only / "results.csv").open()))[1:]
     write_csv(age_only / "results.csv", RESULTS, [row for row in rows if row[2] != "covariates"])
-    grid = json.loads((age_only / "grid.json").read_text())
+    grid = with_tests(age_only, BOTH[:1], difference=-1.0, ci_low=-2.0, ci_high=-0.5)
     grid["tasks"][0]["without"] = ["none/covariates"]
     (age_only / "grid.json").write_text(json.dumps(grid))
     write_report(age_only)
-    assert (age_only / "table.md").read_text().count("the best control, Untrained ResNet-18, has") == len(ROWS)
+    assert (age_only / "table.md").read_text().count("the closest control, Untrained ResNet-18, has") == len(ROWS)
+
+
+def test_data_of_a_task_warnings_and_what_is_left_out_are_on_every_page(age_only):
+    grid = json.loads((age_only / "grid.json").read_text())
+    grid["tasks"][0] |= {
+        "kind": "binary",
+        "metric": "auc",
+        "classes": ["F", "M"],
+        "shares": [{"part": "train", "scans": [30, 31], "patients": [24, 24], "classes": [[12, 12], [11, 12]]}],
+    }
+    grid["warnings"] = ["test_resnet_3d: a test model."]
+    grid["left_out"] = [{"task": "age", "scan": f"{n}.nii", "why": "no such file"} for n in range(25)]
+    (age_only / "grid.json").write_text(json.dumps(grid))
+    (age_only / "predictions.csv").unlink()
+    write_report(age_only)
+    head, line = tables((age_only / "table.md").read_text())[1]
+    assert head == ["Part", "Scans", "Patients", "Patients: F (0)", "Patients: M (1)"]
+    assert line == ["training", "30–31", "24", "12", "11–12"]
+    page = Page((age_only / "index.html").read_text()).text
+    for text in (
+        "test_resnet_3d: a test model.",
+        "11–12",
+        "Left out: 25; the first 20, all are in left_out.csv",
+        "19.nii",
+    ):
+        assert text in page
+    assert "20.nii" not in page
+    assert r"\textbf{Warning:} test\_resnet\_3d: a test model." in (age_only / "table.tex").read_text()
+
+
+def test_figures_of_an_earlier_report_are_removed_and_others_kept(age_only):
+    write_report(age_only)
+    figures = age_only / "figures"
+    for name in ("gone_roc.svg", "gone_label_efficiency.png", "my_own.png"):
+        (figures / name).write_bytes(b"")
+    write_report(age_only)
+    assert (figures / "age_scores.svg").exists()
+    assert {path.name for path in figures.iterdir() if path.name.startswith(("gone", "my"))} == {"my_own.png"}
 
 
 def test_figures_are_written_as_png_and_svg(reported):

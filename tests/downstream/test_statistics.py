@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
+from sklearn.metrics import roc_auc_score
 
 from brainfm.downstream import statistics
 from brainfm.downstream.statistics import (
@@ -19,6 +20,7 @@ from brainfm.downstream.statistics import (
     delong_test,
     icc,
     metrics,
+    paired_bootstrap_over_runs,
     paired_bootstrap_test,
     summarise,
 )
@@ -484,3 +486,24 @@ def test_icc_of_equal_values_is_nan_and_of_one_session_is_refused():
     assert math.isnan(nothing.consistency)
     with pytest.raises(ValueError, match="two of each at least"):
         icc([[1.0], [2.0]])
+
+
+# --- Over runs ------------------------------------------------------------------------------------
+
+
+def test_paired_bootstrap_over_runs_is_of_the_mean_difference_and_repeats_make_it_no_surer():
+    draw = np.random.default_rng(0)
+    labels, patients = np.arange(40) % 2, np.array([f"p{n}" for n in range(40)])
+    first, second = draw.random((2, 40))
+    run = (labels, first, second, patients)
+    alone = paired_bootstrap_test(labels, first, second, "binary", "auc", groups=patients, n=500)
+    assert paired_bootstrap_over_runs([run], "binary", "auc", n=500) == alone
+    again = paired_bootstrap_over_runs([run] * 5, "binary", "auc", n=500)
+    assert again.ci_high - again.ci_low == pytest.approx(alone.ci_high - alone.ci_low, rel=0.15)
+    half = [(labels[part], first[part], second[part], patients[part]) for part in (slice(0, 24), slice(16, 40))]
+    found = paired_bootstrap_over_runs(half, "binary", "auc", n=500)
+    wanted = [roc_auc_score(y, a) - roc_auc_score(y, b) for y, a, b, _ in half]
+    assert found.difference == pytest.approx(np.mean(wanted))
+    assert found.ci_low < found.difference < found.ci_high
+    with pytest.raises(ValueError, match="the patient of each case"):
+        paired_bootstrap_over_runs([(labels, first, second, None)] * 2, "binary", "auc")

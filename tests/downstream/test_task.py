@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from brainfm import BrainfmError
-from brainfm.downstream.task import TASKS, Task, load_task, make_task, read_task
+from brainfm.downstream.task import TASKS, Task, kind_of, load_task, make_task, read_task
 from brainfm.errors import TaskError
 
 
@@ -47,10 +47,30 @@ def test_published_numbers_are_those_of_the_papers_table():
 def test_words_are_classes_in_their_order_and_rows_without_a_label_are_left_out(manifest):
     words = ["HC", "AD"] * 10 + ["", "n/a"]
     data = read_task(make_task("dx", "binary"), manifest(dx=words))
-    assert (data.classes, data.dropped, len(data.records)) == (("AD", "HC"), 2, 20)
+    assert (data.classes, len(data.left_out), len(data.records)) == (("AD", "HC"), 2, 20)
     assert data.labels.tolist() == [1, 0] * 10
     data = read_task(Task(name="dx", label="dx", kind="binary", classes=("HC", "AD")), manifest(dx=words))
     assert data.labels.tolist() == [0, 1] * 10
+
+
+def test_task_may_name_the_positive_class(manifest):
+    words = manifest(dx=["AD", "HC"] * 10)
+    data = read_task(make_task("dx", "binary", positive="AD"), words)
+    assert (data.classes, data.labels.tolist()) == (("HC", "AD"), [1, 0] * 10)
+    with pytest.raises(TaskError, match="positive is 'MCI', and dx has 'AD', 'HC'"):
+        read_task(make_task("dx", "binary", positive="MCI"), words)
+    with pytest.raises(TaskError, match="positive is of a binary task"):
+        make_task("dx", "multiclass", positive="AD")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [(["M", "F", "n/a"], "binary"), (["a", "b", "c"], "multiclass"), ([str(n / 3) for n in range(30)], "regression")],
+)
+def test_kind_of_a_label_is_known_where_there_is_no_doubt(values, kind):
+    assert kind_of(values, "y") == kind
+    with pytest.raises(TaskError, match=r"y has 5 different values .* Say --kind"):
+        kind_of(["0", "1", "2", "3", "4"], "y")
 
 
 def test_numbers_sort_as_numbers(manifest):
