@@ -7,6 +7,7 @@ from monai import transforms as monai
 from torch import Tensor
 
 from brainfm.contract import InputSpec
+from brainfm.transforms import checked_spec
 
 _PUBLISHED = (150, 192, 192)
 
@@ -25,11 +26,12 @@ class SupervisedAugmentation:
         spec: A contract with a fixed output shape, whose last axis runs left–right.
 
     Raises:
+        TypeError: `spec` is no input contract.
         ValueError: The contract's output shape depends on the scan.
     """
 
     def __init__(self, spec: InputSpec) -> None:
-        if spec.output_shape is None:
+        if checked_spec(spec).output_shape is None:
             raise ValueError("this augmentation needs an input contract with a fixed output shape")
         shape = spec.output_shape[1:]
         smallest = [max(1, round(n * m / k)) for n, m, k in zip(shape, (90, 115, 115), _PUBLISHED, strict=True)]
