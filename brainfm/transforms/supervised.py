@@ -31,7 +31,8 @@ class SupervisedAugmentation:
     """
 
     def __init__(self, spec: InputSpec) -> None:
-        if checked_spec(spec).output_shape is None:
+        spec = checked_spec(spec)
+        if spec.output_shape is None:
             raise ValueError("this augmentation needs an input contract with a fixed output shape")
         shape = spec.output_shape[1:]
         smallest = [max(1, round(n * m / k)) for n, m, k in zip(shape, (90, 115, 115), _PUBLISHED, strict=True)]
