@@ -67,9 +67,9 @@ def test_intermediates_come_as_maps_or_as_rows_of_cells(name):
 @pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d", "sfcn_age"])
 def test_no_pooling_is_refused_by_every_call_with_what_gives_the_map(name):
     model = create_model(name)
-    with pytest.raises(ValueError, match="not ''; what is not pooled is model.forward_features"):
+    with pytest.raises(ValueError, match=r"not ''; what is not pooled is model\.forward_features"):
         model.reset_classifier(0, global_pool="")
-    with pytest.raises(ValueError, match="not ''; what is not pooled is model.forward_features"):
+    with pytest.raises(ValueError, match=r"not ''; what is not pooled is model\.forward_features"):
         create_model(name, global_pool="")
 
 
