@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import numpy as np
 import torch
@@ -24,12 +24,16 @@ from brainfm.files import held, one_line, progress_bar, sweep, write_json
 from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
+from brainfm.models.features import FeatureMaps
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
 from brainfm.table import Embeddings, Origin, check_output, files_of, write
 from brainfm.transforms import create_transform
 from brainfm.version import __version__
 from brainfm.weights import weights_digest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("brainfm")
 
@@ -59,42 +63,28 @@ class _Options:
             )
 
 
-@overload
-def embed(
-    scans: ScansLike,
-    model: nn.Module | str,
-    *,
-    batch_size: int | Literal["auto"] = ...,
-    device: str | torch.device = ...,
-    dtype: DTypeName | torch.dtype = ...,
-    num_workers: int = ...,
-    output: str | os.PathLike[str] | None = ...,
-    dense: str | os.PathLike[str] | None = ...,
-    dense_dtype: DenseDType = ...,
-    report: str | os.PathLike[str] | None = ...,
-    on_error: Literal["skip", "raise"] = ...,
-    strict_qc: bool = ...,
-    progress: bool = ...,
-) -> Embeddings: ...
+class _Keywords(TypedDict, total=False):
+    """The keywords of `embed`, for both of its signatures."""
+
+    batch_size: int | Literal["auto"]
+    device: str | torch.device
+    dtype: DTypeName | torch.dtype
+    num_workers: int
+    output: str | os.PathLike[str] | None
+    dense: str | os.PathLike[str] | None
+    dense_dtype: DenseDType
+    report: str | os.PathLike[str] | None
+    on_error: Literal["skip", "raise"]
+    strict_qc: bool
+    progress: bool
 
 
 @overload
-def embed(
-    scans: ScansLike,
-    model: list[Any],
-    *,
-    batch_size: int | Literal["auto"] = ...,
-    device: str | torch.device = ...,
-    dtype: DTypeName | torch.dtype = ...,
-    num_workers: int = ...,
-    output: str | os.PathLike[str] | None = ...,
-    dense: str | os.PathLike[str] | None = ...,
-    dense_dtype: DenseDType = ...,
-    report: str | os.PathLike[str] | None = ...,
-    on_error: Literal["skip", "raise"] = ...,
-    strict_qc: bool = ...,
-    progress: bool = ...,
-) -> list[Embeddings]: ...
+def embed(scans: ScansLike, model: nn.Module | str, **keywords: Unpack[_Keywords]) -> Embeddings: ...
+
+
+@overload
+def embed(scans: ScansLike, model: list[Any], **keywords: Unpack[_Keywords]) -> list[Embeddings]: ...
 
 
 def embed(
@@ -146,7 +136,7 @@ def embed(
     Raises:
         ScanError: The list itself is wrong, as where none of its files is there, or with on_error="raise" a scan.
         BrainfmError: The device cannot be used, or another run is writing the output.
-        ValueError: The model has a classifier, or an argument is out of range.
+        ValueError: The model has a classifier or gives maps, or an argument is out of range.
 
     Example:
         >>> table = brainfm.embed("turboprep_output/", "simclr_resnet18_3d", output="embeddings.csv")
@@ -224,6 +214,10 @@ def _job(
             raise ScanError(f"{job.report}: is written with the table {job.output.name}; give the report another name")
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ScanError(f"{folder}: dense features are written to a folder, and this is a file")
+    if isinstance(model, FeatureMaps):
+        raise ValueError(
+            "features_only gives maps and no vector; embed the encoder itself, with dense= for its last map"
+        )
     if getattr(model, "num_classes", 0):
         raise ValueError("this model ends in a classifier and gives logits; call model.reset_classifier(0) first")
     spec = create_transform(model).spec

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
+
 
 class BrainfmError(Exception):
-    """Any refusal by brainfm; the command line prints it as one line."""
+    """Any refusal by brainfm; the command line and notebooks print it as one line.
+
+    A notebook shows its traceback after `logging.getLogger("brainfm").setLevel("DEBUG")`.
+    """
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython prints of the error where nobody catches it."""
+        if logging.getLogger("brainfm").isEnabledFor(logging.DEBUG):
+            return "".join(traceback.format_exception(self)).splitlines()
+        return [f"{type(self).__name__}: {' '.join(str(self).split())}"]
 
 
 class ScanError(BrainfmError):
@@ -36,7 +48,40 @@ class ModelNameError(BrainfmError, ValueError):
 
 
 class MissingExtraError(BrainfmError, ImportError):
-    """A part of brainfm whose optional packages are not installed."""
+    """A part of brainfm whose optional packages are not installed; the message names all that its extra lacks."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f'{package} is not installed; run: pip install "brainfm[{extra}]"')
+        super().__init__(f"{package} is not installed; run: pip install {' '.join(_lacking(package, extra))}")
+
+
+def _lacking(package: str, extra: str) -> list[str]:
+    """What pip is to be given: a package, and what else its extra lacks by this package's own metadata.
+
+    Not `brainfm[extra]`: on PyPI that name is another package's.
+    """
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    def installed(need: Requirement) -> str | None:
+        try:
+            return version(need.name)
+        except PackageNotFoundError:
+            return None
+
+    try:
+        needs = [Requirement(line) for line in requires("brainfm") or ()]
+    except PackageNotFoundError:  # run from a folder, and not installed
+        return [package]
+    wanted = {}
+    for need in needs:
+        if need.marker is None or "extra" not in str(need.marker) or not need.marker.evaluate({"extra": extra}):
+            continue
+        have = installed(need)
+        if have is not None and need.specifier.contains(have, prereleases=True):
+            continue
+        # Of what is not here pip takes the newest; only what says otherwise needs its bounds, and quotes for the shell.
+        newest = have is None and all(bound.operator in (">", ">=") for bound in need.specifier)
+        wanted[need.name.lower()] = need.name if newest else f'"{need.name}{need.specifier}"'
+    named = wanted.pop(package.lower(), package)
+    return [package if named.lower() == package.lower() else named, *wanted.values()]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -17,11 +17,22 @@ from brainfm import weights
 from brainfm.errors import WeightsError
 from brainfm.files import one_line
 from brainfm.models.encoder import Encoder
+from brainfm.models.features import FeatureMaps
 from brainfm.names import hub_mirror, resolve
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import network
 
 MAX_TENSORS = 10_000  # in a network that a config describes; the largest ViTs have some hundreds
+
+
+@overload
+def create_model(
+    name: str, pretrained: bool = ..., *, features_only: Literal[False] = ..., **kwargs: Any
+) -> Encoder: ...
+
+
+@overload
+def create_model(name: str, pretrained: bool = ..., *, features_only: Literal[True], **kwargs: Any) -> FeatureMaps: ...
 
 
 def create_model(
@@ -36,9 +47,16 @@ def create_model(
     in_chans: int | None = None,
     global_pool: str | None = None,
     drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
     **kwargs: Any,
-) -> Encoder:
+) -> Encoder | FeatureMaps:
     """Build an encoder, with its weights where asked for, in eval mode.
+
+    To train it, call `.train()`: in eval mode BatchNorm keeps its statistics, and nothing is dropped. Lightning
+    (2.2 and later) leaves a model in the mode it is in, and fine-tunes it with both held still unless that is called.
+    `.freeze()` holds the trunk still even under `.train()`.
 
     Args:
         name: `architecture` or `architecture.tag` of a registered model; `hf-hub:org/repo[@revision]`, a model on the
@@ -54,6 +72,9 @@ def create_model(
         global_pool: How features become a vector; "avg" for ResNets, "token" or "avg" for ViTs. None is what the
             model was saved with, else the family's first.
         drop_rate: Dropout before the classifier, in training.
+        drop_path_rate: Stochastic depth, in training; of ViTs.
+        features_only: Build a backbone that gives a list of feature maps instead, see `brainfm.models.FeatureMaps`.
+        out_indices: Which maps: stages of `feature_info` (negative counts from the end), the last n, or None for all.
         **kwargs: Passed to the constructor, such as `img_size` for a ViT.
 
     Returns:
@@ -63,6 +84,7 @@ def create_model(
         ModelNameError: The name is unknown or ambiguous (a ValueError).
         WeightsNotFoundError: The weights do not exist, or cannot be reached.
         WeightsError: They are not what they should be.
+        ValueError: An argument is none that the network takes, such as a `global_pool` of "".
 
     Example:
         >>> model = brainfm.create_model("simclr_resnet18_3d", pretrained=True)
@@ -71,6 +93,8 @@ def create_model(
         >>> z.shape
         torch.Size([1, 512])
     """
+    if out_indices is not None and not features_only:
+        raise ValueError("out_indices goes with features_only=True; else ask model.forward_intermediates(x, indices)")
     fetch = pretrained and checkpoint_path is None
     resolved = resolve(name, pretrained_cfg, pretrained_cfg_overlay, cache_dir, mirror=hub_mirror() if fetch else None)
     cfg = resolved.cfg
@@ -87,11 +111,12 @@ def create_model(
     elif cfg.readout.pool not in (None, "brain"):
         args.setdefault("global_pool", cfg.readout.pool)
     channels = cfg.in_chans if in_chans is None else in_chans
+    in_training = {"drop_rate": drop_rate} | ({"drop_path_rate": drop_path_rate} if drop_path_rate else {})
     build = network(resolved.network)
     try:
         if resolved.config and wanted is not None:
             _check_size(build, {"in_chans": resolved.cfg.in_chans} | resolved.args, wanted)
-        model: Encoder = build(num_classes=num_classes, in_chans=channels, drop_rate=drop_rate, **args)
+        model: Encoder = build(num_classes=num_classes, in_chans=channels, **in_training, **args)
     except Exception as error:  # a config is somebody's word: its arguments may be anything
         if not resolved.config:
             raise
@@ -112,7 +137,7 @@ def create_model(
         model.weights_report = weights.load_checkpoint(model, wanted, place)
         if getattr(model, "num_classes", num_classes) != num_classes:  # the file's own head is not the one asked for
             model.reset_classifier(num_classes)
-    return model.eval()
+    return (FeatureMaps(model, out_indices) if features_only else model).eval()
 
 
 def _check_size(build: Callable[..., Encoder], args: Mapping[str, Any], file: Path) -> None:

@@ -13,6 +13,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -207,17 +208,39 @@ def one_line(error: BaseException, most: int = 300) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
-def progress_bar(items: Any = None, *, total: int, unit: str, doing: str, shown: bool, done: int = 0) -> Any:
-    """A bar on the terminal, around an iterator or to be told of each item by `update`.
+def progress_bar(items: Any = None, *, total: int | None, unit: str, doing: str, shown: bool, done: int = 0) -> Any:
+    """A bar around an iterator, or to be told of each item by `update`; of bytes where the unit is "B".
+
+    It is drawn on a terminal or in a notebook, and nowhere else: not into files and pipes, nor where `TQDM_DISABLE` is
+    set.
 
     Args:
         items: What is gone through; None for a bar that is told.
-        total: How many there are.
+        total: How many there are, or None.
         unit: What one is.
         doing: What is done to it, such as "embedding".
         shown: Whether to show it at all.
         done: Items that an earlier run did.
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
-    return tqdm(items, total=total, initial=done, unit=unit, desc=doing, disable=not shown)
+    size = _terminal_size()
+    shown = shown and os.environ.get("TQDM_DISABLE", "0") in ("", "0") and (size is not None or _in_notebook())
+    # A terminal that does not know its size says 0 by 0, and tqdm would draw nothing there.
+    room = {"ncols": 80, "nrows": 24} if size is not None and 0 in size else {}
+    return tqdm(
+        items, total=total, initial=done, unit=unit, unit_scale=unit == "B", desc=doing, disable=not shown, **room
+    )
+
+
+def _terminal_size() -> os.terminal_size | None:
+    """That of the terminal that stderr is; None where it is none."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()) if sys.stderr.isatty() else None
+    except (OSError, ValueError, AttributeError):  # closed, replaced, or none at all
+        return None
+
+
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")

@@ -152,7 +152,10 @@ class _Carded:
         )
 
 
-_FAMILIES = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "models")])} - {"encoder"}
+_FAMILIES = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "models")])} - {
+    "encoder",
+    "features",
+}
 
 _registered: dict[str, _Coded | _Carded] = {}  # beside the models of this package's own cards
 

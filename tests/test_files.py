@@ -8,8 +8,10 @@ import json
 import os
 import platform
 import re
+import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +23,7 @@ from brainfm.files import (
     file_state,
     held,
     one_line,
+    progress_bar,
     sweep,
     temporary_path,
     write_json,
@@ -261,3 +264,56 @@ def test_file_system_without_locks_costs_the_lock_and_not_the_result(fault, tmp_
         write_text(tmp_path / "out.csv", "whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
     assert "cannot be locked here" in caplog.text
+
+
+# --- The bar ----------------------------------------------------------------------------------------
+
+COUNTING = """
+from brainfm.files import progress_bar
+with progress_bar(total=3, unit="scan", doing="embedding", shown=True) as bar:
+    for _ in range(3):
+        bar.update()
+"""
+
+
+def drawn(rows: int, columns: int, **environment: str) -> str:
+    """What a command draws on a terminal of this size."""
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    started = subprocess.Popen([sys.executable, "-c", COUNTING], stderr=theirs, env=os.environ | environment)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            block = os.read(ours, 4096)
+        except OSError:  # Linux: the other end is closed
+            block = b""
+        if not block:
+            break
+        seen += block
+    os.close(ours)
+    assert started.wait(60) == 0
+    return seen.decode()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 80), (0, 0), (24, 0), (0, 80)])
+def test_bar_is_drawn_on_a_terminal_even_of_no_known_size(rows, columns):
+    assert re.search(r"embedding: 100%\|\S{10,}\| 3/3 \[.*scan/s\]", drawn(rows, columns))
+
+
+def test_bar_is_not_drawn_where_tqdm_is_disabled():
+    assert drawn(24, 80, TQDM_DISABLE="1") == ""
+
+
+def test_bar_is_not_drawn_into_a_pipe():
+    ended = subprocess.run([sys.executable, "-c", COUNTING], capture_output=True, text=True, timeout=60, check=True)
+    assert (ended.stdout, ended.stderr) == ("", "")
+
+
+def test_bar_is_drawn_in_a_notebook_whose_stderr_is_no_terminal(monkeypatch, capsys):
+    shell = SimpleNamespace(kernel="a kernel", config={})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    with progress_bar(total=2, unit="scan", doing="embedding", shown=True) as bar:
+        bar.update(2)
+    assert "embedding: 100%" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from brainfm.cli.models import (
 from brainfm.cli.preparation import prep_command, qc_command
 from brainfm.cli.scans import demo_command, embed_command, phantom_command
 from brainfm.cli.training import cache_group, pretrain_command
+from brainfm.cli.verbosity import apply, takes_verbosity, wants
 
 EPILOG = "Documentation: README.md. Every refusal says what to do next."
 
@@ -37,7 +38,7 @@ class _Commands(click.Group):
         except BrokenPipeError:
             raise  # 'brainfm list | head': click ends in silence
         except (BrainfmError, OSError) as error:
-            if ctx.params.get("debug"):
+            if wants(ctx, "debug"):
                 raise
             click.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
             ctx.exit(1)
@@ -48,18 +49,13 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="brainfm")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error, and more of what happens.")
-def main(debug: bool) -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Pretrained encoders for 3D brain MRI, each with the exact input its weights expect."""
-    import logging
     import os
 
-    logger = logging.getLogger("brainfm")
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-    logging.getLogger("brainfm.scan").setLevel(logging.DEBUG if debug else logging.WARNING)  # else a line a scan
-    if not debug:  # each retry of a download is no news; what fails in the end is said once
+    apply(context)
+    if not wants(context, "debug"):  # each retry of a download is no news; what fails in the end is said once
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
@@ -70,3 +66,4 @@ for _command in (
     *(pretrain_command, probe_command, finetune_command, benchmark_command),
 ):
     main.add_command(_command)
+takes_verbosity(main)

@@ -104,7 +104,7 @@ def embed_command(
         num_workers=workers,
         output=output,
         on_error="raise" if strict else "skip",
-        progress=sys.stderr.isatty() or len(records) > 1,
+        progress=True,
         **options,
     )
     tables = made if several else [made]

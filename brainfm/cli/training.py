@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from brainfm.cli.verbosity import takes_verbosity
+
 
 @click.group("cache")
 def cache_group() -> None:
@@ -46,4 +48,4 @@ def pretrain_command(arguments: tuple[str, ...]) -> None:
     """Pretrain an encoder by a recipe; also 'python -m brainfm.train', which torchrun starts."""
     from brainfm.train.command import pretrain_command as command
 
-    command.main(list(arguments), prog_name="brainfm pretrain")
+    takes_verbosity(command).main(list(arguments), "pretrain", parent=click.get_current_context().find_root())

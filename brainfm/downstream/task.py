@@ -280,9 +280,10 @@ def kind_of(texts: Sequence[str], label: str) -> Kind:
     values = {text for text in texts if not is_missing(text)}
     if len(values) <= 2:
         return "binary"
-    if not any(map(_is_number, values)):
+    are_numbers = np.isfinite(numbers_of(sorted(values)))
+    if not are_numbers.any():
         return "multiclass"
-    if len(values) > _MOST_CLASSES and all(map(_is_number, values)):
+    if len(values) > _MOST_CLASSES and are_numbers.all():
         return "regression"
     raise TaskError(
         f"{label} has {len(values)} different values ({_few(sorted(values))}): classes or a quantity? Say --kind "

@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import Any
 
 from brainfm.models.encoder import Encoder
+from brainfm.models.features import FeatureMaps
 
-__all__ = ["Encoder", "ResNet", "VisionTransformer", "constructor"]
+__all__ = ["Encoder", "FeatureMaps", "ResNet", "VisionTransformer", "constructor"]
 
 
 def constructor(network: str) -> Callable[..., Encoder]:

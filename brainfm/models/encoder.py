@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from brainfm.contract import Triple
 from brainfm.pretrained import PretrainedCfg
+
+logger = logging.getLogger("brainfm")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,6 +37,27 @@ def stage(
     return {"num_chs": num_chs, "reduction": reduction, "offset": offset, "module": module}
 
 
+class FeatureInfo(list[dict[str, Any]]):
+    """The stages of an encoder, see `stage`, and timm's way to ask for one thing of all, of one (`idx`) or of some."""
+
+    def channels(self, idx: int | Sequence[int] | None = None) -> Any:
+        """The channels of each stage's map."""
+        return self._of(idx, "num_chs")
+
+    def reduction(self, idx: int | Sequence[int] | None = None) -> Any:
+        """Voxels of the input from one cell of each map to the next, by axis."""
+        return self._of(idx, "reduction")
+
+    def module_name(self, idx: int | Sequence[int] | None = None) -> Any:
+        """The name of each stage's module."""
+        return self._of(idx, "module")
+
+    def _of(self, idx: int | Sequence[int] | None, key: str) -> Any:
+        if isinstance(idx, int):
+            return self[idx][key]
+        return [self[n][key] for n in (range(len(self)) if idx is None else idx)]
+
+
 class Encoder(nn.Module, ABC):
     """A 3D encoder: volumes [B, in_chans, D, H, W] in, embeddings [B, num_features] or logits out.
 
@@ -47,8 +71,8 @@ class Encoder(nn.Module, ABC):
         num_classes: Outputs of the classifier; 0 without one.
         in_chans: Input channels.
         global_pool: How a feature map or tokens become one vector; one of `pools`.
-        feature_info: A dict a stage, see `stage`.
-        pretrained_cfg: What the weights are and expect; set by `create_model`.
+        feature_info: A dict a stage, see `stage`; a family may set a plain list.
+        pretrained_cfg: What the weights are and expect; set by `create_model`; `default_cfg` in old timm.
         cam_layer: The layer whose map Grad-CAM weighs where none is named; "" is the last stage.
         optimizations: What `for_inference` did to this copy, in words; empty for what `create_model` gives.
     """
@@ -61,7 +85,6 @@ class Encoder(nn.Module, ABC):
     num_classes: int
     in_chans: int
     global_pool: str
-    feature_info: list[dict[str, Any]]
     pretrained_cfg: PretrainedCfg
     network: str  # the constructor's name, by which a config asks for it
     model_args: dict[str, Any]  # what `create_model` gave the constructor, beside channels, classes and dropout
@@ -74,13 +97,27 @@ class Encoder(nn.Module, ABC):
         super().__init__()
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.global_pool = self._checked_pool(global_pool or self.pools[0])
+        self.global_pool = self.pools[0] if global_pool is None else self._checked_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.pretrained_cfg = PretrainedCfg()
         self.network, self.model_args, self.saved_args = "", {}, {}
         self.weights_report = None
         self.grad_checkpointing = False
         self._frozen = False
+        self._feature_info = FeatureInfo()
+        self._size_was_said = False
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        return self._feature_info
+
+    @feature_info.setter
+    def feature_info(self, stages: list[dict[str, Any]]) -> None:
+        self._feature_info = FeatureInfo(stages)
+
+    @property
+    def default_cfg(self) -> PretrainedCfg:
+        return self.pretrained_cfg
 
     # --- what a family may say of itself ---
 
@@ -146,7 +183,11 @@ class Encoder(nn.Module, ABC):
         return self._finish(x)
 
     def forward_intermediates(
-        self, x: Tensor, indices: int | Sequence[int] | None = None, intermediates_only: bool = False
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        intermediates_only: bool = False,
+        output_fmt: Literal["NCDHW", "NLC"] = "NCDHW",
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The feature maps [B, C, d, h, w] of chosen stages, beside the final features unless `intermediates_only`.
 
@@ -154,7 +195,14 @@ class Encoder(nn.Module, ABC):
             x: [B, in_chans, D, H, W].
             indices: Which stages of `feature_info`: a list (negative counts from the end), the last n, or None for all.
             intermediates_only: Return the list alone, and compute nothing after the last chosen stage.
+            output_fmt: "NCDHW" for maps; "NLC" for their cells in a row, [B, d·h·w, C], z slowest, without a class
+                token.
+
+        Raises:
+            ValueError: There is no such stage or format, or the volumes do not fit.
         """
+        if output_fmt not in ("NCDHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCDHW' (maps of three axes) or 'NLC' (cells), not {output_fmt!r}")
         wanted = chosen_stages(indices, len(self.feature_info))
         self._check_input(x)
         shape, found = x.shape[2:], []
@@ -162,7 +210,8 @@ class Encoder(nn.Module, ABC):
         for number in range(len(self.feature_info)):
             x = self._stage(number, x, needed=number in wanted)
             if number in wanted:
-                found.append(self._as_map(x, shape))
+                cells = self._as_map(x, shape)
+                found.append(cells if output_fmt == "NCDHW" else cells.flatten(2).transpose(1, 2))
             if intermediates_only and number == wanted[-1]:
                 return found
         return self._finish(x), found
@@ -254,7 +303,9 @@ class Encoder(nn.Module, ABC):
 
     def _checked_pool(self, name: str) -> str:
         if name not in self.pools:
-            raise ValueError(f"{type(self).__name__} pools by {' or '.join(map(repr, self.pools))}, not {name!r}")
+            unpooled = "" if name else "; what is not pooled is model.forward_features(x), or model.dense(x) as a map"
+            ways = " or ".join(map(repr, self.pools))
+            raise ValueError(f"{type(self).__name__} pools by {ways}, not {name!r}{unpooled}")
         return name
 
     def _check_input(self, x: Tensor) -> None:
@@ -262,6 +313,22 @@ class Encoder(nn.Module, ABC):
             raise ValueError(
                 f"expected volumes of shape [B, {self.in_chans}, D, H, W], got {list(x.shape)}"
                 + ("; add the batch axis: model(tensor[None])" if x.ndim == 4 else "")
+            )
+        self._check_size(tuple(x.shape[2:]))
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        """Say once that pretrained weights are shown volumes of another size than their contract makes."""
+        if self.weights_report is None or self._size_was_said:
+            return
+        spec, window = self.pretrained_cfg.input_spec, self.pretrained_cfg.readout.window
+        expected = window.shape if window else spec and spec.output_shape and spec.output_shape[1:]
+        if expected and size != tuple(expected):
+            self._size_was_said = True
+            logger.warning(
+                "%s expects volumes of %s voxels, and was given %s; brainfm.create_transform(model) makes them",
+                self.pretrained_cfg.name or type(self).__name__,
+                "×".join(map(str, expected)),
+                "×".join(map(str, size)),
             )
 
     def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

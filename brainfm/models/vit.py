@@ -92,23 +92,43 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block."""
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, each sample's branch is left out with this probability.
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    What is kept is divided by the probability of being kept, so that the mean stays.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path_rate must be at least 0 and below 1, not {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept / (1 - self.rate)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, each of whose two branches may be left out in training (`DropPath`)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
 
 class VisionTransformer(Encoder):
-    """A ViT on 3D patches. It takes any volume that the patch divides.
+    """A ViT on 3D patches. It takes volumes of `img_size`; with `dynamic_img_size` any that the patch divides.
 
     `forward_features` gives all tokens after the final norm, the CLS token first. The position embedding is fixed
     sin-cos, computed anew for another input size; one that was learned, or loaded with other values, is interpolated.
@@ -117,13 +137,15 @@ class VisionTransformer(Encoder):
         dim: Width of the tokens, and of the embedding.
         depth: Blocks.
         num_heads: Attention heads.
-        img_size: Voxels of the volume the position embedding is stored for.
+        img_size: Voxels of the volumes, and of what the position embedding is stored for.
         patch_size: Voxels of a patch.
         num_classes: Outputs of the classifier `head`; 0 for none.
         in_chans: Input channels.
         global_pool: "token" (the CLS token, as linear probing in the MAE work) or "avg" (the patch tokens' mean, as
             fine-tuning there).
         drop_rate: Dropout on the pooled embedding, in training.
+        drop_path_rate: Stochastic depth, in training: the last block's; it rises evenly from 0 in the first.
+        dynamic_img_size: Take volumes of other sizes too.
     """
 
     pools = ("token", "avg")
@@ -142,14 +164,18 @@ class VisionTransformer(Encoder):
         in_chans: int = 1,
         global_pool: str | None = None,
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, global_pool, drop_rate)
         self.num_features = dim
+        self.img_size, self.dynamic_img_size = tuple(img_size), dynamic_img_size
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
         self.grid = self.patch_embed.grid(img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        rates = [drop_path_rate * n / max(1, depth - 1) for n in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, num_heads, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         z, y, x = ((size - 1) / 2 for size in patch_size)
         self.feature_info = [stage(f"blocks.{n}", dim, patch_size, (z, y, x)) for n in range(depth)]
@@ -182,6 +208,14 @@ class VisionTransformer(Encoder):
 
     def _as_map(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         return x[:, 1:].transpose(1, 2).reshape(len(x), -1, *self.patch_embed.grid(shape))
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        if size != self.img_size and not self.dynamic_img_size:
+            raise ValueError(
+                f"this ViT takes volumes of {self.img_size} voxels, not {size}; for others, build it by "
+                "create_model(…, img_size=…), or with dynamic_img_size=True for any that its patch divides"
+            )
+        super()._check_size(size)
 
     def pool(self, features: Tensor) -> Tensor:
         return features[:, 0] if self.global_pool == "token" else features[:, 1:].mean(dim=1)

@@ -1,7 +1,28 @@
-"""Self-supervised pretraining: SimCLR and masked autoencoders, as Kaczmarek et al. 2025 (arXiv 2509.10620) ran them."""
+"""Self-supervised pretraining: SimCLR and masked autoencoders, as Kaczmarek et al. 2025 (arXiv 2509.10620) ran them.
 
-from brainfm.train.losses import NTXentLoss, nt_xent_loss
-from brainfm.train.mae import MaskedAutoencoder
-from brainfm.train.simclr import SimCLR
+Names and modules are imported when they are first asked for.
+"""
 
-__all__ = ["MaskedAutoencoder", "NTXentLoss", "SimCLR", "nt_xent_loss"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from brainfm.lazy import found_in
+
+if TYPE_CHECKING:
+    from brainfm.train.losses import NTXentLoss as NTXentLoss
+    from brainfm.train.losses import nt_xent_loss as nt_xent_loss
+    from brainfm.train.mae import MaskedAutoencoder as MaskedAutoencoder
+    from brainfm.train.simclr import SimCLR as SimCLR
+
+_WHERE = {"NTXentLoss": "losses", "nt_xent_loss": "losses", "MaskedAutoencoder": "mae", "SimCLR": "simclr"}
+
+__all__ = [*sorted(_WHERE)]
+
+
+def __getattr__(name: str) -> Any:
+    return found_in(__name__, name, _WHERE)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

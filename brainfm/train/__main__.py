@@ -1,6 +1,8 @@
 """`python -m brainfm.train RECIPE key=value …`, also under torchrun; the same as `brainfm pretrain`."""
 
-from brainfm.train.command import pretrain_command
+import sys
+
+from brainfm.__main__ import main
 
 if __name__ == "__main__":
-    pretrain_command(prog_name="python -m brainfm.train")
+    main(["pretrain", *sys.argv[1:]])

@@ -73,5 +73,5 @@ def _log_lines(logger: logging.Logger, rank: int) -> None:
     """Print what is logged, once, and of a group's processes the first one's."""
     if not logger.handlers:  # `brainfm` has set its own
         logger.addHandler(logging.StreamHandler())
-    logger.setLevel(min(logging.INFO, logger.level or logging.INFO) if rank == 0 else logging.ERROR)
+    logger.setLevel((logger.level or logging.INFO) if rank == 0 else logging.ERROR)
     logging.getLogger("brainfm.scan").setLevel(logging.WARNING)  # else a line a scan

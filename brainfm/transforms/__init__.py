@@ -29,6 +29,10 @@ class InputTransform:
         spec: The input contract.
         on_mismatch: What to do with a template-space scan on another grid; see `brainfm.load_scan`.
         augment: Called with the finished tensor, [C, D, H, W] to the same.
+
+    Raises:
+        TypeError: `spec` is no input contract, or `augment` cannot be called.
+        ValueError: `on_mismatch` is neither of the two.
     """
 
     def __init__(
@@ -37,7 +41,11 @@ class InputTransform:
         on_mismatch: Literal["resample", "raise"] = "resample",
         augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec = checked_spec(spec)
+        if on_mismatch not in ("resample", "raise"):
+            raise ValueError(f'on_mismatch must be "resample" or "raise", not {on_mismatch!r}')
+        if augment is not None and not callable(augment):
+            raise TypeError(f"augment must be called with a tensor, and a {type(augment).__name__} cannot be called")
         self.on_mismatch: Literal["resample", "raise"] = on_mismatch
         self.augment = augment
 
@@ -83,6 +91,16 @@ class InputTransform:
 
     def __repr__(self) -> str:
         return "InputTransform\n  " + describe(self.spec).replace("\n", "\n  ")
+
+
+def checked_spec(spec: InputSpec) -> InputSpec:
+    """The contract itself. Raises TypeError where it is none, such as a model's name."""
+    if not isinstance(spec, InputSpec):
+        raise TypeError(
+            f"spec must be a brainfm.InputSpec, not {spec!r:.60}; that of a model is "
+            "brainfm.get_pretrained_cfg(name).input_spec"
+        )
+    return spec
 
 
 def create_transform(

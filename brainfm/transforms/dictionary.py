@@ -35,7 +35,8 @@ class InputTransformd(MapTransform):  # type: ignore[misc]
         output_key: Where the tensor goes; None is `image_key`, or of several keys "image".
 
     Raises:
-        ValueError: There are not as many keys as the contract has channels.
+        TypeError: `spec` is no input contract, or a key cannot be one.
+        ValueError: The keys are not those of the contract's channels, or two of them are the same.
 
     Example:
         >>> spec = brainfm.get_pretrained_cfg("simclr_resnet18_3d").input_spec
@@ -51,10 +52,13 @@ class InputTransformd(MapTransform):  # type: ignore[misc]
         on_mismatch: Literal["resample", "raise"] = "resample",
         output_key: Hashable | None = None,
     ) -> None:
+        self.transform = InputTransform(spec, on_mismatch)
         self.channel_keys = _channel_keys(image_key, spec)
         keys = list(self.channel_keys.values()) if self.channel_keys else [image_key]
-        super().__init__(keys if mask_key is None else [*keys, mask_key], allow_missing_keys=True)
-        self.transform = InputTransform(spec, on_mismatch)
+        keys += [] if mask_key is None else [mask_key]
+        if len(set(keys)) != len(keys):  # a key that cannot be one is a TypeError here
+            raise ValueError(f"each channel and the mask need a key of their own, not {keys}")
+        super().__init__(keys, allow_missing_keys=True)
         self.image_key = image_key
         self.mask_key = mask_key
         default = "image" if self.channel_keys else image_key
@@ -82,6 +86,10 @@ class InputTransformd(MapTransform):  # type: ignore[misc]
 def _channel_keys(image_key: Any, spec: InputSpec) -> dict[str, Hashable]:
     """The key of each channel; empty where one key holds the scan."""
     if isinstance(image_key, Mapping):
+        if "any" not in spec.channels and (unknown := image_key.keys() - set(spec.channels)):
+            raise ValueError(
+                f"image_key names {min(unknown)!r}; the contract's channels are {', '.join(spec.channels)}"
+            )
         return dict(image_key)
     if not isinstance(image_key, list | tuple):
         return {}

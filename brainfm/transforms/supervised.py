@@ -7,6 +7,7 @@ from monai import transforms as monai
 from torch import Tensor
 
 from brainfm.contract import InputSpec
+from brainfm.transforms import checked_spec
 
 _PUBLISHED = (150, 192, 192)
 
@@ -25,10 +26,12 @@ class SupervisedAugmentation:
         spec: A contract with a fixed output shape, whose last axis runs left–right.
 
     Raises:
+        TypeError: `spec` is no input contract.
         ValueError: The contract's output shape depends on the scan.
     """
 
     def __init__(self, spec: InputSpec) -> None:
+        spec = checked_spec(spec)
         if spec.output_shape is None:
             raise ValueError("this augmentation needs an input contract with a fixed output shape")
         shape = spec.output_shape[1:]

@@ -13,9 +13,10 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,11 +44,13 @@ class Checkpoint:
         dropped: What the file holds beside the network, such as "optimizer_state_dict".
         provenance: What a file that brainfm wrote says of itself: "source", its "source_sha256" (and "source_git_blob"
             where that is known), and what was "left_out" of it.
+        prefix: What was taken off the names, see `unwrapped`.
     """
 
     state: dict[str, Tensor]
     dropped: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -299,11 +302,9 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str 
     checkpoint = read_for(model, path)
     state = fitted(model, checkpoint)
     _match_head(model, state)
-    _check_fit(model, state, str(path))
+    _check_fit(model, state, f"{path}, under {checkpoint.prefix!r}" if checkpoint.prefix else str(path))
     model.load_state_dict(state, strict=True)
-    unused = sorted(
-        {key.split(".")[0] for key in checkpoint.state} - {key.split(".")[0] for key in state} - {"encoder"}
-    )
+    unused = sorted({key.split(".")[0] for key in checkpoint.state} - {key.split(".")[0] for key in state})
     report = WeightsReport(source or str(path), str(path), (*unused, *checkpoint.dropped))
     if report.dropped:
         logger.info("%s: left out %s", path, ", ".join(report.dropped))
@@ -313,26 +314,69 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], source: str 
 def read_for(model: nn.Module, path: str | os.PathLike[str]) -> Checkpoint:
     """A weight file under the names of a model: in the authors' file, those that its cfg gives them (`Keys`).
 
-    A file that has the model's own names, such as one that was trained further, is taken as it is, with its classifier.
-    Raises as `read_checkpoint`.
+    A file that has the model's own names, such as one that was trained further, is taken as it is, with its classifier;
+    one of a module that the model was trained in, without the prefix, see `unwrapped`. Raises as `read_checkpoint`, and
+    WeightsError where the names can be read in two ways.
     """
     cfg = getattr(model, "pretrained_cfg", None)
     keys = cfg.keys if isinstance(cfg, PretrainedCfg) else Keys()
     checkpoint = read_checkpoint(path, keys.take)
-    if keys == Keys() or _has_names_of(model, checkpoint):
-        return checkpoint
+    bare = {key.removeprefix(_common_prefix(checkpoint.state)) for key in checkpoint.state}
     try:
-        return renamed(checkpoint, keys)
+        if keys != Keys() and _trunk(model, bare) != _trunk(model, model.state_dict()):
+            checkpoint = renamed(checkpoint, keys)
+        return unwrapped(checkpoint, model)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from error
 
 
-def _has_names_of(model: nn.Module, checkpoint: Checkpoint) -> bool:
+def _trunk(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names without those of an encoder's classifier."""
     head = (f"{model.classifier_name}.",) if isinstance(model, Encoder) else ()
-    wanted, found = (
-        {key for key in names if not key.startswith(head)} for names in (model.state_dict(), checkpoint.state)
-    )
-    return wanted == found
+    return {name for name in names if not name.startswith(head)}
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """The modules, "net." or "module.encoder.", that all names are in."""
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{level[0]}." for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def unwrapped(checkpoint: Checkpoint, model: nn.Module) -> Checkpoint:
+    """A model out of the module that it was trained in, such as `net.` of a LightningModule or `encoder.` of SimCLR.
+
+    A prefix that all names have is taken off. Where the model is under `encoder.` beside other parts, these belong to
+    its pretraining (a projector, a decoder), and are left out.
+
+    Raises:
+        ValueError: The model is under another prefix beside other parts, or under several.
+    """
+    state, wanted = checkpoint.state, _trunk(model, model.state_dict())
+    common = _common_prefix(state)
+    if wanted & state.keys() or any(name.startswith(common) for name in wanted if common):
+        return checkpoint
+    some = min(wanted, default="")
+    ends = {key.removesuffix(some) for key in state if key.endswith(f".{some}")}
+    fits = sorted(prefix for prefix in ends if all(prefix + name in state for name in wanted))
+    prefix = fits[0] if fits else common
+    beside = [key for key in state if not key.startswith(prefix)]
+    parts = sorted({key.removeprefix(common).split(".")[0] for key in beside})
+    if len(fits) > 1 or (beside and not f".{prefix}".endswith(".encoder.")):
+        others = [f"^{re.escape(part)}" for part in sorted({_top(key) for key in beside})]
+        keys = {"keys": {"rename": {f"^{re.escape(prefix)}": ""}, "drop": others}}
+        places = " and under ".join(map(repr, fits))
+        raise ValueError(
+            f"the {type(model).__name__} is in it under {places}, beside {_some(parts)}; take one, and leave the rest "
+            f"out, by pretrained_cfg_overlay={json.dumps(keys)}"
+        )
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return replace(checkpoint, state=inside, dropped=(*parts, *checkpoint.dropped), prefix=prefix)
+
+
+def _top(key: str) -> str:
+    """The outermost module of a tensor's name, with its dot."""
+    top, dot, _ = key.partition(".")
+    return top + dot
 
 
 def renamed(checkpoint: Checkpoint, keys: Keys) -> Checkpoint:

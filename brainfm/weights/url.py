@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from brainfm.errors import WeightsNotFoundError
-from brainfm.files import one_line, sync
+from brainfm.files import one_line, progress_bar, sync
 
 logger = logging.getLogger("brainfm")
 
@@ -65,15 +65,13 @@ def _fetch(url: str, partial: Path) -> None:
 
 
 def _fetch_rest(url: str, partial: Path, have: int) -> None:
-    from tqdm import tqdm
-
     headers = {"User-Agent": "brainfm"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_S) as response:
         have = have if response.status == 206 else 0  # a server that does not know ranges sends all of it again
         length = response.headers.get("Content-Length")
         total = None if length is None else have + int(length)
-        shown = {"total": total, "initial": have, "unit": "B", "unit_scale": True, "desc": partial.stem}
-        with partial.open("ab" if have else "wb") as file, tqdm(**shown) as bar:
+        bar = progress_bar(total=total, unit="B", doing=partial.stem, shown=True, done=have)
+        with partial.open("ab" if have else "wb") as file, bar:
             while block := response.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import brainfm
 from brainfm.assets import ASSETS
 from brainfm.models import VisionTransformer
-from brainfm.models.vit import Attention, Block, interpolate_positions, sincos_positions
+from brainfm.models.vit import Attention, Block, DropPath, interpolate_positions, sincos_positions
 
 PATCH = (2, 3, 4)
 SIZE = (4, 9, 16)  # 2×3×4 patches
@@ -121,7 +121,7 @@ def test_registered_models_start_with_these_positions(name):
 
 
 def test_another_input_size_gives_what_a_model_built_for_it_gives():
-    model, other_size = randomise(small_vit()), (8, 6, 12)
+    model, other_size = randomise(small_vit(dynamic_img_size=True)), (8, 6, 12)
     model.pos_embed.data.copy_(sincos_positions(24, (2, 3, 4)))
     built = small_vit(other_size)
     built.load_state_dict({k: v for k, v in model.state_dict().items() if k != "pos_embed"}, strict=False)
@@ -138,7 +138,7 @@ def test_fixed_positions_are_known_as_such_in_any_type(dtype):
 
 
 def test_learned_positions_are_interpolated_for_another_input_size():
-    model = small_vit()
+    model = small_vit(dynamic_img_size=True)
     model.pos_embed.data += 0.1 * torch.randn(model.pos_embed.shape)
     built = small_vit((8, 6, 12))
     built.load_state_dict(model.state_dict() | {"pos_embed": built.pos_embed})
@@ -199,7 +199,43 @@ def test_size_that_the_patch_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="do not divide"):
         small_vit((4, 9, 15))
     with pytest.raises(ValueError, match="do not divide"):
-        small_vit()(torch.zeros(1, 1, 4, 8, 16))
+        small_vit(dynamic_img_size=True)(torch.zeros(1, 1, 4, 8, 16))
+
+
+def test_volume_on_another_grid_is_refused_with_the_ways_to_take_it():
+    model = brainfm.create_model("test_vit_3d", pretrained=True)
+    for forward in (model, model.forward_features, model.forward_intermediates, model.dense):
+        with pytest.raises(ValueError, match=r"takes volumes of \(40, 48, 48\) voxels, not \(20, 24, 24\).*img_size"):
+            forward(torch.zeros(1, 1, 20, 24, 24))
+
+
+# --- Stochastic depth -------------------------------------------------------------------------------
+
+
+def test_drop_path_leaves_out_branches_of_some_samples_in_training_only():
+    model = brainfm.create_model("test_vit_3d", pretrained=True, drop_path_rate=0.9)
+    plain = brainfm.create_model("test_vit_3d", pretrained=True)
+    rates = [block.drop_path.rate for block in model.blocks]
+    assert (rates[0], rates[-1], rates) == (0, 0.9, sorted(rates))
+    x = torch.randn(1, 1, 40, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+        torch.manual_seed(0)
+        assert len({tuple(z.tolist()) for z in model.train()(x.expand(6, -1, -1, -1, -1))}) > 1
+
+
+def test_what_drop_path_keeps_has_the_same_mean():
+    torch.manual_seed(0)
+    dropped = DropPath(0.25).train()(torch.ones(4000, 2, 3))
+    assert dropped.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (dropped == dropped[:, :1, :1]).all()  # a sample's branch as a whole
+    assert dropped.mean().item() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_impossible_drop_path_rate_is_refused(rate):
+    with pytest.raises(ValueError, match="drop_path_rate"):
+        small_vit(drop_path_rate=rate)
 
 
 # --- Blocks -----------------------------------------------------------------------------------------
@@ -311,7 +347,7 @@ def test_checkpoint_stored_for_another_size_gets_learned_positions_interpolated(
 
 
 def test_published_model_built_for_another_size_equals_the_published_one_fed_that_size():
-    published = brainfm.create_model("test_vit_3d", pretrained=True)
+    published = brainfm.create_model("test_vit_3d", pretrained=True, dynamic_img_size=True)
     built = brainfm.create_model("test_vit_3d", pretrained=True, img_size=OTHER_SIZE)
     x = torch.randn(1, 1, *OTHER_SIZE)
     with torch.inference_mode():

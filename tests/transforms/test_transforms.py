@@ -20,6 +20,7 @@ from brainfm import ModelNameError, PretrainedCfg, ScanError
 from brainfm.contract import Transpose
 from brainfm.scan.read import read_image
 from brainfm.transforms import InputTransform, InputTransformd, create_transform
+from brainfm.transforms.supervised import SupervisedAugmentation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nvImageCodec:UserWarning")
 
@@ -482,6 +483,29 @@ def test_dictionary_transform_names_a_missing_channel(channels, two_channels):
 def test_dictionary_transform_with_too_few_keys_is_refused(two_channels):
     with pytest.raises(ValueError, match="1 keys, and the contract takes 2 channels, T1w, FLAIR"):
         InputTransformd(two_channels, ["t1"])
+
+
+@pytest.mark.parametrize("build", [InputTransform, InputTransformd, SupervisedAugmentation])
+def test_transform_of_a_name_instead_of_a_contract_is_refused_when_it_is_built(build):
+    with pytest.raises(
+        TypeError, match=r"must be a brainfm\.InputSpec, not 'simclr_resnet18_3d'; .*get_pretrained_cfg"
+    ):
+        build("simclr_resnet18_3d")
+
+
+@pytest.mark.parametrize("build", [InputTransform, InputTransformd])
+def test_transform_with_an_impossible_argument_is_refused_when_it_is_built(build, small_spec):
+    with pytest.raises(ValueError, match='on_mismatch must be "resample" or "raise", not \'crop\''):
+        build(small_spec, on_mismatch="crop")
+    with pytest.raises(TypeError):
+        build(small_spec, **({"augment": 3} if build is InputTransform else {"image_key": {"T1w": []}}))
+
+
+def test_dictionary_transform_with_impossible_keys_is_refused_when_it_is_built(small_spec, two_channels):
+    with pytest.raises(ValueError, match="image_key names 'T2w'; the contract's channels are T1w, FLAIR"):
+        InputTransformd(two_channels, {"T1w": "t1", "T2w": "t2"})
+    with pytest.raises(ValueError, match="a key of their own"):
+        InputTransformd(small_spec, "image", mask_key="image")
 
 
 def test_dictionary_transform_of_one_image_is_refused_with_the_way_out(item, two_channels):

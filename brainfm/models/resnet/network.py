@@ -108,11 +108,6 @@ class ResNet(Encoder):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
-    def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Take the encoder out of a SimCLR checkpoint (`encoder.…` beside `projector.…`), then as every family does."""
-        inside = {key[8:]: value for key, value in state.items() if key.startswith("encoder.")}
-        return super().filter_state_dict(inside or state)
-
     def for_inference(self, dtype: torch.dtype) -> Encoder:
         """As the contract says: norms folded, all but the last stage a few planes at a time, see `streamed`.
 
