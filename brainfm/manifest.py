@@ -17,6 +17,7 @@ from brainfm.scan import ImageLike, ScanLike
 from brainfm.scan.kinds import is_dicom
 from brainfm.scan.load import image_of, name_of
 from brainfm.scan.memory import is_mapping
+from brainfm.system import expanded
 
 logger = logging.getLogger("brainfm")
 
@@ -84,7 +85,7 @@ class ScanRecord:
         """
 
         def path(text: str) -> str | Path:
-            return folder / Path(text).expanduser() if folder else text
+            return folder / expanded(text) if folder else text
 
         values = dict(row)
         mask, patient, scan = (values.pop(name, "") for name in ("mask_path", "patient_id", "scan_id"))

@@ -241,6 +241,9 @@ def test_output_is_held_once_within_a_process_and_free_afterwards(tmp_path):
 
 def test_processes_of_one_torchrun_share_a_lock(tmp_path, monkeypatch):
     with held(tmp_path / "out.csv"):
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "1")
         with held(tmp_path / "out.csv"):
             pass
