@@ -43,7 +43,7 @@ def available_cores() -> int:
 
 def _quotas() -> Iterator[float]:
     """The processor time, in cores, that each control group around this process allows (cgroup v2 and v1)."""
-    with suppress(OSError, UnicodeDecodeError):
+    with suppress(OSError, ValueError):  # ValueError: other lines than these
         for line in (_PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, place = line.split(":", 2)
             inner = PurePosixPath(place.lstrip("/"))
