@@ -282,5 +282,6 @@ def _check_contract(folder: Path, spec: InputSpec) -> None:
         raise BrainfmError(
             f"{folder}: this cache was built for another input contract, of {sizes[0]} voxels where this model takes "
             f"{sizes[1]} (they differ in {', '.join(differ) or 'its format'}); build this model's beside it: "
-            f"brainfm cache build MANIFEST {folder}-{contract_digest(spec)} --model MODEL; or remove {folder}, if it was a mistake"
+            f"brainfm cache build MANIFEST {folder}-{contract_digest(spec)} --model MODEL; or remove {folder}, if it "
+            "was a mistake"
         )
