@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
@@ -21,12 +21,13 @@ from brainfm.dense import DenseDType, dense_affine, dense_paths, write_dense
 from brainfm.errors import ScanError
 from brainfm.factory import create_model
 from brainfm.files import held, one_line, progress_bar, sweep, write_json
-from brainfm.inference import DTypeName, available_cores, optimize, resolve_device, resolve_dtype
+from brainfm.inference import DTypeName, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.features import FeatureMaps
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
+from brainfm.system import expanded, joined, launched, own_cores
 from brainfm.table import Embeddings, Origin, check_output, files_of, write
 from brainfm.transforms import create_transform
 from brainfm.version import __version__
@@ -158,13 +159,14 @@ def embed(
                 outputs.enter_context(held(job.output))
             if job.dense is not None and job.dense.is_dir():
                 sweep(job.dense)
+        outputs.enter_context(joined())
         tables = [_embed(records, job, options) for job in jobs]
     return tables if several else tables[0]
 
 
 def path_of(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> Path:
     """Where `embed` writes the table or the report `path`: of one of several models, at `<name>.<model>.<ending>`."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     return path if model is None else path.with_name(f"{path.stem}.{_file_name(model)}{path.suffix}")
 
 
@@ -201,7 +203,7 @@ def _job(
 ) -> _Job:
     """A job with its own paths, checked as far as can be before hours of work for others."""
     own = model if one_of_several else None
-    folder = None if dense is None else Path(dense).expanduser() / (_file_name(model) if one_of_several else "")
+    folder = None if dense is None else expanded(dense) / (_file_name(model) if one_of_several else "")
     job = _Job(
         model,
         None if output is None else path_of(output, own),
@@ -236,7 +238,7 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     transform = create_transform(encoder)
     for overlap in overlap_of_scans(encoder, records):
         logger.warning("%s: an evaluation on it is one on training data", overlap)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = launched().rank, launched().world
     place = resolve_device(options.device)
     width = getattr(encoder, "num_features", 0)
     origin = origin_of(encoder, options.dtype)
@@ -267,7 +269,7 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     shown = options.progress and rank == 0
     bar = progress_bar(total=len(mine), unit="scan", doing="embedding", shown=shown, done=len(mine) - len(todo))
     try:
-        with _own_cores(place), bar:
+        with own_cores(place), bar:
             for n, outcome in _embedded(reader, batches, place):
                 if isinstance(outcome, ScanError):
                     if options.on_error == "raise":
@@ -442,30 +444,12 @@ def _table(
     return Embeddings(vectors, rows, [(records[n], failed[n]) for n in sorted(failed)], origin)
 
 
-@contextmanager
-def _own_cores(device: torch.device) -> Iterator[None]:
-    """On a CPU that processes of torchrun share, compute with this one's part of its cores."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    before = torch.get_num_threads()
-    if device.type == "cpu" and local > 1:
-        torch.set_num_threads(max(1, available_cores() // local))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _gathered(done: _Rows, failed: dict[int, str], world: int, scans: int) -> tuple[_Rows, dict[int, str]]:
     """What all processes have, on each of them."""
     import torch.distributed as dist
 
-    ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("gloo")
     parts: list[Any] = [None] * world
     dist.all_gather_object(parts, (*done.taken(), failed))
-    if ours:
-        dist.destroy_process_group()
     rows = _Rows(range(scans))
     for numbers, vectors, _ in parts:
         for n, vector in zip(numbers, vectors, strict=True):

@@ -14,15 +14,18 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from brainfm.errors import BrainfmError
+from brainfm.system import launched
 
 logger = logging.getLogger("brainfm")
 
+_BUSY = (errno.EACCES, errno.EBUSY)  # of a move: the file that is replaced is open
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # of a sync: what was written is not on the disk
 
 
@@ -38,9 +41,22 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # CIFS and some FUSE file systems have no modes
             temporary.chmod(mode)
         sync(temporary)
-        temporary.replace(path)
+        _replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Move a file over another, which Windows and its shares refuse as long as another program has that open."""
+    for pause in (0.05, 0.1, 0.2, 0.4, 0.8):
+        try:
+            temporary.replace(path)
+            return
+        except OSError as error:
+            if error.errno not in _BUSY:
+                raise
+        time.sleep(pause)
+    temporary.replace(path)
 
 
 def temporary_path(path: Path) -> Path:
@@ -101,15 +117,15 @@ def held(output: Path) -> Iterator[None]:
     """Keep other commands off an output while the block runs; what killed ones left of it is swept away first.
 
     The lock is a hidden file beside a file, or in a folder that is there, and ends with its process, however that
-    ends. Under torchrun the first process holds it for all. A file system without locks costs the lock, not the
-    result.
+    ends. Under torchrun the first process holds it for all. On a file system without locks, or with locks that lock
+    nothing, a file that says who holds the output stands in for it, as long as that process lives.
 
     Raises:
         BrainfmError: Another command is writing the output; the message says which process, where, and since when.
     """
     from filelock import FileLock, Timeout
 
-    if os.environ.get("RANK", "0") != "0":
+    if launched().rank != 0:
         yield
         return
     in_folder = output.is_dir()
@@ -117,41 +133,56 @@ def held(output: Path) -> Iterator[None]:
     place = output / ".lock" if in_folder else output.with_name(f".{output.name}.lock")
     holder = place.with_suffix(".holder")
     lock = FileLock(place)
-    locked = True
+    why_not = ""
     try:
         lock.acquire(timeout=0)
         while not place.exists():  # it was removed by its last holder between our opening and our locking it
             lock.release()
             lock.acquire(timeout=0)
+        with suppress(Timeout), FileLock(place).acquire(timeout=0):
+            why_not = "its locks lock nothing"
     except Timeout as error:
         raise BrainfmError(
             f"{output}: {_said_by(holder)} is writing it; wait until that has ended, or name another output"
         ) from error
     except (OSError, NotImplementedError) as error:
-        locked = False
-        logger.warning("%s: cannot be locked here (%s); start no second command on it", output, one_line(error))
+        why_not = one_line(error)
+    if why_not:
+        logger.warning("%s: cannot be locked here (%s); start no second command on it", output, why_not)
     try:
-        if locked:
-            since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-            with suppress(OSError):
-                holder.write_text(f"process {os.getpid()} on {platform.node()}, since {since},", encoding="utf-8")
-        sweep(output, others=locked)
-        yield
+        if why_not and _lives(holder):
+            raise BrainfmError(
+                f"{output}: {_said_by(holder)} is writing it; wait until that has ended, or name another output. If it "
+                f"has ended, remove {holder}"
+            )
+        since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        said = f"process {os.getpid()} on {platform.node()}, since {since},"
+        with suppress(OSError):
+            holder.write_text(said, encoding="utf-8")
+        try:
+            sweep(output, others=not why_not)
+            yield
+        finally:
+            if not why_not or _said_by(holder) == said:  # else another's, who began at the same moment
+                for path in (holder, place):  # before the lock is given up: after that they may be another's
+                    with suppress(OSError):
+                        path.unlink()
     finally:
-        if locked:
-            for path in (holder, place):  # before the lock is given up: after that they may be another's
-                with suppress(OSError):
-                    path.unlink()
-            lock.release()
-        else:
-            with suppress(OSError):
-                place.unlink()
+        lock.release()
 
 
 def _said_by(holder: Path) -> str:
     with suppress(OSError, ValueError):
         return one_line(Exception(holder.read_text(encoding="utf-8"))) or "another process"
     return "another process"
+
+
+def _lives(holder: Path) -> bool:
+    """Whether the process that a file names as the holder may still run; that of another machine may."""
+    if not holder.exists():
+        return False
+    named = re.match(r"process (\d+) on (.*), since ", _said_by(holder))
+    return named is None or named[2] != platform.node() or not _has_ended(int(named[1]))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from typing import Any, Literal, cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from brainfm.errors import BrainfmError
 from brainfm.models.encoder import Encoder, computing_in
+from brainfm.system import launched
 
 logger = logging.getLogger("brainfm")
 
@@ -61,15 +61,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        device = f"cuda:{launched().local_rank}"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise BrainfmError(
             f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); try 'cpu'"
         ) from error
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

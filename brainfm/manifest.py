@@ -23,6 +23,7 @@ from brainfm.scan import ImageLike, ScanLike
 from brainfm.scan.kinds import is_dicom
 from brainfm.scan.load import image_of, name_of
 from brainfm.scan.memory import is_mapping
+from brainfm.system import expanded
 from brainfm.tabular import is_frame, is_missing, is_table, read_rows, rows_of
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _found(item: Any) -> Any:
     """A path where the disk has it; everything else, and what is there as it is named, unchanged."""
     if not isinstance(item, str | os.PathLike):
         return item
-    found = on_disk(Path(item).expanduser())
+    found = on_disk(expanded(item))
     return item if found == Path(item) else found
 
 
@@ -282,7 +283,7 @@ def read_manifest(path: Path) -> Listing:
     `scan_id`; scans of a patient that still have one id are told apart by their names. Raises ScanError as `list_scans`
     does.
     """
-    path = path.expanduser()
+    path = expanded(path)
     if not path.exists():
         raise ScanError(f"{path}: no such manifest; check the path")
     return _from_rows(read_rows(path), str(path), path.parent)

@@ -17,6 +17,7 @@ from brainfm.files import one_line
 from brainfm.pretrained import PretrainedCfg, cfg_of, names_a_source
 from brainfm.registry import get_pretrained_cfg, has_network, is_model, network_of
 from brainfm.schema import as_tuples
+from brainfm.system import expanded
 from brainfm.weights.fetch import HUB_CONFIG, HUB_WEIGHTS, hub_file
 from brainfm.zoo.cards import Card
 
@@ -60,7 +61,7 @@ def resolve(
     """
     scheme, place = parse_name(name)
     if scheme == "local-dir":
-        folder = Path(place).expanduser()
+        folder = expanded(place)
         source = _read_config(folder / HUB_CONFIG, name, file=str(folder / HUB_WEIGHTS))
     elif scheme == "hf-hub":
         source = _on_the_hub(place, name, cache_dir)

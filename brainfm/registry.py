@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from brainfm.errors import ModelNameError
 from brainfm.schema import Checked
+from brainfm.system import expanded
 from brainfm.zoo.cards import Card, Licence, ModelCard, read_card, zoo_cards
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def register_card(card: str | os.PathLike[str] | Card) -> list[str]:
     """
     file = None
     if not isinstance(card, Card):
-        file = Path(card).expanduser().resolve()
+        file = expanded(card).resolve()
         card = read_card(file)
     models = {name: _Carded(name, card, file) for name in card.models}
     for name, model in models.items():

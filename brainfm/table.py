@@ -24,6 +24,7 @@ from brainfm.files import atomic_path, one_line, write_json
 from brainfm.manifest import ScanRecord
 from brainfm.paths import printable
 from brainfm.schema import Checked
+from brainfm.system import expanded
 
 FORMATS = (".csv", ".parquet", ".npz")
 _KEY = "brainfm_origin"  # in Parquet's metadata and in an .npz
@@ -179,7 +180,7 @@ def read(path: str | os.PathLike[str]) -> Embeddings:
         >>> table.origin.model, table.vectors.shape
         ('simclr_resnet18_3d.kaczmarek2025', (24, 512))
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix not in FORMATS:
         raise BrainfmError(f"{path}: a table is read from {', '.join(FORMATS)}")
     if not path.is_file():

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import brainfm
-from brainfm import ScanError
+from brainfm import ScanError, system
 from brainfm.cli import main
 from brainfm.contract import InputSpec, Readout
 from brainfm.embed import Embeddings
@@ -980,9 +980,18 @@ def test_automatic_batch_is_one_on_a_cpu(originals):
 
 def test_processes_of_one_machine_share_its_cores(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(module, "available_cores", lambda: 6)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with module._own_cores(torch.device("cpu")):
+    monkeypatch.setattr(system, "available_cores", lambda: 6)
+    names = {
+        "RANK": 1,
+        "LOCAL_RANK": 1,
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "here",
+        "MASTER_PORT": 1,
+    }
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    with system.own_cores(torch.device("cpu")):
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
 

@@ -244,6 +244,9 @@ def test_output_is_held_once_within_a_process_and_free_afterwards(tmp_path):
 
 def test_processes_of_one_torchrun_share_a_lock(tmp_path, monkeypatch):
     with held(tmp_path / "out.csv"):
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "1")
         with held(tmp_path / "out.csv"):
             pass
@@ -317,3 +320,39 @@ def test_bar_is_drawn_in_a_notebook_whose_stderr_is_no_terminal(monkeypatch, cap
     with progress_bar(total=2, unit="scan", doing="embedding", shown=True) as bar:
         bar.update(2)
     assert "embedding: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_output_whose_locks_lock_nothing_is_held_by_what_the_holder_says(alive, tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    process = os.getppid() if alive else dead_process()
+    holder = tmp_path / ".out.csv.holder"
+    holder.write_text(f"process {process} on {platform.node()}, since 2026-01-01 00:00:00+00:00,")
+    if alive:
+        with pytest.raises(BrainfmError, match=rf"out\.csv: process {process} on .*If it has ended, remove "):
+            held(tmp_path / "out.csv").__enter__()
+        assert holder.exists()
+        return
+    with held(tmp_path / "out.csv"):
+        assert f"process {os.getpid()} " in holder.read_text()
+        with pytest.raises(BrainfmError, match=f"process {os.getpid()} on "):
+            held(tmp_path / "out.csv").__enter__()
+    assert not holder.exists()
+    assert "its locks lock nothing" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EBUSY])
+def test_file_that_another_program_has_open_is_replaced_when_it_is_closed(number, tmp_path, monkeypatch):
+    replace, refused = type(tmp_path).replace, []
+
+    def busy(self, target):
+        if len(refused) < 2:
+            refused.append(target)
+            raise OSError(number, "used by another process")
+        return replace(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", busy)
+    write_text(tmp_path / "a.txt", "whole")
+    assert len(refused) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

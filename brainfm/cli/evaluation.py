@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -223,7 +222,9 @@ def _run(
         able = [model for model in models if resolve(model).cfg.has_weights]
         robustness(data, able, output, device=str(plan.settings.get("device", "auto")), progress=True)
         write_report(output)
-    if os.environ.get("RANK", "0") != "0":
+    from brainfm.system import launched
+
+    if launched().rank != 0:
         return
     click.echo((page.parent / "table.md").read_text(encoding="utf-8"))
     click.echo(f"{page}: the page with all tables and figures")

@@ -32,6 +32,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         from brainfm.errors import BrainfmError
+        from brainfm.system import says
 
         try:
             return super().invoke(ctx)
@@ -40,7 +41,9 @@ class _Commands(click.Group):
         except (BrainfmError, OSError) as error:
             if wants(ctx, "debug"):
                 raise
-            click.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+            line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if says(line):
+                click.echo(line, err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -103,6 +104,7 @@ def finetune(
     put_head(encoder, head.outputs, settings)
     transform = create_transform(encoder)
     with process_group(settings.device) as group:
+        settings = settings.on(group.device)
         data = _LabelledData(train, head, transform, settings)
         method = _Supervised(settings, encoder, head, val, transform)
         trainer = Trainer(settings, method, data, group, _data_hash(train, val))
@@ -184,6 +186,7 @@ class _LabelledData(TrainingData):
     def __init__(self, scans: Labelled, head: LinearHead, transform: InputTransform, settings: Finetuning) -> None:
         self.records, self.targets = scans.records, head.targets(scans.labels)
         self.transform, self.seed = transform, settings.seed
+        self.item_bytes = 4 * math.prod(transform.spec.output_shape or (0,))
         self.augment = SupervisedAugmentation(transform.spec) if settings.augment else None
 
     def __len__(self) -> int:

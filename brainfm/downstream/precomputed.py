@@ -17,6 +17,7 @@ from brainfm.downstream.statistics import Kind
 from brainfm.downstream.task import LeftOut, Task, TaskData, kind_of, load_task, make_task, task_data
 from brainfm.errors import TaskError
 from brainfm.manifest import ScanRecord, is_channel_column, with_ids
+from brainfm.system import expanded
 from brainfm.table import Embeddings
 from brainfm.tabular import is_frame, is_missing, read_rows, rows_of
 
@@ -144,7 +145,7 @@ def _read_labels(labels: Any) -> tuple[list[dict[str, str]], _Source]:
     if is_frame(labels):
         rows, source = rows_of(labels), _Source("labels", Path())
     else:
-        path = Path(labels).expanduser()
+        path = expanded(labels)
         rows, source = read_rows(path), _Source(str(path), path.parent)
     if rows.empty:
         raise TaskError(f"{source.name}: the table of labels has no rows")

@@ -24,6 +24,7 @@ from brainfm.models.encoder import Encoder
 from brainfm.names import CONFIG_FORMAT, hub_mirror, resolve
 from brainfm.pretrained import PretrainedCfg, card_of
 from brainfm.registry import get_pretrained_cfg, network
+from brainfm.system import expanded
 from brainfm.version import __version__
 from brainfm.weights import (
     HUB_CONFIG,
@@ -86,7 +87,7 @@ def save_for_hub(
     if overlay.get("architecture", cfg.architecture) != cfg.architecture:
         raise ValueError(f"this model is a {cfg.architecture}; its architecture cannot be set")
     cfg = cfg.overlay(overlay)
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     with _whole_folder(folder) as temporary:
         save_state(model.state_dict(), temporary / HUB_WEIGHTS, {"architecture": cfg.architecture} | provenance)
         cfg = replace(
@@ -182,7 +183,7 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
         return weights
     if not source.config:  # no folder yet: a file in this package or at a URL
         return save_for_hub(create_model(name, pretrained=True, cache_dir=cache_dir), to)
-    folder = Path(to).expanduser()
+    folder = expanded(to)
     with _whole_folder(folder) as temporary:
         shutil.copyfile(weights, temporary / HUB_WEIGHTS)
         write_json(temporary / HUB_CONFIG, source.config, indent=2)

@@ -15,9 +15,9 @@ from typing import Any
 
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import one_line
-from brainfm.inference import available_cores
 from brainfm.prep.pipeline import Settings, is_done, prepare, read_record
 from brainfm.prep.source import Source, find_sources
+from brainfm.system import available_cores
 
 # Read by ITK, OpenMP and the BLAS libraries when a process begins.
 _THREAD_VARIABLES = (

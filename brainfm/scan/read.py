@@ -154,8 +154,12 @@ def _from_nibabel(image: Any, source: str) -> StoredImage:
     try:
         if not isinstance(proxy, ArrayProxy):
             return checked(np.asanyarray(proxy), image.affine, source)
-        raw = ArrayProxy(proxy.file_like, (proxy.shape, proxy.dtype, proxy.offset), order=proxy.order)
-        return checked(np.asanyarray(raw), image.affine, source, float(proxy.slope), float(proxy.inter))
+        stored = (proxy.shape, proxy.dtype, proxy.offset)
+        try:
+            array = np.asanyarray(ArrayProxy(proxy.file_like, stored, order=proxy.order))
+        except OSError:  # a file system may map nothing
+            array = np.asanyarray(ArrayProxy(proxy.file_like, stored, order=proxy.order, mmap=False))
+        return checked(array, image.affine, source, float(proxy.slope), float(proxy.inter))
     except ScanError:
         raise
     except (Exception, MemoryError) as error:

@@ -52,6 +52,12 @@ def before_normalisation(spec: InputSpec) -> InputSpec:
     return replace(spec, operations=spec.operations[:-1])
 
 
+def contract_digest(spec: InputSpec) -> str:
+    """Six letters that name the contract of a cache."""
+    text = json.dumps(before_normalisation(spec).to_dict(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
 def read_brain(record: ScanRecord, spec: InputSpec) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """A scan's voxels before normalisation [C, z, y, x], 0 outside the brain, and its mask [z, y, x].
 
@@ -127,9 +133,10 @@ def _build(
     workers: int,
     progress: bool,
 ) -> CacheReport:
-    if (folder / "cache.json").is_file():
+    if (folder / "cache.json").is_file() and next((folder / "scans").glob("*.image.npy"), None) is not None:
         _check_contract(folder, spec)
-    else:
+    else:  # a cache without one scan, such as of a build by the wrong contract, stands in nobody's way
+        (folder / "index.jsonl").unlink(missing_ok=True)
         write_json(folder / "cache.json", {"format": _FORMAT, "contract": before_normalisation(spec).to_dict()})
     known = _read_index(folder)
     jobs = [(key_of(record, root), record) for record in records]
@@ -172,13 +179,21 @@ class ScanCache:
     def read(self, key: str, box: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor]:
         """A box of a scan: image [C, z, y, x] float32 and mask [z, y, x] bool; only its voxels are read."""
         z, y, x = box
-        image = np.load(self.folder / "scans" / f"{key}.image.npy", mmap_mode="r")
-        packed = np.load(self.folder / "scans" / f"{key}.mask.npy", mmap_mode="r")
+        image, packed = (_mapped(self.folder / "scans" / f"{key}.{name}.npy") for name in ("image", "mask"))
         first = x.start // 8
         bits = np.unpackbits(packed[z, y, first : -(-x.stop // 8)], axis=2)[..., x.start - 8 * first :]
         mask = bits[..., : x.stop - x.start].astype(bool)
         voxels = image[(..., *box)].astype(np.float32)
         return torch.from_numpy(voxels if voxels.ndim == 4 else voxels[None]), torch.from_numpy(mask)
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    """An array in a file; where the file system maps nothing, all of it is read."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r")
+    except OSError:
+        array = np.load(path)
+    return array
 
 
 def key_of(record: ScanRecord, root: str | os.PathLike[str]) -> str:
@@ -260,4 +275,13 @@ def _check_contract(folder: Path, spec: InputSpec) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise BrainfmError(f"{folder}: its cache.json is damaged ({error}); build the cache again") from error
     if not same:
-        raise BrainfmError(f"{folder}: this cache was built for another input contract; build one for this model")
+        ours = before_normalisation(spec)
+        theirs, wanted = built_for.to_dict(), ours.to_dict()
+        differ = [name for name in wanted if theirs.get(name) != wanted[name]]
+        sizes = [" × ".join(map(str, one.output_shape or ())) for one in (built_for, ours)]
+        raise BrainfmError(
+            f"{folder}: this cache was built for another input contract, of {sizes[0]} voxels where this model takes "
+            f"{sizes[1]} (they differ in {', '.join(differ) or 'its format'}); build this model's beside it: "
+            f"brainfm cache build MANIFEST {folder}-{contract_digest(spec)} --model MODEL; or remove {folder}, if it "
+            "was a mistake"
+        )

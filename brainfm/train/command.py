@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 import click
 
 from brainfm.errors import BrainfmError, RunInterruptedError
+from brainfm.system import launched, says
 
+_REASONS = 5  # of refused scans that a dry run prints
 _CTRL_C = 130  # exit code of any program that a person interrupts
 
 
 @click.command("pretrain", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Print the resolved recipe, the data, the steps and the memory; stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print recipe, data, steps and memory, try some scans, and stop; exit code 1 if the run would refuse them.",
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
     """Pretrain an encoder by RECIPE: the name of a published run, or a YAML file.
@@ -31,19 +36,24 @@ def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, deb
 
 def _run(recipe: str, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> int:
     """Run the command, and return its exit code."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched().rank
     logger = logging.getLogger("brainfm")
     debug = debug or logger.level == logging.DEBUG  # `brainfm --debug pretrain`
     try:
         _log_lines(logger, rank)
         from brainfm.train.pretraining import pretrain
         from brainfm.train.recipe import load_recipe
-        from brainfm.train.summary import summarise
+        from brainfm.train.summary import summarise, try_scans
 
         resolved = load_recipe(recipe, overrides)
         if dry_run:
             if rank == 0:
-                click.echo(summarise(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
+                click.echo(summarise(resolved, launched().world))
+                tried, refused = try_scans(resolved)
+                click.echo(f"tried        {tried} scans as the run reads them: {len(refused)} refused")
+                for reason in list(refused.values())[:_REASONS]:
+                    click.echo(f"ScanError: {reason}", err=True)
+                return int(len(refused) > resolved.max_bad_fraction * tried)
             return 0
         folder = pretrain(resolved, progress=sys.stderr.isatty())
         if rank == 0:
@@ -62,10 +72,10 @@ def _run(recipe: str, overrides: tuple[str, ...], dry_run: bool, debug: bool) ->
     except Exception as error:
         if debug:
             raise
-        if rank == 0:
-            known = isinstance(error, BrainfmError | OSError)
-            line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            click.echo(line if known else f"{line} (--debug shows where)", err=True)
+        known = isinstance(error, BrainfmError | OSError)
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}" + ("" if known else " (--debug shows where)")
+        if says(line):
+            click.echo(line if launched().world == 1 else f"rank {rank}: {line}", err=True)
         return 1
 
 

@@ -6,6 +6,7 @@ resumed in between change nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from abc import abstractmethod
@@ -91,9 +92,11 @@ class TrainingData(Dataset[Any]):
 
     Attributes:
         records: The scans.
+        item_bytes: Of one item in memory, at the most; 0 where nobody knows.
     """
 
     records: list[ScanRecord]
+    item_bytes: int = 0
 
     @abstractmethod
     def __len__(self) -> int:
@@ -154,6 +157,9 @@ class PretrainingData(TrainingData):
         self.shape = shape or self.stored_shape
         self.cache = ScanCache(cache, spec) if cache is not None else None
         self.root, self.on_device = root, on_device
+        # float32 views, or with on_device crops of any size, and their masks.
+        voxels = math.prod(self.stored_shape if on_device else self.shape)
+        self.item_bytes = views * voxels * (4 * len(spec.channels) + on_device)
         self.items = [[n] for n in range(len(self.records))] if every_scan else _by_patient(self.records)
         if not self.items:
             raise BrainfmError("there are no scans to pretrain on")
@@ -195,6 +201,10 @@ class PretrainingData(TrainingData):
             again = self.sample(sample.key)
             return Sample(again.views.to(device), again.scan, again.failed)
         return Sample(torch.stack(views), sample.scan, sample.failed)
+
+    def read(self, scan: int) -> None:
+        """Read a scan as a run does, and drop it. Raises ScanError, OSError or ValueError where the run refuses it."""
+        self._crops(scan, 0, 0) if self.on_device else self._views(scan, 0, 0)
 
     def _first_readable(
         self, key: tuple[int, int], read: Callable[[int, int, int], _T]

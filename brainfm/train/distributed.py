@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from brainfm.inference import resolve_device
 from brainfm.models.resnet.checkpointed import count_batch
+from brainfm.system import joined, own_cores
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,13 @@ def process_group(device: str = "auto") -> Iterator[ProcessGroup]:
     """Join the other processes that torchrun started, if any, and leave them again.
 
     Raises:
-        BrainfmError: The device cannot be used here.
+        BrainfmError: The device cannot be used here, or as `brainfm.system.joined`.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     place = resolve_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    ours = world > 1 and not dist.is_initialized()
-    if ours:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    try:
-        yield ProcessGroup(rank, world, place)
-    finally:
-        if ours:
-            dist.destroy_process_group()
+    with own_cores(place), joined("nccl" if place.type == "cuda" else "gloo") as launch:
+        yield ProcessGroup(launch.rank, launch.world, place)
 
 
 def synchronise_batch_norm(network: nn.Module, place: torch.device) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,10 +18,15 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from brainfm.files import one_line
+from brainfm.system import free_shared_memory
 from brainfm.train.data import TrainingData
+
+logger = logging.getLogger("brainfm")
 
 # What asks a run to end, where the system has it: a scheduler that wants its node back, and Ctrl-C.
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+
+_PREFETCH = 2  # batches that each worker reads ahead
 
 _PATIENCE = 3.0  # seconds that workers have at the end for what they are reading
 
@@ -38,15 +44,17 @@ def loading(
         data: What is read.
         sampler: The keys of its items.
         batch_size: Items of a batch.
-        workers: Processes; 0 reads in this one.
+        workers: Processes, or as many as there is shared memory for; 0 reads in this one.
         device: Where the batches will go.
     """
+    workers = affordable_workers(workers, batch_size * data.item_bytes)
     closes, held = multiprocessing.Pipe(duplex=False)
     loader: DataLoader[Any] = DataLoader(
         data,
         batch_size,
         sampler=sampler,
         num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
         collate_fn=data.collate,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
@@ -64,6 +72,26 @@ def loading(
             patience.cancel()
             held.close()
             closes.close()
+
+
+def affordable_workers(workers: int, batch_bytes: int) -> int:
+    """As many workers as there is shared memory for, with the batches each reads ahead and one in use; says if fewer.
+
+    Batches are the same for any number of workers, so that too little memory costs time, not the run.
+    """
+    free = free_shared_memory()
+    if not workers or (workers * _PREFETCH + 1) * batch_bytes <= free:
+        return workers
+    fewer = max(0, int((free / batch_bytes - 1) // _PREFETCH))
+    logger.warning(
+        "/dev/shm has %.2g GB free for this process, and %d workers may need %.2g GB: reading with %d workers, "
+        "which is slower; make it larger (docker run --shm-size=…), or batch_size smaller",
+        free / 1e9,
+        workers,
+        (workers * _PREFETCH + 1) * batch_bytes / 1e9,
+        fewer,
+    )
+    return fewer
 
 
 def _end_with(closes: Connection, held: Connection, _: int) -> None:

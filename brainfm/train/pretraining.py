@@ -48,20 +48,10 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
     """
     records, spec = read_data(recipe)
     with process_group(recipe.device) as group:
-        data = PretrainingData(
-            records,
-            spec,
-            recipe.augmentation,
-            views=METHODS[recipe.method].views,
-            seed=recipe.seed,
-            cache=recipe.cache,
-            root=Path(recipe.manifest).parent,
-            every_scan=recipe.every_scan,
-            shape=recipe.input_size,
-            on_device=recipe.augment_on == "device",
-        )
+        recipe = recipe.on(group.device)
+        data = make_data(recipe, records, spec)
         method = make_method(recipe, spec)
-        trainer = Trainer(recipe, method, data, group, _data_hash(records, data.root))
+        trainer = Trainer(recipe, method, data, group, data_hash(records, data.root))
         trainer.train(progress and group.is_first)
         export = trainer.folder / "export"
         if group.is_first:
@@ -79,6 +69,22 @@ def read_data(recipe: Recipe) -> tuple[list[ScanRecord], InputSpec]:
     return read_manifest(Path(recipe.manifest)), spec
 
 
+def make_data(recipe: Recipe, records: Sequence[ScanRecord], spec: InputSpec) -> PretrainingData:
+    """The recipe's views of the scans. Raises BrainfmError as `PretrainingData`."""
+    return PretrainingData(
+        records,
+        spec,
+        recipe.augmentation,
+        views=METHODS[recipe.method].views,
+        seed=recipe.seed,
+        cache=recipe.cache,
+        root=Path(recipe.manifest).parent,
+        every_scan=recipe.every_scan,
+        shape=recipe.input_size,
+        on_device=recipe.augment_on == "device",
+    )
+
+
 def make_method(recipe: Recipe, spec: InputSpec) -> PretrainingMethod:
     """The recipe's encoder for the contract's channels, initial weights by its seed, in what it is trained with."""
     torch.manual_seed(recipe.seed)
@@ -90,7 +96,8 @@ def make_method(recipe: Recipe, spec: InputSpec) -> PretrainingMethod:
     return METHODS[recipe.method](recipe, encoder)
 
 
-def _data_hash(records: Sequence[ScanRecord], root: Any) -> str:
+def data_hash(records: Sequence[ScanRecord], root: Any) -> str:
+    """Says which scans of which patients a run is on."""
     rows = [f"{key_of(record, root)} {record.patient_id}" for record in records]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 

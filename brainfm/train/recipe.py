@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from brainfm.contract import Triple
 from brainfm.errors import RecipeError
 from brainfm.schema import Checked, check_keys, read_yaml
+from brainfm.system import computes_in_bfloat16
 from brainfm.train.augment import Augmentation
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("brainfm")
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -40,7 +47,8 @@ class Training(Checked):
         warmup_epochs: A linear rise before.
         clip_grad: Largest norm of the gradient; None leaves it.
         device: "auto", "cpu", "cuda".
-        precision: "float32", or "bfloat16" by autocast; "float64" to compare runs.
+        precision: "float32", or "bfloat16" by autocast; "auto" is bfloat16 on a device that has it and float32 on
+            others, which are slower in it; "float64" to compare runs.
         tf32: Let CUDA multiply in TF32.
         channels_last: Memory layout.
         grad_checkpointing: Recompute activations in the backward pass; a ResNet's stem by slabs.
@@ -65,7 +73,7 @@ class Training(Checked):
     warmup_epochs: float = 0
     clip_grad: float | None = None
     device: str = "auto"
-    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     tf32: bool = True
     channels_last: bool = False
     grad_checkpointing: bool = False
@@ -87,6 +95,17 @@ class Training(Checked):
         if "max_bad_share" in data:
             raise ValueError("max_bad_share is called max_bad_fraction now; write that")
         return super().from_dict(data)
+
+    def on(self: T, device: torch.device) -> T:
+        """The same with what precision "auto" means on a device, which is said."""
+        has = computes_in_bfloat16(device)
+        if self.precision == "bfloat16" and not has:
+            logger.warning("this %s has no bfloat16 and is slow in it; precision=auto is float32 here", device.type)
+        if self.precision != "auto":
+            return self
+        precision: Any = "bfloat16" if has else "float32"
+        logger.info("precision auto is %s: this %s has %s bfloat16", precision, device.type, "its own" if has else "no")
+        return replace(self, precision=precision)
 
     def _check_least(self, **least: float) -> None:
         for name, value in least.items():

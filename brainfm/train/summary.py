@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.contract import InputSpec
-from brainfm.errors import RecipeError
+from brainfm.errors import RecipeError, ScanError
+from brainfm.files import one_line
+from brainfm.inference import resolve_device
+from brainfm.train.checkpoint import read_newest
 from brainfm.train.data import count_patients
-from brainfm.train.pretraining import make_method, read_data
+from brainfm.train.loader import affordable_workers
+from brainfm.train.pretraining import data_hash, make_data, make_method, read_data
 from brainfm.train.recipe import Recipe
+
+_TRIED = 16  # scans that a dry run reads
 
 
 def summarise(recipe: Recipe, world: int = 1) -> str:
@@ -25,6 +31,8 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
     import yaml
 
     records, spec = read_data(recipe)
+    device = resolve_device(recipe.device)
+    recipe, data = recipe.on(device), make_data(recipe, records, spec)
     patients = count_patients(records)
     items, joined = len(records) if recipe.every_scan else patients, recipe.batch_size * world
     steps = items // joined
@@ -41,7 +49,34 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
         f"{steps * recipe.epochs:,} in all",
         f"memory       about {estimated_memory(recipe, spec) / 1e9:.1f} GB a process, without what the libraries take",
     ]
+    batch = recipe.batch_size * data.item_bytes
+    workers = affordable_workers(recipe.workers, batch)
+    lines.append(f"workers      {workers}, each with {batch / 1e9:.2g} GB a batch")
+    found = read_newest(Path(recipe.output) / "checkpoints", recipe, data_hash(records, data.root), joined)
+    if found is not None and not recipe.resume:
+        raise RecipeError(f"{recipe.output}: holds a run, and resume is false; give another output=, or remove it")
+    if found is not None:
+        progress = found[1]["progress"]
+        lines.append(f"goes on      from {found[0].name}: epoch {progress.epoch + 1}, step {progress.step}")
     return "\n".join(lines)
+
+
+def try_scans(recipe: Recipe) -> tuple[int, dict[str, str]]:
+    """Read some scans of a run as it would, or all where they are few.
+
+    Returns:
+        How many were tried, and the reason for each that the run refuses, by its name.
+    """
+    records, spec = read_data(recipe)
+    data = make_data(recipe, records, spec)
+    chosen = sorted({round(n * (len(records) - 1) / max(1, _TRIED - 1)) for n in range(_TRIED)})
+    refused: dict[str, str] = {}
+    for n in chosen:
+        try:
+            data.read(n)
+        except (ScanError, OSError, ValueError) as error:
+            refused[records[n].name or f"scan {n}"] = one_line(error)
+    return len(chosen), refused
 
 
 def estimated_memory(recipe: Recipe, spec: InputSpec) -> float:

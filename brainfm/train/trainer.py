@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
 from brainfm.files import one_line, progress_bar, write_csv, write_text
+from brainfm.system import peak_memory
 from brainfm.train.checkpoint import Progress, read_newest, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
 from brainfm.train.distributed import ProcessGroup, synchronise_batch_norm
@@ -116,8 +117,8 @@ class Trainer:
                         "data_fraction": (started - waiting) / (ended - waiting),
                         "data_s": started - waiting,
                         "step_s": ended - started,
-                        "peak_memory_gb": _peak_memory(self.group.device),
                     }
+                    metrics |= _peak_memory(self.group.device)
                     costs.append((started - waiting, ended - started))
                     waiting = ended
                     log(metrics)
@@ -381,10 +382,7 @@ class _Board:
         logger.warning("going on without TensorBoard (%s); log.jsonl has the same numbers", reason)
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Peak memory so far in GB: the GPU's, or this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak memory so far in GB: the GPU's, or this process's; nothing where the system does not say."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+    return {} if peak is None else {"peak_memory_gb": peak / 1e9}

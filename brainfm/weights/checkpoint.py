@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -116,14 +116,35 @@ def _is_safetensors(path: Path) -> bool:
 
 def _read_safetensors(path: Path) -> Checkpoint:
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-            provenance = _provenance(file.metadata())
-    except (SafetensorError, OSError, ValueError) as error:
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError, RuntimeError):  # a file system may map nothing
+            state = load(path.read_bytes())
+        provenance = _provenance(safetensors_header(path).get("__metadata__"))
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path}: damaged safetensors file ({error}); fetch or copy it again") from error
     return Checkpoint(_stripped(state), (), provenance)
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: its tensors by name, and its metadata.
+
+    Raises OSError where there is none, and ValueError where it is no such file, or not as long as its header says.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        whole = path.stat().st_size
+        header = json.loads(file.read(length)) if 8 + length <= whole else None
+    if not isinstance(header, dict):
+        raise ValueError("it begins with no header")
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    if 8 + length + max(ends, default=0) != whole:
+        raise ValueError(f"its header says {8 + length + max(ends, default=0)} bytes, and it has {whole}")
+    return header
 
 
 def _provenance(metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -192,7 +213,10 @@ def _torch_load(file: Path | IO[bytes], name: str) -> Any:
             file.seek(0)
         mmap = isinstance(file, Path) and zipfile.is_zipfile(file)
         with _plain_namespaces(), _named_otherwise(file) as (source, mappable):
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=(mmap and mappable) or None)
+            if mmap and mappable:
+                with suppress(RuntimeError, OSError):  # a file system may map nothing
+                    return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)[: ]+(?:GLOBAL )?([\w.]+)", str(error))
         if asked:

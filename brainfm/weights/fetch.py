@@ -6,16 +6,23 @@ and converted once to safetensors in the cache; the download itself is not kept.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import re
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from brainfm.errors import WeightsError, WeightsNotFoundError
 from brainfm.files import file_git_blob, file_sha256, one_line
 from brainfm.pretrained import PretrainedCfg
+from brainfm.system import expanded
 from brainfm.weights.url import download
 
 logger = logging.getLogger("brainfm")
@@ -27,10 +34,31 @@ _PATIENCE_S = 15  # how long a fault of the Hub that may pass is given, beyond w
 
 
 def default_cache_dir() -> Path:
-    """`$BRAINFM_CACHE`, else `brainfm` in `$XDG_CACHE_HOME`, else `~/.cache/brainfm`. The Hub keeps its own cache."""
+    """`$BRAINFM_CACHE`, else `brainfm` in `$XDG_CACHE_HOME`, else `~/.cache/brainfm`. The Hub keeps its own cache.
+
+    Who has no home, or one that is not theirs to write to, gets a folder that is gone at the end of this process.
+    """
     if os.environ.get("BRAINFM_CACHE"):
-        return Path(os.environ["BRAINFM_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "brainfm"
+        return expanded(os.environ["BRAINFM_CACHE"])
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "brainfm"
+    home = expanded("~")
+    place = home / ".cache" / "brainfm"
+    if place.is_dir():
+        return place
+    there = next(folder for folder in (*place.parents, Path()) if folder.exists())
+    return place if home.is_absolute() and os.access(there, os.W_OK | os.X_OK) else _passing_cache()
+
+
+@cache
+def _passing_cache() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="brainfm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    logger.warning(
+        "there is no home folder to keep weights in: what is fetched is kept until this process ends; set "
+        "BRAINFM_CACHE to a folder to keep it in"
+    )
+    return folder
 
 
 def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -231,8 +259,7 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
     converted, by_hand = _cache_paths(cfg, cache_dir)
     if _is_whole(converted):  # before the lock: a shared cache may be read-only
         return converted
-    converted.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(converted.with_suffix(".lock")):
+    with _writing(converted.parent), FileLock(converted.with_suffix(".lock")):
         if _is_whole(converted):
             return converted
         for leftover in converted.parent.glob(f".{converted.stem}-*"):  # of a process that was killed
@@ -251,14 +278,28 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
     return converted
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Make a folder of the cache; say what to do where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WeightsNotFoundError(
+            f"{folder}: the weights are not there yet, and nothing can be written there ({error.strerror}); set "
+            "BRAINFM_CACHE to a folder of your own, or have them fetched by somebody who may write there"
+        ) from error
+    yield
+
+
 def _is_whole(converted: Path) -> bool:
     """Whether a converted copy is there, as long as its header says."""
-    from safetensors import SafetensorError, safe_open
+    from brainfm.weights.checkpoint import safetensors_header
 
     try:
-        with safe_open(converted, framework="pt"):
-            return True
-    except (OSError, SafetensorError):
+        return bool(safetensors_header(converted))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
@@ -267,7 +308,7 @@ def _cache_paths(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -
     url = str(cfg.url)
     what = f"{url} {cfg.sha256 or cfg.git_blob}" + (f" {cfg.keys.take}" if cfg.keys.take else "")
     key = hashlib.sha256(what.encode()).hexdigest()[:12]
-    folder = (Path(cache_dir).expanduser() if cache_dir else default_cache_dir()) / f"{cfg.name}-{key}"
+    folder = (expanded(cache_dir) if cache_dir else default_cache_dir()) / f"{cfg.name}-{key}"
     return folder / HUB_WEIGHTS, folder / (url.rsplit("/", 1)[-1].partition("?")[0] or "download")
 
 
@@ -283,4 +324,4 @@ def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
 
 
 def _path(value: str | os.PathLike[str] | None) -> Path | None:
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else expanded(value)

@@ -16,6 +16,7 @@ from brainfm.assets import ASSETS
 from brainfm.errors import WeightsError
 from brainfm.files import one_line
 from brainfm.schema import Checked, read_yaml
+from brainfm.system import expanded
 
 ZOO = Path(__file__).parent
 COHORTS = ZOO / "cohorts.yaml"
@@ -248,7 +249,7 @@ def read_card(path: Path) -> Card:
 def _beside(path: Path, model: ModelCard) -> ModelCard:
     """A model whose weight files are where they are for who reads its card here."""
     weights = {
-        tag: replace(w, source=replace(w.source, file=str((path.parent / Path(w.source.file).expanduser()).resolve())))
+        tag: replace(w, source=replace(w.source, file=str((path.parent / expanded(w.source.file)).resolve())))
         for tag, w in model.weights.items()
         if w.source.file
     }

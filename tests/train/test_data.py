@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import mmap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.utils.data import DataLoader
 
+import brainfm
 from brainfm import BrainfmError, ScanError
+from brainfm.cli.main import main
 from brainfm.files import held
 from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.train.augment import Augmentation
@@ -217,3 +222,30 @@ def test_cache_of_another_contract_no_cache_and_a_damaged_one_are_refused(cache,
 def test_contract_that_does_not_end_in_a_masked_zscore_is_refused(records, small_spec):
     with pytest.raises(BrainfmError, match="z-score"):
         read_brain(records[0], replace(small_spec, operations=small_spec.operations[:-1]))
+
+
+def test_cache_that_cannot_be_mapped_is_read(cache, records, cohort, small_spec, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.ENODEV, "No such device")
+
+    box = (slice(3, 31), slice(7, 40), slice(5, 46))
+    key = key_of(records[0], cohort.parent)
+    wanted = ScanCache(cache, small_spec).read(key, box)
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    found = ScanCache(cache, small_spec).read(key, box)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_build_by_the_wrong_contract_does_not_block_the_right_one(cohort, tmp_path):
+    build = ["cache", "build", str(cohort), str(tmp_path / "cache")]
+    wrong = CliRunner().invoke(main, build)  # the default model's contract has 1 mm
+    assert wrong.exit_code == 1
+    assert "0 scans written" in wrong.output
+    right = CliRunner().invoke(main, [*build, "--model", "test_resnet_3d"])
+    assert right.exit_code == 0, right.output
+    assert "16 scans written" in right.output
+    refused = CliRunner().invoke(main, build)
+    assert refused.exit_code == 1
+    assert "of 1 × 40 × 48 × 48 voxels where this model takes 1 × 150 × 192 × 192" in refused.output
+    assert f"build MANIFEST {tmp_path / 'cache'}-" in refused.output
+    assert ScanCache(tmp_path / "cache", brainfm.get_pretrained_cfg("test_resnet_3d").input_spec).errors == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import brainfm
 from brainfm import BrainfmError, RecipeError
+from brainfm.cli.main import main
 from brainfm.contract import Resize
 from brainfm.errors import RunInterruptedError
 from brainfm.hub import convert
@@ -449,3 +452,130 @@ def test_estimated_memory_is_near_what_was_measured(spec):
     assert 0.7 < estimated_memory(recipe, spec) / (2 * 5.9e9) < 1.5
     chunked = replace(recipe, batch_size=72)
     assert estimated_memory(chunked, spec) == estimated_memory(recipe, spec)
+
+
+def dry_run(recipe, *arguments):
+    """The exit code and output of `brainfm pretrain … --dry-run`."""
+    settings = ["model=test_resnet_3d", "batch_size=2", "input_size=[24,24,24]", "augmentation.crop_min=[27,32,32]"]
+    named = [f"manifest={recipe.manifest}", f"output={recipe.output}"]
+    done = CliRunner().invoke(main, ["pretrain", "test_resnet_3d", *named, *settings, *arguments, "--dry-run"])
+    return done.exit_code, done.output
+
+
+def test_dry_run_reads_scans_as_the_run_does_and_refuses_what_it_refuses(recipe, cohort, tmp_path):
+    code, said = dry_run(recipe())
+    assert code == 0, said
+    assert "tried        16 scans as the run reads them: 0 refused" in said
+    rows = cohort.read_text().splitlines()
+    damaged = tmp_path / "damaged.nii.gz"
+    damaged.write_bytes((cohort.parent / rows[3].split(",")[0]).read_bytes()[:-900])
+    rows[1:] = [f"{cohort.parent}/{row}".replace(",", f",{cohort.parent}/", 1) for row in rows[1:]]
+    rows[3] = ",".join([str(damaged), *rows[3].split(",")[1:]])
+    (tmp_path / "bad.csv").write_text("\n".join(rows))
+    code, said = dry_run(recipe(manifest=str(tmp_path / "bad.csv")))
+    assert code == 1
+    assert "tried        16 scans as the run reads them: 1 refused" in said
+    assert "damaged.nii.gz: the file is damaged" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_refuses_a_folder_of_another_run_and_says_where_the_run_goes_on(recipe, tmp_path):
+    pretrain(recipe(epochs=1))
+    with pytest.raises(RecipeError, match=r"lr was 0\.001"):
+        summarise(recipe(epochs=1, lr=2e-3))
+    assert "goes on      from last.pt: epoch 2, step 0" in summarise(recipe(epochs=1))
+
+
+def test_little_shared_memory_costs_workers_and_not_the_run(recipe, tmp_path, monkeypatch, caplog):
+    from brainfm.train import loader
+
+    views = 2 * 4 * 24**3 * 4  # bytes of a batch
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: 3.5 * views)
+    assert loader.affordable_workers(4, views) == 1
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: 2.5 * views)
+    text = summarise(recipe(workers=2))
+    assert "workers      0" in text
+    pretrain(recipe(epochs=1, workers=2))
+    assert caplog.text.count("reading with 0 workers, which is slower; make it larger (docker run --shm-size=") == 2
+    assert len(log(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(("has", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_automatic_precision_is_the_hardwares_and_said(has, precision, recipe, tmp_path, monkeypatch, caplog):
+    from brainfm.train import recipe as module
+
+    monkeypatch.setattr(module, "computes_in_bfloat16", lambda _: has)
+    with caplog.at_level("INFO", "brainfm"):
+        pretrain(recipe(epochs=1, precision="auto"))
+    assert f"precision auto is {precision}: this cpu has {'its own' if has else 'no'} bfloat16" in caplog.text
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["recipe"]
+    assert kept["precision"] == precision
+    caplog.clear()
+    if not has:
+        summarise(recipe(precision="bfloat16", output="other"))
+        assert "no bfloat16 and is slow in it; precision=auto is float32 here" in caplog.text
+
+
+def test_run_on_a_system_that_says_no_memory_goes_without(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    pretrain(recipe(epochs=1))
+    assert "peak_memory_gb" not in log(tmp_path / "run")[0]
+
+
+SPAWN = """
+import multiprocessing
+from brainfm.cli.main import main
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_cache_and_run_on_a_system_that_spawns_its_processes(cohort, tmp_path):
+    (tmp_path / "spawn.py").write_text(SPAWN)
+    cache = ["cache", "build", str(cohort), str(tmp_path / "cache"), "--model", "test_resnet_3d"]
+    fields = ["epochs=1", "batch_size=6", "workers=1", "input_size=[16,16,16]", "augmentation.crop_min=[27,32,32]"]
+    named = [f"manifest={cohort}", f"output={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}"]
+    for arguments in (cache, ["pretrain", "test_resnet_3d", *fields, *named]):
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "spawn.py"), *arguments], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    assert len(log(tmp_path / "run")) == 2
+
+
+RANK_FAILS = """
+import os
+from brainfm.train.trainer import Trainer
+from brainfm.train.command import pretrain_command
+step = Trainer._step
+
+def fails(self, batch):
+    if os.environ["RANK"] == "1" and self._step_of_run == 1:
+        raise RuntimeError("of a step")
+    return step(self, batch)
+
+Trainer._step = fails
+pretrain_command()
+"""
+
+
+def test_error_of_any_rank_is_on_the_console_once(cohort, tmp_path):
+    (tmp_path / "fails.py").write_text(RANK_FAILS)
+    fields = ["batch_size=4", "workers=0", "input_size=[16,16,16]", "augmentation.crop_min=[27,32,32]"]
+
+    def said(manifest):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += [str(tmp_path / "fails.py"), "test_resnet_3d", *fields]
+        command += [f"manifest={manifest}", f"output={tmp_path / 'run'}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 1
+        return done.stderr
+
+    of_one = said(cohort)
+    assert of_one.count("rank 1: RuntimeError: of a step (--debug shows where)") == 1
+    assert of_one.count("RuntimeError: of a step") == 1
+    of_all = said("nowhere.csv")
+    assert len(re.findall("^rank [01]: ScanError: .*no such manifest", of_all, re.MULTILINE)) == 1
