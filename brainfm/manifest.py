@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
@@ -84,7 +85,9 @@ class ScanRecord:
         """
 
         def path(text: str) -> str | Path:
-            return folder / Path(text).expanduser() if folder else text
+            with suppress(RuntimeError):  # the home of nobody who is known here: a missing file, not a faulty list
+                return folder / Path(text).expanduser() if folder else text
+            return Path(text)
 
         values = dict(row)
         mask, patient, scan = (values.pop(name, "") for name in ("mask_path", "patient_id", "scan_id"))

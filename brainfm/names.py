@@ -60,7 +60,10 @@ def resolve(
     """
     scheme, place = parse_name(name)
     if scheme == "local-dir":
-        folder = Path(place).expanduser()
+        try:
+            folder = Path(place).expanduser()
+        except RuntimeError as error:
+            raise WeightsNotFoundError(f"{name}: whose home is meant is not known here; write out the path") from error
         source = _read_config(folder / HUB_CONFIG, name, file=str(folder / HUB_WEIGHTS))
     elif scheme == "hf-hub":
         source = _on_the_hub(place, name, cache_dir)
