@@ -164,7 +164,7 @@ def command(kind, manifest, out):
     fields = ["epochs=4", "batch_size=4", "workers=1", "save_every=2", "augmentation.crop_min=[27,32,32]"]
     fields += ["input_size=[16,16,16]", "device=cpu"]
     return {
-        "embed": ["embed", manifest, "-m", "test_resnet_3d", "-o", out / "table.csv", "--dense", out / "dense"],
+        "embed": ["embed", manifest, "--model", "test_resnet_3d", "-o", out / "table.csv", "--dense", out / "dense"],
         "cache": ["cache", "build", manifest, out, "--model", "test_resnet_3d", "--workers", 2],
         "pretrain": ["pretrain", "test_resnet_3d", f"manifest={manifest}", f"output={out}", *fields],
         "probe": ["probe", manifest, *evaluation],
