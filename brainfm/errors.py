@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+MOST_LETTERS = 4000  # of a message: what a file holds in place of a name may be as long as the file
+
 
 class BrainfmError(Exception):
-    """Any refusal by brainfm; the command line prints it as one line."""
+    """Any refusal by brainfm; the command line prints it as one line, whatever text of a file it quotes."""
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        said = said if len(said) <= MOST_LETTERS else f"{said[:MOST_LETTERS]}…"
+        if said.isprintable():
+            return said
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
 
 
 class ScanError(BrainfmError):

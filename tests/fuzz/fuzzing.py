@@ -87,7 +87,8 @@ def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             said = str(error)
             assert said.strip(), "an error without a word"
             assert len(said.splitlines()) == 1, said
-            assert len(said) < 2000, said
+            assert said.isprintable(), said
+            assert len(said) <= 4001, said
             return error
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ for line in sys.stdin:
     process = os.fork()
     if not process:
         os.setsid()
+        os.write(1, (json.dumps(os.getpid()) + "\\n").encode())
         count = watch(scans, die)
         code = 1
         try:
@@ -76,7 +78,6 @@ for line in sys.stdin:
             traceback.print_exc()
         os.write(1, (json.dumps(["files", count()]) + "\\n").encode())
         os._exit(code)
-    os.write(1, (json.dumps(process) + "\\n").encode())
     status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     os.write(1, (json.dumps(["ended", status]) + "\\n").encode())
 """
@@ -97,7 +98,7 @@ class Commands:
     def run(self, arguments, scans, *, after=None, die=0):
         """Run a command, and kill it `after` seconds of its work or at a file; its exit code, seconds, and files.
 
-        The exit code is None where it ended before its work began.
+        The seconds are of its work, None where that never began.
         """
         self.process.stdin.write(json.dumps([list(map(str, arguments)), str(scans), die]) + "\n")
         self.process.stdin.flush()
@@ -113,7 +114,8 @@ class Commands:
                 began = time.monotonic()
                 if after is not None:
                     time.sleep(after)
-                    os.kill(pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):  # it has ended
+                        os.kill(pid, signal.SIGKILL)
             elif isinstance(said, list) and said[:1] == ["files"]:
                 files = said[1]
             elif isinstance(said, list) and said[:1] == ["ended"]:
@@ -210,7 +212,9 @@ def content(path, out):
 
 
 def tree(out):
-    return {str(path.relative_to(out)): content(path, out) for path in sorted(out.rglob("*")) if path.is_file()}
+    """What an output holds; TensorBoard's files have the time and a process in their names, a file a start."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.parent.name != "tensorboard"]
+    return {str(path.relative_to(out)): content(path, out) for path in files}
 
 
 def check(commands, kind, arguments_for, scans, tmp_path):
