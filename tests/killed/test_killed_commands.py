@@ -24,7 +24,7 @@ from brainfm.phantom import make_cohort
 KILLS = int(os.environ.get("BRAINFM_TEST_TIMES", "2"))
 
 # Makes a process, with a session of its own, for every command that it is given. Its work begins when it opens the
-# first scan; it says so, and after that each time that it opens, moves or removes a file; at number `die` it kills
+# first scan or, where other processes read them, the record of what they did; it says so, and after that each time that it opens, moves or removes a file; at number `die` it kills
 # itself before it does.
 COMMANDS = """
 import json, os, signal, sys, traceback
@@ -39,15 +39,19 @@ from brainfm.cli.main import main
 torch.set_num_threads(1)
 
 
+FILES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+
+
 def watch(scans, die):
     done, me = 0, os.getpid()
 
     def hook(event, arguments):
         nonlocal done
-        if os.getpid() != me or event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"):
+        if os.getpid() != me or event not in FILES:
             return
         path = str(arguments[0])
-        if not done and not (path.startswith(scans) and ".nii" in path):
+        begins = path.startswith(scans) and ".nii" in path or path.endswith(("index.jsonl", "log.jsonl"))
+        if not done and not begins:
             return
         if done and not path.startswith(os.path.dirname(scans)):
             return

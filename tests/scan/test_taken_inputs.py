@@ -376,7 +376,7 @@ def test_mask_of_probabilities_is_refused(values, held, transform):
     image, mask, affine = held
     soft = mask.astype(np.float32)
     soft[1:] = (soft[1:] + soft[:-1]) / 2 if values == "smoothed" else np.where(soft[1:] > soft[:-1], 0.5, soft[1:])
-    with pytest.raises(ScanError, match="probability map.*threshold"):
+    with pytest.raises(ScanError, match=r"probability map.*threshold"):
         transform((image, affine), (soft, affine))
 
 
