@@ -24,8 +24,8 @@ __all__ = ["ImageLike", "StoredImage", "read_image", "split_channels"]
 if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage
 
-# A path, the bytes of a file, a nibabel or SimpleITK image, (array [x, y, z], affine [4, 4]), or a tensor that carries its affine (MONAI's
-# MetaTensor, TorchIO's images).
+# A path, the bytes of a NIfTI file, a nibabel or SimpleITK image, (array [x, y, z], affine [4, 4]), or a tensor that
+# carries its affine (MONAI's MetaTensor, TorchIO's images).
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | SpatialImage | tuple[ArrayLike, ArrayLike] | Any"
 
 

@@ -24,8 +24,8 @@ from brainfm.phantom import make_cohort
 KILLS = int(os.environ.get("BRAINFM_TEST_TIMES", "2"))
 
 # Makes a process, with a session of its own, for every command that it is given. Its work begins when it opens the
-# first scan or, where other processes read them, the record of what they did; it says so, and after that each time that it opens, moves or removes a file; at number `die` it kills
-# itself before it does.
+# first scan or, where other processes read them, the record of what they did. It says so, and counts from then on each
+# time that it opens, moves or removes a file; at number `die` it kills itself before it does.
 COMMANDS = """
 import json, os, signal, sys, traceback
 
