@@ -58,8 +58,8 @@ def load_scan(
     Args:
         image: A NIfTI (.nii, .nii.gz, also .bz2, .xz, .zst) or MGZ file, the bytes of a NIfTI file, a nibabel or
             SimpleITK image, a pair (array [x, y, z], affine [4, 4] to RAS mm), a MetaTensor, or an image of TorchIO.
-            Of several channels, {channel: any of these}, named as the contract names them, all on the same voxels; a MetaTensor may hold all of them,
-            in the contract's order.
+            Of several channels, {channel: any of these}, named as the contract names them, all on the same voxels; a
+            MetaTensor may hold all of them, in the contract's order.
         mask: The brain mask on the same voxels, with its axes in any order: a file, an image, a pair, or an array of
             the scan's shape. Voxels above 0 are brain, whatever the type; fractions are refused, but for what
             resampling leaves of 0 and 1. Without a mask, the non-zero voxels of a skull-stripped image are.
