@@ -10,6 +10,8 @@ import platform
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
