@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # A path, the bytes of a NIfTI file, a nibabel or SimpleITK image, (array [x, y, z], affine [4, 4]), or a tensor that
 # carries its affine (MONAI's MetaTensor, TorchIO's images).
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | SpatialImage | tuple[ArrayLike, ArrayLike] | Any"
+ImageLike: TypeAlias = "str | os.PathLike[str] | SpatialImage | tuple[ArrayLike, ArrayLike] | Any"
 
 
 def read_image(image: ImageLike, what: str = "scan") -> StoredImage:
