@@ -194,7 +194,10 @@ def _turned(one: StoredImage, other: StoredImage) -> StoredImage:
     """An image with its axes in the order and direction of another's, as tools store them that choose their own."""
     import nibabel as nib
 
-    axes, flips = axes_towards(one.affine, "".join(nib.aff2axcodes(other.affine)))
+    codes = nib.aff2axcodes(other.affine)
+    if None in codes:  # an axis whose voxels have no size beside the others'
+        return one
+    axes, flips = axes_towards(one.affine, "".join(codes))
     if axes == (0, 1, 2) and not any(flips):
         return one
     volume = permute(Volume(one.array[None], None, one.affine), axes)

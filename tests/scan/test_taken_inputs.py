@@ -380,6 +380,14 @@ def test_mask_of_probabilities_is_refused(values, held, transform):
         transform((image, affine), (soft, affine))
 
 
+def test_mask_of_a_scan_with_an_axis_without_a_size_is_no_crash(held, transform):
+    image, mask, affine = held
+    flat = np.array(affine)
+    flat[0] *= 1e30
+    with pytest.raises(ScanError):
+        transform((image, flat), (mask, affine))
+
+
 def test_mask_on_other_axes_that_lies_elsewhere_is_refused(held, transform):
     image, mask, affine = held
     moved = np.array(affine)
