@@ -22,6 +22,8 @@ import pytest
 from brainfm.phantom import make_cohort
 
 KILLS = int(os.environ.get("BRAINFM_TEST_TIMES", "2"))
+LONGER = ("cache", "pretrain", "probe", "finetune", "benchmark")
+if_asked = pytest.mark.skipif("BRAINFM_TEST_TIMES" not in os.environ, reason="takes minutes; set BRAINFM_TEST_TIMES")
 
 # Makes a process, with a session of its own, for every command that it is given. Its work begins when it opens the
 # first scan or, where other processes read them, the record of what they did. It says so, and counts from then on each
@@ -255,6 +257,6 @@ def check(commands, kind, arguments_for, scans, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("kind", ["embed", "cache", "pretrain", "probe", "finetune", "benchmark"])
+@pytest.mark.parametrize("kind", ["embed", *(pytest.param(kind, marks=if_asked) for kind in LONGER)])
 def test_command_that_is_killed_at_its_work_ends_as_an_unbroken_one(kind, commands, scans, tmp_path):
     assert check(commands, kind, lambda out: command(kind, scans, out), scans.parent, tmp_path) >= KILLS
