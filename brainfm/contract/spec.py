@@ -197,9 +197,9 @@ class Window(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if min(self.shape) < 1 or not 0 <= self.overlap < 1:
+            raise ValueError(f"a window has at least one voxel and overlaps by 0 or more, less than 1, not {self}")
         check_shape(self.shape, "a window's shape")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"a window overlaps the next by 0 or more, less than 1, not by {self.overlap}")
 
     def __str__(self) -> str:
         alike = "each alike" if self.average == "mean" else "by the brain voxels in each"

@@ -89,7 +89,9 @@ class Volume:
 def check_shape(shape: Triple, what: str) -> None:
     """Raise ValueError where no array has a shape, or none that a scan of a head can become."""
     if min(shape) < 1 or math.prod(shape) > MOST_VOXELS:
-        raise ValueError(f"{what} is {shape}, and must be 1 or more voxels along each axis, together {MOST_VOXELS:.0e}")
+        raise ValueError(
+            f"{what} is {shape}, and must be 1 or more voxels along each axis, together at most {MOST_VOXELS}"
+        )
 
 
 def any_true(region: NDArray[np.bool_]) -> bool:
