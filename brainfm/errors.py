@@ -5,12 +5,21 @@ from __future__ import annotations
 import logging
 import traceback
 
+MOST_LETTERS = 4000  # of a message: what a file holds in place of a name may be as long as the file
+
 
 class BrainfmError(Exception):
-    """Any refusal by brainfm; the command line and notebooks print it as one line.
+    """Any refusal by brainfm; the command line and notebooks print it as one line, whatever text of a file it quotes.
 
     A notebook shows its traceback after `logging.getLogger("brainfm").setLevel("DEBUG")`.
     """
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        said = said if len(said) <= MOST_LETTERS else f"{said[:MOST_LETTERS]}…"
+        if said.isprintable():
+            return said
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints of the error where nobody catches it."""

@@ -109,7 +109,11 @@ def _has_ended(process: int) -> bool:
         return True
     except OSError:
         pass
-    return False
+    try:  # in a container whose first process waits for no other's children, a killed one stays, as a zombie
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        return state.split()[0] == "Z"
+    except (OSError, IndexError):
+        return False
 
 
 @contextmanager

@@ -68,14 +68,34 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
+MOST_PARTS = 10**6  # of what a YAML text says, an alias counted as what it stands for
+
+
 def read_yaml(text: str) -> Any:
-    """What a YAML text says, as plain data. Raises ValueError where it is not YAML."""
+    """What a YAML text says, as plain data.
+
+    Raises:
+        ValueError: It is not YAML, or a few lines of it whose aliases stand for more than memory holds.
+    """
     import yaml
 
     try:
-        return yaml.load(text, Loader=_yaml_loader())
-    except (yaml.YAMLError, RecursionError) as error:
+        data = yaml.load(text, Loader=_yaml_loader())
+        if _parts(data, {}) > MOST_PARTS:
+            raise ValueError("its aliases stand for millions of parts; write out what is meant")
+    except (yaml.YAMLError, RecursionError) as error:  # what holds itself is without end
         raise ValueError(f"not YAML ({' '.join(str(error).split())})") from error
+    return data
+
+
+def _parts(data: Any, known: dict[int, int]) -> int:
+    """How many parts plain data has, each as often as it is met; looked at once."""
+    if not isinstance(data, dict | list | tuple | set):
+        return 1
+    if id(data) not in known:
+        inner = [*data, *data.values()] if isinstance(data, dict) else data
+        known[id(data)] = 1 + sum(_parts(item, known) for item in inner)
+    return known[id(data)]
 
 
 @cache

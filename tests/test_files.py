@@ -11,6 +11,8 @@ import re
 import struct
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +172,19 @@ def test_sweep_removes_what_ended_processes_left_of_this_output_only(tmp_path):
     sweep(output, others=True)
     assert not elsewhere.exists()
     assert all(path.exists() for path in (*others, *stay))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the state of a process in /proc")
+def test_sweep_removes_what_a_killed_process_left_that_nobody_waited_for(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as process:
+        left = left_by(process.pid, tmp_path / "out.csv")
+        sweep(tmp_path / "out.csv")
+        assert left.exists()
+        process.kill()
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            time.sleep(0.01)
+        sweep(tmp_path / "out.csv")
+        assert not left.exists()
 
 
 def test_sweep_of_a_folder_goes_through_all_of_it(tmp_path):

@@ -6,6 +6,7 @@ first arithmetic needs the numbers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,7 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.contract.operation import Operation, register_operation, times
-from brainfm.contract.volume import REGIONS, Region, Triple, Volume, axes_towards, permute, pick
+from brainfm.contract.volume import (
+    MOST_VOXELS,
+    REGIONS,
+    Region,
+    Triple,
+    Volume,
+    axes_towards,
+    check_shape,
+    permute,
+    pick,
+)
 from brainfm.errors import MissingExtraError, ScanError
 
 # --- Geometry on views: voxels are picked, flipped or reordered, never changed --------------------
@@ -45,6 +56,11 @@ class Transpose(Operation):
 
     axes: Triple
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sorted(self.axes) != [0, 1, 2]:
+            raise ValueError(f"axes are 0, 1 and 2 in some order, not {self.axes}")
+
     def __call__(self, volume: Volume) -> Volume:
         return permute(volume, self.axes)
 
@@ -59,6 +75,11 @@ class CropBox(Operation):
 
     start: Triple
     stop: Triple
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= a < b for a, b in zip(self.start, self.stop, strict=True)):
+            raise ValueError(f"a box begins at 0 or later and ends after that, not {self}")
 
     def __call__(self, volume: Volume) -> Volume:
         if not all(0 <= a < b <= n for a, b, n in zip(self.start, self.stop, volume.shape, strict=True)):
@@ -75,6 +96,10 @@ class CropCenter(Operation):
     """Keep at most `shape` voxels around the centre; an axis that is already shorter stays as it is."""
 
     shape: Triple
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shape(self.shape, "the shape of a crop")
 
     def __call__(self, volume: Volume) -> Volume:
         sizes = [min(want, have) for want, have in zip(self.shape, volume.shape, strict=True)]
@@ -111,6 +136,10 @@ class CropToMultiple(Operation):
 
     divisors: Triple
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shape(self.divisors, "the divisors' shape")
+
     def __call__(self, volume: Volume) -> Volume:
         shape = [have // divisor * divisor for have, divisor in zip(volume.shape, self.divisors, strict=True)]
         if 0 in shape:
@@ -128,6 +157,10 @@ class Pad(Operation):
 
     shape: Triple
     value: float | Literal["minimum"] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shape(self.shape, "the shape to pad to")
 
     def __call__(self, volume: Volume) -> Volume:
         extra = [max(0, want - have) for want, have in zip(self.shape, volume.shape, strict=True)]
@@ -169,6 +202,10 @@ class Resize(Operation):
     shape: Triple
     mode: Literal["nearest", "nearest_corners", "trilinear", "area"] = "trilinear"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shape(self.shape, "the shape to resize to")
+
     def __call__(self, volume: Volume) -> Volume:
         if self.mode == "nearest_corners":
             return self._corners(volume)
@@ -208,6 +245,11 @@ class Resample(Operation):
     keep: Literal["edges", "first_voxel"] = "edges"
     clip: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.spacing) <= 0:
+            raise ValueError(f"a spacing is above 0 mm, not {self.spacing}")
+
     def __call__(self, volume: Volume) -> Volume:
         try:
             from scipy import ndimage
@@ -218,6 +260,8 @@ class Resample(Operation):
             return volume
         have = np.asarray(volume.shape)
         size = np.rint((have - 1) / ratio + 1) if self.keep == "first_voxel" else np.maximum(1, np.rint(have / ratio))
+        if math.prod(size) > MOST_VOXELS:
+            raise ScanError(f"{volume.shape} voxels would become {times(tuple(size))}, too many: {self}")
         shape = tuple(int(n) for n in size)
         step = ratio if self.keep == "first_voxel" else have / size
         start = (step - 1) / 2 if self.keep == "edges" else np.zeros(3)

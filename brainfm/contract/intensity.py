@@ -26,6 +26,11 @@ class Clip(Operation):
     percentiles: bool = False
     region: Region = "all"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high or (self.percentiles and not 0 <= self.low <= self.high <= 100):
+            raise ValueError(f"limits rise, and percentiles are 0 to 100, not {self.low} and {self.high}")
+
     def __call__(self, volume: Volume) -> Volume:
         image = volume.image
         if not self.percentiles:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.contract.operation import Operation
-from brainfm.contract.volume import Triple, Volume, axes_towards
+from brainfm.contract.volume import Triple, Volume, axes_towards, check_shape
 from brainfm.schema import Checked
 
 Spacing = tuple[float, float, float]
@@ -28,6 +28,12 @@ class Grid(Checked):
     shape: Triple
     spacing: Spacing
     origin: Spacing
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shape(self.shape, "a grid's shape")
+        if min(self.spacing) <= 0:
+            raise ValueError(f"a grid's spacing is {self.spacing}, and must be above 0")
 
     def affine(self, axcodes: str) -> NDArray[np.float64]:
         """[4, 4] from voxel indices to RAS millimetres, for axes that point along `axcodes`."""
@@ -105,6 +111,8 @@ class InputSpec(Checked):
             )
         if not self.channels or len({channel.casefold() for channel in self.channels}) != len(self.channels):
             raise ValueError(f"an input contract's channels are different names, not {self.channels}")
+        if self.output_shape is not None:
+            check_shape(self.output_shape[1:], "output_shape without its channels")
         if self.intensity_range is not None and not self.intensity_range[0] < self.intensity_range[1]:
             raise ValueError(f"intensity_range is {self.intensity_range}, and must rise")
 
@@ -191,6 +199,7 @@ class Window(Checked):
         super().__post_init__()
         if min(self.shape) < 1 or not 0 <= self.overlap < 1:
             raise ValueError(f"a window has at least one voxel and overlaps by 0 or more, less than 1, not {self}")
+        check_shape(self.shape, "a window's shape")
 
     def __str__(self) -> str:
         alike = "each alike" if self.average == "mean" else "by the brain voxels in each"

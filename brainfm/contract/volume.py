@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from brainfm.errors import ScanError
 
 Region = Literal["all", "nonzero", "positive", "mask"]
 Triple = tuple[int, int, int]
+
+MOST_VOXELS = 2**29  # of anything that a contract asks for: a whole head at 0.5 mm, eight times over
 
 REGIONS: dict[Region, str] = {
     "all": "whole array",
@@ -81,6 +84,14 @@ class Volume:
         if not all(map(any_true, chosen)):
             raise ScanError(f"no voxel is left in the {REGIONS[name]} after the crop of the input contract")
         return chosen
+
+
+def check_shape(shape: Triple, what: str) -> None:
+    """Raise ValueError where no array has a shape, or none that a scan of a head can become."""
+    if min(shape) < 1 or math.prod(shape) > MOST_VOXELS:
+        raise ValueError(
+            f"{what} is {shape}, and must be 1 or more voxels along each axis, together at most {MOST_VOXELS}"
+        )
 
 
 def any_true(region: NDArray[np.bool_]) -> bool:

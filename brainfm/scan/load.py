@@ -6,14 +6,14 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.contract.spec import InputSpec
-from brainfm.contract.volume import Volume, not_zero
+from brainfm.contract.volume import Volume, axes_towards, not_zero, permute, pick
 from brainfm.errors import ScanError
 from brainfm.scan.content import check_content
 from brainfm.scan.grid import corner_distance, on_grid
@@ -56,12 +56,13 @@ def load_scan(
     The voxels stay as they are stored (`Scan.image` gives real intensities) until the contract's operations run.
 
     Args:
-        image: A NIfTI (.nii, .nii.gz, also .bz2, .xz, .zst) or MGZ file, a nibabel or SimpleITK image, a pair (array
-            [x, y, z], affine [4, 4] to RAS mm), a MetaTensor, or an image of TorchIO. Of several channels, {channel:
-            any of these}, named as the contract names them, all on the same voxels; a MetaTensor may hold all of them,
-            in the contract's order.
-        mask: The brain mask on the same voxels: a file, an image, a pair, or an array of the scan's shape. Voxels above
-            0 are brain. Without one, the non-zero voxels of a skull-stripped image are.
+        image: A NIfTI (.nii, .nii.gz, also .bz2, .xz, .zst) or MGZ file, the bytes of a NIfTI file, a nibabel or
+            SimpleITK image, a pair (array [x, y, z], affine [4, 4] to RAS mm), a MetaTensor, or an image of TorchIO.
+            Of several channels, {channel: any of these}, named as the contract names them, all on the same voxels; a
+            MetaTensor may hold all of them, in the contract's order.
+        mask: The brain mask on the same voxels, with its axes in any order: a file, an image, a pair, or an array of
+            the scan's shape. Voxels above 0 are brain, whatever the type; fractions are refused, but for what
+            resampling leaves of 0 and 1. Without a mask, the non-zero voxels of a skull-stripped image are.
         spec: The input contract.
         on_mismatch: What to do with a scan in template space on another grid of the same or finer spacing: "resample"
             moves it (whole-voxel shifts are copied, others averaged), "raise" refuses it.
@@ -147,8 +148,9 @@ def _channels(image: ScanLike, spec: InputSpec) -> list[StoredImage | None]:
         others = [name for name in named if name not in map(str.casefold, wanted)]
         if near := difflib.get_close_matches(channel.casefold(), others, n=1, cutoff=0.75):
             raise ScanError(f"{name_of(image) or 'the scan'}: {channel} is missing; is {near[0]!r} meant for it?")
-    stored = [None if value is None else read_image(value) for value in found]
-    first = next(one for one in stored if one is not None)
+    read = [None if value is None else read_image(value) for value in found]
+    first = next(one for one in read if one is not None)
+    stored = [None if one is None else _turned(one, first) for one in read]
     for channel, one in zip(wanted, stored, strict=True):
         if one is None or one is first:
             continue
@@ -188,6 +190,21 @@ def _brain_mask(
     return found[0] if len(found) == 1 else np.logical_or.reduce(found)
 
 
+def _turned(one: StoredImage, other: StoredImage) -> StoredImage:
+    """An image with its axes in the order and direction of another's, as tools store them that choose their own."""
+    import nibabel as nib
+
+    codes = nib.aff2axcodes(other.affine)
+    if None in codes:  # an axis whose voxels have no size beside the others'
+        return one
+    axes, flips = axes_towards(one.affine, "".join(codes))
+    if axes == (0, 1, 2) and not any(flips):
+        return one
+    volume = permute(Volume(one.array[None], None, one.affine), axes)
+    volume = pick(volume, tuple(slice(None, None, -1 if flip else 1) for flip in flips))
+    return replace(one, array=volume.stored[0], affine=volume.affine)
+
+
 def _lies_on(one: StoredImage, other: StoredImage) -> bool:
     """Whether the voxels of two images of one shape are the same places in the world."""
     apart = corner_distance(one.affine, other.affine, one.array.shape)
@@ -197,7 +214,7 @@ def _lies_on(one: StoredImage, other: StoredImage) -> bool:
 def _read_mask(mask: ImageLike, image: StoredImage) -> NDArray[np.bool_]:
     if isinstance(mask, np.ndarray):
         mask = (mask, image.affine)
-    stored = read_image(mask, "mask")
+    stored = _turned(read_image(mask, "mask"), image)
     names = f"{image.source}: the mask {stored.source}"
     if stored.array.shape != image.array.shape:
         raise ScanError(

@@ -92,16 +92,17 @@ def from_itk(image: Any, what: str) -> StoredImage:
     """An image of SimpleITK, whose world is LPS."""
     import SimpleITK as sitk
 
-    name, size = f"the {what} image of SimpleITK", image.GetDimension()
+    name = f"the {what} image of SimpleITK"
     check_voxels(image.GetSize(), np.dtype(np.uint8), name)
+    while image.GetDimension() > 3:  # each further axis is of one voxel
+        image = image[..., 0]
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError(f"{name}: its voxels are not grey values; convert to one number a voxel")
     keys = image.GetMetaDataKeys()
     check_codes({key: image.GetMetaData(key) for key in keys if key.endswith("form_code")}, name)
     affine = np.eye(4)
-    if size == 3:
-        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-        affine[:3, 3] = image.GetOrigin()
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
     if (affine == np.eye(4)).all() and not keys:
         raise ScanError(
             f"{name}: its direction, spacing and origin are those of an image that was given none, and do not say "

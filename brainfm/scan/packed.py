@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,8 @@ def compression(head: bytes) -> bytes | None:
     return next((magic for magic in _MODULES if head.startswith(magic)), None)
 
 
-def open_packed(path: Path, magic: bytes) -> Any:
-    """A compressed file, opened for reading what it holds.
+def open_packed(path: Path, magic: bytes, file: IO[bytes] | None = None) -> Any:
+    """A compressed file, opened for reading what it holds: the one at `path`, or one that is opened and called so.
 
     Raises:
         ScanError: Nothing that reads it is installed.
@@ -43,15 +43,15 @@ def open_packed(path: Path, magic: bytes) -> Any:
             f"{path}: compressed by Zstandard, which this Python does not read; "
             "run 'pip install backports.zstd', or unpack it first: zstd -d"
         )
-    return opener(path)
+    return opener(path if file is None else file)
 
 
 @cache
-def fastest(magic: bytes) -> Callable[[Path], Any] | None:
+def fastest(magic: bytes) -> Callable[[Path | IO[bytes]], Any] | None:
     """What opens a kind of compressed file: for gzip ISA-L's, zlib-ng's, or Python's; None where nothing does."""
     for module in _MODULES[magic]:
         try:
-            opener: Callable[[Path], Any] = import_module(module).open
+            opener: Callable[[Path | IO[bytes]], Any] = import_module(module).open
         except ImportError:
             continue
         return opener

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -23,8 +24,8 @@ __all__ = ["ImageLike", "StoredImage", "read_image", "split_channels"]
 if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage
 
-# A path, a nibabel or SimpleITK image, (array [x, y, z], affine [4, 4]), or a tensor that carries its affine (MONAI's
-# MetaTensor, TorchIO's images).
+# A path, the bytes of a NIfTI file, a nibabel or SimpleITK image, (array [x, y, z], affine [4, 4]), or a tensor that
+# carries its affine (MONAI's MetaTensor, TorchIO's images).
 ImageLike: TypeAlias = "str | os.PathLike[str] | SpatialImage | tuple[ArrayLike, ArrayLike] | Any"
 
 
@@ -40,6 +41,8 @@ def read_image(image: ImageLike, what: str = "scan") -> StoredImage:
     """
     if isinstance(image, str | os.PathLike):
         return _from_file(Path(image), what)
+    if isinstance(image, bytes | bytearray):
+        return _from_bytes(bytes(image), what)
     if isinstance(image, tuple) and len(image) == 2:
         return from_pair(image, what)
     if hasattr(image, "dataobj") and hasattr(image, "header"):
@@ -76,6 +79,21 @@ def _from_file(path: Path, what: str) -> StoredImage:
         raise
     except (Exception, MemoryError) as error:  # nibabel lets errors of many kinds through where a header lies
         raise damaged(str(path), error) from error
+
+
+def _from_bytes(content: bytes, what: str) -> StoredImage:
+    """The image in the bytes of a NIfTI file, compressed or not."""
+    name = Path(f"the bytes of the {what}")
+    if (magic := compression(content)) is None and not is_nifti(content):
+        raise refusal(content[:1024], name)
+    try:
+        plain = io.BytesIO(content)
+        with plain if magic is None else open_packed(name, magic, plain) as file:
+            return _from_opened(file, file.read(1024), name, mapped=False)
+    except ScanError:
+        raise
+    except (Exception, MemoryError) as error:
+        raise damaged(str(name), error) from error
 
 
 def _from_opened(file: Any, head: bytes, path: Path, mapped: bool) -> StoredImage:
@@ -154,7 +172,9 @@ def _from_nibabel(image: Any, source: str) -> StoredImage:
     try:
         if not isinstance(proxy, ArrayProxy):
             return checked(np.asanyarray(proxy), image.affine, source)
-        stored = (proxy.shape, proxy.dtype, proxy.offset)
+        # Of a NIfTI file whose header leaves it out, nibabel would take the header for voxels.
+        start = proxy.offset or (image.header.single_vox_offset if getattr(image.header, "is_single", False) else 0)
+        stored = (proxy.shape, proxy.dtype, start)
         try:
             array = np.asanyarray(ArrayProxy(proxy.file_like, stored, order=proxy.order))
         except OSError:  # a file system may map nothing

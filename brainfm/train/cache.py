@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -210,12 +212,24 @@ def _files(record: ScanRecord) -> dict[str, Any]:
     return {channel: images[channel] for channel in sorted(images)} | {"mask": record.mask}
 
 
+def _end_with_the_parent() -> None:
+    """In a worker: end when the build does, however that ends; SIGKILL left the workers waiting for ever."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _written(jobs: Sequence[tuple[str, ScanRecord]], folder: Path, spec: InputSpec, workers: int) -> Iterator[_Entry]:
     arguments = ((key, record, folder, spec) for key, record in jobs)
     if workers <= 1 or len(jobs) < 2:
         yield from map(_write_scan, arguments)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=_end_with_the_parent) as pool:
         yield from pool.map(_write_scan, arguments, chunksize=4)
 
 

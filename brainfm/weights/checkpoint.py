@@ -278,7 +278,16 @@ def _unwrap(content: Any, name: str, take: str | None) -> Checkpoint:
             f"{name}: no state dict found: {', '.join(strange[:5])} are not tensors; "
             f"brainfm looks at the top and under {', '.join(_STATE_KEYS)}"
         )
+    if odd := [str(key) for key, value in content.items() if not _is_plain(value)]:
+        raise WeightsError(
+            f"{name}: {', '.join(odd[:5])} are no plain arrays of numbers (sparse, quantised, or without content); "
+            "ask its authors for a plain state dict"
+        )
     return Checkpoint(_stripped({str(key): value for key, value in content.items()}), dropped)
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
 
 
 def _stripped(state: dict[str, Tensor], prefixes: Sequence[str] = _WRAPPER_PREFIXES * 2) -> dict[str, Tensor]:
@@ -455,13 +464,21 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None
         ),
         (
             "not finite",
-            [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()],
+            # Only what fits: a small file can hold one number that is expanded to more than memory holds.
+            [k for k, v in state.items() if k in wanted and v.shape == wanted[k].shape and not _is_finite(v)],
         ),
     ]
     found = [f"{len(keys)} {what}: {_some(keys)}" for what, keys in faults if keys]
     if found:
         kind = type(model).__name__
         raise WeightsError(f"{name}: these weights do not fit this {kind}; " + "; ".join(found))
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.is_floating_point() and not value.is_complex():
+        return True
+    wide = value.float() if value.element_size() == 1 else value  # torch asks it of no 8 bits
+    return bool(wide.isfinite().all())
 
 
 def _some(names: list[str], most: int = 4) -> str:

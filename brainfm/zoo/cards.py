@@ -241,9 +241,9 @@ def read_card(path: Path) -> Card:
     """The card in a YAML file. Raises WeightsError, which says what is wrong with it."""
     try:
         card = Card.from_dict(read_yaml(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return replace(card, models={name: _beside(path, model) for name, model in card.models.items()})
+    except (OSError, ValueError, TypeError, RuntimeError) as error:  # of no home, of recursion
         raise WeightsError(f"{path}: not a card ({one_line(error)})") from error
-    return replace(card, models={name: _beside(path, model) for name, model in card.models.items()})
 
 
 def _beside(path: Path, model: ModelCard) -> ModelCard:
