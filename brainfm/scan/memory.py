@@ -88,11 +88,11 @@ def _affine_of(image: Any, name: str) -> NDArray[np.float64]:
     return _FROM_LPS @ affine if space == "LPS" and affine.shape == (4, 4) else affine
 
 
-def from_itk(image: Any, what: str) -> StoredImage:
+def from_itk(image: Any, what: str, name: str = "") -> StoredImage:
     """An image of SimpleITK, whose world is LPS."""
     import SimpleITK as sitk
 
-    name, size = f"the {what} image of SimpleITK", image.GetDimension()
+    name, size = name or f"the {what} image of SimpleITK", image.GetDimension()
     check_voxels(image.GetSize(), np.dtype(np.uint8), name)
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError(f"{name}: its voxels are not grey values; convert to one number a voxel")
