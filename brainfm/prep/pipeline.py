@@ -81,12 +81,13 @@ class Settings(Checked):
 class _Clock:
     """Seconds a step; `begun` is told of each as it begins."""
 
-    begun: Callable[[str], None]
+    begun: Callable[[str], None] | None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
-        self.begun(step)
+        if self.begun:
+            self.begun(step)
         start = time.perf_counter()
         yield
         self.seconds[step] = round(time.perf_counter() - start, 2)
@@ -135,7 +136,7 @@ def prepare(
     folder: Path,
     settings: Settings,
     threads: int = 1,
-    begun: Callable[[str], None] = lambda step: None,
+    begun: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Prepare one scan, write its folder, and return its record.
 

@@ -25,8 +25,8 @@ def register(brain: sitk.Image, transform_type: TransformType = "rigid") -> sitk
 
     The similarity is mutual information, which no change of brightness misleads. On voxels of 6 mm every one of 27
     rotations about the centre of mass is looked at, and the best three are followed; the best of these goes on to 4, 2
-    and 1 mm. Only voxels in and near the template's brain count. The same brain gives the same transform, to the bit: the
-    seed is fixed, and one thread does it, for several add up in the order in which they happen to end.
+    and 1 mm. Only voxels in and near the template's brain count. The same brain gives the same transform, to the bit:
+    the seed is fixed, and one thread does it, for several add up in the order in which they happen to end.
 
     Args:
         brain: The scan, 0 outside the brain.

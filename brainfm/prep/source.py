@@ -21,7 +21,7 @@ from brainfm.errors import ScanError
 from brainfm.files import file_sha256
 from brainfm.manifest import ScanRecord, _walk, list_scans
 from brainfm.prep.dicom import read_series
-from brainfm.prep.image import largest_part, to_array, to_itk
+from brainfm.prep.image import largest_part, sitk, to_array, to_itk
 from brainfm.scan.kinds import first_bytes, is_dicom
 from brainfm.scan.read import read_image
 

@@ -56,8 +56,10 @@ def decision_of(folder: Path) -> Decision | None:
 
 
 def verdict_of(folder: Path) -> str:
-    """A prepared scan's quality: "pass", "look" or "fail"; "accepted" or "rejected" where a person said so; else
-    "unreadable", or empty where nobody judged it.
+    """A prepared scan's quality, by the person who decided or else by its figures.
+
+    Returns:
+        "accepted" or "rejected"; "pass", "look" or "fail"; "unreadable"; or "" where nobody judged it.
     """
     if not (folder / RECORD).exists():
         return ""
