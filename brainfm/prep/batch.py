@@ -197,7 +197,8 @@ def _run(
                 source = waiting.pop()
                 connection, one = _started(source, output, settings, threads)
                 running[connection] = one
-            for connection in wait(list(running), timeout=0.5):
+            ready: list[Any] = list(wait(list(running), timeout=0.5))
+            for connection in ready:
                 one = running[connection]
                 try:
                     kind, content = connection.recv()
