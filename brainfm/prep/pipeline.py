@@ -45,7 +45,7 @@ IMAGE, MASK, TRANSFORM, PICTURE = "normalized.nii.gz", "mask.nii.gz", "affine_tr
 
 @dataclass(frozen=True)
 class Settings(Checked):
-    """What to prepare with; the defaults need `pip install "brainfm[prep]"` and nothing else.
+    """What to prepare with; the defaults need `pip install ".[prep]"` and nothing else.
 
     Attributes:
         bias: "n4" or "none".
