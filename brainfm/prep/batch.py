@@ -149,6 +149,7 @@ class _Bar:
 
     def ended(self, name: str) -> None:
         self._done += 1
+        self._bar.set_postfix_str(f"{self._done} of {self._scans} scans", refresh=False)
         self._move(name, self._whole)
         self._bar.clear()  # a line is printed now
 

@@ -143,11 +143,6 @@ def _expanded(path: Path, left_out: dict[str, str]) -> Iterator[_Named]:
             inside = "/".join(_clean(part) for part in (record.patient_id, record.scan_id) if part)
             short = inside if record.patient_id else _name(image)
             yield image, short, f"{short}/{_name(image)}" if record.patient_id else _longer(image)
-    elif path.is_dir() and (any(path.glob("sub-*/")) or (path / "dataset_description.json").exists()):
-        images = [p for p in path.glob("sub-*/**/*_T1w.*") if _IMAGE.search(p.name) and p.name[:2] != "._"]
-        if not images:
-            raise ScanError(f"{path}: a BIDS data set without a T1w image (sub-*/…/anat/*_T1w.nii.gz)")
-        yield from ((image, _name(image), _longer(image)) for image in sorted(images))
     elif path.is_dir() and not any(map(is_dicom, path.iterdir())):
         yield from _in_folder(path, left_out)
     else:
@@ -155,30 +150,46 @@ def _expanded(path: Path, left_out: dict[str, str]) -> Iterator[_Named]:
 
 
 def _in_folder(folder: Path, left_out: dict[str, str]) -> Iterator[_Named]:
-    """Every image and DICOM series below a folder; what is left out is counted and named."""
+    """The T1w images of a BIDS data set, or of another folder every image and DICOM series; the rest is named."""
     files, folders, closed = _walk(folder)
     left_out |= closed
+    if closed:
+        logger.warning("%s: %d left out, such as %s (%s)", folder, len(closed), *next(iter(closed.items())))
+    files = [path for path in files if not path.name.startswith(".")]
+    subjects = [place for place in folders if place.parent == folder and place.name.startswith("sub-")]
+    images = [path for path in files if _IMAGE.search(path.name)]
+    t1w = [path for path in images if _stem(path).endswith("_T1w") and {*path.parents} & {*subjects}]
+    described = folder / "dataset_description.json" in files
+    if t1w:
+        left_out |= {str(one): "no T1w image in it" for one in subjects if not any(one in p.parents for p in t1w)}
+        yield from ((path, _name(path), _longer(path)) for path in t1w)
+        return
     prepared = {path.parent for path in files if path.name == "prep.json"}
-    files = [path for path in files if path.parent not in prepared and not path.name.startswith(".")]
+    found = [] if described else _images_and_series(folder, files, folders, prepared)
+    if not found and prepared:
+        raise ScanError(f"{folder}: holds scans that are prepared already; embed them: brainfm embed {folder}")
+    if not found and (subjects or described):
+        raise ScanError(f"{folder}: a BIDS data set without a T1w image (sub-*/…/anat/*_T1w.nii.gz)")
+    if not found:
+        raise ScanError(f"{folder}: a folder that holds neither a DICOM series nor a BIDS data set, nor an image")
+    for path in found:
+        inside = path.relative_to(folder)
+        yield path, _name(path), _clean("_".join([*inside.parts[:-1], _name(path)]))
+
+
+def _images_and_series(folder: Path, files: list[Path], folders: list[Path], prepared: set[Path]) -> list[Path]:
+    """Image files and folders of DICOM series, without what is prepared, and what is no T1w image by its name."""
+    files = [path for path in files if path.parent not in prepared]
     images = [path for path in files if _IMAGE.search(path.name)]
     others = [path for path in images if _OTHER.search(_stem(path))]
     if others:
         logger.warning("%s: %d left out as no T1w images by name, such as %s", folder, len(others), others[0])
-    if closed:
-        logger.warning("%s: %d left out, such as %s", folder, len(closed), " ".join(next(iter(closed.items()))))
     first: dict[Path, list[Path]] = {}
     for path in files:
         if not _IMAGE.search(path.name) and len(first.setdefault(path.parent, [])) < 5:
             first[path.parent].append(path)
     series = [place for place in folders if any(map(is_dicom, first.get(place, [])))]
-    found = sorted({*images} - {*others} | {*series})
-    if not found:
-        if prepared:
-            raise ScanError(f"{folder}: holds scans that are prepared already; embed them: brainfm embed {folder}")
-        raise ScanError(f"{folder}: a folder that holds neither a DICOM series nor a BIDS data set, nor an image")
-    for path in found:
-        inside = path.relative_to(folder)
-        yield path, _name(path), _clean("_".join([*inside.parts[:-1], _name(path)]))
+    return sorted({*images} - {*others} | {*series})
 
 
 def _t1w(record: ScanRecord) -> Path:

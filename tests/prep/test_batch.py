@@ -24,7 +24,7 @@ from brainfm.prep.pipeline import Settings
 from brainfm.prep.report import decide_all
 
 TURBOPREP = Settings(backend="turboprep")
-COMMAND = [sys.executable, "-m", "brainfm", "prep", "a.nii.gz", "b.nii.gz", "-o", "out", "--backend", "turboprep"]
+COMMAND = [sys.executable, "-m", "brainfm", "prep", "-o", "out", "--backend", "turboprep"]
 
 
 @pytest.fixture
@@ -36,11 +36,20 @@ def two(tmp_path):
 
 
 @pytest.fixture
-def begun(two, stand_in):
-    """A command that prepares both, whose second scan takes for ever: its process, and that of the scan's program."""
+def scans():
+    """What `begun` prepares."""
+    return "ab"
+
+
+@pytest.fixture
+def begun(scans, two, stand_in):
+    """A command that prepares scans, of which b takes for ever: its process, and that of the program that does b."""
+    if scans == "b":
+        (two / "second").touch()
     stand_in(f"if [ -e {two / 'second'} ]; then echo $$ > {two / 'pid'}; sleep 300; fi; touch {two / 'second'}")
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job's tests ignore it
-    process = subprocess.Popen(COMMAND, cwd=two, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
+    command = COMMAND + [f"{name}.nii.gz" for name in scans]
+    process = subprocess.Popen(command, cwd=two, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 200
     while not (two / "pid").exists() or not (two / "pid").read_text().strip():
         assert time.monotonic() < deadline
@@ -81,6 +90,7 @@ def test_interrupted_run_keeps_what_is_finished_and_ends_its_processes(begun, tw
     assert [*report.records] == ["a", "b"]
 
 
+@pytest.mark.parametrize("scans", ["b"])
 def test_second_command_on_an_output_is_refused_and_a_killed_one_makes_way(begun, two, stand_in):
     process, program = begun
     with pytest.raises(BrainfmError, match=f"process {process.pid} on .* is writing it"):
