@@ -128,7 +128,8 @@ def embed(
         report: Where to write, as JSON, what was done: the table's origin, counts, seconds, the scans that failed, and
             what of a folder was left out; of several models, `<name>.<model>.json`.
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
-        strict_qc: Refuse scans that `brainfm prep` judged to have failed; without it, the column `qc` says so.
+        strict_qc: Refuse scans that `brainfm prep` judged to have failed and nobody accepted by `brainfm qc`, and those
+            that somebody rejected; without it, the column `qc` says so.
         progress: Show a progress bar.
 
     Returns:
@@ -331,11 +332,16 @@ def _report(table: Embeddings, output: Path | None, resumed: int, seconds: float
 
 def _failed_qc(record: ScanRecord) -> str:
     """Why a scan is refused where a failed preparation is; empty where it is not."""
-    if record.extra.get("qc") not in ("fail", "unreadable"):
+    quality = record.extra.get("qc")
+    if quality == "rejected":
+        return (
+            f"{record.name}: was rejected by a person (decisions.json beside it); embed without --strict-qc to take it"
+        )
+    if quality not in ("fail", "unreadable"):
         return ""
     return (
-        f"{record.name}: its preparation did not pass quality control (prep.json beside it: {record.extra['qc']}); "
-        "look at its qc.png, prepare it in another way, or embed without --strict-qc"
+        f"{record.name}: its preparation did not pass quality control (prep.json beside it: {quality}); look at its "
+        "qc.png, accept it by 'brainfm qc', prepare it in another way, or embed without --strict-qc"
     )
 
 

@@ -6,7 +6,6 @@ written one way; two files are never the same scan of the same patient; what a l
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from brainfm.scan import ImageLike, ScanLike
 from brainfm.scan.kinds import is_dicom
 from brainfm.scan.load import image_of, name_of
 from brainfm.scan.memory import is_mapping
+from brainfm.scan.verdict import verdict_of
 from brainfm.system import expanded
 from brainfm.tabular import is_frame, is_missing, is_table, read_rows, rows_of
 
@@ -151,7 +151,8 @@ def list_scans(scans: ScansLike) -> Listing:
             folder; or a list of such paths, images, scans of several channels, pairs of one of these with its mask, and
             records.
 
-    A scan that `brainfm prep` made has its verdict (pass, look, fail) as the column `qc`.
+    A scan that `brainfm prep` made has its verdict (pass, look, fail) as the column `qc`, or, where a person decided of
+    it by `brainfm qc`, "accepted" or "rejected".
 
     Raises:
         ScanError: There is no such path, the manifest has no rows, no column of images or a row twice, a folder holds
@@ -219,17 +220,12 @@ def _from_list(scans: Iterable[Any]) -> Listing:
 
 
 def _with_verdict(record: ScanRecord) -> ScanRecord:
-    """The record with the verdict of `brainfm prep` as its column `qc`, where a `prep.json` lies beside the scan."""
+    """The record with `verdict_of` as its column `qc`, where a `prep.json` lies beside the scan."""
     if not isinstance(record.image, str | os.PathLike):
         return record
-    beside = Path(record.image).with_name("prep.json")
-    if Path(record.image).name != _TURBOPREP_IMAGE or not beside.exists():
-        return record
-    try:
-        verdict = str(json.loads(beside.read_text(encoding="utf-8"))["verdict"])
-    except (OSError, ValueError, KeyError, TypeError):
-        verdict = "unreadable"
-    return replace(record, extra=record.extra | {"qc": verdict})
+    path = Path(record.image)
+    verdict = verdict_of(path.parent) if path.name == _TURBOPREP_IMAGE else ""
+    return replace(record, extra=record.extra | {"qc": verdict}) if verdict else record
 
 
 def _record(item: Any) -> ScanRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,53 +36,85 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, **options: Any) -> None:
     """Prepare raw T1w scans of heads as the released weights want them: N4, skull off, rigidly registered, masked.
 
-    INPUT is an image file (.nii, .nii.gz, .mgz) in any orientation and voxel size, the folder of a DICOM series, or a
-    BIDS data set. Each scan gets a folder in OUTPUT that 'brainfm embed OUTPUT' takes, with qc.png and prep.json; the
-    same command goes on where it stopped. Scans that fail are listed, and the exit code is 1.
+    INPUT is an image file (.nii, .nii.gz, .mgz, .nrrd) in any orientation and voxel size, a folder of such files, the
+    folder of a DICOM series, a folder of such folders, a BIDS data set, or a manifest (.csv with image_path). Each scan
+    gets a folder in OUTPUT that 'brainfm embed OUTPUT' takes, with qc.png and prep.json; the same command goes on where
+    it stopped. Scans that fail, by an error or by their quality, are listed, and the exit code is 1.
     """
-    from brainfm.files import progress_bar
     from brainfm.prep.batch import prepare_all
     from brainfm.prep.pipeline import Settings
-    from brainfm.prep.source import find_sources
+    from brainfm.scan.verdict import verdict_of
 
-    found = len(find_sources(list(inputs)))
-    with progress_bar(total=found, unit="scan", doing="preparing", shown=sys.stderr.isatty()) as bar:
+    def said(name: str, outcome: dict[str, Any] | str) -> None:
+        if isinstance(outcome, str):
+            click.echo(f"{name}: ScanError: {outcome}", err=True)
+            return
+        seconds = sum(outcome["seconds"].values())
+        click.echo(f"{name}: {outcome['verdict']}, {seconds:.0f} s, {outcome['peak_memory_gb']} GB")
+        for reason in _reasons(outcome):
+            click.echo(f"  {reason}")
 
-        def said(name: str, outcome: dict[str, Any] | str) -> None:
-            bar.update()
-            bar.clear()
-            if isinstance(outcome, str):
-                click.echo(f"{name}: ScanError: {outcome}", err=True)
-                return
-            seconds = sum(outcome["seconds"].values())
-            click.echo(f"{name}: {outcome['verdict']}, {seconds:.0f} s, {outcome['peak_memory_gb']} GB")
-            for figure in outcome["quality"]:
-                if figure["reason"]:
-                    click.echo(f"  {figure['verdict']}: {figure['reason']}")
-
-        report = prepare_all(inputs, output, Settings(**options), jobs=jobs, said=said)
-    verdicts = [record["verdict"] for record in report.records.values()]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("pass", "look", "fail") if v in verdicts)
+    report = prepare_all(inputs, output, Settings(**options), jobs=jobs, said=said, progress=sys.stderr.isatty())
+    verdicts = {name: verdict_of(output / name) for name in report.records}
     if verdicts:
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts.values()).most_common())
         earlier = f"; {report.found} were there already" if report.found else ""
-        click.echo(f"{output}: {len(verdicts)} scans prepared ({counts}){earlier}")
-        click.echo(
-            f"look at them:  brainfm qc {output} -o qc.html\nembed them:    brainfm embed {output} -o embeddings.csv"
-        )
-    if report.failed:
-        click.echo(f"{len(report.failed)} of {len(verdicts) + len(report.failed)} scans failed:", err=True)
-        for name, reason in report.failed.items():
+        click.echo(f"{output}: {_scans(len(verdicts))} prepared ({counts}){earlier}")
+        click.echo(f"look at them:  brainfm qc {output} -o qc.html")
+    failed = {name: f"could not be prepared: {why}" for name, why in report.failed.items()}
+    for name, verdict in verdicts.items():
+        if verdict in ("fail", "unreadable"):
+            failed[name] = "; ".join(_reasons(report.records[name], "fail")) or "its decisions.json cannot be read"
+    if {"pass", "accepted"} & set(verdicts.values()):
+        strict = " --strict-qc" if any(name in verdicts for name in failed) else ""
+        click.echo(f"embed them:    brainfm embed {output} -o embeddings.csv{strict}")
+    if failed:
+        click.echo(f"{len(failed)} of {_scans(len(verdicts) + len(report.failed))} failed:", err=True)
+        for name, reason in failed.items():
             click.echo(f"  {name}: {reason}", err=True)
+    for path, why in report.left_out.items():
+        click.echo(f"left out: {path}: {why}", err=True)
+    if failed or report.left_out:
         sys.exit(1)
+
+
+def _scans(count: int) -> str:
+    return f"{count} scan{'' if count == 1 else 's'}"
+
+
+def _reasons(record: dict[str, Any], *verdicts: str) -> list[str]:
+    """Why a prepared scan is doubtful, the worst first."""
+    doubts = [figure for figure in record["quality"] if figure["verdict"] in (verdicts or ("fail", "look"))]
+    return [f"{one['verdict']}: {one['reason']}" for one in sorted(doubts, key=lambda one: one["verdict"])]
 
 
 @click.command("qc", context_settings=_HELP)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The page, .html.")
-def qc_command(folder: Path, output: Path) -> None:
-    """Write one page of the prepared scans in DIR: pictures, figures and verdicts, the doubtful ones first."""
-    from brainfm.prep.report import write_page
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page, .html.")
+@click.option("--accept", multiple=True, metavar="ID", help="Take this scan whatever its verdict; may be repeated.")
+@click.option("--reject", multiple=True, metavar="ID", help="Leave this scan out whatever its verdict; likewise.")
+@click.option("--by", metavar="NAME", help="Who accepts or rejects.")
+@click.option("--why", metavar="TEXT", help="And why.")
+def qc_command(
+    folder: Path, output: Path | None, accept: tuple[str, ...], reject: tuple[str, ...], by: str | None, why: str | None
+) -> None:
+    """Write one page of the prepared scans in DIR: pictures, figures and verdicts, the doubtful ones first.
 
-    verdicts = write_page(folder, output)
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("fail", "look", "pass"))
-    click.echo(f"{output}: {len(verdicts)} scans ({counts})")
+    With --accept or --reject, and --by and --why, a person's own decision is kept beside the scan (decisions.json),
+    shown on the page, and followed by 'brainfm embed --strict-qc'. ID is the scan's name on the page. The last decision
+    counts, until the scan is prepared anew.
+    """
+    from brainfm.prep.report import decide_all, write_page
+
+    decided = bool(accept or reject)
+    if not decided and output is None:
+        raise click.UsageError("name the page (-o qc.html), or decide (--accept, --reject)")
+    if decided != bool(by and why) or bool(by) != bool(why):
+        raise click.UsageError("--accept and --reject go with --by NAME and --why TEXT: who decides, and why")
+    if by and why:
+        for name, said in decide_all(folder, accept, reject, by, why).items():
+            click.echo(f"{name}: {said}")
+    if output is not None:
+        verdicts = write_page(folder, output)
+        counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+        click.echo(f"{output}: {_scans(len(verdicts))} ({counts})")

@@ -59,7 +59,7 @@ def demo_command(model: str | None, output: str) -> None:
 @click.option("--dense-dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
 @click.option("--report", metavar="FILE.json", help="Write what was done: origin, counts, seconds, failed scans.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
-@click.option("--strict-qc", is_flag=True, help="Refuse scans that 'brainfm prep' judged to have failed.")
+@click.option("--strict-qc", is_flag=True, help="Refuse scans that failed in 'brainfm prep' or by 'brainfm qc'.")
 def embed_command(
     inputs: tuple[str, ...],
     output: str,

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from brainfm.errors import BrainfmError, ScanError
-from brainfm.files import one_line
-from brainfm.prep.pipeline import Settings, is_done, prepare, read_record
+from brainfm.files import held, one_line, progress_bar, temporary_path
+from brainfm.prep.pipeline import STEPS, Settings, is_done, prepare, read_record
 from brainfm.prep.source import Source, find_sources
 from brainfm.system import available_cores
+
+Outcome: TypeAlias = dict[str, Any] | str  # a scan's record, or why there is none
 
 # Read by ITK, OpenMP and the BLAS libraries when a process begins.
 _THREAD_VARIABLES = (
@@ -26,6 +31,8 @@ _THREAD_VARIABLES = (
     "OPENBLAS_NUM_THREADS",
     "MKL_NUM_THREADS",
 )
+_WITHOUT_GUARD = 78  # exit code of a scan's process that found itself in the script that had started it
+_FEWER = "run it again with fewer scans at once (--jobs, jobs=), or on a machine with more memory"
 
 
 @dataclass
@@ -36,11 +43,13 @@ class Report:
         records: For each scan that is prepared now, its name and `prep.json`, in the order of the inputs.
         found: How many of them were there already.
         failed: For each that could not be, its name and why.
+        left_out: What of the inputs' folders could not be looked into, and why.
     """
 
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     found: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def prepare_all(
@@ -49,60 +58,63 @@ def prepare_all(
     settings: Settings | None = None,
     *,
     jobs: int = 1,
-    said: Callable[[str, dict[str, Any] | str], None] | None = None,
+    said: Callable[[str, Outcome], None] | None = None,
+    progress: bool = False,
 ) -> Report:
     """Prepare scans, a folder each in `output`. Those that are there, with the same settings, are left as they are.
 
+    Each scan has a process of its own, which imports the script that calls this: in a script, call it below
+    `if __name__ == "__main__":`. A second call on the same `output` is refused while the first lasts.
+
     Args:
-        inputs: Image files, folders of DICOM series, BIDS data sets.
+        inputs: Image files, folders of images, of DICOM series, BIDS data sets, manifests; see `find_sources`.
         output: Holds the scans' folders.
         settings: What to prepare with.
         jobs: Scans at once; they share the processor's cores.
         said: Called with a scan's name and its record, or why it failed, as each ends.
+        progress: Show a bar of the steps, with an estimate of the time left.
 
     Raises:
-        BrainfmError: A tool is not installed, or the list of inputs is wrong: nothing was begun.
+        BrainfmError: A tool is not installed, the list of inputs is wrong, another process is writing `output`, or a
+            script calls this without a guard: nothing was begun.
 
     Example:
         >>> report = prepare_all(["sub-01_T1w.nii.gz"], "prep/")
         >>> report.records["sub-01"]["verdict"]
         'pass'
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_WITHOUT_GUARD)  # a scan's process runs the script again: what began it says so
     settings = settings or Settings()
     settings.tools()
     sources = find_sources([Path(item) for item in inputs])
-    report = Report()
-    outcomes: dict[str, dict[str, Any] | str] = {}
-    todo: list[Source] = []
-    for source in sources:
-        folder = Path(output) / source.name
-        try:
-            if is_done(source, folder, settings):
-                outcomes[source.name] = read_record(folder) or {}
-                report.found += 1
-            else:
-                todo.append(source)
-        except (BrainfmError, OSError) as error:
-            outcomes[source.name] = one_line(error)
-            if said:
-                said(source.name, one_line(error))
-    threads = max(1, available_cores() // max(1, min(jobs, len(todo))))
-    pool = ThreadPoolExecutor(jobs, thread_name_prefix="brainfm-prep")
-    running: list[Any] = []
-    try:
-        futures: dict[Future[dict[str, Any] | str], Source] = {
-            pool.submit(_in_a_process, source, Path(output) / source.name, settings, threads, running): source
-            for source in todo
-        }
-        for future in as_completed(futures):
-            name = futures[future].name
-            outcomes[name] = future.result()
-            if said:
-                said(name, outcomes[name])
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in running:
-            process.terminate()  # interrupted: their folders have no prep.json and are done again
+    folder = Path(output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise BrainfmError(f"{folder}: a file, and the scans' folders are written to a folder; name another output")
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report(left_out=sources.left_out)
+    outcomes: dict[str, Outcome] = {}
+
+    def ended(name: str, outcome: Outcome) -> None:
+        outcomes[name] = outcome
+        if said:
+            said(name, outcome)
+
+    with held(folder):
+        todo: list[Source] = []
+        for source in sources:
+            try:
+                if is_done(source, folder / source.name, settings):
+                    outcomes[source.name] = read_record(folder / source.name) or {}
+                    report.found += 1
+                else:
+                    todo.append(source)
+            except (BrainfmError, OSError) as error:
+                ended(source.name, one_line(error))
+        # By the inputs, not by what is left of them: a run that goes on computes as the unbroken one would have.
+        threads = max(1, available_cores() // max(1, min(jobs, len(sources))))
+        with _Bar(len(sources), len(sources) - len(todo), progress) as bar:
+            _run(todo, folder, settings, jobs, threads, bar, ended)
     for source in sources:
         outcome = outcomes[source.name]
         if isinstance(outcome, str):
@@ -112,44 +124,163 @@ def prepare_all(
     return report
 
 
-def _in_a_process(
-    source: Source, folder: Path, settings: Settings, threads: int, running: list[Any]
-) -> dict[str, Any] | str:
-    """The record of a scan, or why there is none."""
+class _Bar:
+    """A bar of many scans that moves at each step of each, and says what is being done."""
+
+    def __init__(self, scans: int, done: int, shown: bool) -> None:
+        self._whole = sum(STEPS.values())
+        self._scans, self._done = scans, done
+        self._passed: dict[str, int] = {}
+        todo = (scans - done) * self._whole
+        self._bar = progress_bar(total=todo, unit="part", doing="preparing", shown=shown and todo > 0)
+        self._bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begun(self, name: str, step: str) -> None:
+        steps = list(STEPS)
+        before = sum(STEPS[each] for each in steps[: steps.index(step)]) if step in STEPS else 0
+        self._bar.set_postfix_str(f"{self._done} of {self._scans} scans, {name}: {step}", refresh=False)
+        self._move(name, before)
+
+    def ended(self, name: str) -> None:
+        self._done += 1
+        self._bar.set_postfix_str(f"{self._done} of {self._scans} scans", refresh=False)
+        self._move(name, self._whole)
+        self._bar.clear()  # a line is printed now
+
+    def tick(self) -> None:
+        """The clock goes on while a step lasts."""
+        self._bar.refresh()
+
+    def _move(self, name: str, to: int) -> None:
+        self._bar.update(max(0, to - self._passed.get(name, 0)))
+        self._passed[name] = max(to, self._passed.get(name, 0))
+        self._bar.refresh()
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """A scan that is being prepared, its process, and a folder for what that and its programs put down meanwhile."""
+
+    source: Source
+    process: Any
+    scratch: Path
+
+    def end(self) -> None:
+        """End the process, with the programs that it started, which are in its group."""
+        with suppress(OSError, AttributeError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def _run(
+    todo: list[Source],
+    output: Path,
+    settings: Settings,
+    jobs: int,
+    threads: int,
+    bar: _Bar,
+    ended: Callable[[str, Outcome], None],
+) -> None:
+    """Prepare scans, `jobs` at a time, and tell of each as it ends."""
+    waiting = todo[::-1]
+    running: dict[Any, _Running] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                source = waiting.pop()
+                connection, one = _started(source, output, settings, threads)
+                running[connection] = one
+            ready: list[Any] = list(wait(list(running), timeout=0.5))
+            for connection in ready:
+                one = running[connection]
+                try:
+                    kind, content = connection.recv()
+                except EOFError:
+                    one.process.join()
+                    if one.process.exitcode == _WITHOUT_GUARD:
+                        raise BrainfmError(_guard_is_missing()) from None
+                    kind, content = "ended", f"{one.source.path}: {_death(one.process.exitcode)}"
+                if kind == "begun":
+                    bar.begun(one.source.name, content)
+                    continue
+                del running[connection]
+                one.end()
+                bar.ended(one.source.name)
+                ended(one.source.name, content)
+            bar.tick()
+    finally:
+        for one in running.values():
+            one.end()  # interrupted: their folders have no prep.json and are done again
+
+
+def _started(source: Source, output: Path, settings: Settings, threads: int) -> tuple[Connection, _Running]:
+    scratch = temporary_path(output / "scratch")  # which `held` sweeps away after us, if we are killed
+    scratch.mkdir()
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(source, folder, settings, threads, theirs), daemon=True)
+    process = context.Process(
+        target=_work, args=(source, output / source.name, settings, threads, scratch, theirs), daemon=True
+    )
     process.start()
-    running.append(process)
     theirs.close()
-    try:
-        outcome: dict[str, Any] | str = ours.recv()
-    except EOFError:
-        process.join()
-        outcome = f"{source.path}: its process ended with exit code {process.exitcode} (-9: killed, often for memory)"
-    process.join()
-    running.remove(process)
-    return outcome
+    return ours, _Running(source, process, scratch)
 
 
-def _work(source: Source, folder: Path, settings: Settings, threads: int, answer: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the parent ends this one
+def _work(source: Source, folder: Path, settings: Settings, threads: int, scratch: Path, answer: Connection) -> None:
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # Ctrl-C is for the parent, which ends this process and its programs
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    tempfile.tempdir = str(scratch)
     os.environ |= dict.fromkeys(_THREAD_VARIABLES, str(threads))
     try:
-        answer.send(prepare(source, folder, settings, threads))
-    except (BrainfmError, OSError, MemoryError) as error:
-        text = one_line(error) if isinstance(error, BrainfmError) else f"{source.path}: {one_line(error)}"
-        answer.send(text)
+        outcome: Outcome = prepare(source, folder, settings, threads, lambda step: answer.send(("begun", step)))
+    except MemoryError:
+        outcome = f"{source.path}: there is too little memory; {_FEWER}"
+    except BrainfmError as error:
+        outcome = one_line(error)
+    except OSError as error:
+        outcome = f"{source.path}: {one_line(error)}"
     except Exception as error:  # one failed scan never stops the rest
-        answer.send(f"{source.path}: {type(error).__name__}: {one_line(error)}")
+        outcome = f"{source.path}: {type(error).__name__}: {one_line(error)}"
+    answer.send(("ended", outcome))
 
 
 def _end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # it was killed, and nobody waits for this scan
+        with suppress(OSError, AttributeError):
+            os.killpg(0, signal.SIGKILL)  # it was killed, and nobody waits for this scan
+        os._exit(1)
+
+
+def _death(code: int) -> str:
+    """Why a process that gave no answer ended, and what to do."""
+    if code == -9:
+        return f"its process was killed (signal 9), as systems do that run out of memory; {_FEWER}"
+    if code < 0:
+        return (
+            f"its process crashed ({signal.strsignal(-code) or -code}); run it again, and if that repeats, leave it out"
+        )
+    return f"its process ended with exit code {code} and said no more; run it by itself to see why"
+
+
+def _guard_is_missing() -> str:
+    script = getattr(sys.modules["__main__"], "__file__", "the script")
+    return (
+        f"{script}: calls prepare_all without a guard, and each scan's process would run it again; put the call below "
+        'if __name__ == "__main__":'
+    )
 
 
 def list_records(folder: str | os.PathLike[str]) -> dict[str, tuple[Path, dict[str, Any]]]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import locale
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from brainfm.assets import TEMPLATE
 from brainfm.errors import MissingExtraError
 from brainfm.files import atomic_path
 from brainfm.registry import get_pretrained_cfg
+from brainfm.scan.nrrd import locale_kept
 
 try:
     import SimpleITK as sitk
@@ -40,16 +38,6 @@ __all__ = [
 _LPS = np.diag((-1.0, -1.0, 1.0, 1.0))
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote headers, and headers hold names
-
-
-@contextmanager
-def locale_kept() -> Iterator[None]:
-    """Put the process's locale back, which ITK sets to C when it reads a file: text would be ASCII from then on."""
-    before = locale.setlocale(locale.LC_ALL)
-    try:
-        yield
-    finally:
-        locale.setlocale(locale.LC_ALL, before)
 
 
 def to_itk(array: NDArray[Any], affine: NDArray[np.float64]) -> sitk.Image:

@@ -10,12 +10,14 @@ what and how it came out, and `qc.png`. `normalized.nii.gz` is written last: whe
 from __future__ import annotations
 
 import json
+import platform
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,13 +31,15 @@ from brainfm.prep.image import TEMPLATE, largest_part, like, locale_kept, on_tem
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
 from brainfm.prep.quality import RANGES, Prepared, judge
-from brainfm.prep.registration import TransformType, as_affine
+from brainfm.prep.registration import SEED, TransformType, as_affine
 from brainfm.prep.source import Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
 from brainfm.schema import Checked
 from brainfm.version import __version__
 
 RECORD = "prep.json"
+# The steps and what each takes of a scan's time, about; what settings leave out takes none.
+STEPS = {"read": 2, "bias": 20, "extraction": 25, "registration": 35, "resampling": 3, "quality": 10, "write": 5}
 IMAGE, MASK, TRANSFORM, PICTURE = "normalized.nii.gz", "mask.nii.gz", "affine_transf.mat", "qc.png"
 
 
@@ -75,12 +79,15 @@ class Settings(Checked):
 
 @dataclass
 class _Clock:
-    """Seconds a step."""
+    """Seconds a step; `begun` is told of each as it begins."""
 
+    begun: Callable[[str], None] | None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
+        if self.begun:
+            self.begun(step)
         start = time.perf_counter()
         yield
         self.seconds[step] = round(time.perf_counter() - start, 2)
@@ -124,14 +131,23 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 @locale_kept()
-def prepare(source: Source, folder: Path, settings: Settings, threads: int = 1) -> dict[str, Any]:
+def prepare(
+    source: Source,
+    folder: Path,
+    settings: Settings,
+    threads: int = 1,
+    begun: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Prepare one scan, write its folder, and return its record.
+
+    With the same versions and threads, both in the record, the same scan gives the same files to the bit.
 
     Args:
         source: The scan.
         folder: Its own folder, made where there is none.
         settings: What to prepare with.
-        threads: For ITK, torch and the programs.
+        threads: For ITK, torch and the programs; the registration takes one.
+        begun: Called with the name of each step as it begins.
 
     Raises:
         ScanError: The scan is no T1w image of a head, or a step failed on it.
@@ -142,7 +158,7 @@ def prepare(source: Source, folder: Path, settings: Settings, threads: int = 1) 
     torch.set_num_threads(threads)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     tools = settings.tools()
-    clock = _Clock()
+    clock = _Clock(begun)
     for name in (IMAGE, RECORD):  # what is in the folder from here on is not finished
         (folder / name).unlink(missing_ok=True)
     with clock("read"):
@@ -164,6 +180,9 @@ def prepare(source: Source, folder: Path, settings: Settings, threads: int = 1) 
         "settings": settings.to_dict(),
         "tools": tools,
         "brainfm": __version__,
+        "versions": {name: version(name) for name in ("SimpleITK", "torch", "numpy")}
+        | {"python": platform.python_version(), "machine": platform.machine()},
+        "seed": SEED,
         "template": {"file": TEMPLATE.name, "sha256": file_sha256(TEMPLATE)},
         "transform": np.round(_matrix(transform), 6).tolist(),
         "seconds": clock.seconds,

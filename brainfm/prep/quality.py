@@ -84,6 +84,9 @@ class Range:
         return {"passes": self.passes, "looks": self.looks}
 
 
+_CUT = "the field of view of the scan cuts off the brain"
+_CUT_MM2 = 3000.0  # a brain of 1.5 litres that lacks 1 % is cut over 4000; one that fits closely touches less
+_OF_A_WHOLE_BRAIN = ("litres", "overlap", "offset", "tilt", "similarity", "upright", "symmetry", "balance", "unseen")
 _MOVED = "the registration may have gone wrong, or the header lies about the axes"
 
 RANGES: dict[str, Range] = {
@@ -127,7 +130,7 @@ RANGES: dict[str, Range] = {
         (0, 0.01),
         (0, 0.05),
         "",
-        "the scan cuts off the brain",
+        "the registration may have gone wrong, or the scan cuts off the brain",
     ),
     "bright_rim": Range(
         "fraction of the mask's rim brighter than white matter",
@@ -167,20 +170,34 @@ class Figure:
 
 
 def judge(prepared: Prepared) -> tuple[list[Figure], Verdict]:
-    """Every figure of a scan, and the worst verdict among them."""
-    figures = [_judged(name, value) for name, value in _measured(prepared).items()]
+    """Every figure of a scan, and the worst verdict among them.
+
+    Where the field of view cuts off the brain, that is the reason for whatever a cut brain puts out of its range.
+    """
+    values = _measured(prepared)
+    cut = values["unseen"] > RANGES["unseen"].passes[1] and _cut_mm2(prepared) > _CUT_MM2
+    figures = [_judged(name, value, cut) for name, value in values.items()]
     return figures, max((figure.verdict for figure in figures), key=VERDICTS.index)
 
 
-def _judged(name: str, value: float) -> Figure:
+def _judged(name: str, value: float, cut: bool = False) -> Figure:
+    """A figure, and where it does not pass, the limit that it breaks: of what fails, the one beyond which it fails."""
     usual = RANGES[name]
     shown = float(f"{value:.4g}")
     if usual.passes[0] <= value <= usual.passes[1]:
         return Figure(name, shown, "pass", "")
     verdict: Verdict = "look" if usual.looks[0] <= value <= usual.looks[1] else "fail"
-    bound, why = (usual.passes[0], usual.low) if value < usual.passes[0] else (usual.passes[1], usual.high)
-    side = "below" if value < usual.passes[0] else "above"
-    return Figure(name, shown, verdict, f"{usual.title}: {value:.3g} is {side} {bound:g}; {why}")
+    limits = usual.passes if verdict == "look" else usual.looks
+    side, limit, why = ("below", limits[0], usual.low) if value < limits[0] else ("above", limits[1], usual.high)
+    if cut and name in _OF_A_WHOLE_BRAIN:
+        why = _CUT
+    return Figure(name, shown, verdict, f"{usual.title}: {value:.3g} is {side} {limit:g}; {why}")
+
+
+def _cut_mm2(prepared: Prepared) -> float:
+    """How much of the brain lies right at the edge of the field of view, mm²: the area of the cut."""
+    beyond = like((~prepared.seen).astype(np.uint8), template())
+    return float((prepared.brain & (to_array(sitk.BinaryDilate(beyond, [1, 1, 1])) > 0)).sum())
 
 
 def _measured(prepared: Prepared) -> dict[str, float]:

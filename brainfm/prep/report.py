@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from brainfm.errors import BrainfmError
+from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import write_text
 from brainfm.prep.batch import list_records
 from brainfm.prep.pipeline import PICTURE
 from brainfm.prep.quality import RANGES, VERDICTS
 from brainfm.render import render_page
+from brainfm.scan.verdict import Choice, Decision, decide, decision_of, verdict_of
 from brainfm.version import __version__
 
 _MIN_SCANS = 5  # below it, nothing is unusual for the group
+# The worst first; what a person decided needs no more looking.
+_ORDER = ("unreadable", "fail", "look", "pass", "rejected", "accepted")
 
 Records = dict[str, tuple[Path, dict[str, Any]]]
 
 
 def write_page(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -> list[str]:
-    """Write the page of all prepared scans below a folder, and return their verdicts.
+    """Write the page of all prepared scans below a folder, and return their verdicts, a person's where there is one.
 
     Scans that fail come first, then those to look at; among equals, those whose figures are farthest from the group's
     medians.
 
     Raises:
-        ScanError: There is no prepared scan, or a record is damaged.
+        ScanError: There is no prepared scan, or a record or decision is damaged.
         BrainfmError: `output` is no .html file.
     """
     output = Path(output)
@@ -38,21 +43,53 @@ def write_page(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -
         raise BrainfmError(f"{output}: the page is an HTML file; give it a name that ends in .html")
     records = list_records(folder)
     strange = _strangeness(records)
-    order = sorted(records, key=lambda name: (-VERDICTS.index(records[name][1]["verdict"]), -strange[name], name))
-    verdicts = [records[name][1]["verdict"] for name in order]
+    scans = [_scan(name, *records[name]) for name in records]
+    scans.sort(key=lambda scan: (_ORDER.index(scan.verdict), -strange[scan.name], scan.name))
+    verdicts = [scan.verdict for scan in scans]
     counts = Counter(verdicts)
     page = render_page(
         "qc.html",
         styles=["qc.css"],
-        title=f"Quality of {len(records)} prepared scans",
-        all_pass=counts["pass"] == len(records),
-        summary=", ".join(f"{counts[verdict]} {verdict}" for verdict in reversed(VERDICTS)),
-        scans=[_scan(name, *records[name]) for name in order],
+        title=f"Quality of {len(records)} prepared scan{'' if len(records) == 1 else 's'}",
+        all_pass=counts["pass"] + counts["accepted"] == len(records),
+        summary=", ".join(f"{counts[verdict]} {verdict}" for verdict in _ORDER if counts[verdict]),
+        scans=scans,
         ranges=RANGES,
         making=_making(records),
     )
     write_text(output, page)
     return verdicts
+
+
+def decide_all(
+    folder: str | os.PathLike[str], accept: Sequence[str], reject: Sequence[str], by: str, why: str
+) -> dict[str, str]:
+    """Keep a person's decisions on prepared scans below a folder; return each scan's verdict now. All of them or none.
+
+    Args:
+        folder: As of `write_page`.
+        accept: Names of scans, as the page has them.
+        reject: Likewise.
+        by: Who decides.
+        why: And why.
+
+    Raises:
+        ScanError: There is no scan of a name, or one is both accepted and rejected.
+    """
+    records = list_records(folder)
+    both = sorted({*accept} & {*reject})
+    if both:
+        raise ScanError(f"{folder}: {both[0]} is both accepted and rejected; decide")
+    chosen: dict[str, Choice] = dict.fromkeys(accept, "accept")
+    chosen |= dict.fromkeys(reject, "reject")
+    for name in chosen:
+        if name not in records:
+            near = difflib.get_close_matches(name, records, n=3, cutoff=0.3) or list(records)[:3]
+            raise ScanError(f"{folder}: no prepared scan is called {name!r}; there are {', '.join(near)}, …")
+        decision_of(records[name][0])  # what is damaged is said before anything is written
+    for name, choice in chosen.items():
+        decide(records[name][0], choice, by, why)
+    return {name: f"{verdict_of(records[name][0])} by {by}" for name in chosen}
 
 
 def _strangeness(records: Records) -> dict[str, float]:
@@ -75,13 +112,15 @@ def _strangeness(records: Records) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Scan:
-    """A scan as the page shows it; its figures as `prep.json` has them, by name."""
+    """A scan as the page shows it; its figures as `prep.json` has them, those that fail first."""
 
     name: str
     verdict: str
+    judged: str
+    decision: Decision | None
     picture: bytes | None
-    reasons: list[str]
-    figures: dict[str, Any]
+    notes: list[str]
+    figures: list[dict[str, Any]]
 
 
 def _scan(name: str, folder: Path, record: dict[str, Any]) -> _Scan:
@@ -89,11 +128,9 @@ def _scan(name: str, folder: Path, record: dict[str, Any]) -> _Scan:
         picture = (folder / PICTURE).read_bytes()
     except OSError:
         picture = None
-    figures = {figure["name"]: figure for figure in record["quality"]}
-    reasons = [figure["reason"] for figure in record["quality"] if figure["reason"]]
-    if record["input"]["stripped"]:
-        reasons.append("came without its skull")
-    return _Scan(name, record["verdict"], picture, reasons, figures)
+    figures = sorted(record["quality"], key=lambda figure: -VERDICTS.index(figure["verdict"]))
+    notes = ["came without its skull"] if record["input"]["stripped"] else []
+    return _Scan(name, verdict_of(folder), record["verdict"], decision_of(folder), picture, notes, figures)
 
 
 def _making(records: Records) -> Counter[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What is to be prepared: an image file, the folder of a DICOM series, a BIDS data set; read, or refused by content.
+"""What is to be prepared: files, folders, DICOM series, BIDS data sets, manifests; read, or refused by content.
 
 Nothing of a DICOM header but its geometry and its modality is looked at, and nothing of it is ever written or shown.
 """
@@ -6,9 +6,10 @@ Nothing of a DICOM header but its geometry and its modality is looked at, and no
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +19,27 @@ from numpy.typing import NDArray
 from brainfm.contract import Reorient, Volume
 from brainfm.errors import ScanError
 from brainfm.files import file_sha256
-from brainfm.prep.image import affine_of, largest_part, locale_kept, sitk, to_array, to_itk
+from brainfm.manifest import ScanRecord, list_scans
+from brainfm.paths import walk_folder
+from brainfm.prep.dicom import read_series
+from brainfm.prep.image import largest_part, sitk, to_array, to_itk
 from brainfm.scan.kinds import first_bytes, is_dicom
 from brainfm.scan.read import read_image
+
+logger = logging.getLogger("brainfm")
 
 MIN_EXTENT_MM = 100.0  # along every axis; adults' brains are 110 mm or more
 MAX_VOXEL_MM = 6.0
 AIR_IN_HOUNSFIELD = -500.0  # below it there is nothing in an MR image
 STRIPPED_LITRES = (0.6, 2.4)  # of voxels that are not background; a head has 3 or more
 
-_SUFFIXES = re.compile(r"\.(nii|nii\.(gz|bz2|xz|zst)|mgz|mgh)$", re.IGNORECASE)
+# What is taken from a folder; MINC, MetaImage and Analyze are taken to be refused by name.
+_IMAGE = re.compile(r"\.((nii|mgz|mgh|hdr|mnc)(\.(gz|bz2|xz|zst))?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
+_MANIFEST = (".csv", ".tsv", ".xlsx")
+# By BIDS' suffix, or a mask's usual name, no T1w scan of a head.
+_OTHER = re.compile(
+    r"(^|_)(T2w|T2star|T2starw|PDw|PDT2|FLAIR|bold|sbref|dwi|epi|asl|dseg|probseg|mask)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -36,11 +48,23 @@ class Source:
 
     Attributes:
         path: Its image file, or the folder of its DICOM series.
-        name: Of its folder in the output.
+        name: Of its folder in the output; with a "/" where a patient has a folder for each scan.
     """
 
     path: Path
     name: str
+
+
+class Sources(list[Source]):
+    """Scans in their order, and what a folder holds that could not be looked into.
+
+    Attributes:
+        left_out: Paths, and why.
+    """
+
+    def __init__(self, sources: Iterable[Source], left_out: dict[str, str]) -> None:
+        super().__init__(sources)
+        self.left_out = left_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,25 +82,30 @@ class Head:
     found: str
 
 
-def find_sources(inputs: Iterable[str | Path]) -> list[Source]:
-    """The scans that paths name: a BIDS folder stands for its T1w images, every other path for itself.
+def find_sources(inputs: Iterable[str | Path]) -> Sources:
+    """The scans that paths name.
+
+    A manifest stands for its images, a BIDS folder for its T1w images, another folder for every image and DICOM series
+    in it, at any depth. Images whose names say another contrast, masks, and what is prepared already are not taken from
+    folders. A scan is called by its file's or folder's name, and where two would have one name by the folders above it
+    too; of a manifest by its patient and scan.
 
     Raises:
-        ScanError: A BIDS folder without a T1w image, or two inputs that cannot be told apart by name.
+        ScanError: A BIDS folder without a T1w image, a folder of prepared scans only, a manifest that is wrong, or two
+            inputs that cannot be told apart by name.
     """
-    paths = [path for item in inputs for path in _expanded(Path(item))]
-    unique = list(dict.fromkeys(path.absolute() for path in paths))  # a link keeps its name: DataLad's have none
-    short = [_name(path) for path in unique]
-    often = Counter(short)
-    names = [
-        name if often[name] == 1 else _clean(f"{path.parent.name}_{name}")
-        for path, name in zip(unique, short, strict=True)
-    ]
-    for name, count in Counter(names).items():
+    left_out: dict[str, str] = {}
+    found: dict[Path, tuple[str, str]] = {}
+    for item in inputs:
+        for path, short, long in _expanded(Path(item).expanduser(), left_out):
+            found.setdefault(path.absolute(), (short, long))  # a link keeps its name: DataLad's have none
+    often = Counter(short for short, _ in found.values())
+    names = {path: short if often[short] == 1 else long for path, (short, long) in found.items()}
+    for name, count in Counter(name.casefold() for name in names.values()).items():
         if count > 1:
-            same = [str(path) for path, other in zip(unique, names, strict=True) if other == name]
+            same = [str(path) for path, other in names.items() if other.casefold() == name]
             raise ScanError(f"{same[0]} and {same[1]} would share the folder {name}; rename one, or use two outputs")
-    return [Source(path, name) for path, name in zip(unique, names, strict=True)]
+    return Sources((Source(path, name) for path, name in names.items()), left_out)
 
 
 def source_sha256(path: Path) -> str:
@@ -97,7 +126,7 @@ def read_source(path: Path) -> Head:
         ScanError: It cannot be read, is 4-D, CT, a slab, coarse, constant or not finite, or a folder with several DICOM
             series or none. The message says what was found.
     """
-    array, affine = _read_dicom(path) if path.is_dir() else _read_file(path)
+    array, affine = _read_folder(path) if path.is_dir() else _read_file(path)
     _check(array, affine, str(path))
     volume = Reorient("RAS")(Volume(array[None], None, affine))
     spacing = "×".join(f"{mm:.3g}" for mm in volume.spacing)
@@ -105,17 +134,84 @@ def read_source(path: Path) -> Head:
     return Head(to_itk(volume.image[0], volume.affine), _is_stripped(volume), found)
 
 
-def _expanded(path: Path) -> list[Path]:
-    if not path.is_dir() or not (any(path.glob("sub-*/")) or (path / "dataset_description.json").exists()):
-        return [path]
-    found = sorted(p for p in path.glob("sub-*/**/*_T1w.*") if _SUFFIXES.search(p.name) and p.name[:2] != "._")
+_Named = tuple[Path, str, str]  # a scan's path, its name, and a longer one for where that is another's too
+
+
+def _expanded(path: Path, left_out: dict[str, str]) -> Iterator[_Named]:
+    if path.suffix.lower() in _MANIFEST and not path.is_dir():
+        for record in list_scans(path):
+            image = _t1w(record)
+            inside = "/".join(_clean(part) for part in (record.patient_id, record.scan_id) if part)
+            short = inside if record.patient_id else _name(image)
+            yield image, short, f"{short}/{_name(image)}" if record.patient_id else _longer(image)
+    elif path.is_dir() and not any(map(is_dicom, path.iterdir())):
+        yield from _in_folder(path, left_out)
+    else:
+        yield path, _name(path), _longer(path)
+
+
+def _in_folder(folder: Path, left_out: dict[str, str]) -> Iterator[_Named]:
+    """The T1w images of a BIDS data set, or of another folder every image and DICOM series; the rest is named."""
+    files, folders, closed = walk_folder(folder)
+    left_out |= closed
+    if closed:
+        logger.warning("%s: %d left out, such as %s (%s)", folder, len(closed), *next(iter(closed.items())))
+    files = [path for path in files if not path.name.startswith(".")]
+    subjects = [place for place in folders if place.parent == folder and place.name.startswith("sub-")]
+    images = [path for path in files if _IMAGE.search(path.name)]
+    t1w = [path for path in images if _stem(path).endswith("_T1w") and {*path.parents} & {*subjects}]
+    described = folder / "dataset_description.json" in files
+    if t1w:
+        left_out |= {str(one): "no T1w image in it" for one in subjects if not any(one in p.parents for p in t1w)}
+        yield from ((path, _name(path), _longer(path)) for path in t1w)
+        return
+    prepared = {path.parent for path in files if path.name == "prep.json"}
+    found = [] if described else _images_and_series(folder, files, folders, prepared)
+    if not found and prepared:
+        raise ScanError(f"{folder}: holds scans that are prepared already; embed them: brainfm embed {folder}")
+    if not found and (subjects or described):
+        raise ScanError(f"{folder}: a BIDS data set without a T1w image (sub-*/…/anat/*_T1w.nii.gz)")
     if not found:
-        raise ScanError(f"{path}: a BIDS data set without a T1w image (sub-*/…/anat/*_T1w.nii.gz)")
-    return found
+        raise ScanError(f"{folder}: a folder that holds neither a DICOM series nor a BIDS data set, nor an image")
+    for path in found:
+        inside = path.relative_to(folder)
+        yield path, _name(path), _clean("_".join([*inside.parts[:-1], _name(path)]))
+
+
+def _images_and_series(folder: Path, files: list[Path], folders: list[Path], prepared: set[Path]) -> list[Path]:
+    """Image files and folders of DICOM series, without what is prepared, and what is no T1w image by its name."""
+    files = [path for path in files if path.parent not in prepared]
+    images = [path for path in files if _IMAGE.search(path.name)]
+    others = [path for path in images if _OTHER.search(_stem(path))]
+    if others:
+        logger.warning("%s: %d left out as no T1w images by name, such as %s", folder, len(others), others[0])
+    first: dict[Path, list[Path]] = {}
+    for path in files:
+        if not _IMAGE.search(path.name) and len(first.setdefault(path.parent, [])) < 5:
+            first[path.parent].append(path)
+    series = [place for place in folders if any(map(is_dicom, first.get(place, [])))]
+    return sorted({*images} - {*others} | {*series})
+
+
+def _t1w(record: ScanRecord) -> Path:
+    """The T1w image of a manifest's row: its only one, or that of the channel of this name."""
+    images = {channel.casefold(): image for channel, image in record.images.items()}
+    named = [images[channel] for channel in ("t1w", "t1", "") if channel in images] or list(images.values())
+    if len(images) > 1 and not {"t1w", "t1"} & images.keys():
+        raise ScanError(f"{record.name}: none of the channels {', '.join(images)} is called t1w; name it t1w_path")
+    return Path(str(named[0]))
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"\.img(\.gz)?$", "", _IMAGE.sub("", path.name), flags=re.IGNORECASE)
 
 
 def _name(path: Path) -> str:
-    return _clean(re.sub(r"_T1w$", "", _SUFFIXES.sub("", path.name)))
+    return _clean(re.sub(r"_T1w$", "", _stem(path)))
+
+
+def _longer(path: Path) -> str:
+    return _clean(f"{path.absolute().parent.name}_{_name(path)}")
 
 
 def _clean(name: str) -> str:
@@ -123,69 +219,16 @@ def _clean(name: str) -> str:
 
 
 def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    if is_dicom(path):
+        raise ScanError(f"{path}: a file of a DICOM series; name the folder that holds the series")
     stored = read_image(path)
     return Volume(stored.array[None], None, stored.affine, stored.slope, stored.inter).image[0], stored.affine
 
 
-# --- DICOM ----------------------------------------------------------------------------------------
-
-_MODALITY, _POSITION, _ORIENTATION = "0008|0060", "0020|0032", "0020|0037"
-
-
-def _read_dicom(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    if not any(is_dicom(file) for file in folder.iterdir()):
-        below = sorted(child.name for child in folder.iterdir() if child.is_dir())
-        hint = f"; name one of the folders in it ({', '.join(below[:5])})" if below else ""
-        raise ScanError(f"{folder}: a folder that holds neither a DICOM series nor a BIDS data set{hint}")
-    with locale_kept():
-        return _read_series(folder)
-
-
-def _read_series(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if len(series) != 1:
-        counts = [len(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), one)) for one in series]
-        raise ScanError(
-            f"{folder}: {len(series)} DICOM series, of {', '.join(map(str, counts))} files; "
-            "put the T1w series into a folder of its own"
-        )
-    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    try:
-        _check_slices(names, folder)
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames(names)
-        image = reader.Execute()
-    except RuntimeError:
-        # ITK's own words may quote the header.
-        raise ScanError(f"{folder}: the DICOM series is damaged or compressed in an unknown way") from None
-    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() != 3:
-        raise ScanError(f"{folder}: the DICOM series is not one grey 3-D image")
-    return to_array(image).astype(np.float32), affine_of(image)
-
-
-def _check_slices(names: tuple[str, ...], folder: Path) -> None:
-    """Refuse another modality, and slices that do not follow each other at one distance."""
-    positions = []
-    normal = np.array((0.0, 0.0, 1.0))
-    for name in names:
-        header = sitk.ImageFileReader()
-        header.SetFileName(name)
-        header.ReadImageInformation()
-        modality = header.GetMetaData(_MODALITY).strip() if header.HasMetaDataKey(_MODALITY) else "MR"
-        if modality != "MR":
-            raise ScanError(f"{folder}: a DICOM series of modality {modality[:2]}, not MR; give the T1w series")
-        if header.HasMetaDataKey(_POSITION) and header.HasMetaDataKey(_ORIENTATION):
-            along = np.array([float(value) for value in header.GetMetaData(_ORIENTATION).split("\\")])
-            normal = np.cross(along[:3], along[3:])
-            positions.append([float(value) for value in header.GetMetaData(_POSITION).split("\\")])
-    if len(positions) < 3:
-        return
-    steps = np.diff(np.sort(np.array(positions) @ normal))
-    if steps.max() - steps.min() > 0.1 * np.median(steps):
-        raise ScanError(
-            f"{folder}: the distances between its {len(positions)} slices go from {steps.min():.2f} to "
-            f"{steps.max():.2f} mm: slices are missing, or there is more than one image; export the series again"
-        )
+def _read_folder(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    if not any(map(is_dicom, folder.iterdir())):
+        raise ScanError(f"{folder}: a folder that holds neither a DICOM series nor a BIDS data set")
+    return read_series(folder)
 
 
 # --- What it holds --------------------------------------------------------------------------------

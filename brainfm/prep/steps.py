@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def _hd_bet(head: sitk.Image) -> sitk.Image:
 
 def _ants(brain: sitk.Image, transform_type: TransformType) -> sitk.Transform:
     """ANTs' registration by mutual information, as antsRegistrationSyNQuick.sh has it, through antspyx."""
+    os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"  # read once, on import: several threads add up by chance
     import ants
 
     with tempfile.TemporaryDirectory(prefix="brainfm-prep-") as folder:
@@ -77,7 +79,9 @@ def _ants(brain: sitk.Image, transform_type: TransformType) -> sitk.Transform:
         sitk.WriteImage(brain, str(moving))
         images = [ants.image_read(str(path)) for path in (fixed, moving)]
         wanted = transform_type.capitalize()
-        found = ants.registration(*images, type_of_transform=wanted, outprefix=f"{folder}/", random_seed=1)
+        found = ants.registration(
+            *images, type_of_transform=wanted, outprefix=f"{folder}/", random_seed=registration.SEED
+        )
         return sitk.ReadTransform(found["fwdtransforms"][0])
 
 

@@ -88,11 +88,11 @@ def _affine_of(image: Any, name: str) -> NDArray[np.float64]:
     return _FROM_LPS @ affine if space == "LPS" and affine.shape == (4, 4) else affine
 
 
-def from_itk(image: Any, what: str) -> StoredImage:
+def from_itk(image: Any, what: str, name: str = "") -> StoredImage:
     """An image of SimpleITK, whose world is LPS."""
     import SimpleITK as sitk
 
-    name = f"the {what} image of SimpleITK"
+    name = name or f"the {what} image of SimpleITK"
     check_voxels(image.GetSize(), np.dtype(np.uint8), name)
     while image.GetDimension() > 3:  # each further axis is of one voxel
         image = image[..., 0]
@@ -101,8 +101,9 @@ def from_itk(image: Any, what: str) -> StoredImage:
     keys = image.GetMetaDataKeys()
     check_codes({key: image.GetMetaData(key) for key in keys if key.endswith("form_code")}, name)
     affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
-    affine[:3, 3] = image.GetOrigin()
+    if image.GetDimension() == 3:
+        affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+        affine[:3, 3] = image.GetOrigin()
     if (affine == np.eye(4)).all() and not keys:
         raise ScanError(
             f"{name}: its direction, spacing and origin are those of an image that was given none, and do not say "

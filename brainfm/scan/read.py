@@ -1,4 +1,4 @@
-"""Read a stored image: a NIfTI or MGZ file, a nibabel image, or what others hold in memory."""
+"""Read a stored image: a NIfTI, MGZ or NRRD file, a nibabel image, or what others hold in memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from brainfm.errors import ScanError
 from brainfm.scan.kinds import first_bytes, is_analyze, is_mgh, is_nifti, refusal
 from brainfm.scan.memory import file_of, from_itk, from_pair, from_tensor, is_itk, is_tensor, split_channels
+from brainfm.scan.nrrd import is_nrrd, read_nrrd
 from brainfm.scan.packed import compression, open_packed, read_voxels
 from brainfm.scan.stored import MGH_FLAG, StoredImage, check_orientation, check_voxels, checked, damaged
 
@@ -66,6 +67,8 @@ def _from_file(path: Path, what: str) -> StoredImage:
 
     path = _header_of(path)
     head = first_bytes(path, what)
+    if is_nrrd(head):
+        return read_nrrd(path)
     magic = compression(head)
     try:
         with path.open("rb") if magic is None else open_packed(path, magic) as file:

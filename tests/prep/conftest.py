@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import locale
+import os
 
 import nibabel as nib
 import numpy as np
@@ -49,3 +50,28 @@ def same_locale():
     before = locale.setlocale(locale.LC_ALL)
     yield
     locale.setlocale(locale.LC_ALL, before)
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """A function (name, lines of sh) that puts a stand-in on PATH; it notes its arguments in `said`."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "bin").mkdir()
+
+    def put(name, lines):
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "said"}\n{lines}\n')
+        path.chmod(0o755)
+
+    return put
+
+
+@pytest.fixture
+def stand_in(program, tmp_path):
+    """A function (lines of sh to begin with) that puts a TurboPrep on PATH which gives the packaged scan for any."""
+    sitk.WriteTransform(sitk.AffineTransform(3), str(tmp_path / "affine.mat"))
+    gives = (
+        f'cp {SAMPLE_SCAN} "$2/normalized.nii.gz"; cp {SAMPLE_MASK} "$2/mask.nii.gz"; '
+        f'cp {tmp_path / "affine.mat"} "$2/affine_transf.mat"'
+    )
+    return lambda lines="": program("turboprep", f"{lines}\n{gives}")

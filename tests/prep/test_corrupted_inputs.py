@@ -183,3 +183,17 @@ def test_prepared_scan_is_judged_as_it_should_be(name, prepared):
     assert verdict == expected, [one.reason for one in figures if one.reason]
     assert figure in doubts or not figure
     assert all(one.reason for one in figures if one.verdict != "pass")
+
+
+def test_cut_field_of_view_is_the_reason_and_not_the_header(prepared):
+    figures, _ = judge(_cut_off(prepared))
+    reasons = {one.name: one.reason for one in figures if one.reason}
+    assert "unseen" in reasons
+    assert len(reasons) > 1
+    assert all("header" not in reason and "registration" not in reason for reason in reasons.values())
+    assert "the field of view of the scan cuts off the brain" in reasons["unseen"]
+
+
+def test_whole_brain_that_lies_wrong_is_not_called_cut(prepared):
+    figures, _ = judge(_mirrored(prepared, 2))
+    assert not any("field of view of the scan cuts" in one.reason for one in figures)

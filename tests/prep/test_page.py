@@ -17,6 +17,7 @@ from brainfm.cli import main
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.prep.quality import RANGES, Figure, _judged
 from brainfm.prep.report import write_page
+from brainfm.scan.verdict import verdict_of
 
 MIDDLE = {name: sum(usual.passes) / 2 for name, usual in RANGES.items()}
 
@@ -111,6 +112,79 @@ def test_figure_is_judged_by_its_ranges(value, verdict):
     assert bool(figure.reason) == (verdict != "pass")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("litres", 0.8, "0.8 is below 0.9"),
+        ("litres", 0.5, "0.5 is below 0.7"),
+        ("litres", 2.2, "2.2 is above 2.15"),
+        ("litres", 3, "3 is above 2.3"),
+        ("unseen", 0.02, "0.02 is above 0.01"),
+        ("unseen", 0.3, "0.3 is above 0.05"),
+    ],
+)
+def test_reason_quotes_the_limit_that_is_broken(name, value, words):
+    assert words in _judged(name, value).reason
+
+
+# --- A person's decision --------------------------------------------------------------------------
+
+
+def decide(folder, *options):
+    return CliRunner().invoke(main, ["qc", str(folder), *options])
+
+
+def test_decision_is_kept_with_who_why_and_when_and_shown(folder, tmp_path):
+    said = decide(folder, "--accept", "bad", "--reject", "sub-0", "--by", "Ann <a>", "--why", "looked at it")
+    assert said.exit_code == 0
+    assert said.output == "bad: accepted by Ann <a>\nsub-0: rejected by Ann <a>\n"
+    (kept,) = json.loads((folder / "bad" / "decisions.json").read_text(encoding="utf-8"))
+    assert (kept["decision"], kept["by"], kept["why"]) == ("accept", "Ann <a>", "looked at it")
+    assert kept["date"].startswith("20")
+    assert json.loads((folder / "bad" / "prep.json").read_text())["verdict"] == "fail"
+    assert decide(folder, "-o", str(tmp_path / "qc.html")).output.endswith(
+        "8 scans (1 look, 5 pass, 1 rejected, 1 accepted)\n"
+    )
+    page = (tmp_path / "qc.html").read_text(encoding="utf-8")
+    assert "<b>accepted</b> by Ann &lt;a&gt;" in page
+    assert "looked at it (judged: fail)" in page
+
+
+def test_last_decision_counts_until_the_scan_is_prepared_anew(folder):
+    for choice in ("--reject", "--accept"):
+        assert decide(folder, choice, "bad", "--by", "Ann", "--why", choice).exit_code == 0
+    assert len(json.loads((folder / "bad" / "decisions.json").read_text())) == 2
+    assert verdict_of(folder / "bad") == "accepted"
+    record = folder / "bad" / "prep.json"
+    record.write_text(record.read_text() + "\n")
+    assert verdict_of(folder / "bad") == "fail"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--accept", "bda", "--by", "Ann", "--why", "x"], 1, "no prepared scan is called 'bda'; there are bad"),
+        (["--accept", "bad", "--reject", "bad", "--by", "Ann", "--why", "x"], 1, "both accepted and rejected"),
+        (["--accept", "bad", "--why", "x"], 2, "who decides, and why"),
+        (["--accept", "bad"], 2, "who decides, and why"),
+        (["--by", "Ann", "--why", "x", "-o", "qc.html"], 2, "who decides, and why"),
+        ([], 2, "name the page"),
+    ],
+)
+def test_half_a_decision_is_refused_and_nothing_is_written(options, code, words, folder):
+    said = decide(folder, *options)
+    assert said.exit_code == code
+    assert words in said.output
+    assert not [*folder.rglob("decisions.json")]
+
+
+def test_damaged_decision_is_named(folder, tmp_path):
+    (folder / "sub-1" / "decisions.json").write_text('[{"decision": "perhaps"}]')
+    with pytest.raises(ScanError, match=r"sub-1/decisions\.json"):
+        write_page(folder, tmp_path / "qc.html")
+    assert verdict_of(folder / "sub-1") == "unreadable"
+
+
 # --- embed ----------------------------------------------------------------------------------------
 
 
@@ -160,3 +234,13 @@ def test_strict_qc_on_the_command_line_is_exit_code_1(two, tmp_path):
 def test_strict_qc_stops_where_errors_are_raised(two, small_model):
     with pytest.raises(ScanError, match="did not pass quality control"):
         brainfm.embed(two, small_model, strict_qc=True, on_error="raise")
+
+
+def test_strict_qc_follows_a_persons_decision(two, small_model, tmp_path):
+    assert decide(two, "--accept", "bad", "--reject", "good", "--by", "Ann", "--why", "seen").exit_code == 0
+    table = brainfm.embed(two, small_model, output=tmp_path / "table.csv", strict_qc=True)
+    assert [record.patient_id for record in table.records] == ["bad", "plain"]
+    assert table.columns()["qc"] == ["accepted", ""]
+    ((record, reason),) = table.errors
+    assert record.patient_id == "good"
+    assert "was rejected by a person" in reason

@@ -24,7 +24,15 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
   document.body.dataset.shown = [...document.images].filter((i) => i.naturalWidth > 0 && i.clientHeight > 50).length;
   const small = document.images[0].clientWidth;
   document.images[0].focus();
-  document.body.dataset.grows = document.images[0].clientWidth > 2 * small;
+  document.body.dataset.grows = document.images[0].clientWidth > 1.2 * small;
+  document.activeElement.blur();
+  document.body.dataset.small = small;
+  const card = [...table.tBodies[0].rows].find((row) => row.cells[0].textContent === "z");
+  const right = Math.max(...[...card.cells].map((cell) => cell.getBoundingClientRect().right));
+  document.body.dataset.inside = right <= document.documentElement.clientWidth;
+  const figures = [...card.querySelectorAll(".figure")].map((cell) => [cell.getBoundingClientRect(), cell]);
+  figures.sort(([a], [b]) => a.top - b.top || a.left - b.left);
+  document.body.dataset.worst = figures[0][1].dataset.name;
   document.body.dataset.wide = document.documentElement.scrollWidth > window.innerWidth;
 });
 """
@@ -34,22 +42,28 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
 def page(tmp_path):
     for name, litres in (("a", 1.5), ("b", 1.2), ("c", 1.9)):
         write_scan(tmp_path / "prep" / name, litres=litres)
-    write_scan(tmp_path / "prep" / "z", "fail", litres=0.4)
+    write_scan(tmp_path / "prep" / "z", "fail", tilt=10, litres=0.4)
     write_page(tmp_path / "prep", tmp_path / "qc.html")
     return tmp_path / "qc.html"
 
 
-def test_pictures_are_shown_and_columns_are_sorted(page, chromium, tmp_path):
-    """In a copy whose policy lets one more script in: the one that looks."""
+@pytest.mark.parametrize(("width", "picture"), [(1280, 600), (800, 700), (500, 400)])
+def test_everything_is_shown_and_sorted_whatever_the_width(width, picture, page, chromium, tmp_path):
+    """In a copy whose policy lets one more script in: the one that looks. Chromium's windows have 500 px or more."""
     digest = base64.b64encode(hashlib.sha256(LOOK.encode()).digest()).decode()
     copy = page.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
     copy = copy.replace("</body>", f"<script>{LOOK}</script></body>")
     (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
-    body = re.search("<body.*?>", chromium("--window-size=800,900", "--dump-dom", f"file://{tmp_path}/copy.html"))[0]
+    body = re.search("<body.*?>", chromium(f"--window-size={width},900", "--dump-dom", f"file://{tmp_path}/copy.html"))[
+        0
+    ]
     assert 'data-first="z"' in body
     assert 'data-litres="0.4 1.2 1.5 1.9"' in body
     assert 'data-shown="4"' in body
-    assert 'data-grows="true"' in body
+    assert ('data-grows="true"' in body) == (width > 1000)
+    assert int(re.search(r'data-small="(\d+)"', body)[1]) >= picture
+    assert 'data-inside="true"' in body
+    assert 'data-worst="litres"' in body
     assert 'data-wide="false"' in body
 
 

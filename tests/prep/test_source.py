@@ -25,11 +25,26 @@ def small(tmp_path):
     return tmp_path / "scan.nii.gz", array, affine
 
 
-def write_series(folder, array, *, modality="MR", series="1", skip=()):
-    """A DICOM series of axial slices of 4 mm, with a patient's name in every header."""
+AXIAL, SAGITTAL = (1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1)
+
+
+def write_series(folder, array, *, modality="MR", series="1", skip=(), along=AXIAL, step=4.0, **changed):
+    """A DICOM series of slices [columns, rows, slice] of 4 mm, with a patient's name in every header.
+
+    Args:
+        folder: Where to.
+        array: Its voxels.
+        modality: Of the header.
+        series: Ends its UID.
+        skip: Slices that are not written.
+        along: Directions of a row and of a column, LPS.
+        step: From a slice to the next along their cross product, mm.
+        changed: By the number of a slice as "n5", tags and values of its header.
+    """
     folder.mkdir(exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    normal = np.cross(along[:3], along[3:])
     for z in range(array.shape[2]):
         if z in skip:
             continue
@@ -42,15 +57,21 @@ def write_series(folder, array, *, modality="MR", series="1", skip=()):
             "0020|000d": "1.2.826.0.1.3680043.2.1125.1",
             "0020|000e": f"1.2.826.0.1.3680043.2.1125.1.{series}",
             "0008|0018": f"1.2.826.0.1.3680043.2.1125.1.{series}.{z + 1}",
-            "0020|0032": f"-80\\-90\\{-70 + 4 * z}",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0032": "\\".join(f"{mm:g}" for mm in np.array((-80, -90, -70)) + z * step * normal),
+            "0020|0037": "\\".join(map(str, along)),
             "0020|0013": str(z + 1),
         }
-        for tag, value in tags.items():
+        for tag, value in (tags | changed.get(f"n{z}", {})).items():
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{series}-{z:03}.dcm"))
         writer.Execute(image)
     return folder
+
+
+def brightest(head):
+    """Where the brightest voxel of a head lies, RAS mm."""
+    array = to_array(head.image)
+    return affine_of(head.image)[:3] @ (*np.unravel_index(array.argmax(), array.shape), 1)
 
 
 def test_any_order_and_direction_of_the_axes_is_read_as_the_same_head(small, tmp_path):
@@ -158,3 +179,163 @@ def test_damaged_dicom_is_refused_without_a_word_of_its_header(small, tmp_path):
     with pytest.raises(ScanError) as refusal:
         read_source(folder)
     assert NAME not in str(refusal.value)
+
+
+@pytest.mark.parametrize("step", [4.0, -4.0])
+@pytest.mark.parametrize("along", [AXIAL, SAGITTAL, (1, 0, 0, 0, 0, -1), (0, -1, 0, 0, 0, 1), (0.6, 0.8, 0, 0, 0, -1)])
+def test_dicom_lies_where_each_slice_says_in_whatever_order(along, step, small, tmp_path):
+    _, array, _ = small
+    array = array.copy()
+    column, row, n = 7, 11, 30
+    array[column, row, n] = 1000
+    negative = {
+        f"n{z}": {"0018|0088": "-4"} for z in range(array.shape[2])
+    }  # spacing between slices, as Philips has it
+    head = read_source(write_series(tmp_path / "series", array, along=along, step=step, **negative))
+    position = np.array((-80, -90, -70)) + n * step * np.cross(along[:3], along[3:])
+    lps = position + 4 * column * np.array(along[:3]) + 4 * row * np.array(along[3:])
+    assert np.allclose(brightest(head), lps * (-1, -1, 1), atol=1e-3)
+    assert np.linalg.det(affine_of(head.image)) > 0
+
+
+def test_dicom_without_preamble_is_read_as_with_it(small, tmp_path):
+    _, array, _ = small
+    usual = read_source(write_series(tmp_path / "usual", array))
+    bare = write_series(tmp_path / "bare", array)
+    for file in bare.iterdir():
+        file.write_bytes(file.read_bytes()[132:])
+    again = read_source(bare)
+    assert np.array_equal(to_array(again.image), to_array(usual.image))
+    assert np.array_equal(affine_of(again.image), affine_of(usual.image))
+
+
+BAD_SERIES = {
+    "a slice is missing": ({"skip": (20,)}, r"from 4\.00 to 8\.00 mm, as between 1-019\.dcm and 1-021\.dcm"),
+    "two images at a place": ({"n7": {"0020|0032": "-80\\-90\\-46"}}, r"1-00[67]\.dcm lie at the same place"),
+    "a slice beside the others": ({"n7": {"0020|0032": "-70\\-90\\-42"}}, r"1-007\.dcm lies 10\.00 mm from where"),
+    "not parallel": ({"n7": {"0020|0037": "0\\1\\0\\0\\0\\-1"}}, r"1-007\.dcm are not parallel|1-000\.dcm and"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SERIES)
+def test_dicom_whose_slices_do_not_follow_each_other_is_refused_with_names(name, small, tmp_path):
+    changed, words = BAD_SERIES[name]
+    with pytest.raises(ScanError, match=words) as refusal:
+        read_source(write_series(tmp_path / "series", small[1], **changed))
+    assert NAME not in str(refusal.value)
+
+
+def test_dicom_that_does_not_say_where_a_slice_lies_is_refused(small, tmp_path):
+    victim = write_series(tmp_path / "series", small[1]) / "1-007.dcm"
+    victim.write_bytes(victim.read_bytes().replace(b"\x20\x00\x32\x00", b"\x20\x00\x33\x00"))
+    with pytest.raises(ScanError, match=r"1-007\.dcm does not say where its slice lies"):
+        read_source(tmp_path / "series")
+
+
+def test_one_file_of_a_series_is_refused_with_what_to_name(small, tmp_path):
+    write_series(tmp_path / "series", small[1])
+    with pytest.raises(ScanError, match="name the folder that holds the series"):
+        read_source(tmp_path / "series" / "1-000.dcm")
+
+
+def test_dicom_of_many_frames_in_a_file_is_named(tmp_path):
+    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 200, (8, 48, 40)).astype(np.int16))
+    image.SetMetaData("0008|0060", "MR")
+    (tmp_path / "frames").mkdir()
+    sitk.WriteImage(image, str(tmp_path / "frames" / "1.dcm"))
+    with pytest.raises(ScanError, match=r"many frames|does not say where"):
+        read_source(tmp_path / "frames")
+
+
+# --- Folders and manifests ------------------------------------------------------------------------
+
+
+def touched(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_folder_stands_for_its_images_and_series(small, tmp_path, caplog):
+    folder = touched(
+        tmp_path / "all",
+        *(
+            "a.nii.gz",
+            "B.NII",
+            "deep/c.mgz",
+            "deep/d.nrrd",
+            "._a.nii.gz",
+            "notes.txt",
+            "a_FLAIR.nii.gz",
+            "a_mask.nii.gz",
+        ),
+        *("out/a/prep.json", "out/a/normalized.nii.gz", "out/a/mask.nii.gz"),
+    )
+    for name in ("s1", "s2"):
+        (folder / name).mkdir()
+        write_series(folder / name / "T1", small[1][:, :, :3])
+    found = find_sources([folder])
+    assert sorted(source.name for source in found) == ["B", "a", "c", "d", "s1_T1", "s2_T1"]
+    assert {source.path.relative_to(folder).as_posix() for source in found} >= {"s1/T1", "deep/c.mgz"}
+    assert "2 left out as no T1w images by name" in caplog.text
+
+
+def test_same_names_deep_in_a_folder_are_told_apart(tmp_path):
+    folder = touched(tmp_path / "all", "p1/ses-a/T1.nii", "p2/ses-a/T1.nii")
+    assert [source.name for source in find_sources([folder])] == ["p1_ses-a_T1", "p2_ses-a_T1"]
+
+
+def test_folder_of_prepared_scans_is_refused(tmp_path):
+    folder = touched(tmp_path / "prep", "a/prep.json", "a/normalized.nii.gz", "a/mask.nii.gz")
+    with pytest.raises(ScanError, match="prepared already; embed them"):
+        find_sources([folder])
+
+
+def test_what_cannot_be_looked_into_is_named(tmp_path):
+    folder = touched(tmp_path / "all", "a.nii")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    found = find_sources([folder])
+    assert [source.name for source in found] == ["a"]
+    assert found.left_out == {str(folder / "gone"): "a link that leads nowhere"}
+
+
+def test_manifest_stands_for_its_images_by_patient_and_scan(tmp_path):
+    touched(tmp_path, "x.nii", "y.nii", "z.nii")
+    (tmp_path / "m.csv").write_text("image_path,patient_id,scan_id\nx.nii,p1,a\ny.nii,p1,b\nz.nii,p2,\n")
+    found = find_sources([tmp_path / "m.csv"])
+    assert [(source.name, source.path.name) for source in found] == [
+        ("p1/a", "x.nii"),
+        ("p1/b", "y.nii"),
+        ("p2", "z.nii"),
+    ]
+    (tmp_path / "c.csv").write_text("t1w_path,flair_path\nx.nii,y.nii\n")
+    assert [source.path.name for source in find_sources([tmp_path / "c.csv"])] == ["x.nii"]
+
+
+def test_other_formats_are_named(tmp_path):
+    (tmp_path / "a.mnc").write_bytes(b"CDF\x01" + bytes(1000))
+    (tmp_path / "b.hdr").write_bytes(b"\x5c\x01\0\0" + bytes(344))
+    words = {
+        "a": "a MINC 1 file; convert it first, with the MINC tools",
+        "b": "an Analyze or SPM header, which does not say",
+    }
+    for source in find_sources([tmp_path]):
+        with pytest.raises(ScanError, match=words[source.name]):
+            read_source(source.path)
+
+
+def test_mgh_is_read(small, tmp_path):
+    _, array, affine = small
+    nib.MGHImage(array.astype(np.int32), affine).to_filename(tmp_path / "scan.mgh")
+    assert np.array_equal(to_array(read_source(tmp_path / "scan.mgh").image), array)
+
+
+@pytest.mark.parametrize("name", ["scan.nrrd", "scan.nhdr"])
+def test_nrrd_is_read_as_the_nifti_is(name, small, tmp_path):
+    path, array, affine = small
+    sitk.WriteImage(to_itk(array, affine), str(tmp_path / name))
+    head, usual = read_source(tmp_path / name), read_source(path)
+    assert np.array_equal(to_array(head.image), to_array(usual.image))
+    assert np.allclose(affine_of(head.image), affine_of(usual.image))
+    assert [source.name for source in find_sources([tmp_path / name])] == ["scan"]

@@ -174,7 +174,7 @@ def folder_of_dicom_without_preamble(folder, brain):
     return folder / "series"
 
 
-@bad("an NRRD file; convert it first, for example with SimpleITK")
+@bad("NRRD")
 def nrrd(folder, brain):
     return written(folder / "scan.nrrd", b"NRRD0004\ntype: short\ndimension: 3\n" + bytes(1000))
 
