@@ -2,8 +2,8 @@
 
 A phantom is the packaged template's tissue (the MNI152 average brain) bent by a smooth random deformation that is the
 patient's own, coloured by a site's contrast and corrupted by a scan's noise, bias field and small registration error.
-It comes as TurboPrep leaves a scan: skull-stripped, then shifted as by WhiteStripe, so that the background is a negative
-constant, with its mask, on the input contract's template grid. Its labels are drawn independently of one another and of
+It comes as TurboPrep leaves a scan, on the contract's template grid, with its mask: skull-stripped, then shifted as by
+WhiteStripe, so that the background is a negative constant. Its labels are drawn independently of one another and of
 the site, and each moves tissue, so that no linear intensity map (and so no masked z-score) removes it:
 
 - age: the lateral ventricles grow and the cortex thins (cerebrospinal fluid, CSF, fills the sulci);

@@ -27,7 +27,7 @@ _ZSCORE_EPS = 1e-12  # under the root, as in the input contract
 
 @dataclass(frozen=True)
 class Augmentation(Checked):
-    """Ranges and probabilities that views are drawn from; the defaults are SimCLR's in the paper and its code.
+    """Ranges and probabilities that views are drawn from; the defaults are the released code's for SimCLR.
 
     Attributes:
         crop_min: Smallest crop in voxels; each axis is uniform from here to the whole volume, the place uniform too.

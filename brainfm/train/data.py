@@ -231,7 +231,7 @@ class PretrainingData(TrainingData):
         return views
 
     def _crops(self, scan: int, epoch: int, name: int) -> tuple[Crop, ...]:
-        """The first crop of each view that has brain in it, or else the last; `make_views` finds out of any other fault."""
+        """The first crop of each view that has brain in it, or else the last; `make_views` finds other faults."""
         return tuple(
             next(crop for last, crop in attempts if last or crop.mask.any())
             for attempts in self._attempts(scan, epoch, name)

@@ -35,7 +35,7 @@ class Training(Checked):
         scale_lr: Multiply lr by the joined batch / 256.
         betas: Of Adam and AdamW.
         momentum: Of LARS.
-        weight_decay: Not on biases, norms and tokens.
+        weight_decay: Not on biases and norms, nor on what the network names in `no_weight_decay`.
         schedule: "constant", or "cosine": half a cosine to 0 over the run. Stepped every iteration.
         warmup_epochs: A linear rise before.
         clip_grad: Largest norm of the gradient; None leaves it.

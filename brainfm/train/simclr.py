@@ -15,7 +15,7 @@ class SimCLR(nn.Module):
 
     Args:
         encoder: An encoder without a classifier.
-        projection_dim: Width of the projection; 64 in the paper.
+        projection_dim: Width of the projection; 64 in the released code.
 
     Example:
         >>> network = SimCLR(brainfm.create_model("simclr_resnet18_3d"))
