@@ -56,7 +56,7 @@ def upstream() -> Callable[[ScanRecord], torch.Tensor]:
     def zscored(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         values = image[mask > 0]
         mean = values.mean()
-        return (image - mean) / torch.sqrt((values**2).mean() - mean**2 + 1e-12) * mask
+        return (image - mean) / torch.sqrt((values**2).mean() - mean**2 + 1e-12) * mask  # which comes last
 
     def views(record: ScanRecord) -> torch.Tensor:
         arrays = [nib.load(path).get_fdata() for path in (record.image, record.mask)]
@@ -66,7 +66,7 @@ def upstream() -> Callable[[ScanRecord], torch.Tensor]:
         )
         made = []
         while len(made) < 2:
-            view = augment({"image": image * mask, "mask": mask})
+            view = augment({"image": image, "mask": mask})
             if view["mask"].any():
                 made.append(zscored(view["image"], view["mask"]))
         return torch.stack(made)

@@ -2,8 +2,9 @@
 
 A phantom is the packaged template's tissue (the MNI152 average brain) bent by a smooth random deformation that is the
 patient's own, coloured by a site's contrast and corrupted by a scan's noise, bias field and small registration error.
-It comes skull-stripped, with its mask, on the input contract's template grid. Its labels are drawn independently of one
-another and of the site, and each moves tissue, so that no linear intensity map (and so no masked z-score) removes it:
+It comes as TurboPrep leaves a scan, on the contract's template grid, with its mask: skull-stripped, then shifted as by
+WhiteStripe, so that the background is a negative constant. Its labels are drawn independently of one another and of
+the site, and each moves tissue, so that no linear intensity map (and so no masked z-score) removes it:
 
 - age: the lateral ventricles grow and the cortex thins (cerebrospinal fluid, CSF, fills the sulci);
 - sex: the size of the head, and how long it is for its width;
@@ -54,7 +55,7 @@ from brainfm.scan.read import read_image
 _Array: TypeAlias = NDArray[np.float32]
 _Point: TypeAlias = "tuple[float, float, float] | _Array"
 
-RECIPE = 1  # goes up whenever the same arguments would give other phantoms
+RECIPE = 2  # goes up whenever the same arguments would give other phantoms
 SITES = ("north", "east", "south", "west")
 MIN_SPACING_MM, MAX_SPACING_MM = 1.0, 8.0  # the template has no finer detail; coarser voxels show no hippocampus
 
@@ -122,7 +123,8 @@ class Phantom:
     """One synthetic scan.
 
     Attributes:
-        image: [x, y, z] float32, whole numbers: 1 or more in the brain, 0 outside it.
+        image: [x, y, z] float32, whole numbers: white matter is about 0, CSF and grey matter are below, and what is
+            outside the brain is one value below all of them, as WhiteStripe leaves a skull-stripped scan.
         mask: [x, y, z] uint8, 1 in the brain and 0 outside it.
         affine: [4, 4] from voxel indices to RAS millimetres.
         labels: The patient's labels.
@@ -391,6 +393,7 @@ def _scanned(anatomy: _Anatomy, acquisition: _Acquisition, spacing: float) -> tu
     image *= np.float32(WHITE_MATTER_LEVEL * acquisition.gain)
     np.rint(image.clip(1), out=image)
     image *= mask
+    image -= np.rint(np.float32(WHITE_MATTER_LEVEL * acquisition.gain))  # outside the brain too, as WhiteStripe does
     return image, mask
 
 

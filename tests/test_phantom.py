@@ -139,11 +139,14 @@ def test_files_lie_on_the_contracts_grid(folder):
     np.testing.assert_array_equal(np.asarray(mask.dataobj), phantom.mask)
 
 
-def test_image_is_positive_in_the_mask_and_zero_outside(phantoms):
-    image, mask = phantoms[5][0].image, phantoms[5][0].mask
+def test_background_is_a_negative_constant_as_whitestripe_leaves_it(phantoms):
+    image, mask = phantoms[5][0].image, phantoms[5][0].mask > 0
 
-    assert (image.dtype, mask.dtype) == (np.float32, np.uint8)
-    np.testing.assert_array_equal(image > 0, mask == 1)
+    assert (image.dtype, phantoms[5][0].mask.dtype) == (np.float32, np.uint8)
+    background = image[~mask]
+    assert (background == background[0]).all()
+    assert (image[mask] > background[0]).all()
+    assert np.abs(np.percentile(image[mask], 90)) < 0.1 * -background[0]  # white matter
 
 
 def test_manifest_lists_every_scan_with_its_labels(folder):

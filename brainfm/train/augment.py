@@ -21,12 +21,13 @@ from brainfm.schema import Checked
 _GAMMA_EPS = 1e-7  # MONAI's AdjustContrast
 _TINY = 1e-30  # in place of 0, whose logarithm is slow to compute with
 _LEAST_NORMAL = 1e-37  # float32 has numbers below it with fewer digits, which processors are slow with
+_CONSTANT = 1e-6  # of the mean: a standard deviation that is rounding
 _ZSCORE_EPS = 1e-12  # under the root, as in the input contract
 
 
 @dataclass(frozen=True)
 class Augmentation(Checked):
-    """Ranges and probabilities that views are drawn from; the defaults are SimCLR's in the paper and its code.
+    """Ranges and probabilities that views are drawn from; the defaults are the released code's for SimCLR.
 
     Attributes:
         crop_min: Smallest crop in voxels; each axis is uniform from here to the whole volume, the place uniform too.
@@ -108,7 +109,8 @@ def make_view(image: Tensor, mask: Tensor, view: View, shape: Triple, out: Tenso
     """Make a view of its crop.
 
     Args:
-        image: [C, z, y, x] float32, the voxels of `view.box`.
+        image: [C, z, y, x] float32, the voxels of `view.box` as stored: what lies outside the brain is mixed into its
+            rim by resizing and turning, and bounds the contrast's range, as in the released code.
         mask: [z, y, x] bool, the brain's.
         view: What to do.
         shape: Voxels of the result.
@@ -119,7 +121,7 @@ def make_view(image: Tensor, mask: Tensor, view: View, shape: Triple, out: Tenso
         is 0 all over, as a missing one is, stays so.
 
     Raises:
-        ValueError: The mask of the view is empty, or its voxels are not finite.
+        ValueError: The mask of the view is empty, its voxels are not finite, or all have one value.
     """
     mask = place_mask(mask, view, shape)
     made = new_memory((len(image), *shape), image.device) if out is None else out
@@ -218,7 +220,7 @@ def masked_zscore_(volume: Tensor, mask: Tensor) -> Tensor:
         mask: [z, y, x] bool.
 
     Raises:
-        ValueError: The mask is empty, or a voxel inside is not finite.
+        ValueError: The mask is empty, a voxel inside is not finite, or all inside have one value, up to rounding.
     """
     count = mask.count_nonzero()
     if not count:
@@ -232,6 +234,8 @@ def masked_zscore_(volume: Tensor, mask: Tensor) -> Tensor:
     variance = torch.cat(norms).square().sum() / count
     if not variance.isfinite():
         raise ValueError("the view has voxels that are not finite")
+    if variance.sqrt() <= _CONSTANT * mean.abs():
+        raise ValueError("the voxels of the view all have one value")
     return volume.div_((variance + _ZSCORE_EPS).sqrt())
 
 

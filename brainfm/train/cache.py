@@ -1,9 +1,10 @@
-"""A cache of scans for training: each read, checked, cropped and masked once; then any crop of it is a few reads.
+"""A cache of scans for training: each read, checked and cropped once; then any crop of it is a few reads.
 
 A cache is a folder: `cache.json` says for which contract it was built, `index.jsonl` has a line a scan, and `scans/`
-two arrays a scan: `<key>.image.npy`, float16 [z, y, x], or of several channels [C, z, y, x] (intensities divided by the
-channel's largest, 0 outside the brain), and `<key>.mask.npy`, eight voxels a byte along the last axis. Both are
-memory-mapped.
+two arrays a scan: `<key>.image.npy`, uint16 [z, y, x], or of several channels [C, z, y, x], in steps that the index has
+from the channel's lowest intensity to its highest; and `<key>.mask.npy`, eight voxels a byte along the last axis. Both
+are memory-mapped. The image is as stored outside the brain too: the released code augments it so, and a crop that is
+resized or turned mixes the brain's rim with what is around it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from brainfm.manifest import ScanRecord
 from brainfm.scan import load_scan
 from brainfm.schema import Checked
 
-_FORMAT = 1
+_FORMAT = 2  # 1 held 0 outside the brain, as float16
+_LEVELS = 2**16 - 1  # steps of a uint16
 
 
 def before_normalisation(spec: InputSpec) -> InputSpec:
@@ -60,8 +62,8 @@ def contract_digest(spec: InputSpec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
-def read_brain(record: ScanRecord, spec: InputSpec) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """A scan's voxels before normalisation [C, z, y, x], 0 outside the brain, and its mask [z, y, x].
+def read_whole(record: ScanRecord, spec: InputSpec) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """A scan's voxels before normalisation [C, z, y, x], as stored outside the brain too, and its mask [z, y, x].
 
     Raises:
         ScanError: As `brainfm.load_scan`, and where no brain is in the contract's crop.
@@ -70,7 +72,7 @@ def read_brain(record: ScanRecord, spec: InputSpec) -> tuple[NDArray[np.float32]
     brain = volume.mask
     if brain is None or not brain.any():
         raise ScanError(f"{record.name}: no voxel of the brain mask is in the contract's crop")
-    return volume.image * brain, brain
+    return volume.image, brain
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,14 @@ class _Entry(Checked):
         image: Its path or paths, for people.
         state: Bytes and time of the last change of each of its files that was there; not where it was, since data move.
         error: Why it could not be read.
+        levels: The lowest intensity of each channel, and the step from one stored number to the next.
     """
 
     key: str
     image: str
     state: tuple[tuple[int, int], ...]
     error: str | None = None
+    levels: tuple[tuple[float, float], ...] = ()
 
 
 def build_cache(
@@ -173,10 +177,10 @@ class ScanCache:
         _check_contract(self.folder, spec)
         index = _read_index(self.folder)
         self.errors = {key: entry.error for key, entry in index.items() if entry.error is not None}
-        self._keys = index.keys() - self.errors.keys()
+        self._levels = {key: entry.levels for key, entry in index.items() if entry.error is None}
 
     def __contains__(self, key: str) -> bool:
-        return key in self._keys
+        return key in self._levels
 
     def read(self, key: str, box: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor]:
         """A box of a scan: image [C, z, y, x] float32 and mask [z, y, x] bool; only its voxels are read."""
@@ -185,8 +189,11 @@ class ScanCache:
         first = x.start // 8
         bits = np.unpackbits(packed[z, y, first : -(-x.stop // 8)], axis=2)[..., x.start - 8 * first :]
         mask = bits[..., : x.stop - x.start].astype(bool)
-        voxels = image[(..., *box)].astype(np.float32)
-        return torch.from_numpy(voxels if voxels.ndim == 4 else voxels[None]), torch.from_numpy(mask)
+        voxels = image[(..., *box)].astype(np.float32).reshape(-1, *mask.shape)
+        for channel, (low, step) in zip(voxels, self._levels[key], strict=True):
+            channel *= np.float32(step)
+            channel += np.float32(low)
+        return torch.from_numpy(voxels), torch.from_numpy(mask)
 
 
 def _mapped(path: Path) -> NDArray[Any]:
@@ -238,18 +245,32 @@ def _write_scan(job: tuple[str, ScanRecord, Path, InputSpec]) -> _Entry:
     key, record, folder, spec = job
     entry = _Entry(key, record.name, _state(record))
     try:
-        image, mask = read_brain(record, spec)
+        image, mask = read_whole(record, spec)
     except ScanError as error:
         return replace(entry, error=str(error))
     except Exception as error:  # one bad scan never stops a build
         return replace(entry, error=f"{record.name}: {type(error).__name__}: {error}")
-    largest = np.abs(image).max(axis=(1, 2, 3), keepdims=True)
-    largest[largest == 0] = 1  # a missing channel, filled with zeros
-    stored = (image / largest).astype(np.float16)  # relative precision 2⁻¹¹, and no overflow
+    levels, stored = _in_steps(image)
     for name, array in (("mask", np.packbits(mask, axis=2)), ("image", stored if len(stored) > 1 else stored[0])):
         with atomic_path(folder / "scans" / f"{key}.{name}.npy") as temporary:
             np.save(temporary, array)
-    return entry
+    return replace(entry, levels=levels)
+
+
+def _in_steps(image: NDArray[np.float32]) -> tuple[tuple[tuple[float, float], ...], NDArray[np.uint16]]:
+    """The lowest intensity and the step of each channel, and the image [C, z, y, x] in such steps, to half a step.
+
+    A step is 1/65535 of the channel's range. Whole numbers of a smaller range are kept as they are.
+    """
+    levels, stored = [], np.empty(image.shape, np.uint16)
+    for channel, steps in zip(image, stored, strict=True):
+        low, span = float(channel.min()), float(channel.max()) - float(channel.min())
+        step = span / _LEVELS
+        if span <= _LEVELS and (channel == np.rint(channel)).all():
+            step = 1.0
+        steps[...] = np.rint((channel.astype(np.float64) - low) / step) if span else 0
+        levels.append((low, step))
+    return tuple(levels), stored
 
 
 def _is_current(folder: Path, entry: _Entry | None, key: str, record: ScanRecord) -> bool:
@@ -284,6 +305,11 @@ def _read_index(folder: Path) -> dict[str, _Entry]:
 def _check_contract(folder: Path, spec: InputSpec) -> None:
     try:
         content = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        if content["format"] == 1:
+            raise BrainfmError(
+                f"{folder}: this cache was built by an earlier brainfm, with 0 outside the brain, where views of the "
+                "released code have what is stored; build another (brainfm cache build MANIFEST FOLDER), and remove it"
+            )
         built_for = InputSpec.from_dict(content["contract"])  # of an older cache: what it does not say is the default
         same = content["format"] == _FORMAT and built_for == before_normalisation(spec)
     except (ValueError, KeyError, TypeError) as error:

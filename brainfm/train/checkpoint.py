@@ -23,6 +23,7 @@ logger = logging.getLogger("brainfm")
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_fraction", "save_every", "resume", "tf32", "channels_last"}
 _FREE |= {"grad_checkpointing", "manifest", "augment_on"}
+_FORMAT = 2  # 1 trained on views that were masked before the augmentation, and passed both at once
 
 
 @dataclass
@@ -57,7 +58,7 @@ def save_checkpoint(
         BrainfmError: It cannot be written, such as on a full disk; the one that was there is as it was.
     """
     content = {
-        "format": 1,
+        "format": _FORMAT,
         "model_state_dict": network,
         "optimiser": optimiser,
         "progress": {"epoch": progress.epoch, "step": progress.step, "best": progress.best},
@@ -128,10 +129,16 @@ def read_run(path: Path, settings: Training, data: str, joined_batch: int) -> di
     """
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, ours = content["recipe"], settings.to_dict()
+        theirs, ours, _ = content["recipe"], settings.to_dict(), content["format"]
         content["progress"] = Progress(**content["progress"], losses=tuple(content["losses"]))
     except Exception as error:  # torch has a dozen ways to say that a file is damaged
         raise WeightsError(f"not a checkpoint of a run, or a damaged one: {type(error).__name__}") from error
+    if content["format"] != _FORMAT:
+        raise RecipeError(
+            f"{path}: this run was begun by an earlier brainfm, which trained otherwise: its views were masked before "
+            "the augmentation, and both passed through the network at once, where the released code does neither. "
+            "Going on would be half of each: finish it with the version it was begun with, or give another output="
+        )
     free = _FREE if ours.get("gradient") == "upstream" else _FREE | {"batch_size"}  # which depends on the processes
     changed = [f"{key} was {theirs.get(key)}" for key in ours if key not in free and theirs.get(key) != ours[key]]
     if content["joined_batch"] != joined_batch:

@@ -23,9 +23,9 @@ from brainfm.contract import InputSpec, Triple
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.train.augment import Augmentation, View, draw_view, make_view, new_memory
-from brainfm.train.cache import ScanCache, key_of, read_brain
+from brainfm.train.cache import ScanCache, key_of, read_whole
 
-_DRAWS = 20  # of a view whose mask is empty, before its scan is given up
+_DRAWS = 20  # of a view that shows no brain, before its scan is given up; the released code goes on for ever
 _REPLACEMENTS = 10  # patients tried in place of one whose scan cannot be read
 
 _T = TypeVar("_T")
@@ -235,13 +235,13 @@ class PretrainingData(TrainingData):
                 try:
                     make_view(crop.image, crop.mask, crop.view, self.shape, out)
                     break
-                except ValueError:  # no brain in the crop
+                except ValueError:  # nothing of the brain in the crop
                     if last:
                         raise
         return views
 
     def _crops(self, scan: int, epoch: int, name: int) -> tuple[Crop, ...]:
-        """The first crop of each view that has brain in it, or else the last."""
+        """The first crop of each view that has brain in it, or else the last; `make_views` finds other faults."""
         return tuple(
             next(crop for last, crop in attempts if last or crop.mask.any())
             for attempts in self._attempts(scan, epoch, name)
@@ -251,7 +251,7 @@ class PretrainingData(TrainingData):
         """For each view, the crops to try, and whether it is the last."""
         record = self.records[scan]
         if self.cache is None:
-            image, mask = (torch.from_numpy(array) for array in read_brain(record, self.spec))
+            image, mask = (torch.from_numpy(array) for array in read_whole(record, self.spec))
 
         def read(view: View) -> tuple[Tensor, Tensor]:
             if self.cache is not None:

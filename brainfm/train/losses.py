@@ -22,14 +22,14 @@ def nt_xent_loss(z_i: Tensor, z_j: Tensor, temperature: float = 0.5, gradient: G
     Args:
         z_i: [B, D] projections of the first views.
         z_j: [B, D] projections of the second views, in the same order.
-        temperature: Divides the similarities; 0.5 in Kaczmarek et al. 2025.
+        temperature: Divides the similarities; 0.5 in the released code; the paper gives none.
         gradient: Under DistributedDataParallel, which averages gradients over W processes, "exact" gives the parameters
             the gradient of the loss of the joined batch. "upstream" gives that divided by W, as the released code does:
             its gather passes no gradient to other processes. Adam hides the difference; clipping, SGD and LARS do not.
 
     Returns:
-        The loss. "exact": of this process's pairs; its mean over processes is that of the joined batch. "upstream":
-        that of the joined batch.
+        The loss, computed in float64. "exact": of this process's pairs; its mean over processes is that of the joined
+        batch. "upstream": that of the joined batch.
 
     Raises:
         ValueError: The projections are not two equal matrices.
@@ -37,11 +37,12 @@ def nt_xent_loss(z_i: Tensor, z_j: Tensor, temperature: float = 0.5, gradient: G
     if z_i.ndim != 2 or z_i.shape != z_j.shape:
         raise ValueError(f"expected two matrices [B, D] of one shape, got {list(z_i.shape)} and {list(z_j.shape)}")
     with torch.autocast(z_i.device.type, enabled=False):
-        # Half precision cannot hold exp(similarity / temperature).
-        views = F.normalize(torch.stack([z_i, z_j]).to(torch.promote_types(z_i.dtype, torch.float32)), dim=2)
+        # Half precision cannot hold exp(similarity / temperature), and float32 is TF32 in a GPU's matrix products.
+        views = F.normalize(torch.stack([z_i, z_j]).double(), dim=2)
         everyone, rank = _from_everyone(views, passes_gradient=gradient == "exact")
         anchors, first = (views, rank * len(z_i)) if gradient == "exact" else (everyone, 0)
-        return _cross_entropy(anchors, everyone, first, temperature)
+        loss = _cross_entropy(anchors, everyone, first, temperature)
+        return loss.to(torch.promote_types(z_i.dtype, torch.float32))
 
 
 def _cross_entropy(anchors: Tensor, everyone: Tensor, first: int, temperature: float) -> Tensor:

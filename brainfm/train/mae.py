@@ -18,7 +18,7 @@ class MaskedAutoencoder(nn.Module):
 
     Args:
         encoder: A ViT without a classifier; its `img_size` is that of the volumes.
-        decoder_dim: Width of the decoder; 512, as its depth and heads, in the paper's code for photographs.
+        decoder_dim: Width of the decoder; 512, as its depth and heads, in the authors' code for photographs.
         decoder_depth: Its blocks.
         decoder_heads: Its attention heads.
         norm_pix_loss: Compare with patches that are each normalised (unbiased variance, 1e-6), instead of as they are.
@@ -122,8 +122,11 @@ class MaskedAutoencoder(nn.Module):
         return F.mse_loss(prediction.to(target.dtype), target)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone, beside biases and norms."""
-        return {"pos_embed", "cls_token", "decoder_pos_embed", "mask_token"}
+        """Names of parameters that weight decay leaves alone, beside biases and norms: none that learns.
+
+        As in the authors' code, by timm's rule, `cls_token` and `mask_token` are decayed; fine-tuning spares the one.
+        """
+        return {"pos_embed", "decoder_pos_embed"}
 
 
 def patchify(volumes: Tensor, patch_size: Triple) -> Tensor:

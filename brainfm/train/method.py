@@ -97,8 +97,7 @@ class SimCLRMethod(PretrainingMethod):
         views, chunk = batch.views, self.recipe.batch_chunk
         if chunk is not None and chunk < views.shape[1]:
             return self._backward_in_chunks(network, views, chunk)
-        with self._autocast(views):
-            z_i, z_j = network(views.flatten(0, 1)).chunk(2)  # one forward for both views
+        z_i, z_j = self._project(network, views)
         loss = nt_xent_loss(z_i, z_j, self.recipe.temperature, self.recipe.gradient)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.detach())} | contrastive_metrics(z_i.detach(), z_j.detach())
@@ -126,7 +125,7 @@ class SimCLRMethod(PretrainingMethod):
     def _project(self, network: nn.Module, views: Tensor) -> Tensor:
         """[2, B, C, z, y, x] → projections [2, B, D]."""
         with self._autocast(views):
-            projections: Tensor = network(views.flatten(0, 1))
+            projections: Tensor = network(*(views if self.recipe.views == "separate" else [views.flatten(0, 1)]))
         return torch.stack(projections.chunk(2))
 
 

@@ -42,7 +42,7 @@ class Training(Checked):
         scale_lr: Multiply lr by the joined batch / 256.
         betas: Of Adam and AdamW.
         momentum: Of LARS.
-        weight_decay: Not on biases, norms and tokens.
+        weight_decay: Not on biases and norms, nor on what the network names in `no_weight_decay`.
         schedule: "constant", or "cosine": half a cosine to 0 over the run. Stepped every iteration.
         warmup_epochs: A linear rise before.
         clip_grad: Largest norm of the gradient; None leaves it.
@@ -121,6 +121,8 @@ class Recipe(Training):
         method: "simclr" or "mae".
         model: The registered encoder to train, from initial weights.
         manifest: CSV of scans: image_path (or a column a channel, such as t1w_path), mask_path, optional patient_id.
+        views: SimCLR: "separate" passes the first and the second views through the network one after the other, as the
+            released code does, so that BatchNorm takes its statistics of each; "joint" passes both at once.
         batch_chunk: SimCLR: scans of the batch that are in memory at a time; the gradient is that of the whole batch,
             BatchNorm's statistics are those of each chunk. None is all.
         every_scan: An epoch takes every scan once, instead of every patient.
@@ -136,6 +138,7 @@ class Recipe(Training):
     method: Literal["simclr", "mae"]
     model: str
     manifest: str = ""
+    views: Literal["separate", "joint"] = "separate"
     batch_chunk: int | None = None
     every_scan: bool = False
     input_size: Triple | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder
@@ -14,7 +15,7 @@ class SimCLR(nn.Module):
 
     Args:
         encoder: An encoder without a classifier.
-        projection_dim: Width of the projection; 64 in the paper.
+        projection_dim: Width of the projection; 64 in the released code.
 
     Example:
         >>> network = SimCLR(brainfm.create_model("simclr_resnet18_3d"))
@@ -33,6 +34,11 @@ class SimCLR(nn.Module):
             nn.Linear(width, projection_dim, bias=False),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_chans, D, H, W] → projections [B, projection_dim], not normalised."""
-        return self.projector(self.encoder(x))  # type: ignore[no-any-return]
+    def forward(self, *views: Tensor) -> Tensor:
+        """Views [B, in_chans, D, H, W] each → projections [views · B, projection_dim], not normalised, view after view.
+
+        Each view passes through the network by itself, as in the released code: BatchNorm takes its statistics of one
+        view, and moves its running ones with each. All in one call, for DistributedDataParallel prepares a backward
+        pass, and sends its buffers, in each.
+        """
+        return torch.cat([self.projector(self.encoder(view)) for view in views])

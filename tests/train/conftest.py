@@ -24,7 +24,8 @@ def cohort(small_sample, tmp_path_factory) -> Path:
         changed = values * (1 + 0.15 * bump) + brain * draw.normal(0, 0.02 * values.max(), values.shape)
         place = folder / f"sub-{patient:02}" / f"ses-{n // 12}"
         place.mkdir(parents=True)
-        nib.Nifti1Image((changed.clip(1) * brain).astype(np.float32), image.affine).to_filename(place / "t1.nii.gz")
+        shifted = changed.clip(1) * brain - 0.6 * values.max()  # as by WhiteStripe: the background is no longer 0
+        nib.Nifti1Image(shifted.astype(np.float32), image.affine).to_filename(place / "t1.nii.gz")
         nib.Nifti1Image(brain, image.affine).to_filename(place / "mask.nii.gz")
         rows.append([place / "t1.nii.gz", place / "mask.nii.gz", f"sub-{patient:02}"])
     with (folder / "manifest.csv").open("w", newline="") as file:

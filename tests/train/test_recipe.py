@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,38 @@ def test_every_recipe_names_a_model_and_the_source_of_each_number(path):
     recipe = load_recipe(path.stem)
     assert brainfm.is_model(recipe.model)
     assert recipe_from_dict(recipe.to_dict()) == recipe
-    first = path.read_text().splitlines()[0]
-    assert first.startswith("#")
+    head, *rest = path.read_text().splitlines()
+    assert head.startswith("#")
+    for line in (line for line in rest if not line.startswith("#")):
+        assert re.search(r"# (paper|code|mae|ours)\b", line), line
+
+
+def test_what_the_paper_does_not_say_is_not_said_to_be_its_own():
+    """It names no optimiser, rate, schedule, temperature or SyncBN: they are the code's (REFERENCE of both)."""
+    lines = (RECIPES / "simclr_resnet18_3d.yaml").read_text().splitlines()
+    for key in ("optimiser", "lr", "schedule", "temperature", "weight_decay", "sync_bn", "views"):
+        (line,) = (line for line in lines if line.startswith(f"{key}:"))
+        assert "# code" in line
+        assert "paper" not in line
+    assert load_recipe("simclr_resnet18_3d").views == "separate"
+
+
+def test_mae_decays_all_but_biases_and_vectors_as_timm_does():
+    recipe = load_recipe("test_vit_3d")
+    network = METHODS["mae"](recipe, brainfm.create_model("test_vit_3d")).network
+    decayed = {
+        id(p)
+        for group in make_optimiser(recipe, network).param_groups
+        if group["weight_decay"]
+        for p in group["params"]
+    }
+    wanted = {
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad and parameter.ndim > 1 and not name.endswith(".bias")
+    }
+    assert {name for name, parameter in network.named_parameters() if id(parameter) in decayed} == wanted
+    assert {"cls_token", "mask_token"} <= wanted
 
 
 def test_overrides_are_yaml_and_reach_groups():
