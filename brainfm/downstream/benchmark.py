@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from brainfm.downstream.account import are_phantoms, class_patients, few, is_test_model, label_words, shares, unused
 from brainfm.downstream.features import head_sizes, name_of, read_features, table_of
-from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
+from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, read_recipe
 from brainfm.downstream.preflight import check_model, check_output, check_packages, check_splits, missing_files
 from brainfm.downstream.probe import AdamProbe, fit_probe, predict_probe
 from brainfm.downstream.report import write_report
@@ -50,17 +50,34 @@ from brainfm.version import __version__
 
 logger = logging.getLogger("brainfm")
 
-Mode = Literal["probe", "probe_adam", "finetune", "scratch"]
+Mode = Literal["probe", "probe_paper", "probe_adam", "finetune", "scratch"]
 MODES: dict[str, str] = {
     "probe": "linear probe",
-    "probe_adam": "linear probe (Adam)",
+    "probe_paper": "linear probe as the paper's",
+    "probe_adam": "linear probe as the paper's, but with BatchNorm held still",
     "finetune": "fine-tuned",
     "scratch": "from scratch",
 }
-_TRAINED = ("finetune", "scratch")
+_TRAINED = ("probe_paper", "finetune", "scratch")  # on scans, by `finetune`
 _COVARIATES = Row("covariates", "covariates", "covariates alone, no image")
-EPOCHS = {"probe_adam": 100, "finetune": 100, "scratch": 300}  # paper
+_RECIPES = {mode: mode for mode in _TRAINED} | {"probe_adam": "probe_paper"}  # by which a mode is run
 _PRETRAINED_ONLY = ("trained", "drifting", "lora_rank", "layer_decay")  # settings that mean nothing from scratch
+_NOT_OF = {  # settings that would make something else of a mode
+    "scratch": _PRETRAINED_ONLY,
+    "probe_paper": (*_PRETRAINED_ONLY, "augment", "drop_path", "trained_positions", "global_pool"),
+}
+_RAW = (
+    "Linear probes as the paper's learn raw labels, as the released code does: with a head that begins near 0 and a rate "
+    "of 1e-4, their predictions are still far too small after 100 epochs where labels are large and scans few. Of the "
+    "same embeddings of 300 phantoms (180 for training), such a probe was off by RAW_MAE years of age, and by STD_MAE "
+    "with standardised labels (--set target=standardised)."
+)
+_RAW_PROBES = ("probe_paper", "probe_adam")
+_UNSTATED = {
+    "probe_paper": "how the paper probed its MAE is not stated; here as its released code probes a ResNet",
+    "finetune": "how the paper fine-tuned its MAE is not stated; here as facebookresearch/mae does",
+    "scratch": "by which optimiser the paper trained from scratch is not stated; here as its released code fine-tunes",
+}
 _AGE_BIAS = {
     "cole": "predictions are corrected for age bias by the line fitted on val (Cole et al. 2018), but in no run where "
     "they do not rise with age; it makes the errors of a weak predictor large, those of a control too.",
@@ -88,7 +105,7 @@ class Plan:
         seeds: Runs of each; the paper has five.
         fractions: Of the training patients, for curves of label efficiency; those below 1 are run with one seed.
         epochs_scale: Times the paper's epochs; at least one is run.
-        settings: Fields of `Finetuning` in place of the paper's.
+        settings: Fields of `Finetuning` in place of those of the mode's recipe (`brainfm.downstream.recipes`).
         controls: Add the same encoders untrained, and covariates alone.
     """
 
@@ -108,7 +125,21 @@ class Plan:
 
     def epochs(self, mode: str) -> int:
         """Epochs of a mode that has them."""
-        return max(1, round(EPOCHS[mode] * self.epochs_scale))
+        return max(1, round(paper_epochs(mode) * self.epochs_scale))
+
+    def of(self, mode: str) -> dict[str, Any]:
+        """The settings that apply to a mode."""
+        return {name: value for name, value in self.settings.items() if name not in _NOT_OF.get(mode, ())}
+
+    def is_as_published(self, mode: str) -> bool:
+        """Whether a mode is run by its recipe and nothing else."""
+        return mode in _TRAINED and self.epochs_scale == 1 and not self.of(mode).keys() - set(_FREE)
+
+
+def paper_epochs(mode: str) -> int:
+    """Epochs of a mode's recipe."""
+    epochs: int = read_recipe(_RECIPES[mode])["epochs"]
+    return epochs
 
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
@@ -203,7 +234,7 @@ def benchmark(
             _meet_earlier(output, evaluation, replace_all)
         done = everyone.gather({job.name for job in jobs if _is_done(output, job, digests[job])})[0]
         todo = [job for job in jobs if job.name not in done]
-        _check_ahead(todo, plan, cfgs)
+        _check_ahead(todo, plan, cfgs, everyone.world)
         if everyone.is_first:
             _say_what_is_there(output, jobs, todo)
             _keep_splits(data, plan, output)
@@ -243,7 +274,7 @@ def _meet_earlier(output: Path, evaluation: Evaluation, replace_all: bool) -> No
         )
 
 
-def _check_ahead(todo: Sequence[_Job], plan: Plan, cfgs: Mapping[str, PretrainedCfg]) -> None:
+def _check_ahead(todo: Sequence[_Job], plan: Plan, cfgs: Mapping[str, PretrainedCfg], processes: int) -> None:
     """Try what can fail in the runs that are to be done."""
     if any(job.row.mode not in _TRAINED for job in todo):
         check_packages()
@@ -259,6 +290,8 @@ def _check_ahead(todo: Sequence[_Job], plan: Plan, cfgs: Mapping[str, Pretrained
     for (name, pretrained), jobs in sorted(models.items(), key=lambda item: not item[0][1]):  # weights first
         trained = {job.row.mode: job for job in jobs if job.row.mode in _TRAINED}
         settings = [_settings(job, plan, cfgs[job.row.model], len(job.data.records), "") for job in trained.values()]
+        for one in settings:
+            one.shared_by(processes)
         check_model(name, list({id(job.data): job.data for job in jobs}.values()), settings, pretrained=pretrained)
 
 
@@ -354,8 +387,8 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 def _jobs(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[Row], plan: Plan) -> Iterator[_Job]:
     """Cheap runs first: something to look at soon."""
-    order = {"covariates": 0, "untrained": 1, "probe": 2, "probe_adam": 3, "finetune": 4, "scratch": 5}
-    for row in sorted([*controls, *rows], key=lambda row: order[row.mode]):
+    order = ("covariates", "untrained", "probe", "probe_adam", "probe_paper", "finetune", "scratch")
+    for row in sorted([*controls, *rows], key=lambda row: order.index(row.mode)):
         for one in data:
             if row.mode == "covariates" and not one.has_covariates:
                 continue
@@ -415,6 +448,7 @@ def _run(
         "metrics": {name: [value, *intervals.get(name, (None, None))] for name, value in values.items()},
         "n_train": len(train),
         "n_test": len(kept),
+        "processes": everyone.world,
         "left_out": {str(n): failed[n] for n in sorted(failed)},
         "rows": kept,
         "patients": patients,
@@ -456,7 +490,8 @@ def _probed(job: _Job, plan: Plan, train: Sequence[int], val: Sequence[int], out
     if not val or len(set(labels[train].tolist())) < 2:
         raise BrainfmError(f"{task.name}: too few scans can be read{_one_of(failed)}")
     if row.mode == "probe_adam":
-        fitted: Any = AdamProbe(plan.epochs("probe_adam"), **_only(plan.settings, ("lr", "batch_size"))).fit(
+        values = _recipe(job, plan, None)
+        fitted: Any = AdamProbe(**{one.name: values[one.name] for one in fields(AdamProbe)}).fit(
             (features[train], labels[train]),
             (features[val], labels[val]),
             task.kind,
@@ -514,16 +549,22 @@ def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBias
 
 
 def _settings(job: _Job, plan: Plan, cfg: PretrainedCfg, scans: int, work: str) -> Finetuning:
-    """The paper's settings for a mode, with the plan's in their place."""
-    task, scratch = job.data.task, job.row.mode == "scratch"
-    values: dict[str, Any] = {
-        "epochs": plan.epochs(job.row.mode),
-        "augment": scratch or cfg.ssl_method == "MAE",  # paper: no augmentation for SimCLR
-        "global_pool": "avg",  # of a ResNet the only one; of a ViT the MAE authors' choice for fine-tuning
-        "selection": task.metric if task.selection == "metric" else "loss",
-    } | {name: value for name, value in plan.settings.items() if not (scratch and name in _PRETRAINED_ONLY)}
-    values["batch_size"] = min(values.get("batch_size", Finetuning.batch_size), scans)
-    return Finetuning(**values, seed=job.seed, output=work)
+    """The settings of a run: its recipe's, with the plan's in their place."""
+    values = _recipe(job, plan, cfg)
+    values["batch_size"] = min(values["batch_size"], scans)
+    return Finetuning.from_dict(values | {"seed": job.seed, "output": work})
+
+
+def _recipe(job: _Job, plan: Plan, cfg: PretrainedCfg | None) -> dict[str, Any]:
+    """The fields of `Finetuning` that a run has, but for what is its own."""
+    task, mode = job.data.task, job.row.mode
+    of_mae = mode == "finetune" and cfg is not None and cfg.ssl_method == "MAE"
+    recipe = read_recipe("finetune_mae" if of_mae else _RECIPES[mode])
+    values = {"target": task.target, **recipe, "epochs": plan.epochs(mode)}
+    values["selection"] = task.metric if task.selection == "metric" else "loss"
+    if "warmup_epochs" in recipe:
+        values["warmup_epochs"] = recipe["warmup_epochs"] * values["epochs"] / recipe["epochs"]
+    return values | plan.of(mode)
 
 
 def _made_of(data: TaskData) -> str:
@@ -542,9 +583,8 @@ def _digest(job: _Job, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedCf
     content.append(None if cfg is None else [cfg.sha256, cfg.source])
     if (vectors := job.data.embeddings.get(job.row.model)) is not None:
         content.append(hashlib.sha256(np.ascontiguousarray(vectors).tobytes()).hexdigest())
-    if job.row.mode in EPOCHS:
-        settings = {name: value for name, value in plan.settings.items() if name not in _FREE}
-        content += [plan.epochs(job.row.mode), settings]
+    if job.row.mode in _RECIPES:
+        content.append({name: value for name, value in _recipe(job, plan, cfg).items() if name not in _FREE})
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
@@ -558,10 +598,6 @@ def _is_done(output: Path, job: _Job, digest: str) -> bool:
         return bool(json.loads(_path(output, job).read_text(encoding="utf-8"))["digest"] == digest)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _only(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: values[name] for name in names if name in values}
 
 
 # --- What is written ------------------------------------------------------------------------------
@@ -700,7 +736,7 @@ def _evaluation(
                 one.task.metric,
                 one.task.unit,
                 one.task.label,
-                _published(one.task, rows, cfgs),
+                _published(one.task, rows, cfgs, plan),
                 one.task.published_source,
                 () if one.has_covariates else (_COVARIATES.key,),
                 one.classes,
@@ -716,26 +752,53 @@ def _evaluation(
         date=datetime.date.today().isoformat(),
         command=shlex.join(["brainfm", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("brainfm", "__main__") else "",
         fractions=tuple(sorted({1.0, *plan.fractions})),
-        notes=tuple(notes),
+        notes=(*notes, *_unstated(data, rows, cfgs, plan)),
         statements=(*_not_run(cfgs, plan), *_statements(data, plan)),
         warnings=tuple(_warnings(data, rows, cfgs)),
     )
 
 
-def _published(task: Task, rows: Sequence[Row], cfgs: Mapping[str, PretrainedCfg]) -> tuple[Published, ...]:
-    """The published numbers of the rows' architectures, wherever their weights are from."""
+def _published(task: Task, rows: Sequence[Row], cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> tuple[Published, ...]:
+    """The published numbers of the rows' architectures, wherever their weights are from, beside the same method."""
     names = {row.key: f"{cfgs[row.model].architecture}/{row.mode}" for row in rows if row.model in cfgs}
-    return tuple(Published(key, *task.published[name]) for key, name in names.items() if name in task.published)
+    return tuple(
+        Published(key, *task.published[name])
+        for key, name in names.items()
+        if name in task.published and plan.is_as_published(name.rpartition("/")[2])
+    )
+
+
+def _unstated(
+    data: Sequence[TaskData], rows: Sequence[Row], cfgs: Mapping[str, PretrainedCfg], plan: Plan
+) -> Iterator[Note]:
+    """A mark on each row with a published number of which the paper does not say how it was come by."""
+    for one in data:
+        for row in rows:
+            if not _published(one.task, [row], cfgs, plan):
+                continue
+            if row.mode == "scratch" or cfgs[row.model].ssl_method == "MAE":
+                yield Note(one.task.name, row.model, _UNSTATED[row.mode], row.mode)
 
 
 def _statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
+    modes = [mode for mode in dict.fromkeys(plan.modes) if mode in _RECIPES]
     if plan.epochs_scale != 1:
-        epochs = ", ".join(f"{plan.epochs(m)} instead of {EPOCHS[m]} ({MODES[m]})" for m in plan.modes if m in EPOCHS)
+        epochs = ", ".join(f"{plan.epochs(m)} instead of {paper_epochs(m)} ({MODES[m]})" for m in modes)
         yield f"Epochs are scaled by {plan.epochs_scale:g}: {epochs}."
     if plan.settings:
-        yield "In place of the paper's settings: " + ", ".join(f"{k}={v}" for k, v in plan.settings.items()) + "."
-    if kept := [name for name in plan.settings if name in _PRETRAINED_ONLY and "scratch" in plan.modes]:
-        yield f"What is trained from scratch is trained whole, without {', '.join(kept)}."
+        yield "In place of the recipes' settings: " + ", ".join(f"{k}={v}" for k, v in plan.settings.items()) + "."
+    otherwise = [MODES[mode] for mode in modes if mode in _TRAINED and not plan.is_as_published(mode)]
+    if otherwise and any(one.task.published for one in data):
+        yield f"No published number stands beside another method, so none beside: {', '.join(otherwise)}."
+    for mode, what in (
+        ("scratch", "What is trained from scratch is trained whole"),
+        ("probe_paper", "The paper's probe is as it was"),
+    ):
+        if mode in modes and (left := [name for name in plan.settings if name in _NOT_OF[mode]]):
+            yield f"{what}, without {', '.join(left)}."
+    regressions = any(one.task.kind == "regression" for one in data)
+    if regressions and any(m in _RAW_PROBES and plan.of(m).get("target") in (None, "raw") for m in modes):
+        yield _RAW
     yield f"Intervals: 95 %, bootstrap over patients ({_RESAMPLES:,} resamples)."
     for one in data:
         title, patients = one.task.title, len(set(one.patients))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -14,18 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from brainfm.downstream.lora import add_lora
-from brainfm.downstream.probe import LinearHead
+from brainfm.downstream.probe import LinearHead, Target, draw_head
 from brainfm.downstream.statistics import Kind
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder
+from brainfm.models.vit import VisionTransformer
+from brainfm.schema import read_yaml
 from brainfm.train.data import Batch, TrainingData, stream
 from brainfm.train.distributed import ProcessGroup, process_group
 from brainfm.train.method import Method
 from brainfm.train.recipe import Training
 from brainfm.train.trainer import Trainer
 from brainfm.transforms import InputTransform, create_transform
-from brainfm.transforms.supervised import SupervisedAugmentation
+
+RECIPES = Path(__file__).parent / "recipes"
 
 _INSTEAD, _VIEW = 10, 11  # what a random stream is for; brainfm.train.data has its own numbers
 _REPLACEMENTS = 10
@@ -33,20 +39,33 @@ _REPLACEMENTS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuning(Training):
-    """How an encoder is fine-tuned; the defaults are the paper's (Kaczmarek et al. 2025, arXiv 2509.10620).
+    """How an encoder is fine-tuned.
+
+    The defaults are ours but for what is said of them. What was published stands, with the source of each number, in
+    the recipes beside this module, see `read_recipe`; evaluations (`brainfm finetune`, `brainfm benchmark`) begin with
+    those.
 
     Attributes:
-        epochs: 100 in the paper, 300 from scratch.
-        batch_size: 6 in the paper.
-        lr: 1e-4 in the paper, Adam, constant.
-        augment: The paper's augmentation: for supervised training and the MAE, not for SimCLR.
+        epochs: 100 in the paper (Kaczmarek et al. 2025, arXiv 2509.10620), 300 from scratch.
+        batch_size: Scans a step, of all processes together; 6 in the released code.
+        lr: 1e-4 in the released code, with Adam, constant.
+        augment: `SupervisedAugmentation`: in the paper of supervised training and of the MAE, not of SimCLR.
         trained: "all", the "head" alone, or "lora": the head and low-rank changes of a ViT's attention.
         drifting: With trained="head", leave BatchNorm in training mode, as the released code's linear probe does: the
             frozen encoder's running statistics drift, and each embedding depends on its batch. Default: eval mode.
+        target: What a regression learns, see `LinearHead`: "raw" in the released code.
+        head_std: Of the head's initial weights, see `draw_head`: None in the released code, 2e-5 in
+            `facebookresearch/mae`.
         layer_decay: Multiply the learning rate by this for each layer further from the head; None is the same for all.
+            0.75 in `mae`.
+        drop_path: Stochastic depth of a ViT; 0.1 in `mae`. It is drawn by each process for itself.
+        trained_positions: Train a ViT's position embedding too, as `mae` does.
         lora_rank: Of the low-rank changes.
-        selection: The best epoch is chosen on val by this metric, or by "loss".
-        global_pool: Pooling before the head; None is the encoder's. The MAE's authors fine-tune a ViT with "avg".
+        selection: The best epoch is chosen on val by this metric, or by "loss"; in the released code by the AUC of a
+            classification and the loss of a regression.
+        val_loss: The loss on val is the mean over the "scans", or as in the released code over the means of
+            "batches", of which the last may be smaller.
+        global_pool: Pooling before the head; None is the encoder's. "fc_norm" is `mae`'s.
     """
 
     epochs: int = 100
@@ -56,17 +75,48 @@ class Finetuning(Training):
     augment: bool = False
     trained: Literal["all", "head", "lora"] = "all"
     drifting: bool = False
+    target: Target = "standardised"
+    head_std: float | None = 0.01
     layer_decay: float | None = None
+    drop_path: float = 0.0
+    trained_positions: bool = False
     lora_rank: int = 8
     selection: str = "loss"
+    val_loss: Literal["scans", "batches"] = "scans"
     global_pool: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}, and must be above 0 and at most 1")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path is {self.drop_path}, and must be at least 0 and below 1")
+        if self.head_std is not None and self.head_std < 0:
+            raise ValueError(f"head_std is {self.head_std}, and must be at least 0")
         if self.drifting and self.trained != "head":
             raise ValueError("drifting is of a frozen encoder: trained must be 'head'")
+        if self.trained_positions and self.trained != "all":
+            raise ValueError("trained_positions is of an encoder that is trained whole: trained must be 'all'")
+
+    def shared_by(self, processes: int) -> Finetuning:
+        """The settings of each of some processes, whose batches together are the batch of these.
+
+        Raises:
+            BrainfmError: It cannot be shared in equal parts.
+        """
+        if self.batch_size % processes:
+            raise BrainfmError(
+                f"batch_size is {self.batch_size}, of all processes together, and cannot be shared by {processes} in "
+                f"equal parts: give a multiple of {processes} (--set batch_size=…), or start another number of them"
+            )
+        return replace(self, batch_size=self.batch_size // processes)
+
+
+@cache
+def read_recipe(name: str) -> Mapping[str, Any]:
+    """The fields of `Finetuning` that a published way sets: those of a YAML file in `RECIPES`, by its name."""
+    values: dict[str, Any] = read_yaml((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    return MappingProxyType(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +132,8 @@ def finetune(
 ) -> FinetunedModel:
     """Train an encoder with a new head, or go on with the run in `settings.output`.
 
-    Test scans are no argument: what is chosen is chosen on `val`.
+    Under torchrun the processes share each batch, so that their number changes nothing but rounding (and what
+    `drop_path` leaves out). Test scans are no argument: what is chosen is chosen on `val`.
 
     Args:
         encoder: An encoder; it is changed in place.
@@ -96,15 +147,15 @@ def finetune(
         The model of the best epoch.
 
     Raises:
-        RecipeError: The folder holds another run.
-        BrainfmError: As `Trainer.train`.
+        RecipeError: The folder holds another run, or one that an earlier brainfm began.
+        BrainfmError: As `Trainer.train` and `Finetuning.shared_by`.
     """
     torch.manual_seed(settings.seed)
-    head = LinearHead(kind, train.labels)
+    head = LinearHead(kind, train.labels, settings.target)
     put_head(encoder, head.outputs, settings)
     transform = create_transform(encoder)
     with process_group(settings.device) as group:
-        settings = settings.on(group.device)
+        settings = settings.shared_by(group.world).on(group.device)
         data = _LabelledData(train, head, transform, settings)
         method = _Supervised(settings, encoder, head, val, transform)
         trainer = Trainer(settings, method, data, group, _data_hash(train, val))
@@ -171,6 +222,15 @@ class FinetunedModel:
 def put_head(encoder: Encoder, outputs: int, settings: Finetuning) -> None:
     """Give an encoder a new head, and freeze or add what the settings say. Raises BrainfmError where it cannot be."""
     encoder.reset_classifier(outputs, settings.global_pool)
+    draw_head(encoder.get_classifier(), settings.head_std, settings.seed)
+    if settings.drop_path or settings.trained_positions:
+        if not isinstance(encoder, VisionTransformer):
+            raise BrainfmError(
+                f"drop_path and trained_positions are of a ViT, and {type(encoder).__name__} is none; leave them out "
+                "(--set drop_path=0 trained_positions=false)"
+            )
+        encoder.set_drop_path(settings.drop_path)
+        encoder.pos_embed.requires_grad_(settings.trained_positions)
     if settings.trained == "lora":
         add_lora(encoder, settings.lora_rank)
     elif settings.trained == "head" and settings.drifting:
@@ -185,9 +245,9 @@ class _LabelledData(TrainingData):
 
     def __init__(self, scans: Labelled, head: LinearHead, transform: InputTransform, settings: Finetuning) -> None:
         self.records, self.targets = scans.records, head.targets(scans.labels)
-        self.transform, self.seed = transform, settings.seed
+        self.transform = create_transform(transform.spec, is_training=True) if settings.augment else transform
+        self.seed = settings.seed
         self.item_bytes = 4 * math.prod(transform.spec.output_shape or (0,))
-        self.augment = SupervisedAugmentation(transform.spec) if settings.augment else None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -198,19 +258,16 @@ class _LabelledData(TrainingData):
         instead = stream(self.seed, epoch, _INSTEAD, item)
         for _ in range(1 + _REPLACEMENTS):
             try:
-                tensor = self.transform(self.records[item].image, self.records[item].mask)
-                return self._view(tensor, epoch, item), item, failed
+                return self._view(epoch, item), item, failed
             except ScanError as error:
                 failed[item] = str(error)
                 item = int(instead.integers(len(self.records)))
         raise ScanError(f"{len(failed)} scans in a row cannot be read; the last: {list(failed.values())[-1]}")
 
-    def _view(self, tensor: Tensor, epoch: int, item: int) -> Tensor:
-        if self.augment is None:
-            return tensor
+    def _view(self, epoch: int, item: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(stream(self.seed, epoch, _VIEW, item).integers(2**63)))
-            return self.augment(tensor)
+            return self.transform(self.records[item].image, self.records[item].mask)
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         """Tensors side by side, with their targets."""
@@ -228,6 +285,7 @@ class _Supervised(Method):
         super().__init__(settings, encoder)
         self.network, self.head, self.val, self.transform = encoder, head, val, transform
         self.selection, self.layer_decay = settings.selection, settings.layer_decay
+        self.batches = settings.val_loss == "batches"
 
     def backward(
         self,
@@ -266,6 +324,7 @@ class _Supervised(Method):
             raise BrainfmError(f"none of the {len(self.val.records)} validation scans can be read")
         rows = sorted(everything)
         stacked, labels = torch.stack([everything[n] for n in rows]), self.val.labels[rows]
-        values = self.head.score(stacked, labels, self.selection)
+        joined = self.settings.batch_size * group.world if self.batches else None
+        values = self.head.score(stacked, labels, self.selection, joined)
         score = values.pop("score")
         return {f"val_{name}": value for name, value in values.items()} | {"score": score}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
 from brainfm.errors import MissingExtraError
+from brainfm.train.data import EpochSampler
+
+Target: TypeAlias = Literal["standardised", "raw"]  # what a regression learns, see `LinearHead`
 
 # Strengths of regularisation that the inner cross-validation tries: C of the logistic, alpha of the ridge regression.
 # Ours: wide enough that the ends are seldom chosen, for features of mean 0 and std 1.
@@ -93,17 +96,27 @@ def predict_probe(probe: Any, features: NDArray[Any], kind: Kind) -> NDArray[np.
 
 @dataclass(frozen=True)
 class AdamProbe:
-    """The paper's own linear probe: one linear layer, Adam, no regularisation, the best epoch by validation.
+    """The released code's linear probe (`main_eval.py`) on embeddings that are computed once.
+
+    One linear layer, Adam, no regularisation, the best epoch by validation; what does not fill a batch is left out.
+    The code itself computes the embeddings in each step, by an encoder whose BatchNorm is in training mode: there a
+    scan's embedding depends on its batch, and the running statistics drift. Here the encoder is in eval mode; a
+    network without BatchNorm has the same result either way. `finetune` with `trained="head"` and `drifting=True`, in
+    evaluations the mode "probe_paper", is the code's own.
 
     Attributes:
         epochs: 100 in the paper.
-        lr: 1e-4 in the paper.
-        batch_size: 6 in the paper.
+        lr: 1e-4 in the code.
+        batch_size: 6 in the code.
+        target: See `LinearHead`; the code's is "raw".
+        head_std: See `draw_head`; the code's is None.
     """
 
     epochs: int = 100
     lr: float = 1e-4
     batch_size: int = 6
+    target: Target = "raw"
+    head_std: float | None = None
 
     def fit(
         self,
@@ -121,30 +134,29 @@ class AdamProbe:
             val: As train.
             kind: What the labels are.
             selection: What the best epoch is chosen by, as of `Finetuning`: a metric, or "loss".
-            seed: Of initial weights and order.
+            seed: Of initial weights and order, both as of `finetune`.
         """
-        draws = torch.Generator().manual_seed(seed)
-        head = LinearHead(kind, train[1])
+        head = LinearHead(kind, train[1], self.target)
         layer = nn.Linear(train[0].shape[1], head.outputs)
-        with torch.no_grad():
-            layer.weight.copy_(0.01 * torch.randn(layer.weight.shape, generator=draws))
-            layer.bias.zero_()
-        fitted = FittedHead(layer, head)
+        draw_head(layer, self.head_std, seed)
         features, targets = torch.from_numpy(train[0].astype(np.float32)), head.targets(train[1])
         held_out = torch.from_numpy(val[0].astype(np.float32))
+        batch_size = min(self.batch_size, len(features))
+        order = EpochSampler(len(features), batch_size, seed=seed)
         optimiser = torch.optim.Adam(layer.parameters(), lr=self.lr)
         best, kept = math.inf, layer.state_dict()
-        for _ in range(self.epochs):
-            for rows in torch.split(torch.randperm(len(features), generator=draws), self.batch_size):
+        for epoch in range(self.epochs):
+            order.epoch = epoch
+            for rows in torch.split(torch.tensor([item for _, item in order]), batch_size):
                 optimiser.zero_grad()
                 head.loss(layer(features[rows]), targets[rows]).backward()  # type: ignore[no-untyped-call]
                 optimiser.step()
             with torch.no_grad():
-                value = head.score(layer(held_out), val[1], selection)["score"]
+                value = head.score(layer(held_out), val[1], selection, batch_size)["score"]
             if value < best or not math.isfinite(best):  # an undefined score is better than none
                 best, kept = value, copy.deepcopy(layer.state_dict())
         layer.load_state_dict(kept)
-        return fitted
+        return FittedHead(layer, head)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,24 +167,40 @@ class FittedHead:
     head: LinearHead
 
 
+def draw_head(layer: nn.Module, std: float | None, seed: int) -> None:
+    """Draw the initial weights of a last layer, and leave torch's own generator as it was.
+
+    Args:
+        layer: A Linear, or a convolution.
+        std: Of normal weights, with biases of 0; None is the way of torch's own layers.
+        seed: With None the weights are those of a layer that is made after `torch.manual_seed(seed)`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layer.reset_parameters()  # type: ignore[operator]
+        if std is not None:
+            nn.init.normal_(layer.weight, std=std)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
 class LinearHead:
     """What the outputs of a last linear layer mean: the loss they have, and the predictions they are.
-
-    Numbers are learned with the training labels' mean 0 and std 1, and given back as they were.
 
     Args:
         kind: What the labels are.
         labels: Of the training scans.
+        target: Of a regression. "standardised" (ours) learns numbers with the training labels' mean 0 and std 1, and
+            gives them back as they were; "raw" learns them as they are, as the released 3D-Neuro-SimCLR code does.
 
     Attributes:
         outputs: How many there are.
     """
 
-    def __init__(self, kind: Kind, labels: NDArray[Any]) -> None:
+    def __init__(self, kind: Kind, labels: NDArray[Any], target: Target = "standardised") -> None:
         self.kind = kind
         self.outputs = int(labels.max()) + 1 if kind == "multiclass" else 1
         self.mean, self.std = 0.0, 1.0
-        if kind == "regression":
+        if kind == "regression" and target == "standardised":
             self.mean, self.std = float(labels.mean()), float(labels.std()) or 1.0
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
@@ -189,10 +217,18 @@ class LinearHead:
             return nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], targets)
         return nn.functional.mse_loss(outputs[:, 0], targets)
 
-    def score(self, outputs: Tensor, labels: NDArray[Any], selection: str) -> dict[str, float]:
-        """Metrics and loss of outputs [n, outputs], and "score": the one of them to select by, less is better."""
+    def score(
+        self, outputs: Tensor, labels: NDArray[Any], selection: str, batch_size: int | None = None
+    ) -> dict[str, float]:
+        """Metrics and loss of outputs [n, outputs], and "score": the one of them to select by, less is better.
+
+        With `batch_size` the loss is the mean of the batches' means, as the released code has it: a last batch that is
+        smaller counts as much as the others.
+        """
         values = metrics(labels, self.predictions(outputs), self.kind)
-        values["loss"] = float(self.loss(outputs, self.targets(labels)))
+        parts = (torch.split(part, batch_size or len(labels)) for part in (outputs, self.targets(labels)))
+        losses = [float(self.loss(*batch)) for batch in zip(*parts, strict=True)]
+        values["loss"] = sum(losses) / len(losses)
         return values | {"score": values[selection] * (-1 if HIGHER_IS_BETTER.get(selection, False) else 1)}
 
     def predictions(self, outputs: Tensor) -> NDArray[np.float64]:

@@ -92,7 +92,8 @@ def subsample(
     """The rows of a fraction of the training patients, for curves of label efficiency (paper, figures 4 and 5).
 
     Stratified as `make_split` is, and nested: with one seed, the rows of a smaller fraction are among those of a
-    larger. A class has one patient at least.
+    larger. Each class is rounded down (paper: of 53 patients of a class in AIBL, 20 % are 10) and has one patient at
+    least; of a regression the whole is rounded.
 
     Args:
         records: All scans, those of val and test too.
@@ -119,11 +120,15 @@ def subsample(
     strata = _strata(
         _patient_labels(training, patients, [values[row] for row in rows], kind), kind, _SMALLEST_BIN, seed
     )
-    # The n-th of N patients of a stratum comes at (n - 1)/N, ties by lot: every first part of the queue is stratified.
-    places = np.concatenate([np.arange(len(stratum)) / len(stratum) for stratum in strata])
-    lots = np.random.default_rng((seed, len(places))).random(len(places))
-    queue = np.concatenate(strata)[np.lexsort((lots, places))]
-    kept = queue[: max(len(strata), math.floor(fraction * len(queue) + 0.5))]
+    if kind == "regression":
+        # The n-th of N patients of a bin comes at (n - 1)/N, ties by lot: every first part of the queue is stratified.
+        places = np.concatenate([np.arange(len(stratum)) / len(stratum) for stratum in strata])
+        lots = np.random.default_rng((seed, len(places))).random(len(places))
+        queue = np.concatenate(strata)[np.lexsort((lots, places))]
+        kept = queue[: max(len(strata), math.floor(fraction * len(queue) + 0.5))]
+    else:
+        counts = [max(1, math.floor(fraction * len(stratum) + 1e-9)) for stratum in strata]
+        kept = np.concatenate([stratum[:count] for stratum, count in zip(strata, counts, strict=True)])
     return sorted(rows[row] for patient in kept for row in patients[patient])
 
 

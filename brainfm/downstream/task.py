@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.downstream.covariates import encoded, numbers_of
+from brainfm.downstream.probe import Target
 from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, check_split, make_split
 from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
 from brainfm.errors import BrainfmError, TaskError
@@ -45,6 +46,8 @@ class Task(Checked):
         manifest: CSV of scans with the label; relative to the task's file.
         metric: What the table shows; "" is auc, balanced_accuracy or mae, by the kind.
         selection: The epoch of a fine-tuning is chosen on val by the "metric", or by the "loss".
+        target: What a regression learns where it is fine-tuned or trained from scratch: its labels "standardised", or
+            "raw", as in the released code of the paper; see `LinearHead`. A mode's own recipe comes first.
         age_bias: "keep", or the rule of `age_bias_correction`, learned on val, applied to test; of regressions.
         unit: Of the label, such as "years".
         classes: The label's words in order, the first is 0; () takes whole numbers, or the words in alphabetical order.
@@ -66,6 +69,7 @@ class Task(Checked):
     manifest: str = ""
     metric: str = ""
     selection: str = "metric"
+    target: Target = "standardised"
     age_bias: Literal["keep", "cole", "beheshti"] = "keep"
     unit: str = ""
     classes: tuple[str, ...] = ()
@@ -93,6 +97,8 @@ class Task(Checked):
             raise ValueError(f"metric is {self.metric!r}, and must be one of {', '.join(known)}")
         if self.selection not in ("metric", "loss"):
             raise ValueError(f"selection is {self.selection!r}, and must be 'metric' or 'loss'")
+        if self.target == "raw" and self.kind != "regression":
+            raise ValueError("target is of a regression")
         if self.positive and self.kind != "binary":
             raise ValueError("positive is of a binary task: the word of its label that is 1")
         if self.positive and self.classes and self.positive not in self.classes:

@@ -6,6 +6,7 @@ CLS token. Nothing 3D was released; the rule for the 3D sin-cos positions is our
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -130,8 +131,9 @@ class Block(nn.Module):
 class VisionTransformer(Encoder):
     """A ViT on 3D patches. It takes volumes of `img_size`; with `dynamic_img_size` any that the patch divides.
 
-    `forward_features` gives all tokens after the final norm, the CLS token first. The position embedding is fixed
-    sin-cos, computed anew for another input size; one that was learned, or loaded with other values, is interpolated.
+    `forward_features` gives all tokens after the final norm, the CLS token first; before it where the pooling is
+    "fc_norm". The position embedding is fixed sin-cos, computed anew for another input size; one that was learned, or
+    loaded with other values, is interpolated.
 
     Args:
         dim: Width of the tokens, and of the embedding.
@@ -141,14 +143,14 @@ class VisionTransformer(Encoder):
         patch_size: Voxels of a patch.
         num_classes: Outputs of the classifier `head`; 0 for none.
         in_chans: Input channels.
-        global_pool: "token" (the CLS token, as linear probing in the MAE work) or "avg" (the patch tokens' mean, as
-            fine-tuning there).
+        global_pool: "token" (the CLS token, as linear probing in `facebookresearch/mae`), "avg" (the patch tokens' mean
+            after the norm), or "fc_norm" (their mean before it, then a norm of its own, as fine-tuning in `mae`).
         drop_rate: Dropout on the pooled embedding, in training.
         drop_path_rate: Stochastic depth, in training: the last block's; it rises evenly from 0 in the first.
         dynamic_img_size: Take volumes of other sizes too.
     """
 
-    pools = ("token", "avg")
+    pools = ("token", "avg", "fc_norm")
     classifier_name = "head"
     first_conv = "patch_embed.proj"
 
@@ -174,8 +176,8 @@ class VisionTransformer(Encoder):
         self.grid = self.patch_embed.grid(img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
-        rates = [drop_path_rate * n / max(1, depth - 1) for n in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, num_heads, drop_path=rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.set_drop_path(drop_path_rate)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         z, y, x = ((size - 1) / 2 for size in patch_size)
         self.feature_info = [stage(f"blocks.{n}", dim, patch_size, (z, y, x)) for n in range(depth)]
@@ -184,6 +186,26 @@ class VisionTransformer(Encoder):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         self.reset_classifier(num_classes)
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth of the last block, in training; it rises evenly from 0 in the first. Raises ValueError."""
+        for n, block in enumerate(self.blocks):
+            block.drop_path = DropPath(rate * n / max(1, len(self.blocks) - 1))
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As `Encoder` has it; of the norms before and after the pooling the one that is not used does not learn.
+
+        A pooling by "fc_norm" that is new begins with a new norm, as the MAE's fine-tuning does.
+        """
+        super().reset_classifier(num_classes, global_pool)
+        wanted, there = self.global_pool == "fc_norm", hasattr(self, "fc_norm")
+        if wanted and not there:
+            self.fc_norm = copy.deepcopy(self.norm)
+            self.fc_norm.reset_parameters()
+            self.norm.requires_grad_(False)
+        elif there and not wanted:
+            del self.fc_norm
+            self.norm.requires_grad_(not self._frozen)
 
     def positions(self, grid: Triple) -> Tensor:
         """The position embedding [1, 1 + patches, dim] for a grid of patches."""
@@ -204,7 +226,7 @@ class VisionTransformer(Encoder):
         return torch.cat([cls_token, patches], dim=1)
 
     def _finish(self, x: Tensor) -> Tensor:
-        return self.norm(x)  # type: ignore[no-any-return]
+        return x if self.global_pool == "fc_norm" else self.norm(x)
 
     def _as_map(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         return x[:, 1:].transpose(1, 2).reshape(len(x), -1, *self.patch_embed.grid(shape))
@@ -218,12 +240,15 @@ class VisionTransformer(Encoder):
         super()._check_size(size)
 
     def pool(self, features: Tensor) -> Tensor:
-        return features[:, 0] if self.global_pool == "token" else features[:, 1:].mean(dim=1)
+        if self.global_pool == "token":
+            return features[:, 0]
+        mean = features[:, 1:].mean(dim=1)
+        return self.fc_norm(mean) if self.global_pool == "fc_norm" else mean
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - the contract's
         return {
             "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (math.inf,))],
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^(fc_)?norm", (math.inf,))],
         }
 
     def no_weight_decay(self) -> set[str]:
@@ -232,10 +257,16 @@ class VisionTransformer(Encoder):
     def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop an MAE's decoder, move positions stored for another input size, then as every family does.
 
+        Where the pooling is "fc_norm", the norm that a file lacks is a new one: a pretraining has no `fc_norm`, and an
+        MAE's fine-tuning no `norm`.
+
         The stored grid of patches is that of the model that was saved, where that is known, else that of the cfg's
         input contract. Fixed sin-cos positions are computed anew, others interpolated.
         """
         state = {key: value for key, value in state.items() if not key.startswith(("decoder_", "mask_token"))}
+        if self.global_pool == "fc_norm":
+            norms = {key: value for key, value in self.state_dict().items() if key.startswith(("norm.", "fc_norm."))}
+            state = norms | state
         stored, grid = state.get("pos_embed"), self._stored_grid()
         tokens = 1 + math.prod(grid or self.grid)
         if grid is not None and grid != self.grid and stored is not None and stored.shape[:2] == (1, tokens):

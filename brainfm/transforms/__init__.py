@@ -78,7 +78,7 @@ class InputTransform:
     def apply(self, scan: Scan) -> Volume:
         """The contract's operations on a scan of `load_scan`. Raises ScanError, with the scan's name."""
         try:
-            volume = self.spec.apply(scan)
+            volume = self.steps(scan)
         except ScanError as error:
             raise ScanError(f"{scan.source}: {error}") from error
         promised = self.spec.output_shape
@@ -88,6 +88,10 @@ class InputTransform:
                 "mend the contract"
             )
         return volume
+
+    def steps(self, scan: Scan) -> Volume:
+        """The contract's operations alone; `apply` checks what they give."""
+        return self.spec.apply(scan)
 
     def __repr__(self) -> str:
         return "InputTransform\n  " + describe(self.spec).replace("\n", "\n  ")
@@ -110,8 +114,8 @@ def create_transform(
 
     Args:
         model_or_name_or_cfg: A model of `create_model`, its name, its `PretrainedCfg`, or an `InputSpec`.
-        is_training: Add the random augmentation of the paper's supervised runs after the contract; see
-            `brainfm.transforms.supervised.SupervisedAugmentation`.
+        is_training: Add the random augmentation of the paper's supervised runs, before the contract's normalisation;
+            see `brainfm.transforms.supervised.SupervisedTransform`.
 
     Returns:
         A callable (image, mask=None) → [C, D, H, W] float32.
@@ -136,9 +140,9 @@ def create_transform(
         raise ModelNameError(f"{name} has no input contract; give its PretrainedCfg an input_spec")
     if not is_training:
         return InputTransform(spec)
-    from brainfm.transforms.supervised import SupervisedAugmentation
+    from brainfm.transforms.supervised import SupervisedTransform
 
-    return InputTransform(spec, augment=SupervisedAugmentation(spec))
+    return SupervisedTransform(spec)
 
 
 def __getattr__(name: str) -> Any:
