@@ -23,7 +23,9 @@ logger = logging.getLogger("brainfm")
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_fraction", "save_every", "resume", "tf32", "channels_last"}
 _FREE |= {"grad_checkpointing", "manifest", "augment_on"}
-_FORMAT = 2  # 1 trained on views that were masked before the augmentation, and passed both at once
+# 1 masked views before the augmentation, in pretraining passed both at once, and in fine-tuning learned standardised
+# labels by a head of small weights, with batch_size scans on each process.
+_FORMAT = 2
 
 
 @dataclass
@@ -136,8 +138,9 @@ def read_run(path: Path, settings: Training, data: str, joined_batch: int) -> di
     if content["format"] != _FORMAT:
         raise RecipeError(
             f"{path}: this run was begun by an earlier brainfm, which trained otherwise: its views were masked before "
-            "the augmentation, and both passed through the network at once, where the released code does neither. "
-            "Going on would be half of each: finish it with the version it was begun with, or give another output="
+            "the augmentation, and in pretraining both passed through the network at once, where the released code "
+            "does neither; in fine-tuning each process had a batch of batch_size scans. Going on would be half of "
+            "each: finish it with the version it was begun with, or give another output="
         )
     free = _FREE if ours.get("gradient") == "upstream" else _FREE | {"batch_size"}  # which depends on the processes
     changed = [f"{key} was {theirs.get(key)}" for key in ours if key not in free and theirs.get(key) != ours[key]]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 import brainfm
 from brainfm import BrainfmError
 from brainfm.downstream import finetuning
-from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
+from brainfm.downstream.benchmark import Plan, benchmark
+from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, put_head, read_recipe
 from brainfm.downstream.lora import add_lora
 from brainfm.downstream.task import load_task, read_task
-from brainfm.errors import RunInterruptedError
+from brainfm.errors import RecipeError, RunInterruptedError
 from brainfm.train import trainer
+from brainfm.train.data import EpochSampler
 from brainfm.train.optim import make_optimiser
 
 QUICK = {"epochs": 2, "lr": 1e-3, "workers": 0, "device": "cpu"}
@@ -54,6 +60,164 @@ def test_drifting_probe_changes_statistics_and_no_weight(parts, tmp_path):
     after = train(parts, tmp_path / "run", trained="head", drifting=True).encoder.state_dict()
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def released_loop(data, rows, seed, epochs, drifting=True):
+    """`main_eval.py` of the released code with finetune=False, written out: predictions of the test scans.
+
+    Its order of scans, which is torch's shuffling, is that of the seed here.
+    """
+    encoder = brainfm.create_model("test_resnet_3d", pretrained=True).requires_grad_(False)
+    transform = brainfm.create_transform(encoder)
+    x = torch.stack([transform(record.image, record.mask) for record in data.records])
+    y = torch.from_numpy(data.labels).float().unsqueeze(1)
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(encoder, torch.nn.Linear(128, 1))
+    classes = data.task.kind == "binary"
+    criterion = torch.nn.BCEWithLogitsLoss() if classes else torch.nn.MSELoss()
+    optimizer = torch.optim.Adam(model[1].parameters(), lr=1e-4)
+    sampler, best = EpochSampler(len(rows["train"]), 6, seed=seed), float("inf")
+    for epoch in range(epochs):
+        sampler.epoch = epoch
+        model.train(drifting)
+        for batch in torch.tensor(rows["train"])[[item for _, item in sampler]].split(6):
+            optimizer.zero_grad(set_to_none=True)
+            criterion(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            out = [model(x[batch]) for batch in torch.tensor(rows["val"]).split(6)]
+        losses = [criterion(*pair).item() for pair in zip(out, y[rows["val"]].split(6), strict=True)]
+        score = -roc_auc_score(y[rows["val"]], torch.cat(out)) if classes else sum(losses) / len(losses)
+        if score < best:
+            best, kept = score, copy.deepcopy(model.state_dict())
+    model.load_state_dict(kept)
+    with torch.no_grad():
+        found = model(x[rows["test"]])[:, 0].double()
+    return (found.sigmoid() if classes else found).numpy()
+
+
+@pytest.mark.parametrize("name", ["phantom_sex", "phantom_age"])
+def test_papers_probe_is_the_released_loop_written_out(name, phantoms, tmp_path):
+    data = read_task(load_task(name), phantoms)
+    plan = Plan(
+        models=("test_resnet_3d",),
+        modes=("probe_paper",),
+        seeds=1,
+        epochs_scale=0.03,
+        settings={"workers": 0, "device": "cpu"},
+        controls=False,
+    )
+    benchmark([data], plan, tmp_path)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        found = [float(row["prediction"]) for row in csv.DictReader(file)]
+    splits = data.split(0)
+    rows = {part: [n for n, split in enumerate(splits) if split == part] for part in ("train", "val", "test")}
+    np.testing.assert_allclose(found, released_loop(data, rows, 0, epochs=3), rtol=1e-6, atol=1e-6)
+    still = released_loop(data, rows, 0, epochs=3, drifting=False)
+    assert np.abs(still - found).max() > 1e-4  # the drift of BatchNorm is part of the method
+    assert ("raw labels" in (tmp_path / "table.md").read_text()) == (name == "phantom_age")
+
+
+def test_probe_on_kept_embeddings_is_the_papers_where_there_is_no_batchnorm(phantoms, tmp_path):
+    data = read_task(load_task("phantom_age"), phantoms)
+    plan = Plan(
+        models=("test_vit_3d",),
+        modes=("probe_paper", "probe_adam"),
+        seeds=1,
+        epochs_scale=0.02,
+        settings={"workers": 0, "device": "cpu"},
+        controls=False,
+    )
+    benchmark([data], plan, tmp_path)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [[float(r["prediction"]) for r in rows if r["mode"] == mode] for mode in plan.modes]
+    assert len(found[0]) == 8
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_run_that_an_earlier_version_began_is_not_gone_on_with(parts, tmp_path):
+    train(parts, tmp_path / "run", epochs=1, trained="head")
+    for path in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"format": 1}, path)
+    with pytest.raises(RecipeError, match=r"begun by an earlier brainfm.*fine-tuning.*give another output="):
+        train(parts, tmp_path / "run", trained="head")
+
+
+def test_run_with_another_target_is_not_gone_on_with(parts, tmp_path):
+    train(parts, tmp_path / "run", epochs=1, trained="head")
+    with pytest.raises(RecipeError, match="target was standardised"):
+        train(parts, tmp_path / "run", epochs=1, trained="head", target="raw")
+
+
+def test_batch_that_processes_cannot_share_is_refused():
+    assert Finetuning(batch_size=6).shared_by(3).batch_size == 2
+    with pytest.raises(BrainfmError, match="batch_size is 6, of all processes together, and cannot be shared by 4"):
+        Finetuning(batch_size=6).shared_by(4)
+
+
+SHARED = """
+import sys, torch
+import brainfm
+from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
+from brainfm.downstream.task import load_task, read_task
+
+data = read_task(load_task("phantom_sex"), sys.argv[1])
+parts = [Labelled(data.records[some], data.labels[some]) for some in (slice(12), slice(12, 18))]
+fields = dict(epochs=2, lr=1e-3, batch_size=6, workers=0, device="cpu", precision="float64", augment=True)
+settings = Finetuning(output=sys.argv[2] + "/run", **fields)
+model = finetune(brainfm.create_model("test_resnet_3d", pretrained=True), *parts, "binary", settings)
+torch.save(model.encoder.state_dict(), sys.argv[2] + f"/{brainfm.system.launched().rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batch_and_give_the_weights_of_one(phantoms, tmp_path):
+    (tmp_path / "run.py").write_text(SHARED)
+    states = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launch, tmp_path / "run.py", phantoms, folder]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        states.append(torch.load(folder / "0.pt", weights_only=True))
+        assert len((folder / "run" / "log.jsonl").read_text().splitlines()) == 2 * (2 + 1)  # two steps an epoch
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_vit_is_fine_tuned_as_by_the_authors_of_the_mae(parts, tmp_path):
+    """By the recipe: positions and a new norm after the pooling are trained, with drop path and layer decay."""
+    recipe = dict(read_recipe("finetune_mae")) | {"epochs": 2, "warmup_epochs": 1, "lr": 0.1}
+    settings = Finetuning.from_dict(recipe | {"output": str(tmp_path / "run"), "workers": 0, "device": "cpu"})
+    encoder = brainfm.create_model("test_vit_3d", pretrained=True)
+    before = state_of(encoder)
+    put_head(encoder, 1, settings)
+    assert float(encoder.head.weight.detach().abs().max()) < 1e-4
+    assert [block.drop_path.rate for block in encoder.blocks] == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])
+    groups = make_optimiser(settings, encoder, settings.layer_decay).param_groups
+    names = {id(parameter): key for key, parameter in encoder.named_parameters()}
+    told = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert told["pos_embed"] == told["cls_token"] == (0.75**5, 0)
+    assert told["patch_embed.proj.weight"] == (0.75**5, 0.05)
+    assert told["blocks.3.mlp.fc1.weight"] == (0.75, 0.05)
+    assert (told["fc_norm.weight"], told["head.weight"], told["head.bias"]) == ((1, 0), (1, 0.05), (1, 0))
+    assert not {"norm.weight", "norm.bias"} & told.keys()
+    fresh = brainfm.create_model("test_vit_3d", pretrained=True)
+    after = finetune(fresh, *parts, "binary", settings).encoder.state_dict()
+    assert not torch.equal(after["pos_embed"], before["pos_embed"])
+    assert not torch.equal(after["fc_norm.weight"], torch.ones(96))
+    assert torch.equal(after["norm.weight"], before["norm.weight"])
+
+
+def test_what_only_a_vit_has_is_refused_of_a_resnet(parts, tmp_path):
+    for fields in ({"drop_path": 0.1}, {"trained_positions": True}):
+        with pytest.raises(BrainfmError, match="are of a ViT, and ResNet is none; leave them out"):
+            train(parts, tmp_path / "run", **fields)
 
 
 def test_run_learns_and_its_best_epoch_by_val_is_kept(parts, tmp_path):
@@ -156,7 +320,15 @@ def test_former_name_of_a_setting_is_refused_with_the_new_one():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"layer_decay": 0}, "layer_decay"), ({"drifting": True}, "'head'"), ({"lr": -1}, "lr is -1")],
+    [
+        ({"layer_decay": 0}, "layer_decay"),
+        ({"drifting": True}, "'head'"),
+        ({"lr": -1}, "lr is -1"),
+        ({"drop_path": 1}, "drop_path is 1"),
+        ({"head_std": -1}, "head_std is -1"),
+        ({"target": "log"}, "target is 'log'"),
+        ({"trained_positions": True, "trained": "head"}, "'all'"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
-from brainfm.downstream.probe import AdamProbe, LinearHead, _log_likelihood, fit_probe, predict_probe
+from brainfm.downstream.probe import AdamProbe, LinearHead, _log_likelihood, draw_head, fit_probe, predict_probe
 from brainfm.downstream.statistics import metrics
+from brainfm.train.data import EpochSampler
 
 
 @pytest.fixture
@@ -72,21 +73,65 @@ def test_strength_is_chosen_by_the_log_loss(draws):
     assert _log_likelihood(probe, features, labels) == pytest.approx(-log_loss(labels, probe.predict_proba(features)))
 
 
-def test_adam_probe_is_a_linear_layer_trained_by_hand(draws):
-    features, labels = made(draws, "binary")
-    probe = AdamProbe(epochs=1, lr=1e-2, batch_size=16)
-    fitted = probe.fit((features[:80], labels[:80]), (features[:80], labels[:80]), "binary", seed=4)
-    generator = torch.Generator().manual_seed(4)
-    weight = (0.01 * torch.randn(1, 8, generator=generator)).requires_grad_()
-    bias = torch.zeros(1, requires_grad=True)
-    optimiser = torch.optim.Adam([weight, bias], lr=1e-2)
-    x, y = torch.from_numpy(features[:80]), torch.from_numpy(labels[:80]).float()
-    for rows in torch.randperm(80, generator=generator).split(16):
-        optimiser.zero_grad()
-        torch.nn.functional.binary_cross_entropy_with_logits((x[rows] @ weight.T + bias)[:, 0], y[rows]).backward()
-        optimiser.step()
-    wanted = torch.sigmoid(torch.from_numpy(features[80:]) @ weight.T + bias)[:, 0].detach().numpy()
-    np.testing.assert_allclose(predict_probe(fitted, features[80:], "binary"), wanted, atol=1e-6)
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_adam_probe_is_the_released_codes_on_embeddings(kind, draws):
+    """`main_eval.py`: torch's own initial weights, raw labels, and no batch that is not full."""
+    features, labels = made(draws, kind)
+    train, val = (features[:80], labels[:80]), (features[80:], labels[80:])
+    fitted = AdamProbe(epochs=3, lr=1e-2, batch_size=12).fit(train, val, kind, seed=4)
+    x, y = torch.from_numpy(features), torch.from_numpy(labels).float()[:, None]
+    torch.manual_seed(4)
+    head = torch.nn.Linear(8, 1)
+    criterion = torch.nn.MSELoss() if kind == "regression" else torch.nn.BCEWithLogitsLoss()
+    optimiser = torch.optim.Adam(head.parameters(), lr=1e-2)
+    order, best = EpochSampler(80, 12, seed=4), float("inf")
+    for epoch in range(3):
+        order.epoch = epoch
+        batches = torch.tensor([item for _, item in order]).split(12)
+        assert [len(rows) for rows in batches] == [12] * 6
+        for rows in batches:
+            optimiser.zero_grad()
+            criterion(head(x[rows]), y[rows]).backward()
+            optimiser.step()
+        with torch.no_grad():
+            outputs = head(x[80:])
+        losses = [criterion(*batch).item() for batch in zip(outputs.split(12), y[80:].split(12), strict=True)]
+        if sum(losses) / 4 < best:
+            best, kept = sum(losses) / 4, outputs[:, 0]
+    wanted = kept if kind == "regression" else kept.sigmoid()
+    np.testing.assert_allclose(predict_probe(fitted, features[80:], kind), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_raw_and_standardised_targets_are_two_probes(draws):
+    """With a rate of 1e-4 the raw one has hardly left 0, where labels are large."""
+    features, labels = made(draws, "regression")
+    features = features / 50  # as small as embeddings are
+    train, val = (features[:80], labels[:80]), (features[80:], labels[80:])
+    guesses = {
+        target: predict_probe(AdamProbe(epochs=20, target=target).fit(train, val, "regression"), val[0], "regression")
+        for target in ("raw", "standardised")
+    }
+    assert guesses["raw"].mean() < 2
+    assert guesses["standardised"].mean() == pytest.approx(train[1].mean(), abs=5)
+
+
+def test_loss_by_batches_is_the_mean_of_their_means():
+    head = LinearHead("regression", np.zeros(3), "raw")
+    outputs, labels = torch.tensor([[1.0], [1.0], [4.0]]), np.zeros(3)
+    assert head.score(outputs, labels, "loss")["loss"] == pytest.approx(18 / 3)
+    assert head.score(outputs, labels, "loss", 2)["loss"] == pytest.approx((1 + 16) / 2)
+
+
+def test_drawing_a_head_leaves_torchs_generator_alone():
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(400, 1)
+    torch.manual_seed(0)
+    draw_head(layer, 2e-5, 3)
+    assert torch.equal(torch.rand(1), wanted)
+    assert float(layer.weight.detach().std()) == pytest.approx(2e-5, rel=0.2)
+    assert float(layer.bias.detach()) == 0
 
 
 @pytest.mark.parametrize(("selection", "scores"), [("auc", [-0.6, -0.9, -0.7]), ("loss", [0.5, 0.4, 0.6])])
@@ -94,7 +139,7 @@ def test_adam_probe_keeps_the_epoch_that_is_best_on_val(selection, scores, draws
     features, labels = made(draws, "binary")
     seen, score = [], LinearHead.score
 
-    def watched(self, outputs, truth, by):
+    def watched(self, outputs, truth, by, _):
         assert score(self, outputs, truth, by)["score"] == pytest.approx(
             -roc_auc_score(truth, outputs[:, 0]) if by == "auc" else log_loss(truth, self.predictions(outputs)),
             abs=1e-5,
@@ -123,6 +168,7 @@ def test_head_turns_outputs_into_predictions_of_the_labels_own_scale(kind, draws
     head = LinearHead(kind, labels)
     targets = head.targets(labels)
     if kind == "regression":
+        assert torch.equal(LinearHead(kind, labels, "raw").targets(labels), torch.from_numpy(labels).float())
         np.testing.assert_allclose(head.predictions(targets[:, None]), labels, rtol=1e-5)
         assert float(head.loss(torch.zeros(len(labels), 1), targets)) == pytest.approx(1, abs=1e-5)
     elif kind == "binary":

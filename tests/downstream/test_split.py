@@ -306,17 +306,28 @@ def test_smaller_fractions_are_nested_stratified_and_of_the_right_size(kind):
         rows = subsample(records, labels, splits, percent / 100, kind=kind, seed=4)
         assert rows == sorted(set(rows))
         assert {splits[row] for row in rows} == {"train"}
-        assert len(rows) == 2 * 120 * percent // 100  # both scans of each of the patients
-        assert len({records[row].patient_id for row in rows}) == 120 * percent // 100
+        classes = (96, 24) if kind == "binary" else (120,)
+        patients = sum(n * percent // 100 for n in classes)
+        assert len(rows) == 2 * patients  # both scans of each of the patients
+        assert len({records[row].patient_id for row in rows}) == patients
         assert before <= set(rows)
         before = set(rows)
         values = np.array([labels[row] for row in rows])
         if kind == "binary":
-            assert values.mean() == pytest.approx(0.2, abs=0.02)
+            assert (values == 1).sum() == 2 * (24 * percent // 100)
         else:
             tenths = np.histogram(values, bins=10, range=(0, 200))[0]
             assert tenths.max() - tenths.min() <= 2  # scans of one patient
     assert before == {row for row, split in enumerate(splits) if split == "train"}
+
+
+def test_a_fifth_of_aibl_is_ten_patients_a_class_as_in_the_paper():
+    labels = [0] * 53 + [1] * 53 + [0, 1]
+    splits = ["train"] * 106 + ["val", "test"]
+    for seed in range(3):
+        rows = subsample(cohort(108), labels, splits, 0.2, kind="binary", seed=seed)
+        assert [sum(labels[row] == label for row in rows) for label in (0, 1)] == [10, 10]
+    assert len(subsample(cohort(108), labels, splits, 1, kind="binary")) == 106
 
 
 def test_what_does_not_go_into_the_bins_evenly_is_drawn_from_all_of_them():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import numpy as np
 import pytest
 
 from brainfm import BrainfmError
+from brainfm.downstream.finetuning import RECIPES
 from brainfm.downstream.task import TASKS, Task, kind_of, load_task, make_task, read_task
 from brainfm.errors import TaskError
 
@@ -34,8 +36,32 @@ def test_tasks_that_ship_can_be_read(name):
     task = load_task(name)
     assert task.name == name
     for row, (mean, sd) in task.published.items():
-        assert row.partition("/")[2] in ("probe", "finetune", "scratch")
+        assert row.partition("/")[2] in ("probe_paper", "finetune", "scratch")  # a row's own method, not another
         assert 0 < sd < mean
+
+
+NOT_OF_THE_PAPER = ("optimiser", "lr", "batch_size", "schedule", "weight_decay", "target", "head_std", "selection")
+NOT_A_SETTING = ("title", "label", "unit", "cohorts", "published_source", "published")
+
+
+@pytest.mark.parametrize("path", [*sorted(TASKS.glob("*.yaml")), *sorted(RECIPES.glob("*.yaml"))], ids=lambda p: p.stem)
+def test_every_setting_has_a_source_and_the_papers_say_where(path):
+    """The paper names data, splits, epochs and augmentation; rate, batch, optimiser and selection are the code's."""
+    lines = [line for line in path.read_text().splitlines() if re.match(r"[a-z_]+:", line)]
+    settings = [line for line in lines if line.partition(":")[0] not in NOT_A_SETTING]
+    assert len(settings) >= 3
+    for line in settings:
+        source = re.search(r"# (paper \([^)]+\)|code|mae|ours)(:|;|$)", line)
+        assert source, line
+        if line.partition(":")[0] in NOT_OF_THE_PAPER:
+            assert "paper" not in line, line
+
+
+def test_papers_regressions_learn_raw_labels_and_ones_own_standardised():
+    shipped = {name: load_task(name) for name in ("age_ixi", "stroke_soop", "phantom_age")}
+    assert [task.target for task in shipped.values()] == ["raw", "raw", "standardised"]
+    assert [task.selection for task in shipped.values()] == ["loss"] * 3
+    assert make_task("age", "regression").target == "standardised"
 
 
 def test_published_numbers_are_those_of_the_papers_table():
