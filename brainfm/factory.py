@@ -69,8 +69,8 @@ def create_model(
         num_classes: Outputs of a new classifier; 0 gives the embedding.
         in_chans: Input channels; pretrained weights are summed or repeated to fit, by timm's rule. None is what the
             cfg says: 1 for every model of this package.
-        global_pool: How features become a vector; "avg" for ResNets, "token" or "avg" for ViTs. None is what the
-            model was saved with, else the family's first.
+        global_pool: How features become a vector; "avg" for ResNets; "token", "avg" or "fc_norm" for ViTs. None is what
+            the model was saved with, else the family's first.
         drop_rate: Dropout before the classifier, in training.
         drop_path_rate: Stochastic depth, in training; of ViTs.
         features_only: Build a backbone that gives a list of feature maps instead, see `brainfm.models.FeatureMaps`.

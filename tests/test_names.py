@@ -284,7 +284,7 @@ LARGER = "they make a network that is larger than its weight file"
         ("vit", {"args": {"depth": -1}}, "depth below 0"),
         ("vit", {"args": {"num_heads": 0}}, "cannot be divided among 0 heads"),
         ("vit", {"args": {"num_heads": 10**9}}, "cannot be divided among 1000000000 heads"),
-        ("vit", {"args": {"global_pool": "__class__"}}, "pools by 'token' or 'avg', not '__class__'"),
+        ("vit", {"args": {"global_pool": "__class__"}}, "pools by 'token' or 'avg' or 'fc_norm', not '__class__'"),
     ],
     ids=lambda value: str(value)[:60],
 )

@@ -150,7 +150,8 @@ def finetune_command(manifest: Path, models: tuple[str, ...], **options: Any) ->
     """Fine-tune encoders to predict a column of MANIFEST, or as the YAML file of a task says.
 
     The split and the exit codes are those of 'brainfm probe', and 75: a signal stopped a training, which can go on.
-    Settings are the paper's unless --set replaces them.
+    Settings are those of the released code of Kaczmarek et al. 2025, of a masked autoencoder those of its authors, but
+    that regressions learn standardised labels; --set replaces them. Under torchrun processes share the batch.
     """
     _run([_read_own(manifest, options)], models, ("finetune",), **options)
 

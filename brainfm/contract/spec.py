@@ -225,6 +225,7 @@ class Readout(Checked):
         pools = {
             "avg": "average over the last feature map",
             "token": "the class token",
+            "fc_norm": "average over the patch tokens, then a norm",
             "brain": "average over the brain's cells of the last feature map",
             None: "the encoder's own pooling",
         }

@@ -67,10 +67,11 @@ _NOT_OF = {  # settings that would make something else of a mode
     "probe_paper": (*_PRETRAINED_ONLY, "augment", "drop_path", "trained_positions", "global_pool"),
 }
 _RAW = (
-    "Linear probes as the paper's learn raw labels, as the released code does: with a head that begins near 0 and a rate "
-    "of 1e-4, their predictions are still far too small after 100 epochs where labels are large and scans few. Of the "
-    "same embeddings of 300 phantoms (180 for training), such a probe was off by RAW_MAE years of age, and by STD_MAE "
-    "with standardised labels (--set target=standardised)."
+    "Linear probes as the paper's learn raw labels, as its released code does: the head begins near 0, and at a rate "
+    "of 1e-4 its predictions are still far too small after 100 epochs where labels are large and scans few. On the "
+    "same embeddings of 300 phantoms (180 for training, test_resnet_3d, five seeds) the mean error of such a probe was 43.0 "
+    "years of age, with standardised labels (--set target=standardised) 13.1, of the linear probe 11.2, and of a "
+    "constant 17.3."
 )
 _RAW_PROBES = ("probe_paper", "probe_adam")
 _UNSTATED = {

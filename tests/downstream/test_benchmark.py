@@ -265,7 +265,58 @@ def _stop():
     raise InterruptedError
 
 
-@pytest.mark.parametrize("mode", ["probe", "probe_adam", "finetune"])
+def test_published_numbers_stand_beside_their_own_method_alone():
+    """The paper's probe is not ours; other settings or fewer epochs are other methods too."""
+    task, models = load_task("age_ixi"), ("simclr_resnet18_3d", "resnet18_3d", "vit_tiny_3d")
+    cfgs = {model: job.resolve(model).cfg for model in models}
+
+    def published(**fields):
+        plan = Plan(models=models, modes=tuple(job.MODES), **fields)
+        return [one.row for one in job._published(task, job._rows(cfgs, plan), cfgs, plan)]
+
+    everything = [f"simclr_resnet18_3d/{mode}" for mode in ("probe_paper", "finetune")]
+    everything += ["resnet18_3d/scratch", "vit_tiny_3d/scratch"]
+    assert published() == published(settings={"workers": 4, "device": "cpu"}) == everything
+    assert published(settings={"augment": True}) == everything[:1]  # which means nothing to the probe
+    assert published(settings={"lr": 1e-3}) == published(settings={"target": "standardised"}) == []
+    assert published(epochs_scale=0.5) == []
+
+
+def test_what_the_paper_does_not_say_of_a_row_is_marked(data):
+    vit = job.resolve("mae_vit_tiny_3d").cfg
+    one = replace(data[1], task=load_task("age_ixi"))
+    rows = [Row("local-dir:mae", mode, "") for mode in ("probe", "probe_paper", "finetune")]
+    plan = Plan(models=("local-dir:mae",), modes=("probe", "probe_paper", "finetune"))
+    notes = list(job._unstated([one], rows, {"local-dir:mae": vit}, plan))
+    assert [note.mode for note in notes] == ["probe_paper", "finetune"]
+    assert all("is not stated" in note.text for note in notes)
+
+
+def test_rows_have_the_settings_of_their_recipes(data):
+    """A ViT of an MAE is fine-tuned as by its authors, all else as in the released code; the task says the target."""
+    age = replace(data[1], task=replace(data[1].task, target="raw"))
+
+    def settings(model, mode, **fields):
+        cfg, plan = job.resolve(model).cfg, Plan(models=(model,), **fields)
+        return job._settings(job._Job(age, Row(model, mode, ""), 1, 0), plan, cfg, 24, "out")
+
+    probe = settings("test_resnet_3d", "probe_paper")
+    assert (probe.trained, probe.drifting, probe.target, probe.head_std) == ("head", True, "raw", None)
+    assert (probe.epochs, probe.lr, probe.batch_size, probe.val_loss) == (100, 1e-4, 6, "batches")
+    tuned, scratch = (settings("test_resnet_3d", mode) for mode in ("finetune", "scratch"))
+    assert (tuned.optimiser, tuned.target, tuned.augment, tuned.epochs) == ("adam", "raw", False, 100)
+    assert (scratch.target, scratch.augment, scratch.epochs) == ("raw", True, 300)
+    vit = settings("test_vit_3d", "finetune")
+    assert (vit.optimiser, vit.layer_decay, vit.drop_path, vit.global_pool) == ("adamw", 0.75, 0.1, "fc_norm")
+    assert (vit.schedule, vit.warmup_epochs, vit.trained_positions, vit.augment) == ("cosine", 5, True, True)
+    assert (vit.target, vit.head_std) == ("standardised", 2e-5)
+    short = settings("test_vit_3d", "finetune", epochs_scale=0.02)
+    assert (short.epochs, short.warmup_epochs) == (2, pytest.approx(0.1))
+    other = settings("test_resnet_3d", "probe_paper", settings={"trained": "lora", "lr": 1})
+    assert (other.trained, other.lr) == ("head", 1)
+
+
+@pytest.mark.parametrize("mode", ["probe", "probe_paper", "probe_adam", "finetune"])
 def test_test_part_changes_nothing_that_is_chosen(mode, data, tmp_path, monkeypatch):
     """The labels of the test part are swapped: the same predictions come out, or else they were used."""
     plan = Plan(models=PLAN.models, modes=(mode,), seeds=1, epochs_scale=0.02, settings=SETTINGS, controls=False)
@@ -321,6 +372,7 @@ def test_what_is_trained_from_scratch_is_trained_whole(data):
     whole = [job._settings(job._Job(data[0], row, 1, 0), plan, cfg, 24, "out") for row in rows]
     assert [(one.trained, one.drifting, one.lr) for one in whole] == [("head", True, 1e-3), ("all", False, 1e-3)]
     assert "What is trained from scratch is trained whole, without trained, drifting." in job._statements(data, plan)
+    assert "In place of the recipes' settings: workers=0, lr=0.001" in " ".join(job._statements(data, plan))
 
 
 def test_age_bias_is_said_in_words_and_a_predictor_that_learned_nothing_stops_no_grid(data, caplog):
@@ -447,6 +499,8 @@ def test_several_processes_train_together_and_refuse_to_probe(phantoms, tmp_path
 
     done = run("finetune", phantoms, *fields, "--no-controls")
     assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "out" / "runs").glob("*.json")
+    assert json.loads(record.read_text())["processes"] == 2
     assert done.stdout.count("# Evaluation of pretrained encoders") == 1
     assert 0 <= float(rows_of(tmp_path / "out" / "results.csv")[0]["value"]) <= 1
     refused = run("finetune", phantoms, *fields)

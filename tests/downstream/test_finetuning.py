@@ -104,7 +104,7 @@ def test_papers_probe_is_the_released_loop_written_out(name, phantoms, tmp_path)
         models=("test_resnet_3d",),
         modes=("probe_paper",),
         seeds=1,
-        epochs_scale=0.03,
+        epochs_scale=0.02,
         settings={"workers": 0, "device": "cpu"},
         controls=False,
     )
@@ -113,9 +113,9 @@ def test_papers_probe_is_the_released_loop_written_out(name, phantoms, tmp_path)
         found = [float(row["prediction"]) for row in csv.DictReader(file)]
     splits = data.split(0)
     rows = {part: [n for n, split in enumerate(splits) if split == part] for part in ("train", "val", "test")}
-    np.testing.assert_allclose(found, released_loop(data, rows, 0, epochs=3), rtol=1e-6, atol=1e-6)
-    still = released_loop(data, rows, 0, epochs=3, drifting=False)
-    assert np.abs(still - found).max() > 1e-4  # the drift of BatchNorm is part of the method
+    np.testing.assert_allclose(found, released_loop(data, rows, 0, epochs=2), rtol=1e-6, atol=1e-6)
+    if name == "phantom_age":  # the drift of BatchNorm is part of the method
+        assert np.abs(released_loop(data, rows, 0, epochs=2, drifting=False) - found).max() > 1e-4
     assert ("raw labels" in (tmp_path / "table.md").read_text()) == (name == "phantom_age")
 
 

@@ -195,6 +195,55 @@ def test_pooling_reads_the_cls_token_or_the_mean_of_the_patches_after_the_norm()
         assert torch.equal(mean(x), tokens[:, 0])
 
 
+def test_fc_norm_pools_before_the_norm_and_has_its_own_as_mae_does():
+    """`models_vit.py` written out: blocks, the mean of the patch tokens, `fc_norm`; no norm before."""
+    model = randomise(small_vit(global_pool="fc_norm"))
+    x = torch.randn(2, 1, *SIZE)
+    tokens = model.patch_embed(x)
+    tokens = torch.cat([model.cls_token.expand(2, -1, -1), tokens], dim=1) + model.pos_embed
+    for block in model.blocks:
+        tokens = block(tokens)
+    mean = tokens[:, 1:].mean(dim=1)
+    wanted = torch.nn.functional.layer_norm(mean, (24,), model.fc_norm.weight, model.fc_norm.bias, eps=1e-6)
+    torch.testing.assert_close(model(x), wanted)
+    torch.testing.assert_close(model.forward_features(x), tokens)
+
+
+def test_fc_norm_begins_new_comes_and_goes_and_keeps_the_names_of_the_others():
+    model = randomise(small_vit())
+    names, x = set(model.state_dict()), torch.randn(1, 1, *SIZE)
+    with torch.no_grad():
+        before = model(x)
+    model.reset_classifier(0, "fc_norm")
+    assert set(model.state_dict()) - names == {"fc_norm.weight", "fc_norm.bias"}
+    assert torch.equal(model.fc_norm.weight.detach(), torch.ones(24))
+    assert not model.norm.weight.requires_grad  # it is not used, and DistributedDataParallel refuses what is not
+    model.reset_classifier(0, "token")
+    assert set(model.state_dict()) == names
+    assert model.norm.weight.requires_grad
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
+
+
+def test_fc_norm_loads_from_a_pretraining_a_fine_tuning_of_mae_and_its_own_folder(mae_checkpoint, tmp_path):
+    torch.save(mae_checkpoint, tmp_path / "pretrained.pth")
+    model = brainfm.create_model("test_vit_3d", checkpoint_path=tmp_path / "pretrained.pth", global_pool="fc_norm")
+    assert torch.equal(model.fc_norm.bias.detach(), torch.zeros(96))
+    randomise(model.fc_norm)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("norm.")}
+    torch.save({"model": state}, tmp_path / "finetuned.pth")
+    again = brainfm.create_model("test_vit_3d", checkpoint_path=tmp_path / "finetuned.pth", global_pool="fc_norm")
+    brainfm.save_for_hub(model, tmp_path / "folder")
+    own = brainfm.create_model(f"local-dir:{tmp_path / 'folder'}")
+    x = torch.randn(1, 1, 40, 48, 48)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+        assert torch.equal(own(x), model(x))
+    assert own.global_pool == "fc_norm"
+    with pytest.raises(brainfm.WeightsError, match="fc_norm"):
+        brainfm.create_model("test_vit_3d", checkpoint_path=tmp_path / "finetuned.pth")
+
+
 def test_size_that_the_patch_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="do not divide"):
         small_vit((4, 9, 15))

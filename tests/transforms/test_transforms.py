@@ -259,6 +259,42 @@ def test_training_views_differ_between_workers_and_epochs(loader, seed, small_sp
     assert all(not a.equal(b) for n, a in enumerate(seen) for b in seen[:n])
 
 
+def test_training_views_are_of_the_image_as_stored_and_masked_in_the_z_score_at_the_end(
+    seed, small, small_spec, tmp_path
+):
+    """WhiteStripe leaves a background that is not 0: it is mixed into the rim, and set to 0 by the z-score alone."""
+    voxels, mask, affine = small
+    striped = np.where(mask > 0, voxels / 100 - 2, -5).astype(np.float32)
+    nib.Nifti1Image(striped, affine).to_filename(tmp_path / "image.nii.gz")
+    nib.Nifti1Image(mask, affine).to_filename(tmp_path / "mask.nii.gz")
+    files = tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz"
+    transform = create_transform(small_spec, is_training=True)
+    stored = InputTransform(replace(small_spec, operations=small_spec.operations[:-1])).volume(*files)
+    assert stored.image.min() == -5
+    differ = 0
+    for number in range(4):
+        seed(number)
+        view = transform(*files)
+        seed(number)
+        image, brain = transform.augmentation(torch.tensor(stored.image), torch.tensor(stored.mask))
+        inside = image[0][brain].double()
+        wanted = torch.where(brain, (image[0] - inside.mean()) / inside.std(correction=0), 0.0)
+        torch.testing.assert_close(view[0], wanted.float(), atol=1e-5, rtol=1e-5)
+        seed(number)
+        masked, _ = transform.augmentation(torch.tensor(stored.image * stored.mask), torch.tensor(stored.mask))
+        differ += not torch.allclose(masked[0][brain], image[0][brain], atol=1e-3)
+    assert differ
+
+
+def test_missing_channel_stays_zero_in_training_views(seed, two_channels, channels):
+    transform = create_transform(replace(two_channels, missing_channel="zeros"), is_training=True)
+    seed(0)
+    for _ in range(6):
+        view, _ = transform.augmentation(torch.stack([torch.rand(40, 48, 48), torch.zeros(40, 48, 48)]))
+        assert view[0].any()
+        assert not view[1].any()
+
+
 def test_training_transform_goes_through_pickle(seed, small_spec, small_sample, expected):
     again = pickle.loads(pickle.dumps(create_transform(small_spec, is_training=True)))
     assert again(*small_sample).shape == expected.shape
@@ -520,7 +556,7 @@ def test_training_views_place_all_channels_alike(seed, two_channels, channels):
     plain = InputTransform(two_channels)(scan, channels["brain"])
     seed(0)
     for _ in range(12):
-        first, second = transform.augment(torch.stack([plain[0], plain[0]]))
+        (first, second), _ = transform.augmentation(torch.stack([plain[0], plain[0]]))
         noisy += not first.equal(second)
         assert (first - second).std() < 0.15
         assert not first.equal(plain[0])
