@@ -69,8 +69,8 @@ _NOT_OF = {  # settings that would make something else of a mode
 _RAW = (
     "Linear probes as the paper's learn raw labels, as its released code does: the head begins near 0, and at a rate "
     "of 1e-4 its predictions are still far too small after 100 epochs where labels are large and scans few. On the "
-    "same embeddings of 300 phantoms (180 for training, test_resnet_3d, five seeds) the mean error of such a probe was 43.0 "
-    "years of age, with standardised labels (--set target=standardised) 13.1, of the linear probe 11.2, and of a "
+    "same embeddings of 300 phantoms (180 for training, test_resnet_3d, five seeds) the mean error of such a probe was "
+    "43.0 years of age, with standardised labels (--set target=standardised) 13.1, of the linear probe 11.2, and of a "
     "constant 17.3."
 )
 _RAW_PROBES = ("probe_paper", "probe_adam")

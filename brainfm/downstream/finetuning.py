@@ -59,7 +59,7 @@ class Finetuning(Training):
         layer_decay: Multiply the learning rate by this for each layer further from the head; None is the same for all.
             0.75 in `mae`.
         drop_path: Stochastic depth of a ViT; 0.1 in `mae`. It is drawn by each process for itself.
-        trained_positions: Train a ViT's position embedding too, as `mae` does.
+        trained_positions: With trained="all", train a ViT's position embedding too, as `mae` does.
         lora_rank: Of the low-rank changes.
         selection: The best epoch is chosen on val by this metric, or by "loss"; in the released code by the AUC of a
             classification and the loss of a regression.
@@ -95,8 +95,6 @@ class Finetuning(Training):
             raise ValueError(f"head_std is {self.head_std}, and must be at least 0")
         if self.drifting and self.trained != "head":
             raise ValueError("drifting is of a frozen encoder: trained must be 'head'")
-        if self.trained_positions and self.trained != "all":
-            raise ValueError("trained_positions is of an encoder that is trained whole: trained must be 'all'")
 
     def shared_by(self, processes: int) -> Finetuning:
         """The settings of each of some processes, whose batches together are the batch of these.

@@ -214,6 +214,15 @@ def test_vit_is_fine_tuned_as_by_the_authors_of_the_mae(parts, tmp_path):
     assert torch.equal(after["norm.weight"], before["norm.weight"])
 
 
+@pytest.mark.parametrize("trained", ["head", "lora"])
+def test_positions_stay_where_not_all_is_trained(trained):
+    encoder = brainfm.create_model("test_vit_3d", pretrained=True)
+    put_head(encoder, 1, Finetuning.from_dict(dict(read_recipe("finetune_mae")) | {"trained": trained}))
+    learned = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert {"head.weight", "head.bias"} <= learned
+    assert not learned & {"pos_embed", "cls_token", "fc_norm.weight"}
+
+
 def test_what_only_a_vit_has_is_refused_of_a_resnet(parts, tmp_path):
     for fields in ({"drop_path": 0.1}, {"trained_positions": True}):
         with pytest.raises(BrainfmError, match="are of a ViT, and ResNet is none; leave them out"):
@@ -327,7 +336,6 @@ def test_former_name_of_a_setting_is_refused_with_the_new_one():
         ({"drop_path": 1}, "drop_path is 1"),
         ({"head_std": -1}, "head_std is -1"),
         ({"target": "log"}, "target is 'log'"),
-        ({"trained_positions": True, "trained": "head"}, "'all'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(fields, message):
