@@ -291,8 +291,8 @@ def _check_ahead(todo: Sequence[_Job], plan: Plan, cfgs: Mapping[str, Pretrained
     for (name, pretrained), jobs in sorted(models.items(), key=lambda item: not item[0][1]):  # weights first
         trained = {job.row.mode: job for job in jobs if job.row.mode in _TRAINED}
         settings = [_settings(job, plan, cfgs[job.row.model], len(job.data.records), "") for job in trained.values()]
-        for one in settings:
-            one.shared_by(processes)
+        for values in settings:
+            values.shared_by(processes)
         check_model(name, list({id(job.data): job.data for job in jobs}.values()), settings, pretrained=pretrained)
 
 
