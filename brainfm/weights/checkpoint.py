@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -252,9 +252,8 @@ def _named_otherwise(file: Path | IO[bytes]) -> Iterator[tuple[Path | IO[bytes],
 
 
 def _plain_namespaces() -> AbstractContextManager[None]:
-    """Let argparse.Namespace through, a bag of values in which the MAE family keeps its options (from torch 2.5 on)."""
-    safe_globals = getattr(torch.serialization, "safe_globals", None)
-    return safe_globals([argparse.Namespace]) if safe_globals else nullcontext()
+    """Let argparse.Namespace through, a bag of values in which the MAE family keeps its options."""
+    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def _unwrap(content: Any, name: str, take: str | None) -> Checkpoint:
