@@ -297,6 +297,7 @@ def test_config_of_a_network_that_cannot_be_its_files_is_refused_before_memory_i
 ):
     name = f"test_{network}_3d"
     folder = write_folder(tmp_path / "folder", create_model(name, pretrained=True))
+    create_model(f"local-dir:{folder}")  # what it imports is not counted
     config = json.loads((folder / "config.json").read_text())
     model = config["models"][name]
     args = change.get("args", {})
