@@ -223,7 +223,19 @@ def command(kind, manifest, out):
 
 
 # Numbers that are of the run, not of its result: seconds, dates, digests of them.
-VOLATILE = ("seconds", "time", "date", "wait", "since", "peak", "rate", "scans_per")
+VOLATILE = (
+    "seconds",
+    "time",
+    "date",
+    "wait",
+    "since",
+    "peak",
+    "rate",
+    "scans_per",
+    "data_s",
+    "data_fraction",
+    "step_s",
+)
 
 
 def plain(data):
