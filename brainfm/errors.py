@@ -16,10 +16,11 @@ class BrainfmError(Exception):
 
     def __str__(self) -> str:
         said = super().__str__()
-        said = said if len(said) <= MOST_LETTERS else f"{said[:MOST_LETTERS]}…"
-        if said.isprintable():
-            return said
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+        if not said.isprintable():
+            said = "".join(
+                c if c.isprintable() else c.encode("unicode_escape").decode() for c in said[: MOST_LETTERS + 1]
+            )
+        return said if len(said) <= MOST_LETTERS else f"{said[:MOST_LETTERS]}…"
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints of the error where nobody catches it."""
