@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import brainfm
-from brainfm.errors import MissingExtraError
+from brainfm.errors import BrainfmError, MissingExtraError
 
 
 def shown(cell: str) -> str:
