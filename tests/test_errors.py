@@ -84,4 +84,4 @@ def test_missing_package_is_named_where_brainfm_is_not_installed(monkeypatch):
 
 
 def test_message_is_as_short_with_letters_that_cannot_be_printed():
-    assert len(str(BrainfmError("\x1f" + "x" * 5000))) == len(str(BrainfmError("x" * 5000))) == 4001
+    assert len(str(BrainfmError("\x01" + "x" * 5000))) == len(str(BrainfmError("x" * 5000))) == 4001
