@@ -174,7 +174,7 @@ class VisionTransformer(Encoder):
         self.grid = self.patch_embed.grid(img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
-        rates = [drop_path_rate * n / max(1, depth - 1) for n in range(depth)]
+        rates = (drop_path_rate * n / max(1, depth - 1) for n in range(depth))  # a config may ask for a billion
         self.blocks = nn.ModuleList(Block(dim, num_heads, drop_path=rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         z, y, x = ((size - 1) / 2 for size in patch_size)
