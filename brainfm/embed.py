@@ -25,11 +25,12 @@ from brainfm.inference import DTypeName, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.features import FeatureMaps
+from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
 from brainfm.system import expanded, joined, launched, own_cores
 from brainfm.table import Embeddings, Origin, check_output, files_of, write
-from brainfm.transforms import create_transform
+from brainfm.transforms import check_channels, create_transform
 from brainfm.version import __version__
 from brainfm.weights import weights_digest
 
@@ -138,7 +139,8 @@ def embed(
     Raises:
         ScanError: The list itself is wrong, as where none of its files is there, or with on_error="raise" a scan.
         BrainfmError: The device cannot be used, or another run is writing the output.
-        ValueError: The model has a classifier or gives maps, or an argument is out of range.
+        ValueError: The model has a classifier, gives maps, or takes other channels than its contract gives, or an
+            argument is out of range.
 
     Example:
         >>> table = brainfm.embed("turboprep_output/", "simclr_resnet18_3d", output="embeddings.csv")
@@ -224,11 +226,7 @@ def _job(
     if getattr(model, "num_classes", 0):
         raise ValueError("this model ends in a classifier and gives logits; call model.reset_classifier(0) first")
     spec = create_transform(model).spec
-    channels = getattr(model, "in_chans", len(spec.channels))
-    if channels != len(spec.channels):
-        raise ValueError(
-            f"the model takes {channels} channels, and its input contract gives {', '.join(spec.channels)}"
-        )
+    check_channels(resolve(model).cfg if isinstance(model, str) else model, spec)
     return job
 
 

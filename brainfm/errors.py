@@ -8,6 +8,12 @@ import traceback
 MOST_LETTERS = 4000  # of a message: what a file holds in place of a name may be as long as the file
 
 
+def _printable(letter: str) -> str:
+    if letter.isprintable():
+        return letter
+    return " " if letter.isspace() else letter.encode("unicode_escape").decode()
+
+
 class BrainfmError(Exception):
     """Any refusal by brainfm; the command line and notebooks print it as one line, whatever text of a file it quotes.
 
@@ -16,10 +22,9 @@ class BrainfmError(Exception):
 
     def __str__(self) -> str:
         said = super().__str__()
-        said = said if len(said) <= MOST_LETTERS else f"{said[:MOST_LETTERS]}…"
-        if said.isprintable():
-            return said
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+        if not said.isprintable():
+            said = "".join(map(_printable, said[: MOST_LETTERS + 1]))
+        return said if len(said) <= MOST_LETTERS else f"{said[:MOST_LETTERS]}…"
 
     def _render_traceback_(self) -> list[str]:
         """What IPython prints of the error where nobody catches it."""

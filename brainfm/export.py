@@ -159,7 +159,9 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_program(model: Encoder, pair: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
-    program = torch.export.export(model, (pair,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    # What later versions do by themselves, torch 2.6 must be told: not to trace strictly, and that batches have an end.
+    shapes = {"x": {0: torch.export.Dim("batch", max=2**20)}}
+    program = torch.export.export(model, (pair,), dynamic_shapes=shapes, strict=False)
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={f"{key}.json": content for key, content in metadata.items()})
 

@@ -161,6 +161,7 @@ def _read_config(path: Path, name: str, **place: str | None) -> ResolvedModel:
                 "installation; update brainfm"
             )
         resolved = _of_card(content) if written > 1 else _of_format_1(content)
+        _check_channels(resolved.cfg)
         dict(content.get("provenance", {}))
     except ModelNameError as error:
         raise WeightsError(f"{name}: {path.name} asks for {error}; import what registers it first") from error
@@ -172,6 +173,16 @@ def _read_config(path: Path, name: str, **place: str | None) -> ResolvedModel:
     # The digest in such a config is that of the model.safetensors beside it.
     kept = {"sha256": resolved.cfg.sha256, "git_blob": resolved.cfg.git_blob}
     return replace(resolved, cfg=resolved.cfg.overlay({**kept, **place}), is_place=True, config=content)
+
+
+def _check_channels(cfg: PretrainedCfg) -> None:
+    """Raise WeightsError where a network can take no copies of the contract's channels, a copy or several of each."""
+    channels = cfg.input_spec.channels if cfg.input_spec else ()
+    if channels and cfg.in_chans % len(channels):
+        raise WeightsError(
+            f"its network takes {cfg.in_chans} channel{'s' * (cfg.in_chans > 1)}, and its input contract gives "
+            f"{len(channels)} ({', '.join(channels)}); mend in_chans or the contract's channels"
+        )
 
 
 def _of_card(content: Mapping[str, Any]) -> ResolvedModel:

@@ -450,7 +450,7 @@ def _template(spacing: float) -> torch.Tensor:
 
     maps = np.stack([1 - above(THICK_CORTEX), 1 - above(THIN_CORTEX), above(WHITE), ventricles, brain])
     maps = _array(maps * brain)
-    maps[3] = _blurred(torch.from_numpy(maps[3:4]).double(), 1.0, VENTRICLES_BLUR_MM, keep="mean")[0]
+    maps[3] = _blurred(torch.from_numpy(maps[3:4]).double(), 1.0, VENTRICLES_BLUR_MM, keep="mean")[0].numpy()
     volume, _ = on_grid(
         Volume(maps, None, stored.affine), InputSpec(orientation="RAS", grid=_grid(spacing)), "resample", "template"
     )

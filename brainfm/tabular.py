@@ -7,8 +7,10 @@ import re
 import sys
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZipFile, is_zipfile
 
 from brainfm.errors import MissingExtraError, ScanError
 from brainfm.files import one_line
@@ -16,6 +18,7 @@ from brainfm.files import one_line
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST_BYTES = 2**30  # of a table's text: some ten million scans
 _EXCEL = {".xlsx": "openpyxl", ".xlsm": "openpyxl", ".xls": "xlrd"}
 ENDINGS = (".csv", ".tsv", ".txt", *_EXCEL, ".parquet")  # in any case
 
@@ -109,11 +112,23 @@ def _cells(path: Path) -> pd.DataFrame:
         cells = pd.DataFrame([list(table.columns), *table.values.tolist()], dtype=object)
     elif ending in _EXCEL:
         _need(_EXCEL[ending])
+        _check_size(path)
         cells = pd.read_excel(path, header=None, dtype=object, na_filter=False, engine=_EXCEL[ending])
     else:
         cells = _delimited(_decoded(path), ending)
     cells.index += 1
     return cells
+
+
+def _check_size(path: Path) -> None:
+    """Raise ScanError for a file of more text than a table of scans has, before it takes that much memory."""
+    with ZipFile(path) if is_zipfile(path) else nullcontext() as archive:
+        parts = path.stat().st_size if archive is None else sum(part.file_size for part in archive.infolist())
+    if parts > MOST_BYTES:
+        raise ScanError(
+            f"{path}: {parts / 2**30:.1f} GB of text, more than a table of scans has ({MOST_BYTES / 2**30:.0f} GB); "
+            "keep the columns that say who and which, or save it as Parquet"
+        )
 
 
 def _need(package: str) -> None:
@@ -129,6 +144,7 @@ def _need(package: str) -> None:
 
 def _decoded(path: Path) -> str:
     """A file's text, by its byte order mark, or as UTF-8, or else in the Latin-1 that Windows programs write."""
+    _check_size(path)
     content = path.read_bytes()
     if content[:4] == b"PK\x03\x04":
         raise ScanError(f"{path}: not a readable table: by its content it is an Excel file (or a zip); name it .xlsx")

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import brainfm
-from brainfm.errors import MissingExtraError
+from brainfm.errors import BrainfmError, MissingExtraError
 
 
 def shown(cell: str) -> str:
@@ -81,3 +81,7 @@ def test_missing_package_is_named_where_brainfm_is_not_installed(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "requires", nothing)
     assert str(MissingExtraError("isal", "fast")) == "isal is not installed; run: pip install isal"
+
+
+def test_message_is_as_short_with_letters_that_cannot_be_printed():
+    assert len(str(BrainfmError("\x01" + "x" * 5000))) == len(str(BrainfmError("x" * 5000))) == 4001

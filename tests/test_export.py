@@ -176,6 +176,6 @@ def test_wrong_ending_and_model_without_contract_are_refused(model, tmp_path):
 
 def test_missing_onnx_names_the_extra(model, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    with pytest.raises(MissingExtraError, match=r"brainfm\[export\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*onnx"):
         export(model, tmp_path / "encoder.onnx", "onnx")
     assert not list(tmp_path.iterdir())

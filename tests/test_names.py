@@ -208,6 +208,10 @@ def nested(depth: int) -> list:
         (lambda card, model: model.update(args=nested(100)), "args is .* must be a mapping"),
         (lambda card, model: model.update(readout={"pol": "avg"}), "Readout has no field pol; did you mean pool"),
         (lambda card, model: model.update(in_chans=0), "in_chans 0; both are 1 or more"),
+        (
+            lambda card, model: card["inputs"]["input"].update(channels=["T1w", "T2w"]),
+            r"its network takes 1 channel, and its input contract gives 2 \(T1w, T2w\); mend in_chans or",
+        ),
         (lambda card, model: model.update(in_chans=True), "in_chans is True, and must be int"),
         (lambda card, model: model.update(in_chans=10**15), "its config's arguments do not fit test_resnet_3d"),
         (lambda card, model: model.update(num_features=1.5), "num_features is 1.5, and must be int"),
@@ -293,6 +297,7 @@ def test_config_of_a_network_that_cannot_be_its_files_is_refused_before_memory_i
 ):
     name = f"test_{network}_3d"
     folder = write_folder(tmp_path / "folder", create_model(name, pretrained=True))
+    create_model(f"local-dir:{folder}")  # what it imports is not counted
     config = json.loads((folder / "config.json").read_text())
     model = config["models"][name]
     args = change.get("args", {})

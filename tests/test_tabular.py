@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zipfile
 
 import openpyxl
 import pandas as pd
@@ -116,7 +117,7 @@ def test_damaged_binary_table_is_refused_in_one_line(name, tmp_path):
 def test_reader_that_is_not_installed_is_named_with_what_installs_it(tmp_path, monkeypatch):
     for name, package in (("table.xlsx", "openpyxl"), ("table.parquet", "pyarrow")):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(MissingExtraError, match=rf"{package} is not installed.*\[eval\]"):
+        with pytest.raises(MissingExtraError, match=rf"{package} is not installed; run: pip install .*{package}"):
             read_rows(written(tmp_path, b"", name))
 
 
@@ -125,3 +126,18 @@ def test_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "table.csv")
     with pytest.raises(ScanError, match="not a file"):
         read_rows(tmp_path / "table.csv")
+
+
+def test_file_of_more_text_than_a_table_has_is_refused_before_it_is_read(tmp_path):
+    """A small Excel file that inflates to gigabytes, and a sparse CSV."""
+    with (
+        zipfile.ZipFile(tmp_path / "bomb.xlsx", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("xl/worksheets/sheet1.xml", "w", force_zip64=True) as part,
+    ):
+        for _ in range(2**7 + 1):
+            part.write(b" " * 2**23)
+    with (tmp_path / "sparse.csv").open("wb") as file:
+        file.truncate(2**31)
+    for name in ("bomb.xlsx", "sparse.csv"):
+        with pytest.raises(ScanError, match=rf"{name}: [12]\.0 GB of text, more than a table of scans has"):
+            read_rows(tmp_path / name)

@@ -141,6 +141,34 @@ def probe_command(labels: Path, tables: tuple[str, ...], models: tuple[str, ...]
     _run([data], tables, ("probe",), **options)
 
 
+@click.command("compare", context_settings=_HELP)
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--labels", type=click.Path(path_type=Path), help="A table with a column to predict in both ways.")
+@click.option("--label", default="", metavar="COLUMN", help="That column.")
+@click.option("--kind", type=click.Choice(["binary", "multiclass", "regression"]), help="What it is, where in doubt.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A row a scan, as .csv.")
+def compare_command(first: Path, second: Path, labels: Path | None, label: str, kind: Any, output: Path | None) -> None:
+    """How much the preparation matters: FIRST and SECOND are tables of 'brainfm embed', of the same scans.
+
+    Says how alike a scan's two embeddings are, whether its own is the nearest among all patients', and with --labels
+    how far the predictions of a probe move that learned from the first way.
+    """
+    from brainfm.downstream.comparison import compare
+    from brainfm.errors import BrainfmError
+
+    if label and labels is None:
+        raise BrainfmError(f"--label {label}: of which table? Give --labels TABLE")
+    if output is not None and output.suffix != ".csv":
+        raise BrainfmError(f"{output}: the rows are written as .csv; give a name that ends so")
+    found = compare(first, second, labels, label=label, kind=kind)
+    for line in found.lines():
+        click.echo(line)
+    if output is not None:
+        found.save(output)
+        click.echo(f"{output}: a row a scan")
+
+
 @click.command("finetune", cls=_ManyValues, context_settings=_HELP)
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")

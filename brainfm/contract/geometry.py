@@ -7,6 +7,7 @@ first arithmetic needs the numbers.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -267,7 +268,9 @@ class Resample(Operation):
         start = (step - 1) / 2 if self.keep == "edges" else np.zeros(3)
 
         def moved(channel: NDArray[Any], order: int) -> NDArray[Any]:
-            out: NDArray[Any] = ndimage.affine_transform(channel, step, start, shape, order=order, mode="nearest")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The behavior of affine_transform")  # of a vector, SciPy before 1.16
+                out: NDArray[Any] = ndimage.affine_transform(channel, step, start, shape, order=order, mode="nearest")
             return out
 
         channels = []

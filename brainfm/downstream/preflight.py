@@ -13,7 +13,7 @@ from brainfm.errors import BrainfmError, MissingExtraError, ScanError
 from brainfm.factory import create_model
 from brainfm.files import write_text
 from brainfm.manifest import ScanRecord
-from brainfm.transforms import InputTransform, create_transform
+from brainfm.transforms import InputTransform, check_channels, create_transform
 
 
 def missing_files(data: TaskData) -> dict[int, str]:
@@ -53,9 +53,10 @@ def check_splits(data: TaskData, seeds: int, fractions: Iterable[float]) -> None
 
 
 def check_model(name: str, data: Sequence[TaskData], settings: Sequence[Finetuning], *, pretrained: bool) -> None:
-    """Raise BrainfmError where weights cannot be had, no scan of a task fits them, or a setting does not."""
+    """Raise BrainfmError where weights cannot be had, or do not fit their contract, a task's scans or a setting."""
     encoder = create_model(name, pretrained=pretrained)
     transform = create_transform(encoder)
+    check_channels(encoder, transform.spec)
     for one in data:
         _check_scans(one.records, transform, f"{one.task.name} and {name}")
     for values in settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -20,10 +21,10 @@ def constructor(network: str) -> Callable[..., Encoder]:
     """
     module = import_module(f"{__name__}.{network}")
     inside = f"{module.__name__}."
-    found = [
+    found = [  # by the metaclass: for Python 3.10 an alias such as tuple[int, int] is a `type` too
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Encoder) and f"{value.__module__}.".startswith(inside)
+        if isinstance(value, ABCMeta) and issubclass(value, Encoder) and f"{value.__module__}.".startswith(inside)
     ]
     if len(found) != 1:
         names = ", ".join(value.__name__ for value in found) or "none"

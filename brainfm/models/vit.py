@@ -176,7 +176,7 @@ class VisionTransformer(Encoder):
         self.grid = self.patch_embed.grid(img_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))  # a config may ask for a billion
         self.set_drop_path(drop_path_rate)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         z, y, x = ((size - 1) / 2 for size in patch_size)

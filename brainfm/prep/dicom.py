@@ -6,6 +6,7 @@ sign mirrors a head. Nothing of a header but its geometry and its modality is lo
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,15 @@ from numpy.typing import NDArray
 
 from brainfm.errors import ScanError
 from brainfm.prep.image import locale_kept, sitk, to_array
+from brainfm.scan.kinds import is_dicom
 
 _MODALITY, _FRAMES, _THICKNESS = "0008|0060", "0028|0008", "0018|0050"
 _POSITION, _ORIENTATION, _SPACING = "0020|0032", "0020|0037", "0028|0030"
+# As PS3.5 and PS3.10 have them.
+_PREAMBLE, _UNDEFINED, _ITEM, _PIXELS = 132, 2**32 - 1, 0xFFFE, 0x7FE0
+_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
+_IMPLICIT, _BIG_ENDIAN = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.2"
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _FROM_LPS = np.diag((-1.0, -1.0, 1.0, 1.0))
 _UNEVEN = 0.1  # of the distance between slices: what one may be off
 
@@ -53,6 +60,9 @@ def read_series(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]
         ScanError: There are several series, it is no MR, in one file of many frames, damaged, or its slices do not
             follow each other at one distance. The message names the files.
     """
+    for file in sorted(folder.iterdir()):
+        if is_dicom(file):
+            _check_lengths(file)
     with locale_kept():
         series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
         if len(series) != 1:
@@ -75,6 +85,55 @@ def read_series(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]
     if image.GetNumberOfComponentsPerPixel() != 1 or image.GetSize() != (*slices[0].size, len(slices)):
         raise ScanError(f"{folder}: the DICOM series is not one grey 3-D image")
     return to_array(image), affine
+
+
+def _check_lengths(path: Path) -> None:
+    """Raise ScanError where an element is longer than the file: GDCM takes memory for what the header says.
+
+    The elements are walked as PS3.5 chapter 7 has them, those of sequences too, and nothing of them but their lengths
+    is looked at. What another encoding hides (deflated, private) is left to GDCM.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_PREAMBLE)
+        in_meta = head[-4:] == b"DICM"
+        at = _PREAMBLE if in_meta else 0
+        explicit, order, syntax, in_pixels = in_meta or head[4:6].isupper(), "<", b"", False
+        while at + 8 <= size:
+            file.seek(at)
+            element = file.read(12)
+            group, number = struct.unpack(f"{order}HH", element[:4])
+            if in_meta and group != 2:
+                if not syntax:
+                    break  # a preamble, and after it no transfer syntax
+                if syntax == _DEFLATED:
+                    return
+                in_meta, explicit, order = False, syntax != _IMPLICIT, ">" if syntax == _BIG_ENDIAN else "<"
+                continue
+            kind, at = element[4:6], at + 8
+            (length,) = struct.unpack(f"{order}I", element[4:8])
+            if group != _ITEM and explicit:
+                if not (kind.isalpha() and kind.isupper()):
+                    return
+                (length,) = struct.unpack(f"{order}H", element[6:8])
+                if kind in _LONG and len(element) == 12:
+                    at, (length,) = at + 4, struct.unpack(f"{order}I", element[8:])
+            if length == _UNDEFINED:
+                in_pixels = in_pixels or group == _PIXELS
+                continue
+            if at + length > size:
+                break
+            if in_meta and number == 0x10:
+                file.seek(at)
+                syntax = file.read(length).rstrip(b"\0 ")
+            if in_pixels or not (group == _ITEM or (explicit and kind == b"SQ")):
+                at += length
+        else:
+            return
+    raise ScanError(
+        f"{path}: a damaged DICOM file: at byte {at} an element is longer than the file, or its "
+        "transfer syntax is not said; export it again"
+    )
 
 
 def _slice(file: str, folder: Path) -> _Slice:

@@ -38,6 +38,8 @@ MAX_BELOW_ZERO = 0.1  # of the sum of all intensities' sizes, in an image that n
 MAX_OFFSET = 0.2  # of the highest intensity: air, which is 0 or nearly so, lies in every field of view
 RANGE_SLACK = 0.05  # of an intensity range, for what resampling overshoots
 LEAST_FILLED = 0.1  # of an intensity range
+FLOAT32_STEP, LEAST_STEPS = 2.0**-23, 4096  # of float32, relative to its number; of those in an intensity range
+LEAST_RANGE = 1e-4  # of intensities; the z-scores of published weights add 1e-8 to the standard deviation
 MOST_GREY_MATTER = 4.0  # a modulated map holds fractions times how far each voxel was stretched
 MAX_ON_A_SIDE = 0.05  # of a side of the image: a neck or a cut head covers more of it, a whole brain hardly reaches it
 
@@ -55,6 +57,7 @@ def check_content(volume: Volume, spec: InputSpec, source: str, missing: Collect
     channels = list(_channels(seen, spec, source, missing))
     for name, kind, alone in channels:
         _check_image(alone.stored[0], name)
+        _check_precision(alone, name)
         _check_intensities(alone, spec, kind, name)
     if spec.skull_strip == "forbidden" and (litres := _stripped_litres(volume)):
         raise ScanError(
@@ -124,11 +127,35 @@ def _check_image(image: NDArray[Any], name: str) -> None:
         )
 
 
+def _check_precision(alone: Volume, name: str) -> None:
+    """Raise ScanError where rounding in float32, or the small number in a z-score's divisor, would swallow the image.
+
+    A large constant was added, or the image was multiplied by next to nothing.
+    """
+    low, high = _extremes(alone)
+    if high - low < LEAST_RANGE:
+        raise ScanError(
+            f"{name}: the intensities are {low:.4g} to {high:.4g}, too small for float32 arithmetic: the header's "
+            "scl_slope is damaged, or the image was divided by a large number; multiply it"
+        )
+    if max(abs(low), abs(high)) * FLOAT32_STEP > (high - low) / LEAST_STEPS:
+        raise ScanError(
+            f"{name}: the intensities are {low:.8g} to {high:.8g}: a constant was added, or the header's scl_inter is "
+            "damaged, beside which float32 cannot tell them apart; use the scan from before that"
+        )
+
+
+def _extremes(alone: Volume) -> tuple[float, float]:
+    """The lowest and the highest intensity."""
+    stored = alone.stored[0]
+    low, high = sorted(float(value) * alone.slope + alone.inter for value in (stored.min(), stored.max()))
+    return low, high
+
+
 def _check_intensities(alone: Volume, spec: InputSpec, kind: str, name: str) -> None:
     if spec.intensities == "any" and spec.intensity_range is None and kind != "grey matter":
         return
-    stored = alone.stored[0]
-    low, high = sorted(float(value) * alone.slope + alone.inter for value in (stored.min(), stored.max()))
+    low, high = _extremes(alone)
     found = f"the intensities are {low:.4g} to {high:.4g}"
     prepared = f" (prepared by {' → '.join(spec.preparation)})" if spec.preparation else ""
     shifted = low < 0 and _below_zero(alone) > MAX_BELOW_ZERO

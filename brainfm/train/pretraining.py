@@ -14,9 +14,11 @@ import torch
 from brainfm.contract import InputSpec, Resize, Triple
 from brainfm.errors import RecipeError
 from brainfm.factory import create_model
+from brainfm.files import held
 from brainfm.hub import save_for_hub
 from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.registry import get_pretrained_cfg
+from brainfm.system import expanded
 from brainfm.train.cache import key_of
 from brainfm.train.data import PretrainingData, count_patients
 from brainfm.train.distributed import process_group
@@ -44,18 +46,22 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
         RecipeError: The recipe cannot be run, or the folder holds another run.
         ScanError: The manifest is not one.
         RunInterruptedError: SIGTERM or SIGUSR1 came; a checkpoint is written.
-        BrainfmError: Too many scans cannot be read, or the loss is not finite; the message names the scans.
+        BrainfmError: Too many scans cannot be read, or the loss is not finite; the message names the scans. Or another
+            process is writing the folder.
     """
     records, spec = read_data(recipe)
     with process_group(recipe.device) as group:
         recipe = recipe.on(group.device)
         data = make_data(recipe, records, spec)
         method = make_method(recipe, spec)
-        trainer = Trainer(recipe, method, data, group, data_hash(records, data.root))
-        trainer.train(progress and group.is_first)
-        export = trainer.folder / "export"
-        if group.is_first:
-            _export(recipe, method, data, scans=len(records) - len(trainer.bad), world=group.world, folder=export)
+        output = expanded(recipe.output)
+        output.mkdir(parents=True, exist_ok=True)
+        with held(output):  # which sweeps away what a killed run was writing
+            trainer = Trainer(recipe, method, data, group, data_hash(records, data.root))
+            trainer.train(progress and group.is_first)
+            export = trainer.folder / "export"
+            if group.is_first:
+                _export(recipe, method, data, scans=len(records) - len(trainer.bad), world=group.world, folder=export)
         return export
 
 

@@ -107,6 +107,19 @@ def checked_spec(spec: InputSpec) -> InputSpec:
     return spec
 
 
+def check_channels(model_or_cfg: Any, spec: InputSpec) -> None:
+    """Raise ModelNameError (a ValueError) where a model takes another number of channels than its contract gives.
+
+    A module that does not say what it takes passes.
+    """
+    wanted = getattr(model_or_cfg, "in_chans", len(spec.channels))
+    if wanted != len(spec.channels):
+        raise ModelNameError(
+            f"the model takes {wanted} channels, and its input contract gives {', '.join(spec.channels)}; "
+            f"create_model(…, in_chans={len(spec.channels)}) fits the weights to it"
+        )
+
+
 def create_transform(
     model_or_name_or_cfg: nn.Module | str | PretrainedCfg | InputSpec, *, is_training: bool = False
 ) -> InputTransform:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import bz2
+import gzip
 import hashlib
+import io
 import json
 import logging
 import lzma
@@ -14,7 +17,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -32,6 +35,10 @@ from brainfm.zoo.cards import Keys
 logger = logging.getLogger("brainfm")
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_COMPRESSIONS: dict[bytes, Any] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma, b"]\0\0\x80": lzma}
+_BLOCK = 2**20
+# Numbers of a network hardly shrink; those that do are zeros, of an optimiser that has not begun or in half of float32.
+MAX_INFLATION, MAX_INFLATED = 20, 2**26  # times the file's size; bytes of a small one
 _STATE_KEYS = ("model_state_dict", "state_dict", "model")  # where checkpoints keep the network
 
 
@@ -93,11 +100,11 @@ def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Ch
     if _is_tar(path):  # before zip: a tar that ends with a zip looks like one
         return _read_tar(path, take)
     if zipfile.is_zipfile(path):
-        return _unwrap(_torch_load(path, str(path)), str(path), take)
+        return _unwrap(_torch_load(path, str(path), _most_bytes(path)), str(path), take)
     with path.open("rb") as file:
         head = file.read(64)
     if head[:1] == b"\x80":  # a pickle: torch.save's format before 1.6
-        return _unwrap(_torch_load(path, str(path)), str(path), take)
+        return _unwrap(_torch_load(path, str(path), _most_bytes(path)), str(path), take)
     if head.startswith(b"PK\x03\x04"):
         raise WeightsError(f"{path}: an incomplete PyTorch checkpoint: its end is missing; fetch or copy it again")
     found = "is empty" if not head else f"begins with {head[:16]!r}"
@@ -163,16 +170,79 @@ def _provenance(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 def _is_tar(path: Path) -> bool:
     try:
-        return tarfile.is_tarfile(path)
+        with _inflated(path) as stream, tarfile.open(fileobj=stream, mode="r:"):
+            return True
+    except tarfile.TarError:
+        return False
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise WeightsError(f"{path}: damaged compressed archive ({one_line(error)}); fetch it again") from error
 
 
+@contextmanager
+def _inflated(path: Path) -> Iterator[IO[bytes]]:
+    """A tar, out of its compression, of which no more is given than `_most_bytes`."""
+    with path.open("rb") as file:
+        head = file.read(6)
+    opener = next((module.open for magic, module in _COMPRESSIONS.items() if head.startswith(magic)), None)
+    if opener is None:
+        with path.open("rb") as file:
+            yield file
+    else:
+        with opener(path) as packed, io.BufferedReader(_Bounded(packed, _most_bytes(path), str(path))) as stream:
+            yield stream
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that raises WeightsError where more than so many of its bytes are asked for and there."""
+
+    def __init__(self, stream: IO[bytes], most: int, name: str) -> None:
+        self._stream, self._most, self._name = stream, most, name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(min(len(buffer), _BLOCK))
+        if self._stream.tell() > self._most:
+            raise _inflates(self._name, self._most)
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_CUR:
+            place += self.tell()
+        if whence == os.SEEK_END or place > self._most:
+            raise _inflates(self._name, self._most)
+        return self._stream.seek(place)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+def _most_bytes(path: Path) -> int:
+    return max(MAX_INFLATED, MAX_INFLATION * path.stat().st_size)
+
+
+def _inflates(name: str, most: int) -> WeightsError:
+    return WeightsError(
+        f"{name}: inflates to more than {most} bytes, as no weights do; if you trust it, unpack it, and load that"
+    )
+
+
 def _read_tar(path: Path, take: str | None) -> Checkpoint:
     """Read the one weight file in a tar, without unpacking it."""
+    most = _most_bytes(path)
     try:
-        with tarfile.open(path) as archive:
-            members = [m for m in archive.getmembers() if not m.isdir()]
+        with _inflated(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            members = []
+            for member in archive:
+                if member.size > most:  # of a sparse one, too, whose zeros are in no stream
+                    raise _inflates(f"{path}:{member.name}", most)
+                if not member.isdir():
+                    members.append(member)
             for member in members:
                 if not member.isreg() or member.name.startswith("/") or ".." in Path(member.name).parts:
                     raise WeightsError(
@@ -190,7 +260,7 @@ def _read_tar(path: Path, take: str | None) -> Checkpoint:
             head = file.read(9)
             file.seek(0)
             if head[8:9] != b"{":
-                return _unwrap(_torch_load(file, name), name, take)
+                return _unwrap(_torch_load(file, name, most), name, take)
             from safetensors import SafetensorError
             from safetensors.torch import load
 
@@ -202,11 +272,12 @@ def _read_tar(path: Path, take: str | None) -> Checkpoint:
         raise WeightsError(f"{path}: damaged tar archive ({error}); fetch it again") from error
 
 
-def _torch_load(file: Path | IO[bytes], name: str) -> Any:
+def _torch_load(file: Path | IO[bytes], name: str, most: int) -> Any:
     """`torch.load(weights_only=True)`, after the checksums that it does not look at, its long answers made one line."""
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
+                _check_inflation(archive, name, most)
                 if (member := archive.testzip()) is not None:
                     raise WeightsError(f"{name}: damaged: {member} does not match its checksum; fetch or copy it again")
         if not isinstance(file, Path):
@@ -241,6 +312,18 @@ def _torch_load(file: Path | IO[bytes], name: str) -> Any:
         ) from error
 
 
+def _check_inflation(archive: zipfile.ZipFile, name: str, most: int) -> None:
+    """Raise WeightsError where the members of a zip take far more than the file, or are packed as torch reads none."""
+    members = archive.infolist()
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise WeightsError(
+                f"{name}: not a PyTorch checkpoint: {member.filename} is compressed as torch.save does not"
+            )
+    if sum(member.file_size for member in members) > most:
+        raise _inflates(name, most)
+
+
 @contextmanager
 def _named_otherwise(file: Path | IO[bytes]) -> Iterator[tuple[Path | IO[bytes], bool]]:
     """The same file, without a name that would make torch (2.13) take it for safetensors; and whether it has one."""
@@ -252,9 +335,8 @@ def _named_otherwise(file: Path | IO[bytes]) -> Iterator[tuple[Path | IO[bytes],
 
 
 def _plain_namespaces() -> AbstractContextManager[None]:
-    """Let argparse.Namespace through, a bag of values in which the MAE family keeps its options (from torch 2.5 on)."""
-    safe_globals = getattr(torch.serialization, "safe_globals", None)
-    return safe_globals([argparse.Namespace]) if safe_globals else nullcontext()
+    """Let argparse.Namespace through, a bag of values in which the MAE family keeps its options."""
+    return torch.serialization.safe_globals([argparse.Namespace])
 
 
 def _unwrap(content: Any, name: str, take: str | None) -> Checkpoint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import socket
 import sys
 from dataclasses import replace
@@ -245,6 +246,24 @@ def test_weights_that_cannot_be_fetched_are_one_line_with_the_way_out(run, tmp_p
     assert re.search(rf"put the file at {tmp_path}/cache/\S+/weights\.tar", result.err[-1])
     assert not any("Traceback" in line for line in result.err)
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("command", ["embed", "finetune"])
+def test_folder_whose_network_takes_other_channels_than_its_contract_gives_is_refused(
+    command, run, tmp_path, small_sample
+):
+    model = brainfm.create_model("test_resnet_3d", pretrained=True, in_chans=3)
+    brainfm.save_for_hub(model, tmp_path / "model")
+    for n in range(20):
+        shutil.copy(small_sample[0], tmp_path / f"{n}.nii.gz")
+    lines = [f"{n}.nii.gz,{small_sample[1]},p{n},{n % 2}" for n in range(20)]
+    (tmp_path / "scans.csv").write_text("\n".join(["image_path,mask_path,patient_id,sex", *lines]))
+    evaluation = ("--label", "sex", "--seeds", "1", "--no-controls") if command == "finetune" else ()
+    kind = "--models" if command == "finetune" else "--model"
+    place = f"local-dir:{tmp_path / 'model'}"
+    result = run(command, tmp_path / "scans.csv", kind, place, "-o", tmp_path / "out.csv", *evaluation)
+    assert result.code == 1
+    assert "the model takes 3 channels, and its input contract gives T1w; create_model(…, in_chans=1)" in result.err[-1]
 
 
 # --- demo -----------------------------------------------------------------------------------------

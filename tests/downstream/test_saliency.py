@@ -370,7 +370,7 @@ def test_a_lesion_is_found(small_spec, tmp_path):
     points = np.indices(phantom.image.shape).reshape(3, -1).T @ phantom.affine[:3, :3].T + phantom.affine[:3, 3]
     ball = (np.linalg.norm(points - LESION_MM, axis=1) < LESION_RADIUS_MM).reshape(phantom.image.shape)
     assert phantom.mask[ball].all()
-    wounded = np.where(ball, np.float32(1), phantom.image)
+    wounded = np.where(ball, phantom.image[phantom.mask > 0].min(), phantom.image)
     healthy, hurt = (stored_as("PIL", image, phantom.mask, phantom.affine) for image in (phantom.image, wounded))
     model = Looker(small_spec, Dark())
     peaks = []
@@ -474,6 +474,6 @@ def test_a_map_is_written_as_nifti_or_not_at_all(tmp_path, monkeypatch):
     made.save(tmp_path / "map.nii")
     np.testing.assert_array_equal(nib.load(tmp_path / "map.nii").get_fdata(), 1)
     monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(brainfm.MissingExtraError, match=r"brainfm\[eval\]"):
+    with pytest.raises(brainfm.MissingExtraError, match="pip install scipy"):
         made.save(tmp_path / "other.nii")
     assert [path.name for path in tmp_path.iterdir()] == ["map.nii"]

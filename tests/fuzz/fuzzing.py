@@ -92,6 +92,13 @@ def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return error
 
 
+class File(bytes):
+    """A file's content, of which a failing example is not to print all."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes>"
+
+
 @st.composite
 def damaged(draw: Callable[[Any], Any], content: bytes, where: int | None = None) -> bytes:
     """A file's content with bytes changed (before `where`), and perhaps cut off, repeated, or with more after it."""
@@ -106,7 +113,7 @@ def damaged(draw: Callable[[Any], Any], content: bytes, where: int | None = None
         changed[start:start] = changed[start : start + draw(st.integers(1, 64))]
     elif kind == "longer":
         changed += draw(st.binary(min_size=1, max_size=64))
-    return bytes(changed)
+    return File(changed)
 
 
 # What stands where something else is meant, in JSON and YAML.

@@ -10,7 +10,7 @@ import warnings
 import nibabel as nib
 import numpy as np
 import pytest
-from fuzzing import bounded, damaged, examples, outcome
+from fuzzing import File, bounded, damaged, examples, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,7 +67,7 @@ def with_fields(draw, content, kind):
                 warnings.simplefilter("ignore")
                 value = np.array(draw(NUMBERS), np.float64).astype(base)
             changed[place : place + base.itemsize] = value.tobytes()
-    return bytes(changed), set(names)
+    return File(changed), set(names)
 
 
 def agrees_with_nibabel(load, path, scan):

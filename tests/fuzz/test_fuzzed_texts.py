@@ -8,7 +8,7 @@ import json
 
 import pytest
 import yaml
-from fuzzing import ODD, bounded, examples, mutated, outcome
+from fuzzing import ODD, bounded, damaged, examples, mutated, outcome
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ import brainfm
 from brainfm import BrainfmError, ScanError
 from brainfm.contract.spec import InputSpec
 from brainfm.manifest import list_scans
+from brainfm.tabular import read_rows
 from brainfm.train.recipe import recipe_from_dict
 from brainfm.zoo.cards import Card, read_card, zoo_cards
 
@@ -113,6 +114,83 @@ def test_manifest_that_a_program_wrote_is_read_as_it_was_meant(tmp_path):
         assert not isinstance(records, BrainfmError), records
         assert [str(r.image) for r in records] == [str(tmp_path / "scans" / f"{name}.nii") for name, _ in rows]
         assert [r.extra["note"] for r in records] == [note.strip() for _, note in rows]
+
+    fuzz()
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def workbook(rows):
+    """The rows as an Excel file."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    file = io.BytesIO()
+    book.save(file)
+    return file.getvalue()
+
+
+TABLE = [["image_path", "age", "site"], ["a.nii", "61,5", "x;y"], ["b.nii", "n/a", "Zürich"], ["c.nii", "7", ""]]
+
+
+def written(rows, mark, encoding, end):
+    text = io.StringIO()
+    csv.writer(text, delimiter=mark, lineterminator=end).writerows(rows)
+    return text.getvalue().encode(encoding)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".txt", ".xlsx"])
+def test_table_of_any_bytes_is_rows_of_text_or_a_refusal(ending, tmp_path):
+    path = tmp_path / f"table{ending}"
+    wholes = [workbook(TABLE)] if ending == ".xlsx" else []
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1"):
+        wholes += [written(TABLE, mark, encoding, end) for mark in ",;\t" for end in ("\n", "\r\n", "\r")]
+
+    @examples(40)
+    @given(st.sampled_from(wholes).flatmap(damaged) | table_texts())
+    @example(b"sep=;\nimage_path;age\na.nii;1\n")
+    @example(b"sep=\n")
+    @example(b'"sep=\t"\na\tb')
+    @example(b"\xff\xfe")
+    @example(b"\xff\xfea")
+    @example(b"\0a\0,\0b\0")
+    @example(b"PK\x03\x04" + bytes(40))
+    @example(b'a,b\n"' + b"x," * 100_000)
+    def fuzz(content):
+        path.write_bytes(content)
+        rows = outcome(read_rows, path)
+        if not isinstance(rows, BrainfmError):
+            assert all(isinstance(name, str) and name for name in rows.columns)
+            assert all(isinstance(value, str) for value in rows.to_numpy().ravel())
+
+    fuzz()
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".txt", ".xlsx"])
+def test_table_that_a_program_wrote_is_read_as_it_was_meant(ending, tmp_path):
+    path = tmp_path / f"table{ending}"
+    plain = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=8)
+    named = st.lists(plain.filter(lambda text: text.strip("'\"") == text), min_size=2, max_size=4, unique=True)
+
+    @examples(40)
+    @given(st.data())
+    def fuzz(data):
+        names = data.draw(named.filter(lambda names: not any(set(name) & set(",;\t=#") for name in names)))
+        rows = data.draw(st.lists(st.lists(plain, min_size=len(names), max_size=len(names)), min_size=1, max_size=4))
+        if ending == ".xlsx":
+            rows = [[f"x{value}" for value in row] for row in rows]  # one that begins with "=" is a formula
+            content = workbook([names, *rows])
+        else:
+            mark = data.draw(st.sampled_from("\t" if ending == ".tsv" else ",;\t"))
+            encoding = data.draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+            content = written([names, *rows], mark, encoding, data.draw(st.sampled_from(["\n", "\r\n"])))
+        path.write_bytes(content)
+        read = outcome(read_rows, path)
+        assert not isinstance(read, BrainfmError), read
+        assert list(read.columns) == names
+        assert read.to_numpy().tolist() == rows
 
     fuzz()
 

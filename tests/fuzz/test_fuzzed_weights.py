@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import collections
+import gzip
 import io
 import json
+import lzma
 import pickle
 import pickletools
 import struct
@@ -94,10 +97,10 @@ def saved(content):
     return file.getvalue()
 
 
-def rezipped(content, changed):
+def rezipped(content, changed, compression=zipfile.ZIP_STORED):
     """A checkpoint whose members are others; checksums are right."""
     file = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w") as new:
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression, compresslevel=1) as new:
         for name in old.namelist():
             new.writestr(name, changed(name, old.read(name)))
     return file.getvalue()
@@ -217,3 +220,83 @@ def test_archive_of_any_bytes_is_tensors_or_a_refusal(tmp_path):
     for content in archives.values():
         path.write_bytes(content)
         assert same(load(path))
+
+
+# --- Archives that inflate ------------------------------------------------------------------------
+
+BLOCK = bytes(2**24)
+MANY = 48  # blocks: 768 MB
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def zeros(size):
+    """A safetensors file of zeros, without the zeros."""
+    return safetensors({"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}, b"")
+
+
+def bomb(kind):
+    """A small file that says it is a weight file of 768 MB, or of a terabyte, and holds zeros."""
+    size = MANY * len(BLOCK)
+    if kind == "deflated checkpoint":
+        changed = lambda name, old: bytes(size) if name.endswith("data/0") else old  # noqa: E731
+        return rezipped(saved(STATE), changed, zipfile.ZIP_DEFLATED)
+    if kind == "sparse tar":
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            info = tarfile.TarInfo("w.safetensors")
+            content = b"1\n0\n512\n".ljust(512, b"\0") + zeros(size).ljust(512, b" ")
+            said = {"major": 1, "minor": 0, "name": "w.safetensors", "realsize": len(zeros(size)) + size}
+            info.pax_headers = {f"GNU.sparse.{key}": str(value) for key, value in said.items()}
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        return file.getvalue()
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind.split()[-1]]
+    first = zeros(size)
+    begin = {
+        "member": header("w.safetensors", len(first) + size) + first,
+        "second": header("a.pt", 512) + bytes(512) + header("b.pt", 2**40),
+        "header": header("././@PaxHeader", size, tarfile.XHDTYPE),
+        "nested": header("w.pt", size),
+    }[kind.split()[0]]
+    return pack(begin) + pack(BLOCK) * MANY * (6 if kind.startswith("second") else 1) + pack(bytes(20480))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "deflated checkpoint",
+        "sparse tar",
+        "member gz",
+        "member xz",
+        "second bz2",
+        "header gz",
+        "header bz2",
+        "nested gz",
+    ],
+)
+def test_small_archive_that_inflates_to_much_is_refused_in_little_memory(kind, tmp_path):
+    path = tmp_path / "model.tar"
+    path.write_bytes(bomb(kind))
+    refused = outcome(brainfm.create_model, "test_resnet_3d", checkpoint_path=path)
+    assert isinstance(refused, BrainfmError)
+    assert "inflates to more than" in str(refused)
+
+
+def test_archive_of_many_zeros_is_read_where_it_is_small(tmp_path):
+    state = {"a": torch.zeros(2**22), "b": torch.arange(4)}
+    path = tmp_path / "model.tar"
+    packed = rezipped(saved(state), lambda name, old: old, zipfile.ZIP_DEFLATED)
+    for content in (saved(state), packed):
+        with tarfile.open(path, "w:gz") as archive:
+            info = tarfile.TarInfo("model.pt")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        assert torch.equal(read_checkpoint(path).state["b"], torch.arange(4))
+        path.write_bytes(content)
+        assert torch.equal(read_checkpoint(path).state["a"], state["a"])

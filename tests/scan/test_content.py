@@ -100,6 +100,30 @@ def test_image_that_a_constant_was_added_to_is_refused_where_intensities_must_be
         tensor_of(saved(head + constant), RAW)
 
 
+@pytest.mark.parametrize(
+    ("slope", "inter", "reason"),
+    [
+        (1, 2.0**33, "the same value|float32 cannot tell them apart"),
+        (1, 1e8, "float32 cannot tell them apart; use the scan from before that"),
+        (1, -1e7, "float32 cannot tell them apart"),
+        (1e-8, 0, "too small for float32 arithmetic"),
+        (1e-30, 0, "too small for float32 arithmetic"),
+    ],
+)
+def test_scaling_beyond_what_float32_holds_is_refused(slope, inter, reason, brain, tmp_path, small_spec):
+    """Of a damaged header, as a rule: it gave a tensor of rounding errors, or of zeros."""
+    voxels, mask, affine = brain
+    nifti = nib.Nifti1Image(voxels, affine)
+    nifti.header.set_slope_inter(slope, inter)
+    nifti.to_filename(tmp_path / "scan.nii")
+    written = bytearray((tmp_path / "scan.nii").read_bytes())
+    written[112:120] = np.array([slope, inter], "<f4").tobytes()
+    written[352:] = voxels.tobytes(order="F")
+    (tmp_path / "scan.nii").write_bytes(written)
+    with pytest.raises(ScanError, match=reason):
+        load_scan(tmp_path / "scan.nii", (mask, affine), spec=small_spec)
+
+
 @pytest.mark.parametrize("constant", [-100, 100])
 def test_sfcn_refuses_a_background_that_is_not_0(coarse, saved, constant):
     with pytest.raises(

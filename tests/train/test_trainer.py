@@ -21,6 +21,7 @@ from brainfm import BrainfmError, RecipeError
 from brainfm.cli.main import main
 from brainfm.contract import Resize
 from brainfm.errors import RunInterruptedError
+from brainfm.files import held
 from brainfm.hub import convert
 from brainfm.train.data import Batch
 from brainfm.train.pretraining import pretrain
@@ -346,6 +347,13 @@ def test_run_without_a_whole_checkpoint_is_refused(recipe, tmp_path):
         path.write_bytes(b"PK\x03\x04 half")
     with pytest.raises(brainfm.WeightsError, match=r"last\.pt.*best\.pt.*put a copy of one in place, or remove .*run "):
         pretrain(recipe(epochs=1))
+
+
+def test_second_run_into_a_folder_is_refused_while_the_first_lasts(recipe, tmp_path):
+    with held(tmp_path / "run"), pytest.raises(BrainfmError, match="is writing it"):
+        pretrain(recipe(epochs=1))
+    pretrain(recipe(epochs=1))
+    assert not list((tmp_path / "run").rglob(".*"))
 
 
 STOPS = f"""
