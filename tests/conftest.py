@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import locale
 import os
 import shutil
 import subprocess
@@ -103,6 +104,14 @@ def elsewhere(hub, tmp_path):
         )
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    """ITK sets the locale of the process to C when it reads or writes, as some tests do themselves."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture

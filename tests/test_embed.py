@@ -793,7 +793,7 @@ def test_second_command_on_an_output_is_refused_in_a_line_and_costs_the_first_no
     with held(output):  # as the first command does
         second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         assert second.returncode == 1
-        (line,) = second.stderr.splitlines()
+        _, line = second.stderr.splitlines()  # after "brainfm embed: starting"
         assert f"{output}: process {os.getpid()} on " in line
     brainfm.embed(pairs, model, output=output)
     assert counted() == len(pairs) - 3

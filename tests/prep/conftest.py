@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import locale
 import os
 
 import nibabel as nib
@@ -42,14 +41,6 @@ def prepared(head_image) -> Prepared:
     for array in (made.image, made.brain, made.seen):
         array.setflags(write=False)
     return made
-
-
-@pytest.fixture(autouse=True)
-def same_locale():
-    """ITK sets the locale of the process to C when it reads or writes, as these tests do themselves."""
-    before = locale.setlocale(locale.LC_ALL)
-    yield
-    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture

@@ -127,7 +127,8 @@ def test_script_without_a_guard_is_told_so(two, stand_in):
     assert not (two / "out" / "a").exists()
 
 
-def test_bar_has_steps_and_an_estimate_for_one_scan_too(two, stand_in, capsys):
+def test_bar_has_steps_and_an_estimate_for_one_scan_too(two, stand_in, capsys, monkeypatch):
+    monkeypatch.setattr("brainfm.files._terminal_size", lambda: os.terminal_size((120, 24)))
     stand_in("sleep 1.5")
     prepare_all([two / "a.nii.gz"], two / "out", TURBOPREP, progress=True)
     shown = capsys.readouterr().err.split("\r")
