@@ -549,7 +549,7 @@ def test_cache_and_run_on_a_system_that_spawns_its_processes(cohort, tmp_path):
 RANK_FAILS = """
 import os
 from brainfm.train.trainer import Trainer
-from brainfm.train.command import pretrain_command
+from brainfm.cli.training import pretrain_command
 step = Trainer._step
 
 def fails(self, batch):
