@@ -45,11 +45,11 @@ def states(folder: Path) -> dict[Path, tuple[int, int]]:
 
 
 def test_every_combination_is_a_run_of_its_own_and_is_not_run_again(pretrain, tmp_path):
-    swept = ["sweep=augmentation.shift:0,0.8", "patients=0.5,1.0"]
+    swept = ["sweep=augmentation.contrast:0,0.8", "patients=0.5,1.0"]
     code, said = pretrain(*swept)
     assert code == 0, said
     rows = rows_of(tmp_path / "out" / "sweep.csv")
-    assert [(row["augmentation.shift"], row["patients"], row["n_patients"], row["n_scans"]) for row in rows] == [
+    assert [(row["augmentation.contrast"], row["patients"], row["n_patients"], row["n_scans"]) for row in rows] == [
         ("0", "0.5", "6", rows[0]["n_scans"]),
         ("0", "1.0", "12", "16"),
         ("0.8", "0.5", "6", rows[0]["n_scans"]),
@@ -61,8 +61,8 @@ def test_every_combination_is_a_run_of_its_own_and_is_not_run_again(pretrain, tm
         export = tmp_path / "out" / row["variant"] / "export"
         cfg = brainfm.create_model(f"local-dir:{export}").pretrained_cfg
         recipe = json.loads(cfg.recipe)
-        assert (recipe["augmentation"]["shift"], recipe["patients"]) == (
-            float(row["augmentation.shift"]),
+        assert (recipe["augmentation"]["contrast"], recipe["patients"]) == (
+            float(row["augmentation.contrast"]),
             float(row["patients"]),
         )
         assert (cfg.cohorts[0].patients, cfg.cohorts[0].scans) == (int(row["n_patients"]), int(row["n_scans"]))
