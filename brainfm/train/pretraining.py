@@ -40,7 +40,7 @@ _NOT_OF_A_NETWORK |= {"num_classes", "in_chans", "features_only", "out_indices"}
 
 
 def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
-    """Pretrain an encoder as a recipe says, or go on with the run in its folder.
+    """Pretrain an encoder as a recipe says, or go on with the run in its folder; one that has ended is left as it is.
 
     Beside what `Trainer` writes, the folder has at the end `export/`, which `create_model("local-dir:…")` loads, and
     the projector or decoder.
