@@ -22,7 +22,8 @@ logger = logging.getLogger("brainfm")
 
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_fraction", "save_every", "resume", "tf32", "channels_last"}
-_FREE |= {"grad_checkpointing", "manifest", "augment_on"}
+_FREE |= {"grad_checkpointing", "manifest", "augment_on", "picture_every"}
+_FREE |= {"init"}  # where the weights are; init_sha256 says which
 # 1 masked views before the augmentation, in pretraining passed both at once, and in fine-tuning learned standardised
 # labels by a head of small weights, with batch_size scans on each process.
 _FORMAT = 2
@@ -143,7 +144,9 @@ def read_run(path: Path, settings: Training, data: str, joined_batch: int) -> di
             "each: finish it with the version it was begun with, or give another output="
         )
     free = _FREE if ours.get("gradient") == "upstream" else _FREE | {"batch_size"}  # which depends on the processes
-    changed = [f"{key} was {theirs.get(key)}" for key in ours if key not in free and theirs.get(key) != ours[key]]
+    not_default = settings.to_dict(sparse=True)  # a key that came later means, by its default, what was done before
+    theirs = {key: None if key in not_default else value for key, value in ours.items()} | theirs
+    changed = [f"{key} was {theirs[key]}" for key in ours if key not in free and theirs[key] != ours[key]]
     if content["joined_batch"] != joined_batch:
         changed.append(f"the joined batch was {content['joined_batch']} and is {joined_batch}")
     if content["data"] != data:

@@ -6,6 +6,7 @@ resumed in between change nothing.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import zlib
@@ -272,6 +273,23 @@ class PretrainingData(TrainingData):
         if key not in self.cache:
             raise ScanError(self.cache.errors.get(key, f"{record.name}: not in the cache {self.cache.folder}"))
         return key
+
+
+def take_patients(
+    records: Sequence[ScanRecord], fraction: float, seed: int, root: str | os.PathLike[str]
+) -> list[ScanRecord]:
+    """The scans of a fraction of the patients, one at the least: a smaller fraction is part of a larger.
+
+    Who comes first is a function of the seed and of who it is, whatever else the list holds.
+    """
+
+    def place(patient: list[int]) -> str:
+        record = records[patient[0]]
+        return hashlib.sha256(f"{seed} {record.patient_id or key_of(record, root)}".encode()).hexdigest()
+
+    patients = sorted(_by_patient(records), key=place)
+    taken = patients[: max(1, round(fraction * len(patients)))]
+    return [records[n] for n in sorted(n for patient in taken for n in patient)]
 
 
 def count_patients(records: Sequence[ScanRecord]) -> int:

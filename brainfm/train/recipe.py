@@ -119,8 +119,13 @@ class Recipe(Training):
 
     Attributes:
         method: "simclr" or "mae".
-        model: The registered encoder to train, from initial weights.
+        model: The registered encoder to train.
+        model_args: Arguments of its network in place of its card's, such as a ViT's `depth` and `patch_size`.
+        init: A model whose weights the encoder begins with, by a name of `create_model`; a projector or decoder begins
+            anew. None draws initial weights.
+        init_sha256: Of its weight file. A run fills it in, and refuses other weights where it is given.
         manifest: CSV of scans: image_path (or a column a channel, such as t1w_path), mask_path, optional patient_id.
+        patients: The fraction of the patients to train on, drawn by the seed; a smaller one is part of a larger.
         views: SimCLR: "separate" passes the first and the second views through the network one after the other, as the
             released code does, so that BatchNorm takes its statistics of each; "joint" passes both at once.
         batch_chunk: SimCLR: scans of the batch that are in memory at a time; the gradient is that of the whole batch,
@@ -133,11 +138,16 @@ class Recipe(Training):
         cache: A folder of 'brainfm cache build'; None reads the scans themselves.
         temperature, projection_dim, gradient: Of SimCLR; see `nt_xent_loss`.
         mask_ratio, norm_pix_loss, decoder_dim, decoder_depth, decoder_heads: Of the MAE.
+        picture_every: MAE: every so many epochs, a picture of reconstructions in the run's folder; 0 is none.
     """
 
     method: Literal["simclr", "mae"]
     model: str
+    model_args: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
+    init_sha256: str | None = None
     manifest: str = ""
+    patients: float = 1.0
     views: Literal["separate", "joint"] = "separate"
     batch_chunk: int | None = None
     every_scan: bool = False
@@ -153,10 +163,17 @@ class Recipe(Training):
     decoder_dim: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
+    picture_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(projection_dim=1, decoder_dim=6, decoder_depth=1, decoder_heads=1)
+        self._check_least(projection_dim=1, decoder_dim=6, decoder_depth=1, decoder_heads=1, picture_every=0)
+        if not 0 < self.patients <= 1:
+            raise ValueError(f"patients is {self.patients}, and must be a fraction above 0 and at most 1")
+        if self.init_sha256 is not None and self.init is None:
+            raise ValueError("init_sha256 is of the weights that init names; give init too")
+        if self.picture_every and self.method != "mae":
+            raise ValueError("picture_every is for an MAE, which fills in what was hidden; leave it out")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}, and must be above 0")
         if not 0 < self.mask_ratio < 1:
@@ -171,7 +188,7 @@ class Recipe(Training):
     def to_dict(self, *, sparse: bool = False) -> dict[str, Any]:
         """The recipe as plain data, what is learned first."""
         data = super().to_dict(sparse=sparse)
-        return {name: data.pop(name) for name in ("method", "model", "manifest", "output")} | data
+        return {name: data.pop(name) for name in ("method", "model", "manifest", "output") if name in data} | data
 
 
 def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -16,7 +16,7 @@ from brainfm.inference import resolve_device
 from brainfm.train.checkpoint import read_newest
 from brainfm.train.data import count_patients
 from brainfm.train.loader import affordable_workers
-from brainfm.train.pretraining import data_hash, make_data, make_method, read_data
+from brainfm.train.pretraining import data_hash, make_data, make_method, read_data, settled
 from brainfm.train.recipe import Recipe
 
 _TRIED = 16  # scans that a dry run reads
@@ -32,7 +32,9 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
 
     records, spec = read_data(recipe)
     device = resolve_device(recipe.device)
-    recipe, data = recipe.on(device), make_data(recipe, records, spec)
+    recipe, data = settled(recipe, device), make_data(recipe, records, spec)
+    if recipe.init is not None:
+        make_method(recipe, spec)  # refuses weights of another network
     patients = count_patients(records)
     items, joined = len(records) if recipe.every_scan else patients, recipe.batch_size * world
     steps = items // joined
@@ -87,7 +89,7 @@ def estimated_memory(recipe: Recipe, spec: InputSpec) -> float:
     """
     shape = recipe.input_size or spec.output_shape[1:]  # type: ignore[index]
     with torch.device("meta"):
-        method = make_method(replace(recipe, batch_chunk=None), spec)
+        method = make_method(replace(recipe, batch_chunk=None, init=None, init_sha256=None), spec)
     outputs = 0
 
     def count(_: nn.Module, __: Any, output: Any) -> None:

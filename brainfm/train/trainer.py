@@ -51,6 +51,7 @@ class Trainer:
         data: On what.
         group: The processes that train.
         data_hash: Says which data these are; a run on others is not resumed.
+        after_epoch: Called with the number of epochs done after each, on the first process.
 
     Raises:
         RecipeError: The folder holds another run.
@@ -58,10 +59,16 @@ class Trainer:
     """
 
     def __init__(
-        self, settings: Training, method: Method, data: TrainingData, group: ProcessGroup, data_hash: str
+        self,
+        settings: Training,
+        method: Method,
+        data: TrainingData,
+        group: ProcessGroup,
+        data_hash: str,
+        after_epoch: Callable[[int], None] | None = None,
     ) -> None:
         self.settings, self.method, self.data, self.group = settings, method, data, group
-        self.folder, self.data_hash = Path(settings.output), data_hash
+        self.folder, self.data_hash, self.after_epoch = Path(settings.output), data_hash, after_epoch
         self.sampler = EpochSampler(
             len(data), settings.batch_size, rank=group.rank, world=group.world, seed=settings.seed
         )
@@ -213,6 +220,8 @@ class Trainer:
         score = math.inf if math.isnan(score) else score
         improved = progress.epoch == 0 or score < progress.best  # there is always a best one
         self.progress = Progress(progress.epoch + 1, 0, min(score, progress.best))
+        if self.after_epoch is not None and self.group.is_first:
+            self.after_epoch(self.progress.epoch)
         if improved:
             self._save("best")
         if self.progress.epoch % self.settings.save_every == 0:

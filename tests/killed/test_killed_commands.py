@@ -38,7 +38,7 @@ import torch, monai, nibabel, pandas, scipy, scipy.stats, sklearn, sklearn.linea
 matplotlib.use("svg")
 import matplotlib.pyplot
 import brainfm, brainfm.train, brainfm.downstream.benchmark, brainfm.downstream.report, brainfm.downstream.finetuning
-import brainfm.train.pretraining, brainfm.train.command, brainfm.train.cache, brainfm.prep.batch
+import brainfm.train.pretraining, brainfm.cli.training, brainfm.train.cache, brainfm.prep.batch
 from brainfm.cli.main import main
 
 torch.set_num_threads(1)

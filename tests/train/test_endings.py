@@ -22,7 +22,7 @@ SETTINGS = [
 ]
 SOON = 15  # seconds in which a process must end
 
-COMMAND = "from brainfm.train.command import pretrain_command as command; command()"
+COMMAND = "from brainfm.cli.training import pretrain_command as command; command()"
 
 FAILS = f"""
 from brainfm.train.trainer import Trainer

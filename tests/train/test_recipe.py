@@ -47,6 +47,14 @@ def test_what_the_paper_does_not_say_is_not_said_to_be_its_own():
     assert load_recipe("simclr_resnet18_3d").views == "separate"
 
 
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_larger_vits_are_trained_as_the_papers_tiny_one(size):
+    tiny, larger = load_recipe("mae_vit_tiny_3d").to_dict(), load_recipe(f"mae_vit_{size}_3d").to_dict()
+    odd = {key for key in tiny if tiny[key] != larger[key]}
+    assert odd == {"model", "precision"} | ({"grad_checkpointing"} if size == "large" else set())
+    assert brainfm.get_pretrained_cfg(f"mae_vit_{size}_3d").recipe == f"mae_vit_{size}_3d"
+
+
 def test_mae_decays_all_but_biases_and_vectors_as_timm_does():
     recipe = load_recipe("test_vit_3d")
     network = METHODS["mae"](recipe, brainfm.create_model("test_vit_3d")).network

@@ -229,10 +229,12 @@ def test_signal_stops_after_a_step_and_the_same_command_ends_bit_identical(start
 
 
 def _as_written_before(folder: Path) -> None:
-    """A run's folder as brainfm wrote it when two of its names were others."""
+    """A run's folder as brainfm wrote it when two of its names were others, and some keys were not there."""
     path = folder / "checkpoints" / "last.pt"
     content = torch.load(path, weights_only=True)
     content["recipe"]["max_bad_share"] = content["recipe"].pop("max_bad_fraction")
+    for key in ("patients", "model_args", "init", "init_sha256", "picture_every"):
+        del content["recipe"][key]
     torch.save(content, path)
     lines = (folder / "log.jsonl").read_text()
     assert lines.count('"data_fraction"') == 5
@@ -440,7 +442,7 @@ def test_run_that_cannot_be_is_refused_before_it_starts(fields, reason, recipe, 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["simclr_resnet18_3d", "mae_vit_tiny_3d"])
+@pytest.mark.parametrize("name", ["simclr_resnet18_3d", "mae_vit_tiny_3d", "mae_vit_base_3d"])
 def test_dry_run_of_a_published_recipe_says_what_it_would_do(name, tmp_path):
     rows = [f"{n}/t1.nii.gz,{n}/mask.nii.gz,p{n % 400}" for n in range(1000)]
     (tmp_path / "many.csv").write_text("\n".join(["image_path,mask_path,patient_id", *rows]))
@@ -557,7 +559,7 @@ def test_cache_and_run_on_a_system_that_spawns_its_processes(cohort, tmp_path):
 RANK_FAILS = """
 import os
 from brainfm.train.trainer import Trainer
-from brainfm.train.command import pretrain_command
+from brainfm.cli.training import pretrain_command
 step = Trainer._step
 
 def fails(self, batch):

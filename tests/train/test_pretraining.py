@@ -1,0 +1,175 @@
+"""Runs that begin with other weights, or change their network's arguments; and runs that have ended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import brainfm
+from brainfm.cli.main import main
+from brainfm.files import file_sha256
+
+FIELDS = ["epochs=1", "batch_size=6", "workers=0", "precision=float32", "augmentation.crop_min=[27,32,32]"]
+SMALL = {"test_resnet_3d": ["input_size=[16,16,16]"], "test_vit_3d": ["decoder_depth=1", "warmup_epochs=0"]}
+
+
+@pytest.fixture
+def pretrain(cohort, tmp_path):
+    """A function (recipe, arguments) → exit code, output and folder of `brainfm pretrain`."""
+
+    def run(recipe, *arguments, folder="run"):
+        named = [f"manifest={cohort}", f"output={tmp_path / folder}"]
+        done = CliRunner().invoke(main, ["pretrain", recipe, *named, *FIELDS, *SMALL[recipe], *arguments])
+        return done.exit_code, done.output, tmp_path / folder
+
+    return run
+
+
+def cfg_of(folder):
+    return brainfm.create_model(f"local-dir:{folder / 'export'}").pretrained_cfg
+
+
+def released(name):
+    return Path(brainfm.get_pretrained_cfg(name).file)
+
+
+# --- init -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["test_resnet_3d", "test_vit_3d"])
+def test_run_begins_with_released_weights_and_its_folder_says_so(recipe, pretrain, tmp_path):
+    code, said, run = pretrain(recipe, f"init={recipe}", "lr=1e-12")
+    assert code == 0, said
+    begun, ended = brainfm.create_model(recipe, pretrained=True), brainfm.create_model(f"local-dir:{run / 'export'}")
+    for (name, first), last in zip(begun.named_parameters(), ended.parameters(), strict=True):
+        assert torch.allclose(first, last, atol=1e-9), name
+    cfg, digest = cfg_of(run), file_sha256(released(recipe))
+    assert f"Pretrained from {recipe} (sha256 {digest})." in cfg.notes
+    assert f"Pretrained from {recipe} (sha256 {digest})." in (run / "export" / "README.md").read_text()
+    assert [cohort.name for cohort in cfg.cohorts] == ["brainfm phantoms of seed 0", "manifest"]
+    assert cfg.licence == "Apache-2.0"
+    known = json.loads(cfg.recipe)
+    assert (known["init"], known["init_sha256"]) == (recipe, digest)
+
+
+def test_run_begins_with_own_weights_wherever_they_are_and_with_no_others(pretrain, tmp_path):
+    _, _, first = pretrain("test_resnet_3d")
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(first / "export", tmp_path / "moved" / "export")
+    code, said, second = pretrain("test_resnet_3d", f"init=local-dir:{first}/export", "epochs=2", folder="second")
+    assert code == 0, said
+    config = (second / "export" / "config.json").read_text()
+    assert "Pretrained from local-dir:run (sha256 " in cfg_of(second).notes
+    assert str(tmp_path) not in config
+    assert [cohort.patients for cohort in cfg_of(second).cohorts] == [12]
+    log = (second / "log.jsonl").read_bytes()
+    again = pretrain("test_resnet_3d", f"init=local-dir:{tmp_path}/moved/export", "epochs=2", folder="second")
+    assert again[0] == 0
+    assert (second / "log.jsonl").read_bytes() == log
+    code, said, _ = pretrain("test_resnet_3d", "init=test_resnet_3d", "epochs=2", folder="second")
+    assert code == 1
+    assert "init_sha256 was " in said
+    code, said, _ = pretrain("test_resnet_3d", "epochs=2", folder="second")
+    assert code == 1
+    assert "init_sha256 was " in said
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "reason"),
+    [
+        (
+            "test_resnet_3d",
+            ["init=test_vit_3d"],
+            "init=test_vit_3d is a test_vit_3d, and the recipe's model a test_resn",
+        ),
+        ("test_vit_3d", ["init=test_vit_3d", "model_args.depth=2"], "blocks"),
+        ("test_resnet_3d", ["init=test_resnet_3d", f"init_sha256={'ab' * 32}"], "other weights than the recipe's"),
+        ("test_resnet_3d", [f"init_sha256={'ab' * 32}"], "give init too"),
+        ("test_resnet_3d", ["init=nowhere_3d"], "unknown model"),
+        ("test_resnet_3d", ["init=resnet18_3d", "model=resnet18_3d"], "resnet18_3d"),
+    ],
+)
+def test_weights_that_the_run_cannot_begin_with_are_refused(recipe, arguments, reason, pretrain):
+    for also in ([], ["--dry-run"]):
+        code, said, run = pretrain(recipe, *arguments, *also)
+        assert code == 1
+        assert reason in said
+        assert "Traceback" not in said
+        assert not run.exists()
+
+
+def test_weights_for_other_channels_are_refused(pretrain, tmp_path):
+    model = brainfm.create_model("test_resnet_3d")
+    spec = json.loads(json.dumps(model.pretrained_cfg.input_spec.to_dict())) | {"representation": "FLAIR"}
+    brainfm.save_for_hub(model, tmp_path / "flair", pretrained_cfg_overlay={"input_spec": spec})
+    code, said, _ = pretrain("test_resnet_3d", f"init=local-dir:{tmp_path / 'flair'}")
+    assert code == 1
+    assert "trained on other scans than test_resnet_3d takes: representation FLAIR, not T1w" in said
+
+
+# --- model_args -----------------------------------------------------------------------------------
+
+
+def test_patch_size_and_depth_are_keys_of_a_recipe_and_the_folder_has_them(pretrain, small_sample):
+    code, said, run = pretrain("test_vit_3d", "model_args={depth: 2, patch_size: [10, 12, 16]}", "model_args.depth=3")
+    assert code == 0, said
+    model = brainfm.create_model(f"local-dir:{run / 'export'}")
+    assert (len(model.blocks), model.patch_embed.patch_size, model.grid) == (3, (10, 12, 16), (4, 4, 3))
+    assert model(brainfm.create_transform(model)(*small_sample)[None]).shape == (1, 96)
+    config = json.loads((run / "export" / "config.json").read_text())
+    assert json.loads(model.pretrained_cfg.recipe)["model_args"] == {"depth": 3, "patch_size": [10, 12, 16]}
+    assert '"depth": 3' in json.dumps(config["models"])
+    decoder = brainfm.weights.read_checkpoint(run / "decoder.safetensors").state
+    assert decoder["decoder_pred.weight"].shape[0] == 10 * 12 * 16
+    code, said, again = pretrain("test_vit_3d", f"init=local-dir:{run}/export", folder="again")
+    assert code == 1
+    assert "give model_args as it was made with" in said
+    code, said, again = pretrain(
+        "test_vit_3d", f"init=local-dir:{run}/export", "model_args={depth: 3, patch_size: [10,12,16]}", folder="again"
+    )
+    assert code == 0, said
+    assert len(brainfm.create_model(f"local-dir:{again / 'export'}").blocks) == 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        (
+            "model_args.patch_size=[7,8,8]",
+            "test_vit_3d cannot be built with patch_size=(7, 8, 8): patches of (7, 8, 8)",
+        ),
+        ("model_args.depht=2", "test_vit_3d cannot be built with depht=2"),
+        ("model_args.num_classes=2", "num_classes is no argument of a network that a recipe sets"),
+        ("model_args.checkpoint_path=x", "checkpoint_path is no argument of a network that a recipe sets"),
+        ("model_args=3", "model_args is 3"),
+    ],
+)
+def test_arguments_that_the_network_does_not_take_are_refused(argument, reason, pretrain):
+    code, said, run = pretrain("test_vit_3d", argument)
+    assert code == 1
+    assert reason in said
+    assert not run.exists()
+
+
+# --- Runs that have ended -------------------------------------------------------------------------
+
+
+def test_run_that_has_ended_is_left_as_it_is_and_what_is_lost_of_it_is_made_again(pretrain):
+    _, _, run = pretrain("test_resnet_3d")
+    config = run / "export" / "config.json"
+    before, weights = config.stat().st_mtime_ns, file_sha256(run / "export" / "model.safetensors")
+    code, said, _ = pretrain("test_resnet_3d")
+    assert code == 0
+    assert "load it with create_model" in said
+    assert config.stat().st_mtime_ns == before
+    shutil.rmtree(run / "export")
+    assert pretrain("test_resnet_3d")[0] == 0
+    assert file_sha256(run / "export" / "model.safetensors") == weights
+    code, said, _ = pretrain("test_resnet_3d", "lr=1e-2")
+    assert code == 1
+    assert "lr was 0.001" in said
