@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import mmap
+import shutil
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -256,6 +257,7 @@ def test_build_by_the_wrong_contract_does_not_block_the_right_one(cohort, tmp_pa
 
 
 def test_cache_of_an_earlier_version_which_masked_its_scans_is_refused(cache, small_spec, tmp_path, records):
+    shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
     content = json.loads((cache / "cache.json").read_text())
     (tmp_path / "cache.json").write_text(json.dumps(content | {"format": 1}))
     for use in (lambda: ScanCache(tmp_path, small_spec), lambda: build_cache(records, tmp_path, small_spec)):

@@ -195,7 +195,7 @@ main()
 
 
 def test_console_says_loss_and_time_left_once_and_does_without_a_broken_tensorboard(cohort, tmp_path):
-    fields = [*SETTINGS, "epochs=2", "workers=0", f"manifest={cohort}", f"output={tmp_path / 'run'}"]
+    fields = [*SETTINGS, "epochs=2", "workers=0", "precision=float32", f"manifest={cohort}", f"output={tmp_path / 'run'}"]
     done = subprocess.run(
         [sys.executable, "-c", BROKEN, "pretrain", "test_resnet_3d", *fields],
         capture_output=True,
@@ -203,7 +203,8 @@ def test_console_says_loss_and_time_left_once_and_does_without_a_broken_tensorbo
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
+    started, *lines = done.stderr.splitlines()
+    assert started.endswith("pretrain: starting")
     assert len(lines) == len(set(lines)) == 3
     assert lines[0].startswith("going on without TensorBoard (TypeError: Descriptors cannot be created directly.)")
     for n, line in enumerate(lines[1:], start=1):

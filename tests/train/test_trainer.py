@@ -188,13 +188,15 @@ def test_batch_in_chunks_has_the_gradient_of_the_whole_batch(recipe):
             assert (found - wanted).abs().max() <= 1e-10 * wanted.abs().max()
 
 
-def test_chunks_count_each_scan_once_in_the_running_statistics(recipe):
+@pytest.mark.parametrize(("views", "passes"), [("joint", 1), ("separate", 2)])
+def test_chunks_count_each_scan_once_in_the_running_statistics(views, passes, recipe):
     from brainfm.train.method import SimCLRMethod
 
-    method = SimCLRMethod(recipe(batch_size=6, batch_chunk=2), brainfm.create_model("test_resnet_3d"))
+    settings = recipe(batch_size=6, batch_chunk=2, views=views)
+    method = SimCLRMethod(settings, brainfm.create_model("test_resnet_3d"))
     method.network.train()
     method.backward(method.network, Batch(torch.randn(2, 6, 1, 24, 24, 24), []), torch.Generator(), slice(0, 6))
-    assert method.encoder.bn1.num_batches_tracked == 3
+    assert method.encoder.bn1.num_batches_tracked == 3 * passes
 
 
 # --- Interrupted and resumed ----------------------------------------------------------------------
