@@ -195,7 +195,14 @@ main()
 
 
 def test_console_says_loss_and_time_left_once_and_does_without_a_broken_tensorboard(cohort, tmp_path):
-    fields = [*SETTINGS, "epochs=2", "workers=0", "precision=float32", f"manifest={cohort}", f"output={tmp_path / 'run'}"]
+    fields = [
+        *SETTINGS,
+        "epochs=2",
+        "workers=0",
+        "precision=float32",
+        f"manifest={cohort}",
+        f"output={tmp_path / 'run'}",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", BROKEN, "pretrain", "test_resnet_3d", *fields],
         capture_output=True,
