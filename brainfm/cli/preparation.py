@@ -33,6 +33,12 @@ _HELP = {"help_option_names": ["-h", "--help"]}
     show_default=True,
     help="The steps above, or TurboPrep's program instead of them.",
 )
+@click.option(
+    "--template",
+    default="",
+    metavar="FILE",
+    help="What TurboPrep registers to: mni_icbm152_t1_tal_nlin_sym_09c.nii. Default: the packaged brain without skull.",
+)
 def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, **options: Any) -> None:
     """Prepare raw T1w scans of heads as the released weights want them: N4, skull off, rigidly registered, masked.
 

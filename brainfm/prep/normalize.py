@@ -25,9 +25,10 @@ def white_peak(values: NDArray[np.floating]) -> float:
 
 
 def white_stripe(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The image with white matter at 0 and its std as 1; 0 outside the brain.
+    """The image with white matter at 0 and its std as 1.
 
-    The std is that of the voxels whose rank is at most 5 % of the brain's from the peak's.
+    What is outside the brain is set to 0 first and then shifted with all the rest, as TurboPrep's scans have it: a
+    negative constant. The std is that of the voxels whose rank is at most 5 % of the brain's from the peak's.
     """
     values = image[brain]
     peak = white_peak(values)
@@ -35,6 +36,5 @@ def white_stripe(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> NDArra
     low, high = np.quantile(values, (max(0.0, rank - _WIDTH), min(1.0, rank + _WIDTH)))
     stripe = values[(values >= low) & (values <= high)]
     std = float(stripe.std()) or 1.0
-    out = np.zeros_like(image)
-    out[brain] = (values - np.float32(stripe.mean())) / np.float32(std)
-    return out
+    shifted: NDArray[np.float32] = (image * brain - np.float32(stripe.mean())) / np.float32(std)
+    return shifted

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.errors import ScanError
+from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs
 from brainfm.prep.image import TEMPLATE, largest_part, like, locale_kept, on_template, save, sitk, template, to_array
@@ -35,11 +35,13 @@ from brainfm.prep.registration import SEED, TransformType, as_affine
 from brainfm.prep.source import Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
 from brainfm.schema import Checked
+from brainfm.system import expanded
 from brainfm.version import __version__
 
 RECORD = "prep.json"
 # The steps and what each takes of a scan's time, about; what settings leave out takes none.
 STEPS = {"read": 2, "bias": 20, "extraction": 25, "registration": 35, "resampling": 3, "quality": 10, "write": 5}
+BRAIN_ONLY = "the brain of MNI152 without its skull, where TurboPrep's README registers to the whole head"
 IMAGE, MASK, TRANSFORM, PICTURE = "normalized.nii.gz", "mask.nii.gz", "affine_transf.mat", "qc.png"
 
 
@@ -55,6 +57,8 @@ class Settings(Checked):
         mask: The extraction's own, moved to the grid; or "synthseg" on the registered brain (its program).
         normalization: "whitestripe" or "none". It cancels in the masked z-score of the released weights.
         backend: "pip" for the above, or "turboprep" for TurboPrep's program instead of all of it but `registration`.
+        template: What TurboPrep registers to, a path: its README names the whole head of MNI152 2009c symmetric
+            (`mni_icbm152_t1_tal_nlin_sym_09c.nii`). "" is the packaged brain without its skull, which prep.json says.
     """
 
     bias: str = "n4"
@@ -64,6 +68,12 @@ class Settings(Checked):
     mask: Literal["extraction", "synthseg"] = "extraction"
     normalization: Literal["whitestripe", "none"] = "whitestripe"
     backend: Literal["pip", "turboprep"] = "pip"
+    template: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template and self.backend != "turboprep":
+            raise ValueError("template is what TurboPrep registers to; it needs backend turboprep")
 
     def tools(self) -> dict[str, str]:
         """The tool of each step with its version. Raises BrainfmError for one that is not installed here."""
@@ -157,7 +167,7 @@ def prepare(
 
     torch.set_num_threads(threads)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-    tools = settings.tools()
+    tools, target = settings.tools(), _target(settings)
     clock = _Clock(begun)
     for name in (IMAGE, RECORD):  # what is in the folder from here on is not finished
         (folder / name).unlink(missing_ok=True)
@@ -183,7 +193,8 @@ def prepare(
         "versions": {name: version(name) for name in ("SimpleITK", "torch", "numpy")}
         | {"python": platform.python_version(), "machine": platform.machine()},
         "seed": SEED,
-        "template": {"file": TEMPLATE.name, "sha256": file_sha256(TEMPLATE)},
+        "template": {"file": target.name, "sha256": file_sha256(target)}
+        | ({"note": BRAIN_ONLY} if settings.backend == "turboprep" and not settings.template else {}),
         "transform": np.round(_matrix(transform), 6).tolist(),
         "seconds": clock.seconds,
         "peak_memory_gb": _peak_memory_gb(),
@@ -192,19 +203,50 @@ def prepare(
         "quality": [asdict(figure) | RANGES[figure.name].limits() for figure in figures],
     }
     write_json(folder / RECORD, record)
-    normalize = settings.normalization == "whitestripe" and settings.backend == "pip"
-    image = white_stripe(prepared.image, prepared.brain) if normalize else prepared.image * prepared.brain
-    save(image, folder / IMAGE)
+    save(_normalized(prepared, settings), folder / IMAGE)
     return record
+
+
+def _target(settings: Settings) -> Path:
+    """What scans are registered to. Raises BrainfmError for a template that is not on the contract's grid."""
+    if not settings.template:
+        return TEMPLATE
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+
+    path = expanded(settings.template)
+    try:
+        given, ours = nib.load(path), nib.load(TEMPLATE)
+    except (OSError, ImageFileError) as error:
+        raise BrainfmError(f"{path}: not a readable template ({one_line(error)})") from error
+    if given.shape != ours.shape or not np.allclose(given.affine, ours.affine, atol=1e-3):
+        raise BrainfmError(
+            f"{path}: not MNI152 2009c symmetric at 1 mm: its grid is {given.shape} from {given.affine[:3, 3]} mm, not "
+            f"{ours.shape} from {ours.affine[:3, 3]} mm"
+        )
+    return path
+
+
+def _normalized(prepared: Prepared, settings: Settings) -> NDArray[np.float32]:
+    """What is written: TurboPrep's own image as it is, with its background; else ours."""
+    if prepared.normalized is not None:
+        return prepared.normalized
+    if settings.normalization == "whitestripe":
+        return white_stripe(prepared.image, prepared.brain)
+    return prepared.image * prepared.brain
 
 
 def _run(head: Head, settings: Settings, threads: int, clock: _Clock) -> tuple[Prepared, sitk.AffineTransform]:
     if settings.backend == "turboprep":
         with clock("turboprep"):
-            normalized, mask, transform = programs.turboprep(head.image, settings.registration, threads)
-        brain = _whole(to_array(mask) > 0.5)
+            normalized, mask, transform = programs.turboprep(
+                head.image, settings.registration, threads, _target(settings)
+            )
+        brain, made = _whole(to_array(mask) > 0.5), to_array(normalized)
         affine = as_affine(transform)
-        return Prepared(to_array(normalized), brain, _seen(head.image, affine), head.stripped), affine
+        # WhiteStripe put white matter at 0; figures of brightness want what is outside the brain there, as it was.
+        image = made - np.float32(np.median(made[~brain]))
+        return Prepared(image, brain, _seen(head.image, affine), head.stripped, normalized=made), affine
     with clock("bias"):
         corrected = BIAS[settings.bias].run(head.image)
     with clock("extraction"):

@@ -51,14 +51,14 @@ def synthseg(registered: sitk.Image, threads: int) -> sitk.Image:
 
 
 def turboprep(
-    head: sitk.Image, transform_type: TransformType, threads: int
+    head: sitk.Image, transform_type: TransformType, threads: int, target: Path = TEMPLATE
 ) -> tuple[sitk.Image, sitk.Image, sitk.Transform]:
-    """TurboPrep's normalized image, mask and transform of a scan."""
+    """TurboPrep's normalized image, mask and transform of a scan that it registers to `target`."""
     with tempfile.TemporaryDirectory(prefix="brainfm-prep-") as folder:
         image, out = Path(folder, "head.nii.gz"), Path(folder, "out")
         out.mkdir()
         sitk.WriteImage(head, str(image))
-        _run("turboprep", str(image), str(out), str(TEMPLATE), "-r", transform_type[0], "-t", str(threads))
+        _run("turboprep", str(image), str(out), str(target), "-r", transform_type[0], "-t", str(threads))
         made = [out / name for name in ("normalized.nii.gz", "mask.nii.gz", "affine_transf.mat")]
         for path in made:
             if not path.exists():

@@ -21,7 +21,7 @@ from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import file_sha256
 from brainfm.prep import bias, deepbet, pipeline, registration, steps
 from brainfm.prep.batch import prepare_all
-from brainfm.prep.image import like, sitk, template, to_array, to_itk
+from brainfm.prep.image import TEMPLATE, like, sitk, template, to_array, to_itk
 from brainfm.prep.normalize import white_peak, white_stripe
 from brainfm.prep.pipeline import Settings, is_done, prepare, read_record
 from brainfm.prep.programs import synthseg, synthstrip
@@ -130,7 +130,9 @@ def test_white_stripe_puts_white_matter_at_zero(brain):
     image, mask = brain[0].astype(np.float32), brain[1] > 0
     out = white_stripe(image, mask)
     assert abs(white_peak(out[mask])) < 0.5
-    assert not out[~mask].any()
+    outside = out[~mask]
+    assert outside[0] < out[mask].min() + 1e-6
+    assert (outside == outside[0]).all()
     assert np.corrcoef(out[mask], image[mask])[0, 1] > 0.9999
 
 
@@ -176,9 +178,12 @@ def test_no_name_of_a_dicom_header_reaches_an_output(small_sample, tmp_path, mon
 
 def test_turboprep_does_everything_where_it_is_asked_to(program, tmp_path):
     sitk.WriteTransform(sitk.AffineTransform(3), str(tmp_path / "affine.mat"))
+    scan = nib.load(SAMPLE_SCAN)
+    shifted = (np.asanyarray(scan.dataobj) - 215.0).astype(np.float32) / 12  # as WhiteStripe leaves it
+    nib.Nifti1Image(shifted, scan.affine).to_filename(tmp_path / "made.nii.gz")
     program(
         "turboprep",
-        f'cp {SAMPLE_SCAN} "$2/normalized.nii.gz"; cp {SAMPLE_MASK} "$2/mask.nii.gz"; '
+        f'cp {tmp_path / "made.nii.gz"} "$2/normalized.nii.gz"; cp {SAMPLE_MASK} "$2/mask.nii.gz"; '
         f'cp {tmp_path / "affine.mat"} "$2/affine_transf.mat"',
     )
     record = prepare(Source(SAMPLE_SCAN, "sample"), tmp_path / "out", Settings(backend="turboprep"))
@@ -188,7 +193,33 @@ def test_turboprep_does_everything_where_it_is_asked_to(program, tmp_path):
     assert said[3:] == ["-r", "r", "-t", "1"]
     assert said[2].endswith("mni152_2009c_sym_T1w_brain.nii.gz")
     out = np.asanyarray(nib.load(tmp_path / "out" / "normalized.nii.gz").dataobj)
-    assert np.array_equal(out, np.asanyarray(nib.load(SAMPLE_SCAN).dataobj) * (out != 0))
+    assert np.array_equal(out, np.asanyarray(nib.load(tmp_path / "made.nii.gz").dataobj))
+    assert out.min() < 0  # its background is as it was
+    assert "without its skull" in record["template"]["note"]
+
+
+def test_turboprep_registers_to_the_whole_head_where_that_is_given(stand_in, tmp_path):
+    head = nib.Nifti1Image(np.asanyarray(nib.load(TEMPLATE).dataobj) + np.uint8(1), nib.load(TEMPLATE).affine)
+    head.to_filename(tmp_path / "whole_head.nii")
+    stand_in()
+    settings = Settings(backend="turboprep", template=str(tmp_path / "whole_head.nii"))
+    record = prepare(Source(SAMPLE_SCAN, "sample"), tmp_path / "out", settings)
+    assert (tmp_path / "said").read_text().split()[2] == str(tmp_path / "whole_head.nii")
+    assert record["template"]["file"] == "whole_head.nii"
+    assert "note" not in record["template"]
+
+
+@pytest.mark.parametrize("name", ["another.nii", "gone.nii", "text.nii"])
+def test_template_that_is_not_the_contracts_is_refused(name, stand_in, tmp_path):
+    nib.Nifti1Image(np.ones((182, 218, 182), np.uint8), np.eye(4)).to_filename(tmp_path / "another.nii")
+    (tmp_path / "text.nii").write_text("no image")
+    stand_in()
+    with pytest.raises(BrainfmError, match=rf"{name}: not (MNI152 2009c|a readable template)"):
+        prepare(
+            Source(SAMPLE_SCAN, "s"), tmp_path / "out", Settings(backend="turboprep", template=str(tmp_path / name))
+        )
+    with pytest.raises(ValueError, match="needs backend turboprep"):
+        Settings(template=str(tmp_path / name))
 
 
 def files(folder):
