@@ -19,6 +19,7 @@ if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch is 
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(processes)))
 _CACHES = tempfile.TemporaryDirectory(prefix="brainfm-tests-")
 _HUB = LoopbackHub()
+LOCALE = locale.setlocale(locale.LC_ALL)  # of the process, before anything of ITK
 os.environ |= {  # before huggingface_hub is imported: it reads them once
     "BRAINFM_CACHE": f"{_CACHES.name}/brainfm",
     "HF_HOME": f"{_CACHES.name}/huggingface",
@@ -108,10 +109,10 @@ def elsewhere(hub, tmp_path):
 
 @pytest.fixture(autouse=True)
 def same_locale():
-    """ITK sets the locale of the process to C when it reads or writes, as some tests do themselves."""
-    before = locale.setlocale(locale.LC_ALL)
+    """ITK sets the locale of the process to C when it reads or writes, as some tests and fixtures do themselves."""
+    locale.setlocale(locale.LC_ALL, LOCALE)
     yield
-    locale.setlocale(locale.LC_ALL, before)
+    locale.setlocale(locale.LC_ALL, LOCALE)
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_embed_reads_out_as_the_cfg_says(name, batch_size, tmp_path):
 
 @pytest.mark.parametrize("readout", [Readout("brain"), Readout("token", Window((24, 24, 24), 0.25, "brain"))])
 def test_model_that_is_saved_with_a_readout_verifies_by_it(readout, tmp_path):
-    model = brainfm.create_model("test_vit_3d", pretrained=True)
+    model = brainfm.create_model("test_vit_3d", pretrained=True, dynamic_img_size=True)  # a window is smaller
     plain = brainfm.embed([(brainfm.assets.SAMPLE_SCAN, brainfm.assets.SAMPLE_MASK)], model).vectors
     model.pretrained_cfg = model.pretrained_cfg.overlay({"readout": readout})
     brainfm.save_for_hub(model, tmp_path / "model")

@@ -24,7 +24,7 @@ from brainfm.registry import get_pretrained_cfg
 from brainfm.system import expanded
 from brainfm.train.cache import key_of
 from brainfm.train.checkpoint import read_newest
-from brainfm.train.data import PretrainingData, count_patients, take_patients
+from brainfm.train.data import EpochSampler, PretrainingData, count_patients, take_patients
 from brainfm.train.distributed import process_group
 from brainfm.train.method import METHODS, MAEMethod, PretrainingMethod
 from brainfm.train.picture import Reconstructions
@@ -68,6 +68,7 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
             logger.info("%s: the run has ended, and is not run again", recipe.output)
             return export
         data = make_data(recipe, records, spec)
+        EpochSampler(len(data), recipe.batch_size, world=group.world)  # refuses too few, before a folder is made
         method = make_method(recipe, spec)
         pictures = None
         if isinstance(method, MAEMethod) and recipe.picture_every:

@@ -576,11 +576,6 @@ def mask_with_another_affine(folder, brain):
     return masked(folder, brain, brain[1], brain[2] + np.array([[0, 0, 0, 1], *np.zeros((3, 4))]))
 
 
-@bad("lies elsewhere")
-def mask_with_other_axes(folder, brain):
-    return masked(folder, brain, brain[1], from_matvec(np.diag([-1.0, 1.0, 1.0]), (96.0, -132.0, -78.0)))
-
-
 @bad("is empty")
 def empty_mask(folder, brain):
     return masked(folder, brain, np.zeros_like(brain[1]))

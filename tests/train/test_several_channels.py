@@ -233,7 +233,7 @@ def test_exported_encoder_is_fine_tuned_probed_and_tested_on_corrupted_scans(mod
     assert "FLAIR is missing" in failed[4]
 
     encoder = brainfm.create_model(f"local-dir:{export}")
-    features = read_features(data.records, encoder, tmp_path, "two", device="cpu")
+    features = read_features(data.records, encoder, tmp_path, "two", device="cpu").vectors
     assert features.shape == (12, 32)
     probe = fit_probe(features, data.labels, data.task.kind, patients=data.patients)
     assert predict_probe(probe, features, data.task.kind).shape == (12,)

@@ -354,6 +354,7 @@ def test_run_without_a_whole_checkpoint_is_refused(recipe, tmp_path):
 
 
 def test_second_run_into_a_folder_is_refused_while_the_first_lasts(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
     with held(tmp_path / "run"), pytest.raises(BrainfmError, match="is writing it"):
         pretrain(recipe(epochs=1))
     pretrain(recipe(epochs=1))
