@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Literal, TypeAlias
 
@@ -20,6 +22,18 @@ _COARSE_MM = 6.0
 _KEPT_STARTS = 3
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """All of ITK on one thread: a registration's own setting does not reach its metric's filters."""
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+
+
+@_one_thread()
 def register(brain: sitk.Image, transform_type: TransformType = "rigid") -> sitk.AffineTransform:
     """The transform from points of the template to points of the scan.
 
@@ -106,7 +120,6 @@ def _optimise(
 
 def _method(near: sitk.Image, transform: sitk.Transform) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
-    method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
     method.SetMetricFixedMask(near)
     method.SetInterpolator(sitk.sitkLinear)
