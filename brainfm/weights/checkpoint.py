@@ -268,8 +268,10 @@ def _read_tar(path: Path, take: str | None) -> Checkpoint:
                 return Checkpoint(_stripped(load(file.read())))
             except SafetensorError as error:
                 raise WeightsError(f"{name}: damaged safetensors file ({error})") from error
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise WeightsError(f"{path}: damaged tar archive ({error}); fetch it again") from error
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(f"{path}: damaged tar archive ({one_line(error)}); fetch it again") from error
 
 
 def _torch_load(file: Path | IO[bytes], name: str, most: int) -> Any:
@@ -288,6 +290,8 @@ def _torch_load(file: Path | IO[bytes], name: str, most: int) -> Any:
                 with suppress(RuntimeError, OSError):  # a file system may map nothing
                     return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
             return torch.load(source, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)[: ]+(?:GLOBAL )?([\w.]+)", str(error))
         if asked:
@@ -297,16 +301,7 @@ def _torch_load(file: Path | IO[bytes], name: str, most: int) -> Any:
                 "ask its authors for safetensors or a plain state dict"
             ) from error
         raise WeightsError(f"{name}: not a PyTorch checkpoint, or a damaged one; fetch or copy it again") from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # the bytes of a damaged file drive torch's and zipfile's readers into anything
         raise WeightsError(
             f"{name}: not a PyTorch checkpoint, or a damaged one ({one_line(error)}); fetch or copy it again"
         ) from error

@@ -187,6 +187,7 @@ def test_checkpoint_of_any_bytes_is_tensors_or_a_refusal(tmp_path):
     @example(with_pickle(lambda _: b"\x80\x02" + b"(" * 100_000 + b"."))
     @example(with_pickle(lambda _: b"\x80\x02X\xff\xff\xff\x7f."))
     @example(with_pickle(lambda _: b"\x80\x02]" + b"2a" * 50_000 + b"."))
+    @example(with_pickle(lambda _: b"\x80\x02X."))  # struct.error
     def fuzz(content):
         path.write_bytes(content)
         outcome(load, path)
