@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -254,14 +255,13 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     journal = Journal(job.output, rank, made_by) if job.output else None
     done = _Rows(mine)
     if journal is not None:
-        left = [n for n in mine if n not in failed and (not maps or maps[n].is_file())]
-        for n in left:
+        for n in (n for n in mine if n not in failed and (not maps or maps[n].is_file())):
             if (vector := journal.find(records[n])) is not None:
                 done[n] = vector
         if len(done):
             logger.info("%s: %d scans were done by an earlier run", job.output, len(done))
     resumed = len(done)
-    todo = [n for n in mine if n not in done and n not in failed]
+    todo = array("q", (n for n in mine if n not in done and n not in failed))
     size, workers = options.batch_size, options.num_workers
     most = size if size != "auto" else MOST_SCANS if place.type == "cuda" else 1
     batches = Batches(prepared_scans(records, todo, transform, workers, workers + most), size, place)
@@ -368,13 +368,14 @@ class _Rows:
     def __len__(self) -> int:
         return int(self._there.sum())
 
-    def taken(self) -> tuple[list[int], NDArray[np.float32]]:
+    def taken(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The numbers of the scans that came, and their vectors, moved together; no more may come then."""
-        places = np.flatnonzero(self._there).tolist()
+        places = np.flatnonzero(self._there)
         for row, place in enumerate(places):
             if row != place:
                 self._vectors[row] = self._vectors[place]
-        return [self._numbers[place] for place in places], self._vectors[: len(places)]
+        numbers = self._numbers.start + self._numbers.step * places
+        return numbers, self._vectors[: len(places)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -438,7 +439,7 @@ def _table(
     origin: Origin,
 ) -> Embeddings:
     order, vectors = done.taken()
-    if not order:
+    if not len(order):
         vectors = np.empty((0, width), dtype=np.float32)
     rows = [records[n] for n in order]
     if maps:

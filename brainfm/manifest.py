@@ -49,7 +49,8 @@ class ScanRecord:
     """One scan of a list.
 
     Attributes:
-        image: The scan: a path, an image in memory, or of several channels {channel: path or image}.
+        image: The scan: a path, an image in memory, or of several channels {channel: path or image}. Paths become str:
+            a `Path` takes five times the memory, and scans are many.
         mask: Its brain mask, or None.
         patient_id: Who was scanned; empty where nobody says, which "n/a" and the like become.
         scan_id: Which scan of that patient, or empty.
@@ -66,6 +67,10 @@ class ScanRecord:
         for name in ("patient_id", "scan_id"):
             text = str(getattr(self, name))
             object.__setattr__(self, name, "" if is_missing(text) else printable(text))
+        images = self.image
+        image = {channel: _text(each) for channel, each in images.items()} if is_mapping(images) else _text(images)
+        object.__setattr__(self, "image", image)
+        object.__setattr__(self, "mask", _text(self.mask))
 
     @property
     def images(self) -> dict[str, ImageLike]:
@@ -111,6 +116,11 @@ class ScanRecord:
         return cls(several or (path(one) if one else ""), path(mask) if mask else None, patient, scan, values)
 
 
+def _text(item: Any) -> Any:
+    """A path as text; everything else as it is."""
+    return os.fsdecode(item) if isinstance(item, os.PathLike) else item
+
+
 class Listing(list[ScanRecord]):
     """Scans in their order, and what a folder holds beside them.
 
@@ -128,7 +138,7 @@ class Listing(list[ScanRecord]):
     ) -> None:
         super().__init__(records)
         self.left_out = dict(left_out or {})
-        self.rows = list(rows)
+        self.rows = rows
 
 
 def is_channel_column(name: str) -> bool:
@@ -223,8 +233,8 @@ def _with_verdict(record: ScanRecord) -> ScanRecord:
     """The record with `verdict_of` as its column `qc`, where a `prep.json` lies beside the scan."""
     if not isinstance(record.image, str | os.PathLike):
         return record
-    path = Path(record.image)
-    verdict = verdict_of(path.parent) if path.name == _TURBOPREP_IMAGE else ""
+    folder, name = os.path.split(record.image)
+    verdict = verdict_of(Path(folder)) if name == _TURBOPREP_IMAGE else ""
     return replace(record, extra=record.extra | {"qc": verdict}) if verdict else record
 
 
@@ -297,20 +307,13 @@ def _from_rows(rows: pd.DataFrame, where: str, folder: Path) -> Listing:
     if rows.empty:
         raise ScanError(f"{where}: the manifest has a header but no rows")
     paths = ["image_path"] if "image_path" in names else channels
+    _refuse_same_files(rows[[name for name in (*paths, "mask_path") if name in names]], where)
     records: list[ScanRecord] = []
-    seen: dict[str, Any] = {}
     labels: dict[str, str] = {}  # each kept once
     for row, *fields in rows.itertuples(name=None):
         values = {name: labels.setdefault(v, v) if len(v) < 8 else v for name, v in zip(names, fields, strict=True)}
-        images = [values[name] for name in paths if values[name]]
-        if not images:
+        if not any(values[name] for name in paths):
             raise ScanError(f"{where}, row {row}: {' and '.join(paths)} {'are' if len(paths) > 1 else 'is'} empty")
-        same = "\0".join(os.path.normpath(values.get(name, "")) for name in (*paths, "mask_path"))
-        if same in seen:
-            raise ScanError(
-                f"{where}, row {row}: {', '.join(images)} is already in row {seen[same]}; remove one of them"
-            )
-        seen[same] = row
         try:
             records.append(ScanRecord.from_columns(values, folder))
         except ScanError as error:
@@ -318,7 +321,17 @@ def _from_rows(rows: pd.DataFrame, where: str, folder: Path) -> Listing:
     records = _identified(records, _patients(rows, where), _scans(rows), where)
     _refuse_one_id_of_two(records)
     check_patients(records)
-    return Listing(records, rows=rows.index)
+    return Listing(records, rows=rows.index.to_numpy())  # a list of int takes five times the memory
+
+
+def _refuse_same_files(paths: pd.DataFrame, where: str) -> None:
+    """Raise ScanError where two rows name the same files."""
+    seen: dict[str, Any] = {}
+    for row, *files in paths.itertuples(name=None):
+        same = "\0".join(map(os.path.normpath, files))
+        if any(files) and seen.setdefault(same, row) != row:
+            images = ", ".join(path for name, path in paths.loc[row].items() if path and name != "mask_path")
+            raise ScanError(f"{where}, row {row}: {images} is already in row {seen[same]}; remove one of them")
 
 
 def with_ids(rows: pd.DataFrame, where: str) -> pd.DataFrame:

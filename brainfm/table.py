@@ -133,22 +133,25 @@ class Embeddings:
         """
         path = Path(path)
         check_output(path, self.records)
-        texts, origin = self.columns(), json.dumps(self.origin.to_dict()) if self.origin else ""
+        origin = json.dumps(self.origin.to_dict()) if self.origin else ""
         with atomic_path(path) as temporary:
             if path.suffix == ".npz":
+                texts = self.columns()
                 arrays: dict[str, Any] = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
                 if origin:
                     arrays[_KEY] = np.array(origin)
                 with temporary.open("wb") as file:
                     np.savez(file, embeddings=self.vectors, **arrays)
             elif path.suffix == ".parquet":
-                self._write_parquet(texts, origin, temporary)
+                self._write_parquet(self.columns(), origin, temporary)
             else:
                 with temporary.open("w", newline="", encoding="utf-8") as file:
                     writer = csv.writer(file)
-                    writer.writerow([*texts, *(f"e{n}" for n in range(self.vectors.shape[1]))])
-                    for row, vector in zip(zip(*texts.values(), strict=True), self.vectors, strict=True):
-                        writer.writerow([*row, *(f"{value:.9g}" for value in vector)])
+                    names = list(dict.fromkeys(name for record in self.records for name in record.columns()))
+                    writer.writerow([*names, *(f"e{n}" for n in range(self.vectors.shape[1]))])
+                    for record, vector in zip(self.records, self.vectors, strict=True):
+                        row = record.columns()
+                        writer.writerow([*(row.get(name, "") for name in names), *(f"{v:.9g}" for v in vector)])
         if path.suffix == ".csv":
             if self.origin:
                 write_json(origin_path(path), self.origin.to_dict())

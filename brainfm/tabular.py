@@ -66,7 +66,7 @@ def read_rows(path: Path) -> pd.DataFrame:
         raise
     except Exception as error:  # each reader has its own ways to say that a file is damaged
         raise ScanError(f"{path}: not a readable table ({one_line(error)}); save it as CSV in UTF-8") from error
-    cells = cells.map(_text)
+    cells = _as_text(cells)
     cells = cells[(cells != "").any(axis=1)]
     if cells.empty:
         raise ScanError(f"{path}: the table is empty; it needs a header line, such as image_path,patient_id")
@@ -92,7 +92,7 @@ def rows_of(frame: pd.DataFrame) -> pd.DataFrame:
     """
     names = [str(name).strip(_BLANKS) for name in frame.columns]
     _refuse_twice(names, "the DataFrame")
-    return frame.astype(object).map(_text).set_axis(names, axis=1)
+    return _as_text(frame).set_axis(names, axis=1)
 
 
 def _refuse_twice(names: list[str], where: str) -> None:
@@ -187,6 +187,14 @@ def _delimited(text: str, ending: str) -> pd.DataFrame:
             skip_blank_lines=False,
             skipinitialspace=separator != "\t",
         )
+
+
+def _as_text(cells: pd.DataFrame) -> pd.DataFrame:
+    """Every cell as text, in columns of Python's own str, whatever pandas would keep text in."""
+    import pandas as pd
+
+    columns = [[_text(value) for value in cells.iloc[:, place]] for place in range(cells.shape[1])]
+    return pd.DataFrame(dict(enumerate(columns)), index=cells.index, dtype=object).set_axis(cells.columns, axis=1)
 
 
 def _text(value: Any) -> str:

@@ -97,7 +97,7 @@ def test_ixi_joins_the_table_with_the_scans_and_says_what_was_left_out(ixi, tmp_
         f"IXI001,Guys-0701,IXI,1,21,{records[0].extra['split']}",
     ]
     assert [record.patient_id for record in records] == [f"IXI{n:03d}" for n in range(1, 41)]
-    assert all(record.image.is_file() and record.mask.is_file() for record in records)
+    assert all(Path(record.image).is_file() and Path(record.mask).is_file() for record in records)
     for n, record in enumerate(records, start=1):
         assert (record.extra["sex"], record.extra["age"]) == (str(n % 2), str(20 + n))
     assert counts(records, "sex") == {
@@ -271,7 +271,7 @@ def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run_h
     assert about["AIBL3"] == ("1933", "female")
     assert about["AIBL4"] == ("1934", "male")
     assert about["AIBL11"] == about["AIBL12"] == ("", "")
-    assert records["AIBL11"].image == tmp_path / "aibl" / "sub-AIBL11" / "ses-M018" / "normalized.nii.gz"
+    assert Path(records["AIBL11"].image) == tmp_path / "aibl" / "sub-AIBL11" / "ses-M018" / "normalized.nii.gz"
     assert counts(records.values(), "ad") == {
         ("0", "train"): 3,
         ("0", "val"): 2,

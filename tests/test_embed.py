@@ -118,7 +118,7 @@ def test_rows_keep_the_order_of_the_scans(pairs, num_workers):
     order = [4, 0, 5, 2, 1, 3, 0]
     forward = brainfm.embed(pairs, Pooled()).vectors
     table = brainfm.embed([pairs[n] for n in order], Pooled(), batch_size=2, num_workers=num_workers)
-    assert [record.image for record in table.records] == [pairs[n][0] for n in order]
+    assert [record.image for record in table.records] == [str(pairs[n][0]) for n in order]
     np.testing.assert_array_equal(table.vectors, forward[order])
     assert len(np.unique(forward, axis=0)) == len(pairs)
 
@@ -311,8 +311,8 @@ def test_bad_scans_are_listed_and_all_good_ones_embedded(pairs, bad, batch_size,
     mixed = [bad[0], pairs[0], pairs[1], bad[1], bad[2], pairs[2], pairs[3]]
     table = brainfm.embed(mixed, Pooled(), batch_size=batch_size, num_workers=num_workers)
     np.testing.assert_array_equal(table.vectors, brainfm.embed(pairs[:4], Pooled()).vectors)
-    assert [record.image for record in table.records] == [path for path, _ in pairs[:4]]
-    assert [record.image for record, _ in table.errors] == bad
+    assert [record.image for record in table.records] == [str(path) for path, _ in pairs[:4]]
+    assert [record.image for record, _ in table.errors] == list(map(str, bad))
     for path, (_, message) in zip(bad, table.errors, strict=True):
         assert message.startswith(str(path))
 
@@ -678,7 +678,7 @@ def test_added_scans_are_done_beside_those_of_an_interrupted_run(pairs, tmp_path
     model = interrupted(pairs[1:4], tmp_path / "out.csv", after=2)
     table = brainfm.embed(pairs, model, output=tmp_path / "out.csv")
     assert counted() == 4
-    assert [record.image for record in table.records] == [path for path, _ in pairs]
+    assert [record.image for record in table.records] == [str(path) for path, _ in pairs]
 
 
 def test_run_stopped_by_a_bad_scan_goes_on_from_there(pairs, bad, tmp_path, counted):

@@ -159,7 +159,10 @@ def test_channel_whose_field_is_empty_is_missing(tmp_path):
 
 def test_same_file_as_another_channel_is_another_scan(tmp_path):
     records = list_scans(manifest(tmp_path, "t1w_path,flair_path\na.nii,\n,a.nii\n"))
-    assert [record.image for record in records] == [{"t1w": tmp_path / "a.nii"}, {"flair": tmp_path / "a.nii"}]
+    assert [record.image for record in records] == [
+        {"t1w": str(tmp_path / "a.nii")},
+        {"flair": str(tmp_path / "a.nii")},
+    ]
 
 
 def test_image_path_wins_over_a_column_a_channel_which_stays_as_it_is(tmp_path):
@@ -185,7 +188,7 @@ def test_scan_of_several_channels_is_read_from_its_manifest(tmp_path, small_samp
 
 def test_one_scan_with_two_masks_is_two_rows(tmp_path):
     records = list_scans(manifest(tmp_path, "image_path,mask_path\na.nii,m.nii\na.nii,n.nii\n"))
-    assert [record.mask.name for record in records] == ["m.nii", "n.nii"]
+    assert [Path(record.mask).name for record in records] == ["m.nii", "n.nii"]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +257,7 @@ def test_nested_turboprep_folders_give_patient_and_scan(tmp_path):
         ("p1", "month12_again"),
         ("p2", "baseline"),
     ]
-    assert all(record.mask == record.image.with_name("mask.nii.gz") for record in records)
+    assert all(Path(record.mask) == Path(record.image).with_name("mask.nii.gz") for record in records)
 
 
 def test_turboprep_folders_with_bids_names(tmp_path):
@@ -295,13 +298,13 @@ def test_the_finest_resolution_of_a_scan_is_taken(tmp_path):
     image = derivative(tmp_path, "01", space="_space-MNI152NLin2009cAsym_res-1")
     derivative(tmp_path, "01", space="_space-MNI152NLin2009cAsym_res-2")
     coarse = derivative(tmp_path, "02", space="_space-MNI152NLin2009cAsym_res-02")
-    assert [record.image for record in list_scans(tmp_path)] == [image, coarse]
+    assert [record.image for record in list_scans(tmp_path)] == [str(image), str(coarse)]
 
 
 def test_image_without_a_resolution_is_the_template_s_own(tmp_path):
     image = derivative(tmp_path, "01", space="_space-MNI152NLin2009cAsym")
     derivative(tmp_path, "01", space="_space-MNI152NLin2009cAsym_res-2")
-    assert [record.image for record in list_scans(tmp_path)] == [image]
+    assert [record.image for record in list_scans(tmp_path)] == [str(image)]
 
 
 def test_sessions_are_scans_of_one_patient(tmp_path):
@@ -327,7 +330,7 @@ def test_links_to_folders_are_followed_once_each_and_loops_end(tmp_path):
     (data / "more").symlink_to(elsewhere)
     (elsewhere / "p3" / "up").symlink_to(data)
     records = list_scans(data)
-    assert len({record.image.resolve() for record in records}) == len(records) == 3
+    assert len({Path(record.image).resolve() for record in records}) == len(records) == 3
     assert records.left_out == {}
 
 
@@ -370,7 +373,7 @@ def test_subject_without_the_image_that_is_looked_for_is_counted_and_named(tmp_p
     (tmp_path / "sub-03" / "figures").mkdir(parents=True)
     touch(tmp_path / "logs" / "a.txt")
     records = list_scans(tmp_path)
-    assert [record.image for record in records] == [image]
+    assert [record.image for record in records] == [str(image)]
     left = [tmp_path / "sub-01" / "ses-b" / "anat", tmp_path / "sub-02" / "anat", tmp_path / "sub-03"]
     assert records.left_out == dict.fromkeys(map(str, left), "no T1w image in MNI152 space in it")
     assert "3 left out" in caplog.text
@@ -400,7 +403,7 @@ def test_command_says_what_it_left_out_and_its_exit_code_is_one(small_sample, tm
 def test_resource_fork_of_macos_is_no_scan(tmp_path):
     image = derivative(tmp_path, "01")
     touch(image.with_name(f"._{image.name}"))
-    assert [record.image for record in list_scans(tmp_path)] == [image]
+    assert [record.image for record in list_scans(tmp_path)] == [str(image)]
 
 
 # --- Who, and which scan --------------------------------------------------------------------------
@@ -568,8 +571,8 @@ def test_rows_of_one_table_go_back_to_scans_of_one_image_and_of_channels():
 def test_relative_paths_of_a_row_are_relative_to_the_folder_that_is_given():
     row = {"t1w_path": "a.nii", "flair_path": "/abs/b.nii", "mask_path": "m.nii"}
     record = ScanRecord.from_columns(row, Path("/data"))
-    assert record.image == {"t1w": Path("/data/a.nii"), "flair": Path("/abs/b.nii")}
-    assert record.mask == Path("/data/m.nii")
+    assert record.image == {"t1w": str(Path("/data/a.nii")), "flair": str(Path("/abs/b.nii"))}
+    assert record.mask == str(Path("/data/m.nii"))
 
 
 # --- Manifests: who is who ------------------------------------------------------------------------
@@ -670,7 +673,7 @@ def test_dataframe_is_a_manifest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     frame = pd.DataFrame(
         {
-            "image_path": ["a.nii", Path("b.nii")],
+            "image_path": ["a.nii", "b.nii"],
             "patient_id": [7, 8],
             "age": [71.5, None],
             "mask_path": [None, "m.nii"],
@@ -684,7 +687,7 @@ def test_dataframe_is_a_manifest(tmp_path, monkeypatch):
         list_scans(frame.drop(columns="image_path"))
     with pytest.raises(ScanError, match="the DataFrame, row 5: image_path is empty"):
         list_scans(frame.assign(image_path=["a.nii", None]).set_axis([4, 5]))
-    assert [record.image for record in list_scans(frame["image_path"])] == ["a.nii", Path("b.nii")]
+    assert [record.image for record in list_scans(frame["image_path"])] == ["a.nii", "b.nii"]
 
 
 def test_folders_and_manifests_in_a_list_are_what_they_are_alone(tmp_path):
@@ -710,6 +713,6 @@ def test_endings_are_taken_in_any_case(tmp_path):
     for path in image.parent.iterdir():
         path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
     (record,) = list_scans(tmp_path / "bids")
-    assert (record.image.name[-7:], record.mask.name[-7:]) == (".NII.GZ", ".NII.GZ")
+    assert (record.image[-7:], record.mask[-7:]) == (".NII.GZ", ".NII.GZ")
     with pytest.raises(ScanError, match="name its 1 image files"):
         list_scans(touch(tmp_path / "loose" / "A.MGZ").parent)

@@ -260,7 +260,8 @@ def task_data(task: Task, everything: Sequence[ScanRecord], path: str | os.PathL
     labels, classes = _labels(texts, task, path)
     if len(set(texts)) == 1:
         raise TaskError(f"{path}: every {task.label} is {texts[0]!r}; there is nothing to tell apart")
-    numbers = getattr(everything, "rows", []) or range(2, len(everything) + 2)  # as a spreadsheet counts them
+    kept = getattr(everything, "rows", ())
+    numbers = kept if len(kept) else range(2, len(everything) + 2)  # as a spreadsheet counts them
     rows = [numbers[n] for n in labelled]
     for column in task.covariates:
         try:
