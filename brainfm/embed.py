@@ -29,7 +29,7 @@ from brainfm.models.features import FeatureMaps
 from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans
 from brainfm.readout import Reader
-from brainfm.system import expanded, joined, launched, own_cores
+from brainfm.system import expanded, give_back_memory, joined, launched, own_cores
 from brainfm.table import Embeddings, Origin, check_output, files_of, write
 from brainfm.transforms import check_channels, create_transform
 from brainfm.version import __version__
@@ -150,6 +150,7 @@ def embed(
     """
     options = _Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress)
     records = list_scans(scans)
+    give_back_memory()  # what reading a table of many left
     several = not isinstance(model, nn.Module | str)
     models: list[nn.Module | str] = [model] if isinstance(model, nn.Module | str) else list(model)
     names = [_file_name(each) for each in models]

@@ -87,6 +87,14 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def give_back_memory() -> None:
+    """Give back to the system what was freed between things that stay; glibc keeps it, a fifth of a list of scans."""
+    import ctypes
+
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or none by that name
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_shared_memory() -> float:
     """Bytes that this process may put into memory shared with its workers; infinite where nothing but memory ends it.
 
