@@ -221,7 +221,8 @@ def _run(
     fractions: tuple[float, ...] = (),
     corrupted: bool = False,
 ) -> None:
-    from brainfm.downstream.benchmark import Plan, benchmark, read_settings
+    from brainfm.downstream.benchmark import benchmark
+    from brainfm.downstream.plan import Plan, read_settings
     from brainfm.downstream.results import read_evaluation
     from brainfm.errors import BrainfmError, RunInterruptedError
     from brainfm.train.trainer import INTERRUPTED

@@ -16,9 +16,10 @@ from sklearn.metrics import roc_auc_score
 import brainfm
 from brainfm import BrainfmError
 from brainfm.downstream import finetuning
-from brainfm.downstream.benchmark import Plan, benchmark
+from brainfm.downstream.benchmark import benchmark
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, put_head, read_recipe
 from brainfm.downstream.lora import add_lora
+from brainfm.downstream.plan import Plan
 from brainfm.downstream.task import load_task, read_task
 from brainfm.errors import RecipeError, RunInterruptedError
 from brainfm.train import trainer
