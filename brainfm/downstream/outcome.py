@@ -23,6 +23,8 @@ from brainfm.files import write_csv, write_json
 
 logger = logging.getLogger("brainfm")
 
+_SIZES = ("n_train", "n_test", "trained_parameters", "parameters")
+
 
 def keep_splits(data: Sequence[TaskData], plan: Plan, output: Path) -> None:
     """Write each task's split, or that of each seed."""
@@ -88,13 +90,13 @@ def _write_tables(results: Mapping[Job, dict[str, Any]], output: Path) -> None:
     for job, result in results.items():
         key = [job.data.task.name, job.row.model, job.row.mode, f"{job.fraction:g}", job.seed]
         for name, numbers in result["metrics"].items():
-            sizes = (result["n_train"], result["n_test"])
+            sizes = [result[name] for name in _SIZES[:2]] + [result.get(name) for name in _SIZES[2:]]  # new ones
             scores.append([*key, name, *map(_text, numbers), *sizes, _positive(job.data)])
         for patient, label, guess in zip(result["patients"], result["labels"], result["predictions"], strict=True):
             shown = guess[int(label)] if isinstance(guess, list) else guess
             guesses.append([*key, patient, f"{label:.9g}", f"{shown:.9g}", _positive(job.data)])
     key_names = ["task", "model", "mode", "fraction", "seed"]
-    columns = [*key_names, "metric", "value", "ci_low", "ci_high", "n_train", "n_test", "positive"]
+    columns = [*key_names, "metric", "value", "ci_low", "ci_high", *_SIZES, "positive"]
     write_csv(output / "results.csv", [columns, *scores])
     write_csv(output / "predictions.csv", [[*key_names, "patient_id", "label", "prediction", "positive"], *guesses])
 

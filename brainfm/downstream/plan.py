@@ -10,20 +10,26 @@ from brainfm.downstream.finetuning import Finetuning, read_recipe
 from brainfm.errors import BrainfmError, RecipeError
 from brainfm.train.recipe import read_overrides
 
-Mode = Literal["probe", "probe_paper", "probe_adam", "finetune", "scratch"]
+Mode = Literal["probe", "probe_paper", "probe_adam", "norm_bias", "adapter", "lora", "finetune", "scratch"]
 MODES: dict[str, str] = {
     "probe": "linear probe",
     "probe_paper": "linear probe as the paper's",
     "probe_adam": "linear probe as the paper's, but with BatchNorm held still",
+    "norm_bias": "fine-tuned in norms and biases",
+    "adapter": "fine-tuned by adapters",
+    "lora": "fine-tuned by LoRA",
     "finetune": "fine-tuned",
     "scratch": "from scratch",
 }
-TRAINED = ("probe_paper", "finetune", "scratch")  # on scans, by `finetune`
+_EFFICIENT = ("norm_bias", "adapter", "lora")
+TRAINED = ("probe_paper", *_EFFICIENT, "finetune", "scratch")  # on scans, by `finetune`
 RECIPE_OF = {mode: mode for mode in TRAINED} | {"probe_adam": "probe_paper"}  # by which a mode is run
-_PRETRAINED_ONLY = ("trained", "drifting", "lora_rank", "layer_decay")  # settings that mean nothing from scratch
+_WHAT = ("trained", "drifting")  # of the encoder is trained
+_PRETRAINED_ONLY = (*_WHAT, "lora_rank", "adapter_reduction", "layer_decay")  # settings that mean nothing from scratch
 NOT_OF = {  # settings that would make something else of a mode
     "scratch": _PRETRAINED_ONLY,
     "probe_paper": (*_PRETRAINED_ONLY, "augment", "drop_path", "trained_positions", "global_pool"),
+    **dict.fromkeys(_EFFICIENT, (*_WHAT, "trained_positions")),
 }
 FREE = ("workers", "device")  # settings that change no result
 RESAMPLES = 1000

@@ -42,9 +42,9 @@ def run_job(
     val, test = ([n for n, part in enumerate(splits) if part == name] for name in ("val", "test"))
     if job.row.mode in TRAINED:
         work = path.with_suffix(f".{digest[:12]}")
-        predict, failed = _trained(job, plan, cfgs[job.row.model], train, val, work)
+        predict, failed, sizes = _trained(job, plan, cfgs[job.row.model], train, val, work)
     else:
-        predict, failed = _probed(job, plan, train, val, output)
+        predict, failed, sizes = _probed(job, plan, train, val, output)
     correct = _correction(job.data, predict, val)
     kept, predictions = predict(test)  # everything is chosen: the one look at the test part
     if correct is not None:
@@ -63,6 +63,8 @@ def run_job(
         "metrics": {name: [value, *intervals.get(name, (None, None))] for name, value in values.items()},
         "n_train": len(train),
         "n_test": len(kept),
+        "trained_parameters": sizes[0],
+        "parameters": sizes[1],
         "processes": everyone.world,
         "left_out": {str(n): failed[n] for n in sorted(failed)},
         "rows": kept,
@@ -78,7 +80,8 @@ def run_job(
 
 # Rows → those whose scan can be read, and their predictions.
 Predict: TypeAlias = Callable[[Sequence[int]], tuple[list[int], NDArray[np.float64]]]
-_Fitted: TypeAlias = tuple[Predict, dict[int, str]]  # and by number the scans that cannot be used, which may grow
+# And by number the scans that cannot be used, which may grow; and how many numbers were trained, of how many if known.
+_Fitted: TypeAlias = tuple[Predict, dict[int, str], tuple[int, int | None]]
 
 
 def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> _Fitted:
@@ -86,6 +89,7 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
     row, task, labels = job.row, job.data.task, job.data.labels
     features: NDArray[Any]
     failed: dict[int, str] = {}
+    frozen: int | None = None
     if row.model in job.data.embeddings:
         features = job.data.embeddings[row.model]
         failed = {int(n): "no finite embedding" for n in np.flatnonzero(~np.isfinite(features).all(axis=1))}
@@ -98,6 +102,7 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
             model, name = create_model(row.model), f"{row.model}.untrained{job.seed}"
         else:
             model, name = create_model(row.model, pretrained=True), row.model
+        frozen = sum(parameter.numel() for parameter in model.parameters())
         device = str(plan.settings.get("device", "auto"))
         features, failed = read_features(job.data.records, model, output / "embeddings", name, device=device)
     readable = set(np.flatnonzero(np.isfinite(features).all(axis=1)).tolist())
@@ -123,7 +128,8 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
             raise BrainfmError(f"{task.name}: none of {len(rows)} scans to predict can be read{_one_of(failed)}")
         return kept, predict_probe(fitted, features[kept], task.kind)
 
-    return predict, failed
+    size = (features.shape[1] + 1) * (len(job.data.classes) if task.kind == "multiclass" else 1)
+    return predict, failed, (size, None if frozen is None else frozen + size)
 
 
 def _one_of(failed: Mapping[int, str]) -> str:
@@ -146,7 +152,7 @@ def _trained(job: Job, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val
         return [n for place, n in enumerate(rows) if place not in unread], predictions
 
     predict(val)  # says which of them were not looked at
-    return predict, failed
+    return predict, failed, (model.trained_parameters, model.parameters)
 
 
 def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBiasCorrection | None:

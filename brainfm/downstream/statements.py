@@ -124,6 +124,7 @@ def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
     for mode, what in (
         ("scratch", "What is trained from scratch is trained whole"),
         ("probe_paper", "The paper's probe is as it was"),
+        *((mode, f"What is {MODES[mode]} is so") for mode in ("norm_bias", "adapter", "lora")),
     ):
         if mode in modes and (left := [name for name in plan.settings if name in NOT_OF[mode]]):
             yield f"{what}, without {', '.join(left)}."

@@ -51,8 +51,8 @@ def rows_of(path):
 
 def test_grid_has_every_run_and_its_numbers_are_those_of_its_predictions(results):
     scores, guesses = rows_of(results / "results.csv"), rows_of(results / "predictions.csv")
-    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test positive"
-    assert list(scores[0]) == names.split()
+    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test trained_parameters parameters"
+    assert list(scores[0]) == [*names.split(), "positive"]
     runs = {(r["task"], r["mode"], r["seed"]) for r in scores}
     modes = ("probe", "finetune", "scratch", "untrained", "covariates")
     assert runs == {(t, m, s) for t in ("phantom_sex", "phantom_age") for m in modes for s in "01"}
@@ -157,9 +157,9 @@ def test_what_can_fail_is_tried_before_anything_is_run(data, tmp_path, monkeypat
     plan = replace(PLAN, models=("test_resnet_3d", f"local-dir:{tmp_path / 'weights'}"), modes=("probe",))
     with pytest.raises(BrainfmError, match="weights"):
         benchmark(data[:1], plan, tmp_path / "a")
-    lora = replace(PLAN, models=("test_resnet_3d",), settings=SETTINGS | {"trained": "lora"})
-    with pytest.raises((BrainfmError, ValueError), match=r"(?i)lora|attention"):
-        benchmark(data[:1], lora, tmp_path / "b")
+    dropping = replace(PLAN, models=("test_resnet_3d",), settings=SETTINGS | {"drop_path": 0.1})
+    with pytest.raises(BrainfmError, match="drop_path and trained_positions are of a ViT"):
+        benchmark(data[:1], dropping, tmp_path / "b")
     cards = [replace(record, mask=None, image=Path(__file__)) for record in data[0].records]
     with pytest.raises(BrainfmError, match="none of 40 scans can be read; the first"):
         benchmark([replace(data[0], records=cards)], PLAN, tmp_path / "c")

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import shutil
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import brainfm
-from brainfm.downstream.finetuning import Finetuning, Labelled, finetune
+from brainfm.cli import main
+from brainfm.downstream.finetuning import Finetuning, Labelled, count_parameters, finetune, put_head
+from brainfm.downstream.report import write_report
 from brainfm.downstream.task import load_task, read_task
+from brainfm.downstream.wording import parameters_text
 from brainfm.errors import RecipeError, RunInterruptedError
 from brainfm.train import trainer
 
@@ -106,3 +115,82 @@ def test_settings_that_cannot_be_are_refused():
     for wrong in ({"lora_rank": 0}, {"adapter_reduction": -1}):
         with pytest.raises(ValueError, match="lora_rank and adapter_reduction must be 1 or more"):
             Finetuning(trained="lora", **wrong)
+
+
+@pytest.fixture(scope="module")
+def results(phantoms, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid") / "results"
+    fixed = "benchmark phantom_sex --models test_vit_3d --modes lora finetune norm_bias probe adapter --seeds 1"
+    quick = "--epochs-scale 0.01 --set workers=0 device=cpu lora_rank=2 trained=head adapter_reduction=8 --manifest"
+    result = CliRunner().invoke(main, [*fixed.split(), *quick.split(), str(phantoms), "-o", str(folder)])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def parameters(way):
+    encoder = brainfm.create_model("test_vit_3d", pretrained=True)
+    settings = {"trained": way, "lora_rank": 2, "adapter_reduction": 8}
+    put_head(encoder, 1, Finetuning(**settings))
+    return count_parameters(encoder)
+
+
+def test_results_and_runs_say_how_many_parameters_each_row_trains(results):
+    with (results / "results.csv").open(newline="") as file:
+        found = {row["mode"]: (row["trained_parameters"], row["parameters"]) for row in csv.DictReader(file)}
+    for way in WAYS:
+        assert found[way] == tuple(map(str, parameters(way)))
+    width, encoder = 96, parameters("head")[1] - 97
+    for mode in ("probe", "untrained", "finetune"):  # the last with trained=head
+        assert found[mode][0] == str(width + 1)
+    assert found["probe"][1] == str(encoder + width + 1)
+    assert found["covariates"] == ("3", "")  # age, head size, and a constant
+    for path in (results / "runs").glob("*.json"):
+        content = json.loads(path.read_text())
+        mode = path.name.split(".")[2]
+        assert str(content["trained_parameters"]) == found[mode][0]
+        assert str(content["parameters"] or "") == found[mode][1]
+
+
+def test_every_table_of_rows_says_how_many_parameters_each_trains(results):
+    trained, total = parameters("adapter")
+    text = (results / "table.md").read_text()
+    wanted = f" {trained:,} ({100 * trained / total:.2g} %) |"
+    lines = [line for line in text.splitlines() if line.startswith("| test\\_vit\\_3d, fine-tuned by adapters |")]
+    assert len(lines) == 2  # the main table and the other metrics
+    assert all(line.endswith(wanted) for line in lines)
+    assert text.count("| Trained parameters |") == 2
+    assert (results / "index.html").read_text().count('<th scope="col">Trained parameters</th>') == 2
+    tex = (results / "table.tex").read_text()
+    head, below = tex.splitlines()[3], tex.splitlines()[5 if "cmidrule" in tex.splitlines()[4] else 4]
+    assert head.count("&") == 2  # no title, a span of two columns, no title
+    assert below.count("&") == 3
+    assert r"Trained parameters \\" in below
+
+
+def test_page_of_results_of_before_has_no_such_column(results, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(results, folder)
+    table = pd.read_csv(folder / "results.csv")
+    table.drop(columns=["trained_parameters", "parameters"]).to_csv(folder / "results.csv", index=False)
+    write_report(folder)
+    assert "Trained parameters" not in (folder / "table.md").read_text() + (folder / "index.html").read_text()
+
+
+def test_settings_of_what_is_trained_do_not_make_another_mode_of_one(results):
+    text = (results / "table.md").read_text()
+    for title in ("by LoRA", "by adapters", "in norms and biases"):
+        assert f"What is fine-tuned {title} is so, without trained." in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ([], "–"),
+        ([(97, 514369)], "97 (0.019 %)"),
+        ([(902769, 902769)], "902,769 (100 %)"),
+        ([(513, 1e6), (1026, 1e6)], "513–1,026 (0.051–0.1 %)"),
+        ([(3, float("nan"))], "3"),
+    ],
+)
+def test_number_of_parameters_is_said_with_its_percentage(sizes, text):
+    assert parameters_text(sizes) == text
