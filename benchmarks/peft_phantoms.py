@@ -3,7 +3,7 @@
 `brainfm benchmark` on one task: a linear probe, norms and biases, adapters, LoRA, and all of the encoder. All train as
 long; each seed is another split.
 
-python benchmarks/peft_phantoms.py [--task phantom_age] [--patients 100] [--seeds 3] [--output FOLDER] [KEY=VALUE ...]
+python benchmarks/peft_phantoms.py [--task phantom_age] [--patients 50] [--epochs 4] [--seeds 3] [--output FOLDER] [KEY=VALUE ...]
 """
 
 import argparse
@@ -24,9 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="phantom_age")
     parser.add_argument("--models", nargs="+", default=["test_resnet_3d", "test_vit_3d"])
-    parser.add_argument("--patients", type=int, default=100)
+    parser.add_argument("--patients", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--output", help="keep everything here; an interrupted run goes on")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="in place of the recipes'")
     arguments = parser.parse_args()
