@@ -3,7 +3,7 @@
 `brainfm benchmark` on one task: a linear probe, norms and biases, adapters, LoRA, and all of the encoder. All train as
 long; each seed is another split.
 
-python benchmarks/peft_phantoms.py [--task phantom_age] [--patients 50] [--epochs 4] [--seeds 3] [--output FOLDER] [KEY=VALUE ...]
+python benchmarks/peft_phantoms.py [--patients 50] [--epochs 4] [--seeds 3] [--output FOLDER] [KEY=VALUE ...]
 """
 
 import argparse
