@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -75,7 +75,8 @@ def create_model(
         drop_path_rate: Stochastic depth, in training; of ViTs.
         features_only: Build a backbone that gives a list of feature maps instead, see `brainfm.models.FeatureMaps`.
         out_indices: Which maps: stages of `feature_info` (negative counts from the end), the last n, or None for all.
-        **kwargs: Passed to the constructor, such as `img_size` for a ViT.
+        **kwargs: Passed to the constructor, such as `img_size` for a ViT; with `adapter_reduction` the encoder has
+            adapters, whose weights must be in the file too (new ones are added by `models.adaptation.add_adapters`).
 
     Returns:
         The encoder: [B, in_chans, D, H, W] → [B, num_features], or [B, num_classes].
@@ -111,12 +112,13 @@ def create_model(
     elif cfg.readout.pool not in (None, "brain"):
         args.setdefault("global_pool", cfg.readout.pool)
     channels = cfg.in_chans if in_chans is None else in_chans
-    in_training = {"drop_rate": drop_rate} | ({"drop_path_rate": drop_path_rate} if drop_path_rate else {})
-    build = network(resolved.network)
+    in_training: dict[str, Any] = {"drop_rate": drop_rate} | (
+        {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    )
     try:
         if resolved.config and wanted is not None:
-            _check_size(build, {"in_chans": resolved.cfg.in_chans} | resolved.args, wanted)
-        model: Encoder = build(num_classes=num_classes, in_chans=channels, **in_training, **args)
+            _check_size(resolved.network, {"in_chans": resolved.cfg.in_chans} | resolved.args, wanted)
+        model = build(resolved.network, num_classes=num_classes, in_chans=channels, **in_training, **args)
     except Exception as error:  # a config is somebody's word: its arguments may be anything
         if not resolved.config:
             raise
@@ -140,14 +142,29 @@ def create_model(
     return (FeatureMaps(model, out_indices) if features_only else model).eval()
 
 
-def _check_size(build: Callable[..., Encoder], args: Mapping[str, Any], file: Path) -> None:
+def build(name: str, /, *, adapter_reduction: int | None = None, **args: Any) -> Encoder:
+    """An encoder of a network by its name, with adapters where a reduction is given (`adaptation.add_adapters`).
+
+    Raises:
+        ModelNameError: There is no such network.
+        ValueError, TypeError, BrainfmError: The arguments are none that it takes.
+    """
+    model: Encoder = network(name)(**args)
+    if adapter_reduction is not None:
+        from brainfm.models.adaptation import add_adapters
+
+        add_adapters(model, adapter_reduction)
+    return model
+
+
+def _check_size(name: str, args: Mapping[str, Any], file: Path) -> None:
     """Raise ValueError where a config's network is larger than its weight file, before memory is taken for it.
 
     It is built on the device that keeps nothing, which networks of other packages may not bear, and given up at the
     first parameter that is too much: a config may ask for a billion layers. No bounds on each argument say the same,
     since what takes memory are products of them.
     """
-    if not build.__module__.startswith("brainfm.models."):
+    if not network(name).__module__.startswith("brainfm.models."):
         return
     if negative := [key for key, value in args.items() if _is_negative(value)]:
         raise ValueError(f"{', '.join(negative)} below 0")
@@ -162,7 +179,7 @@ def _check_size(build: Callable[..., Encoder], args: Mapping[str, Any], file: Pa
             raise ValueError(f"they make a network that is larger than its weight file, {file.name} of {size} bytes")
 
     with torch.device("meta"), register_module_parameter_registration_hook(count):
-        build(**args)
+        build(name, **args)
 
 
 def _is_negative(value: Any) -> bool:

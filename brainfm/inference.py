@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from brainfm.errors import BrainfmError
+from brainfm.models.adaptation import merged
 from brainfm.models.encoder import Encoder, computing_in
 from brainfm.system import launched
 
@@ -23,7 +24,7 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compi
 
     Memory is channels-last; what else can be done, the network's family knows (`Encoder.for_inference`). The copy's
     `optimizations` say what was. The embeddings are the same to 1e-5 relative in float32. The copy takes and returns
-    float32 whatever it computes in, and cannot be trained.
+    float32 whatever it computes in, and cannot be trained. Changes of low rank (`add_lora`) are merged in it.
 
     Args:
         model: An encoder of `create_model`; it is not changed.
@@ -35,7 +36,7 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compi
     Example:
         >>> fast = brainfm.optimize(brainfm.create_model("simclr_resnet18_3d", pretrained=True))
     """
-    kind = resolve_dtype(dtype)
+    kind, model = resolve_dtype(dtype), merged(model)
     if isinstance(model, Encoder):
         fast: Any = model.for_inference(kind)
     else:

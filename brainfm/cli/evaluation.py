@@ -49,7 +49,13 @@ def _common(command: Any) -> Any:
 @click.command("benchmark", cls=_ManyValues, context_settings=_HELP)
 @click.argument("tasks", nargs=-1, required=True)
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
-@click.option("--modes", multiple=True, default=("probe", "finetune", "scratch"), show_default=True)
+@click.option(
+    "--modes",
+    multiple=True,
+    default=("probe", "finetune", "scratch"),
+    show_default=True,
+    help="Of probe, probe_paper, probe_adam, norm_bias, adapter, lora, finetune, scratch.",
+)
 @click.option("--fractions", multiple=True, type=float, help="Of the training patients, such as 0.2 0.4 0.6.")
 @click.option("--robustness", "corrupted", is_flag=True, help="Also probe test scans that are corrupted more and more.")
 @click.option("--manifest", "manifests", multiple=True, metavar="[TASK=]CSV", help="A task's, or that of all.")
@@ -221,7 +227,8 @@ def _run(
     fractions: tuple[float, ...] = (),
     corrupted: bool = False,
 ) -> None:
-    from brainfm.downstream.benchmark import Plan, benchmark, read_settings
+    from brainfm.downstream.benchmark import benchmark
+    from brainfm.downstream.plan import Plan, read_settings
     from brainfm.downstream.results import read_evaluation
     from brainfm.errors import BrainfmError, RunInterruptedError
     from brainfm.train.trainer import INTERRUPTED

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from brainfm.downstream.lora import add_lora
 from brainfm.downstream.probe import LinearHead, Target, draw_head
 from brainfm.downstream.statistics import Kind
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
+from brainfm.models.adaptation import add_adapters, add_lora, merge_lora, norms_and_biases
 from brainfm.models.encoder import Encoder
 from brainfm.models.vit import VisionTransformer
 from brainfm.schema import read_yaml
@@ -50,7 +50,10 @@ class Finetuning(Training):
         batch_size: Scans a step, of all processes together; 6 in the released code.
         lr: 1e-4 in the released code, with Adam, constant.
         augment: `SupervisedAugmentation`: in the paper of supervised training and of the MAE, not of SimCLR.
-        trained: "all", the "head" alone, or "lora": the head and low-rank changes of a ViT's attention.
+        trained: "all"; the "head" alone; or the head and little else: the norms' scales and shifts and all biases
+            ("norm_bias"), a bottleneck "adapter" after each stage of a CNN or block of a ViT, or a change of low rank
+            of every linear layer and convolution ("lora"). With these, training starts from what the frozen encoder
+            computes, and BatchNorm uses its running statistics and holds them still (`Encoder.hold_statistics`).
         drifting: With trained="head", leave BatchNorm in training mode, as the released code's linear probe does: the
             frozen encoder's running statistics drift, and each embedding depends on its batch. Default: eval mode.
         target: What a regression learns, see `LinearHead`: "raw" in the released code.
@@ -60,7 +63,8 @@ class Finetuning(Training):
             0.75 in `mae`.
         drop_path: Stochastic depth of a ViT; 0.1 in `mae`. It is drawn by each process for itself.
         trained_positions: With trained="all", train a ViT's position embedding too, as `mae` does.
-        lora_rank: Of the low-rank changes.
+        lora_rank: Of the changes of low rank.
+        adapter_reduction: Channels of a stage by those of its adapter's bottleneck.
         selection: The best epoch is chosen on val by this metric, or by "loss"; in the released code by the AUC of a
             classification and the loss of a regression.
         val_loss: The loss on val is the mean over the "scans", or as in the released code over the means of
@@ -73,7 +77,7 @@ class Finetuning(Training):
     save_every: int = 1_000_000  # the last and the best are kept
     max_bad_fraction: float = 0.2  # of few scans, one is a large one; another of the training scans stands in
     augment: bool = False
-    trained: Literal["all", "head", "lora"] = "all"
+    trained: Literal["all", "head", "norm_bias", "adapter", "lora"] = "all"
     drifting: bool = False
     target: Target = "standardised"
     head_std: float | None = 0.01
@@ -81,6 +85,7 @@ class Finetuning(Training):
     drop_path: float = 0.0
     trained_positions: bool = False
     lora_rank: int = 8
+    adapter_reduction: int = 16
     selection: str = "loss"
     val_loss: Literal["scans", "batches"] = "scans"
     global_pool: str | None = None
@@ -93,6 +98,8 @@ class Finetuning(Training):
             raise ValueError(f"drop_path is {self.drop_path}, and must be at least 0 and below 1")
         if self.head_std is not None and self.head_std < 0:
             raise ValueError(f"head_std is {self.head_std}, and must be at least 0")
+        if self.lora_rank < 1 or self.adapter_reduction < 1:
+            raise ValueError("lora_rank and adapter_reduction must be 1 or more")
         if self.drifting and self.trained != "head":
             raise ValueError("drifting is of a frozen encoder: trained must be 'head'")
 
@@ -156,14 +163,17 @@ def finetune(
         settings = settings.shared_by(group.world).on(group.device)
         data = _LabelledData(train, head, transform, settings)
         method = _Supervised(settings, encoder, head, val, transform)
+        trained, total = count_parameters(encoder)
         trainer = Trainer(settings, method, data, group, _data_hash(train, val))
         trainer.train(progress and group.is_first)
         group.gather(None)  # the first process has written the last checkpoint
         best = torch.load(trainer.folder / "checkpoints" / "best.pt", weights_only=True, map_location="cpu")
         encoder.load_state_dict(best["model_state_dict"])
+        merge_lora(encoder)
         encoder.eval()
         group.gather(None)  # all have read it
-        return FinetunedModel(encoder, head, transform, group.device, best["progress"]["epoch"], trainer.bad)
+        epoch = best["progress"]["epoch"]
+        return FinetunedModel(encoder, head, transform, group.device, epoch, trainer.bad, trained, total)
 
 
 def _data_hash(*parts: Labelled) -> str:
@@ -180,12 +190,14 @@ class FinetunedModel:
     """An encoder with its trained head.
 
     Attributes:
-        encoder: With the head, in eval mode.
+        encoder: With the head, in eval mode; changes of low rank are merged into its weights.
         head: What its outputs mean.
         transform: What it takes scans by.
         device: Where it is.
         epoch: The one that was chosen, counted from 1.
         failed: By number the training scans that could not be read, and why.
+        trained_parameters: How many numbers were trained, those of the head too.
+        parameters: Of how many: those of the encoder, its head and what was added.
     """
 
     encoder: Encoder
@@ -194,6 +206,8 @@ class FinetunedModel:
     device: torch.device
     epoch: int
     failed: dict[int, str] = field(default_factory=dict)
+    trained_parameters: int = 0
+    parameters: int = 0
 
     def predict(self, records: Sequence[ScanRecord], batch_size: int = 1) -> tuple[NDArray[np.float64], dict[int, str]]:
         """Predictions of the scans that can be read, in order, and the reason for each that cannot."""
@@ -229,13 +243,31 @@ def put_head(encoder: Encoder, outputs: int, settings: Finetuning) -> None:
             )
         encoder.set_drop_path(settings.drop_path)
         encoder.pos_embed.requires_grad_(settings.trained_positions)
-    if settings.trained == "lora":
-        add_lora(encoder, settings.lora_rank)
-    elif settings.trained == "head" and settings.drifting:
-        encoder.requires_grad_(False)
-        encoder.get_classifier().requires_grad_(True)
-    elif settings.trained == "head":
+    if settings.trained == "head" and not settings.drifting:
         encoder.freeze()
+    elif settings.trained != "all":
+        learned = _learned(encoder, settings)
+        encoder.requires_grad_(False)
+        for parameter in (*learned, *encoder.get_classifier().parameters()):
+            parameter.requires_grad_(True)
+
+
+def count_parameters(encoder: nn.Module) -> tuple[int, int]:
+    """How many numbers are trained, and how many there are."""
+    everything = [(parameter.numel(), parameter.requires_grad) for parameter in encoder.parameters()]
+    return sum(size for size, learns in everything if learns), sum(size for size, _ in everything)
+
+
+def _learned(encoder: Encoder, settings: Finetuning) -> list[nn.Parameter]:
+    """What is trained beside the head where that is not all; what is new is added."""
+    if settings.trained == "head":
+        return []
+    encoder.hold_statistics()
+    if settings.trained == "norm_bias":
+        return norms_and_biases(encoder)
+    if settings.trained == "adapter":
+        return add_adapters(encoder, settings.adapter_reduction)
+    return add_lora(encoder, settings.lora_rank)
 
 
 class _LabelledData(TrainingData):

@@ -62,7 +62,8 @@ def probe_embeddings(
         >>> from brainfm.downstream.precomputed import probe_embeddings
         >>> probe_embeddings("participants.tsv", "embeddings.parquet", "results", label="sex")
     """
-    from brainfm.downstream.benchmark import Plan, benchmark
+    from brainfm.downstream.benchmark import benchmark
+    from brainfm.downstream.plan import Plan
 
     data = read_embedded(labels, embeddings, label=label, kind=kind, covariates=covariates, positive=positive)
     plan = Plan(models=tuple(data.embeddings), modes=("probe",), seeds=seeds)

@@ -31,6 +31,7 @@ from brainfm.downstream.wording import (
     metric_name,
     number,
     p_value_text,
+    parameters_text,
     progress_text,
     span_text,
     summary_text,
@@ -146,11 +147,11 @@ class Table:
 
     @property
     def spans(self) -> list[Span]:
-        """The titles of the head, each once."""
+        """The titles of the head, each once, and each column without one by itself."""
         spans = []
-        for title, group in groupby(enumerate(self.head, start=1), key=lambda column: column[1][0]):
+        for _, group in groupby(enumerate(self.head, start=1), key=lambda column: column[1][0] or column[0]):
             places = [place for place, _ in group]
-            spans.append(Span(title, places[0], places[-1]))
+            spans.append(Span(self.head[places[0] - 1][0], places[0], places[-1]))
         return spans
 
 
@@ -171,12 +172,22 @@ def _main_table(run: Run) -> Table:
             line.append(Cell(text, may_win and wins, _marks(run.evaluation, task, row)))
             found = next((p for p in task.published if p.row == row.key), None)
             line.append(Cell(mean_std(found.mean, found.sd, decimals) if found else NONE))
-        return line
+        return [*line, *_sizes(run, row)]
 
+    head += [("", title) for title in _sizes_head(run)]
     groups = [("", [cells(row, True) for row in run.evaluation.rows])]
     if run.evaluation.controls:
         groups.append(("Controls", [cells(row, False) for row in run.evaluation.controls]))
     return Table("Results on the test split", head, groups)
+
+
+def _sizes_head(run: Run) -> list[str]:
+    """The title of the last column; none where no run says how many it trained, as before."""
+    return ["Trained parameters"] if run.results["trained_parameters"].notna().any() else []
+
+
+def _sizes(run: Run, row: Row, task: Column | None = None) -> list[Cell]:
+    return [Cell(parameters_text(run.trained_parameters(row, task))) for _ in _sizes_head(run)]
 
 
 def _share_tables(run: Run) -> Iterator[Table]:
@@ -219,13 +230,17 @@ def _metric_tables(run: Run) -> Iterator[Table]:
         known = list(HIGHER_IS_BETTER)
         names.sort(key=lambda name: (known.index(name) if name in known else len(known), name))
         groups = [
-            (title, [[Cell(row.title), *(_metric_cell(run, task, row, name) for name in names)] for row in rows])
+            (title, [_metric_line(run, task, row, names) for row in rows])
             for title, rows in (("", run.evaluation.rows), ("Controls", run.evaluation.controls))
             if rows
         ]
         if names:
-            columns = [(metric_name(task, name) + arrow(name), "") for name in names]
-            yield Table(f"{task.title}: other metrics", [("Model", ""), *columns], groups)
+            titles = ["Model", *(metric_name(task, name) + arrow(name) for name in names), *_sizes_head(run)]
+            yield Table(f"{task.title}: other metrics", [(title, "") for title in titles], groups)
+
+
+def _metric_line(run: Run, task: Column, row: Row, names: Sequence[str]) -> list[Cell]:
+    return [Cell(row.title), *(_metric_cell(run, task, row, name) for name in names), *_sizes(run, row, task)]
 
 
 def _metric_cell(run: Run, task: Column, row: Row, name: str) -> Cell:

@@ -269,6 +269,13 @@ class Run:
     summaries: Mapping[tuple[str, str, str, float], Summary]
     robustness: pd.DataFrame
 
+    def trained_parameters(self, row: Row, task: Column | None = None) -> list[tuple[float, float]]:
+        """How many numbers a row trains, and of how many (NaN: not known), in one task or all: each once, sorted."""
+        mine = self.results[self.results["row"] == row.key]
+        mine = mine if task is None else mine[mine["task"] == task.name]
+        found = mine[["trained_parameters", "parameters"]].dropna(subset="trained_parameters")
+        return sorted(found.drop_duplicates().itertuples(index=False, name=None))
+
     @property
     def done(self) -> int:
         """Runs of which there are results."""
@@ -298,6 +305,7 @@ def read_run(folder: Path) -> Run:
         words=("task", "model", "mode", "metric"),
         numbers=("fraction", "seed", "n_train", "n_test"),
         undefined=("value", "ci_low", "ci_high"),
+        optional=("trained_parameters", "parameters"),
     )
     _check(folder / "results.csv", results, evaluation, unique=[*key, "metric"])
     path = folder / "predictions.csv"
@@ -335,8 +343,18 @@ def _summaries(results: pd.DataFrame) -> dict[tuple[str, str, str, float], Summa
     return {index: Summary(*values) for index, values in zip(table.index, table.itertuples(index=False), strict=True)}
 
 
-def _read_csv(path: Path, words: Sequence[str], numbers: Sequence[str], undefined: Sequence[str] = ()) -> pd.DataFrame:
-    """A table with the column `line`; `undefined` are numbers that may be empty or nan. Raises BrainfmError."""
+def _read_csv(
+    path: Path,
+    words: Sequence[str],
+    numbers: Sequence[str],
+    undefined: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> pd.DataFrame:
+    """A table with the column `line`; `undefined` numbers may be empty or nan, and `optional` ones be no column at all.
+
+    Raises:
+        BrainfmError: The file is not such a table.
+    """
     rows: list[list[str]] = []
     lines: list[int] = []
     try:
@@ -362,7 +380,8 @@ def _read_csv(path: Path, words: Sequence[str], numbers: Sequence[str], undefine
             raise BrainfmError(
                 f"{path}, line {line}: {len(row)} fields under a header of {len(head)}; correct or remove the line"
             )
-    table = pd.DataFrame(rows, columns=head)[wanted].assign(line=lines)
+    table = pd.DataFrame(rows, columns=head).reindex(columns=[*wanted, *optional], fill_value="").assign(line=lines)
+    undefined = (*undefined, *optional)
     for name in (*numbers, *undefined):
         texts = table[name].str.strip()
         table[name] = pd.to_numeric(texts, errors="coerce").astype(float)

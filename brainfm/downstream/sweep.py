@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from brainfm.downstream import plots
-from brainfm.downstream.benchmark import Plan, benchmark
+from brainfm.downstream.benchmark import benchmark
+from brainfm.downstream.plan import Plan
 from brainfm.downstream.results import Column, Row, Run, Summary, read_run
 from brainfm.downstream.task import TaskData, load_task, read_task
 from brainfm.downstream.wording import arrow, metric_name

@@ -67,6 +67,16 @@ def summary_text(summary: Summary | None, decimals: int, seeds: int) -> str:
     return text + (f" (n={summary.seeds})" if summary.seeds != seeds else "")
 
 
+def parameters_text(sizes: Sequence[tuple[float, float]]) -> str:
+    """Such as "1,234 (0.8 %)", of all there are; "513–1,026" where tasks differ, and no percentage that is unknown."""
+    if not sizes:
+        return NONE
+    counts = span_text((round(min(trained for trained, _ in sizes)), round(max(trained for trained, _ in sizes))))
+    fractions = [100 * trained / total for trained, total in sizes if total > 0]
+    percent = "–".join(dict.fromkeys(f"{part:.2g}" if part < 99.5 else "100" for part in fractions))
+    return f"{counts} ({percent} %)" if percent else counts
+
+
 def p_value_text(value: float | None) -> str:
     """Three decimals."""
     if value is None:

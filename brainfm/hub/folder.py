@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 from brainfm.errors import BrainfmError, ScanError, WeightsError, WeightsNotFoundError
-from brainfm.factory import create_model
+from brainfm.factory import build, create_model
 from brainfm.files import file_git_blob, file_sha256, sync, temporary_path, write_json
 from brainfm.hub import golden
 from brainfm.hub.card import model_card
+from brainfm.models.adaptation import merged
 from brainfm.models.encoder import Encoder
 from brainfm.names import CONFIG_FORMAT, hub_mirror, resolve
 from brainfm.pretrained import PretrainedCfg, card_of
-from brainfm.registry import get_pretrained_cfg, network
+from brainfm.registry import get_pretrained_cfg
 from brainfm.system import expanded
 from brainfm.version import __version__
 from brainfm.weights import (
@@ -60,7 +61,7 @@ def save_for_hub(
     you know of yours in `pretrained_cfg_overlay`.
 
     Args:
-        model: An encoder of `create_model`.
+        model: An encoder of `create_model`; changes of low rank (`add_lora`) are merged in what is written.
         folder: A new or empty folder, or one that holds a model already, which is replaced.
         pretrained_cfg_overlay: Fields of the cfg to set, such as {"licence": "CC-BY-4.0", "notes": "…"}.
 
@@ -81,6 +82,7 @@ def save_for_hub(
             f"a {type(model).__name__} cannot be saved for the Hub: it takes an encoder of brainfm.create_model, "
             "unwrapped (of DistributedDataParallel the .module, of SimCLR the .encoder)"
         )
+    model = merged(model)
     _check_names(model)
     cfg, provenance = _described(model)
     overlay = dict(pretrained_cfg_overlay or {})
@@ -197,7 +199,7 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
 def _check_names(model: Encoder) -> None:
     """Refuse what `optimize` made: without its BatchNorms it is no longer the network that a name stands for."""
     with torch.device("meta"):
-        fresh = network(model.network)(num_classes=model.num_classes, in_chans=model.in_chans, **model.model_args)
+        fresh = build(model.network, num_classes=model.num_classes, in_chans=model.in_chans, **model.model_args)
     if fresh.state_dict().keys() != model.state_dict().keys():
         raise WeightsError(
             f"this {type(model).__name__} has other tensors than a {model.pretrained_cfg.architecture}: save the model "

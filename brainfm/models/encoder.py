@@ -75,6 +75,7 @@ class Encoder(nn.Module, ABC):
         pretrained_cfg: What the weights are and expect; set by `create_model`; `default_cfg` in old timm.
         cam_layer: The layer whose map Grad-CAM weighs where none is named; "" is the last stage.
         optimizations: What `for_inference` did to this copy, in words; empty for what `create_model` gives.
+        adapters: What a stage's output passes through, by the stage's number; see `adaptation.add_adapters`.
     """
 
     pools: ClassVar[tuple[str, ...]] = ("avg",)  # the first is the default
@@ -99,11 +100,12 @@ class Encoder(nn.Module, ABC):
         self.in_chans = in_chans
         self.global_pool = self.pools[0] if global_pool is None else self._checked_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
+        self.adapters = nn.ModuleDict()
         self.pretrained_cfg = PretrainedCfg()
         self.network, self.model_args, self.saved_args = "", {}, {}
         self.weights_report = None
         self.grad_checkpointing = False
-        self._frozen = False
+        self._frozen = self._statistics_held = False
         self._feature_info = FeatureInfo()
         self._size_was_said = False
 
@@ -179,7 +181,7 @@ class Encoder(nn.Module, ABC):
         self._check_input(x)
         x = self._begin(x)
         for number in range(len(self.feature_info)):
-            x = self._stage(number, x, needed=False)
+            x = self._adapted(number, self._stage(number, x, needed=False))
         return self._finish(x)
 
     def forward_intermediates(
@@ -208,7 +210,7 @@ class Encoder(nn.Module, ABC):
         shape, found = x.shape[2:], []
         x = self._begin(x)
         for number in range(len(self.feature_info)):
-            x = self._stage(number, x, needed=number in wanted)
+            x = self._adapted(number, self._stage(number, x, needed=number in wanted))
             if number in wanted:
                 cells = self._as_map(x, shape)
                 found.append(cells if output_fmt == "NCDHW" else cells.flatten(2).transpose(1, 2))
@@ -275,9 +277,21 @@ class Encoder(nn.Module, ABC):
         self.get_classifier().requires_grad_(True)
         return self.train(self.training)
 
+    def hold_statistics(self) -> Encoder:
+        """Hold the running statistics of BatchNorm still: in eval mode even under `.train()`, and nothing else is.
+
+        Returns the encoder itself.
+        """
+        self._statistics_held = True
+        return self.train(self.training)
+
     def train(self, mode: bool = True) -> Encoder:
-        """Training or eval mode; a frozen trunk stays in eval mode."""
+        """Training or eval mode; a frozen trunk, and a BatchNorm whose statistics are held, stay in eval mode."""
         super().train(mode)
+        if self._statistics_held:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         if self._frozen:
             for name, child in self.named_children():
                 if name not in (self.classifier_name, "head_drop"):
@@ -330,6 +344,10 @@ class Encoder(nn.Module, ABC):
                 "×".join(map(str, expected)),
                 "×".join(map(str, size)),
             )
+
+    def _adapted(self, number: int, x: Any) -> Any:
+        """What a stage gives, through its adapter where it has one."""
+        return self.adapters[str(number)](x) if str(number) in self.adapters else x
 
     def _run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`block(x)`, recomputed in the backward pass where gradient checkpointing is on."""

@@ -39,6 +39,8 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         if encoder.num_classes:
             raise ValueError("MaskedAutoencoder takes an encoder without a classifier: reset_classifier(0)")
+        if encoder.adapters:
+            raise ValueError("MaskedAutoencoder takes an encoder without adapters: they would be left out")
         self.norm_pix_loss = norm_pix_loss
         self.grid = encoder.grid
         self.patch_embed = encoder.patch_embed

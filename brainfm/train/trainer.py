@@ -258,7 +258,13 @@ class Trainer:
         if found is None:
             return
         _, content = found
-        network.load_state_dict(content["model_state_dict"])
+        try:
+            network.load_state_dict(content["model_state_dict"])
+        except RuntimeError as error:  # the settings are the same, and what they mean is not
+            raise RecipeError(
+                f"{self.folder}: this run was begun by an earlier brainfm, whose network had other tensors; finish it "
+                "with that version, or give another output="
+            ) from error
         self.optimiser.load_state_dict(content["optimiser"])
         self.progress = content["progress"]
         if self.group.is_first:

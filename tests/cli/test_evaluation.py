@@ -123,7 +123,7 @@ def commands(manifest, output):
 
 @pytest.mark.parametrize("name", ["probe", "finetune", "benchmark"])
 def test_second_command_on_an_output_is_refused_at_once(name, run, phantoms, tmp_path, monkeypatch):
-    monkeypatch.setattr("brainfm.downstream.benchmark._run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr("brainfm.downstream.benchmark.run_job", lambda *_: pytest.fail("it ran"))
     (tmp_path / "out").mkdir()
     with held(tmp_path / "out"):
         result = run(*commands(phantoms, tmp_path / "out")[name])

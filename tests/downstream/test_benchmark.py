@@ -19,12 +19,14 @@ from sklearn.metrics import mean_absolute_error, roc_auc_score
 import brainfm
 from brainfm import BrainfmError, RecipeError, WeightsNotFoundError
 from brainfm.cli import main
-from brainfm.downstream import benchmark as job
-from brainfm.downstream.benchmark import Plan, benchmark, read_settings
+from brainfm.downstream import grid, outcome, runs, statements
+from brainfm.downstream.benchmark import benchmark
+from brainfm.downstream.plan import MODES, Plan, read_settings
 from brainfm.downstream.results import Row
 from brainfm.downstream.task import load_task, make_task, read_task
 from brainfm.errors import RunInterruptedError
 from brainfm.files import held
+from brainfm.names import resolve
 
 SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
 PLAN = Plan(models=("test_vit_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
@@ -49,8 +51,8 @@ def rows_of(path):
 
 def test_grid_has_every_run_and_its_numbers_are_those_of_its_predictions(results):
     scores, guesses = rows_of(results / "results.csv"), rows_of(results / "predictions.csv")
-    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test positive"
-    assert list(scores[0]) == names.split()
+    names = "task model mode fraction seed metric value ci_low ci_high n_train n_test trained_parameters parameters"
+    assert list(scores[0]) == [*names.split(), "positive"]
     runs = {(r["task"], r["mode"], r["seed"]) for r in scores}
     modes = ("probe", "finetune", "scratch", "untrained", "covariates")
     assert runs == {(t, m, s) for t in ("phantom_sex", "phantom_age") for m in modes for s in "01"}
@@ -147,17 +149,17 @@ def test_scans_that_are_not_there_or_cannot_be_read_are_counted_and_named(data, 
 
 def test_what_can_fail_is_tried_before_anything_is_run(data, tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(job, "_probed", lambda *_: ran.append(1) or _stop())
-    monkeypatch.setattr(job, "_trained", lambda *_: ran.append(1) or _stop())
+    monkeypatch.setattr(runs, "_probed", lambda *_: ran.append(1) or _stop())
+    monkeypatch.setattr(runs, "_trained", lambda *_: ran.append(1) or _stop())
     model = brainfm.create_model("test_resnet_3d", pretrained=True)
     brainfm.save_for_hub(model, tmp_path / "weights")
     (tmp_path / "weights" / "model.safetensors").unlink()
     plan = replace(PLAN, models=("test_resnet_3d", f"local-dir:{tmp_path / 'weights'}"), modes=("probe",))
     with pytest.raises(BrainfmError, match="weights"):
         benchmark(data[:1], plan, tmp_path / "a")
-    lora = replace(PLAN, models=("test_resnet_3d",), settings=SETTINGS | {"trained": "lora"})
-    with pytest.raises((BrainfmError, ValueError), match=r"(?i)lora|attention"):
-        benchmark(data[:1], lora, tmp_path / "b")
+    dropping = replace(PLAN, models=("test_resnet_3d",), settings=SETTINGS | {"drop_path": 0.1})
+    with pytest.raises(BrainfmError, match="drop_path and trained_positions are of a ViT"):
+        benchmark(data[:1], dropping, tmp_path / "b")
     cards = [replace(record, mask=None, image=Path(__file__)) for record in data[0].records]
     with pytest.raises(BrainfmError, match="none of 40 scans can be read; the first"):
         benchmark([replace(data[0], records=cards)], PLAN, tmp_path / "c")
@@ -168,15 +170,15 @@ def test_what_can_fail_is_tried_before_anything_is_run(data, tmp_path, monkeypat
 
 
 def test_two_folders_of_one_name_are_two_names():
-    names = job.short_names(["local-dir:runs/a/export", "local-dir:runs/b/export", "test_resnet_3d"])
+    names = grid.short_names(["local-dir:runs/a/export", "local-dir:runs/b/export", "test_resnet_3d"])
     assert list(names.values()) == ["a", "b", "test_resnet_3d"]
-    names = job.short_names(["local-dir:x/mae/export", "local-dir:y/mae/export"])
+    names = grid.short_names(["local-dir:x/mae/export", "local-dir:y/mae/export"])
     assert list(names.values()) == ["x/mae", "y/mae"]
 
 
 def test_model_that_is_not_run_in_a_mode_is_named():
     plan = Plan(models=("simclr_resnet18_3d", "resnet18_3d"))
-    said = list(job._not_run({model: job.resolve(model).cfg for model in plan.models}, plan))
+    said = list(grid.not_run({model: resolve(model).cfg for model in plan.models}, plan))
     assert said == [
         "simclr_resnet18_3d is not trained from scratch: resnet18_3d stands for that.",
         "resnet18_3d has no weights, and is not run as: linear probe, fine-tuned.",
@@ -196,7 +198,7 @@ def test_nothing_is_done_twice_and_what_is_lost_is_done_again_alike(data, result
     lost = next((results / "runs").glob("phantom_age.*.finetune.1.1.json"))
     lost.unlink()
     trained = []
-    monkeypatch.setattr(job, "finetune", lambda *a, **k: trained.append(1) or real(*a, **k))
+    monkeypatch.setattr(runs, "finetune", lambda *a, **k: trained.append(1) or real(*a, **k))
     real = brainfm.downstream.finetuning.finetune
     benchmark(data, PLAN, results)
     assert trained == [1]
@@ -207,8 +209,8 @@ def test_nothing_is_done_twice_and_what_is_lost_is_done_again_alike(data, result
 def test_other_settings_do_the_runs_that_they_change_again(data, results, tmp_path, monkeypatch):
     folder = shutil.copytree(results, tmp_path / "copy")
     modes = []
-    monkeypatch.setattr(job, "_trained", lambda cell, *_: modes.append(cell.row.mode) or _stop())
-    monkeypatch.setattr(job, "_probed", lambda cell, *_: modes.append(cell.row.mode) or _stop())
+    monkeypatch.setattr(runs, "_trained", lambda cell, *_: modes.append(cell.row.mode) or _stop())
+    monkeypatch.setattr(runs, "_probed", lambda cell, *_: modes.append(cell.row.mode) or _stop())
     with pytest.raises(InterruptedError):
         benchmark(data, Plan(models=PLAN.models, seeds=2, epochs_scale=0.02, settings=SETTINGS), folder)
     assert modes == ["finetune"]
@@ -226,7 +228,7 @@ def test_other_scans_patients_or_covariates_do_a_run_again(what, data, tmp_path,
     else:
         other = {"patient_id": "another"} if what == "patient" else {"extra": first.extra | {"age": "99"}}
         one = replace(one, records=[replace(first, **other), *one.records[1:]])
-    monkeypatch.setattr(job, "_probed", lambda *_: _stop())
+    monkeypatch.setattr(runs, "_probed", lambda *_: _stop())
     with pytest.raises(InterruptedError):
         benchmark([one], plan, tmp_path / "out")
 
@@ -235,7 +237,7 @@ def test_other_settings_after_a_kill_do_not_meet_what_the_killed_run_left(data, 
     plan = replace(PLAN, models=("test_resnet_3d",), modes=("scratch",), seeds=1, controls=False)
     met = []
     monkeypatch.setattr(
-        job, "finetune", lambda *a: met.append(Path(a[-1].output)) or met[-1].mkdir(parents=True) or _stop()
+        runs, "finetune", lambda *a: met.append(Path(a[-1].output)) or met[-1].mkdir(parents=True) or _stop()
     )
     for settings in (SETTINGS, SETTINGS | {"lr": 1e-4}):
         with pytest.raises(InterruptedError):
@@ -255,8 +257,8 @@ def test_paired_tests_are_of_all_seeds_and_of_the_scans_that_both_could_read():
     scores = draw.random((2, 2, 40))
     ours = {seed: result(scores[0, seed], everything) for seed in range(2)}
     theirs = {seed: result(scores[1, seed], some) for seed in range(2)}
-    found = job._paired(task, row, row, ours, theirs)
-    assert found == job._paired(task, row, row, {n: result(scores[0, n], some) for n in range(2)}, theirs)
+    found = outcome._paired(task, row, row, ours, theirs)
+    assert found == outcome._paired(task, row, row, {n: result(scores[0, n], some) for n in range(2)}, theirs)
     areas = [[roc_auc_score(labels[some], scores[who, seed][some]) for seed in range(2)] for who in range(2)]
     assert found.difference == pytest.approx(np.mean(areas[0]) - np.mean(areas[1]))
 
@@ -268,11 +270,11 @@ def _stop():
 def test_published_numbers_stand_beside_their_own_method_alone():
     """The paper's probe is not ours; other settings or fewer epochs are other methods too."""
     task, models = load_task("age_ixi"), ("simclr_resnet18_3d", "resnet18_3d", "vit_tiny_3d")
-    cfgs = {model: job.resolve(model).cfg for model in models}
+    cfgs = {model: resolve(model).cfg for model in models}
 
     def published(**fields):
-        plan = Plan(models=models, modes=tuple(job.MODES), **fields)
-        return [one.row for one in job._published(task, job._rows(cfgs, plan), cfgs, plan)]
+        plan = Plan(models=models, modes=tuple(MODES), **fields)
+        return [one.row for one in statements.published_beside(task, grid.model_rows(cfgs, plan), cfgs, plan)]
 
     everything = [f"simclr_resnet18_3d/{mode}" for mode in ("probe_paper", "finetune")]
     everything += ["resnet18_3d/scratch", "vit_tiny_3d/scratch"]
@@ -283,11 +285,11 @@ def test_published_numbers_stand_beside_their_own_method_alone():
 
 
 def test_what_the_paper_does_not_say_of_a_row_is_marked(data):
-    vit = job.resolve("mae_vit_tiny_3d").cfg
+    vit = resolve("mae_vit_tiny_3d").cfg
     one = replace(data[1], task=load_task("age_ixi"))
     rows = [Row("local-dir:mae", mode, "") for mode in ("probe", "probe_paper", "finetune")]
     plan = Plan(models=("local-dir:mae",), modes=("probe", "probe_paper", "finetune"))
-    notes = list(job._unstated([one], rows, {"local-dir:mae": vit}, plan))
+    notes = list(statements.unstated([one], rows, {"local-dir:mae": vit}, plan))
     assert [note.mode for note in notes] == ["probe_paper", "finetune"]
     assert all("is not stated" in note.text for note in notes)
 
@@ -297,8 +299,8 @@ def test_rows_have_the_settings_of_their_recipes(data):
     age = replace(data[1], task=replace(data[1].task, target="raw"))
 
     def settings(model, mode, **fields):
-        cfg, plan = job.resolve(model).cfg, Plan(models=(model,), **fields)
-        return job._settings(job._Job(age, Row(model, mode, ""), 1, 0), plan, cfg, 24, "out")
+        cfg, plan = resolve(model).cfg, Plan(models=(model,), **fields)
+        return runs.settings_of(grid.Job(age, Row(model, mode, ""), 1, 0), plan, cfg, 24, "out")
 
     probe = settings("test_resnet_3d", "probe_paper")
     assert (probe.trained, probe.drifting, probe.target, probe.head_std) == ("head", True, "raw", None)
@@ -367,18 +369,20 @@ def test_fractions_of_the_training_patients_are_nested_curves(data, tmp_path):
 def test_what_is_trained_from_scratch_is_trained_whole(data):
     """A baseline with a frozen random trunk would make any pretrained encoder look good."""
     plan = replace(PLAN, settings=SETTINGS | {"trained": "head", "drifting": True})
-    cfg = job.resolve("test_resnet_3d").cfg
+    cfg = resolve("test_resnet_3d").cfg
     rows = (Row("test_resnet_3d", mode, "") for mode in ("finetune", "scratch"))
-    whole = [job._settings(job._Job(data[0], row, 1, 0), plan, cfg, 24, "out") for row in rows]
+    whole = [runs.settings_of(grid.Job(data[0], row, 1, 0), plan, cfg, 24, "out") for row in rows]
     assert [(one.trained, one.drifting, one.lr) for one in whole] == [("head", True, 1e-3), ("all", False, 1e-3)]
-    assert "What is trained from scratch is trained whole, without trained, drifting." in job._statements(data, plan)
-    assert "In place of the recipes' settings: workers=0, lr=0.001" in " ".join(job._statements(data, plan))
+    said = list(statements.statements(data, plan))
+    assert "What is trained from scratch is trained whole, without trained, drifting." in said
+    assert "In place of the recipes' settings: workers=0, lr=0.001" in " ".join(said)
 
 
 def test_age_bias_is_said_in_words_and_a_predictor_that_learned_nothing_stops_no_grid(data, caplog):
     one = replace(data[1], task=replace(data[1].task, age_bias="cole"))
-    assert any("corrected for age bias by the line fitted on val" in text for text in job._statements([one], PLAN))
-    constant = job._correction(one, lambda rows: (list(rows), np.full(len(rows), 50.0)), range(8))
+    said = " ".join(statements.statements([one], PLAN))
+    assert "corrected for age bias by the line fitted on val" in said
+    constant = runs._correction(one, lambda rows: (list(rows), np.full(len(rows), 50.0)), range(8))
     assert constant is None
     assert "age bias is not corrected in this run: predictions do not rise with age" in caplog.text
 
@@ -387,7 +391,7 @@ def test_signal_in_a_training_ends_the_command_as_one_that_can_go_on(phantoms, t
     def stopped(*_, **__):
         raise RunInterruptedError("stopped by signal 15; the same command goes on from there")
 
-    monkeypatch.setattr(job, "finetune", stopped)
+    monkeypatch.setattr(runs, "finetune", stopped)
     fixed = [
         "--label",
         "sex",
@@ -407,7 +411,7 @@ def test_signal_in_a_training_ends_the_command_as_one_that_can_go_on(phantoms, t
 def test_models_are_run_in_the_modes_they_can_be(tmp_path):
     def rows(models, modes=("probe", "finetune", "scratch")):
         plan = Plan(models=models, modes=modes)
-        return [row.key for row in job._rows({model: job.resolve(model).cfg for model in models}, plan)]
+        return [row.key for row in grid.model_rows({model: resolve(model).cfg for model in models}, plan)]
 
     assert rows(("test_resnet_3d",), ("probe", "probe")) == ["test_resnet_3d/probe"]
     assert rows(("simclr_resnet18_3d", "resnet18_3d")) == [
@@ -425,7 +429,7 @@ def test_models_are_run_in_the_modes_they_can_be(tmp_path):
 def test_model_that_was_pretrained_on_a_tasks_cohort_is_marked_or_refused(phantoms, tmp_path):
     task = make_task("sex", "binary")
     soop = read_task(type(task)(name="sex", label="sex", kind="binary", cohorts=("SOOP",)), phantoms)
-    notes = job._overlaps([soop], ("simclr_resnet18_3d", "resnet18_3d"), "mark")
+    notes = statements.find_overlaps([soop], ("simclr_resnet18_3d", "resnet18_3d"), "mark")
     assert [(note.model, note.text) for note in notes] == [
         ("simclr_resnet18_3d", "pretrained on this task's data (SOOP)")
     ]

@@ -16,9 +16,9 @@ from sklearn.metrics import roc_auc_score
 import brainfm
 from brainfm import BrainfmError
 from brainfm.downstream import finetuning
-from brainfm.downstream.benchmark import Plan, benchmark
+from brainfm.downstream.benchmark import benchmark
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, put_head, read_recipe
-from brainfm.downstream.lora import add_lora
+from brainfm.downstream.plan import Plan
 from brainfm.downstream.task import load_task, read_task
 from brainfm.errors import RecipeError, RunInterruptedError
 from brainfm.train import trainer
@@ -214,13 +214,14 @@ def test_vit_is_fine_tuned_as_by_the_authors_of_the_mae(parts, tmp_path):
     assert torch.equal(after["norm.weight"], before["norm.weight"])
 
 
-@pytest.mark.parametrize("trained", ["head", "lora"])
+@pytest.mark.parametrize("trained", ["head", "norm_bias", "adapter", "lora"])
 def test_positions_stay_where_not_all_is_trained(trained):
     encoder = brainfm.create_model("test_vit_3d", pretrained=True)
     put_head(encoder, 1, Finetuning.from_dict(dict(read_recipe("finetune_mae")) | {"trained": trained}))
     learned = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     assert {"head.weight", "head.bias"} <= learned
-    assert not learned & {"pos_embed", "cls_token", "fc_norm.weight"}
+    assert not learned & {"pos_embed", "cls_token", "norm.weight"}
+    assert ("fc_norm.weight" in learned) is (trained == "norm_bias")
 
 
 def test_what_only_a_vit_has_is_refused_of_a_resnet(parts, tmp_path):
@@ -283,26 +284,6 @@ def test_bad_training_scan_is_replaced_and_listed(parts, tmp_path):
     learned = Labelled([gone, *parts[0].records[1:]], parts[0].labels)
     train([learned, parts[1]], tmp_path / "run", epochs=1, trained="head")
     assert "gone.nii.gz: no such file" in (tmp_path / "run" / "bad_scans.csv").read_text()
-
-
-def test_lora_starts_as_the_encoder_and_trains_little(parts, tmp_path):
-    encoder = brainfm.create_model("test_vit_3d", pretrained=True)
-    volume = torch.randn(1, 1, 40, 48, 48)
-    with torch.no_grad():
-        before = encoder(volume)
-        encoder.reset_classifier(1)
-        add_lora(encoder, rank=4)
-        encoder.reset_classifier(0)
-        assert torch.equal(encoder(volume), before)
-    trained = train(parts, tmp_path / "run", "test_vit_3d", trained="lora", lora_rank=4).encoder
-    original = brainfm.create_model("test_vit_3d", pretrained=True).state_dict()
-    after = trained.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in original.items())
-    ups = [value for name, value in after.items() if name.endswith("lora_up")]
-    assert len(ups) == 8
-    assert all(value.abs().sum() > 0 for value in ups)
-    with pytest.raises(BrainfmError, match="ResNet has none"):
-        add_lora(brainfm.create_model("test_resnet_3d"))
 
 
 @pytest.mark.parametrize("name", ["test_resnet_3d", "test_vit_3d"])

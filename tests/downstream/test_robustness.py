@@ -11,8 +11,9 @@ import pytest
 
 import brainfm
 from brainfm.downstream import robustness as job
-from brainfm.downstream.benchmark import Plan, benchmark
+from brainfm.downstream.benchmark import benchmark
 from brainfm.downstream.corruptions import CORRUPTIONS, corrupted
+from brainfm.downstream.plan import Plan
 from brainfm.downstream.probe import fit_probe, predict_probe
 from brainfm.downstream.report import write_report
 from brainfm.downstream.robustness import robustness

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from brainfm.cli.main import main
-from brainfm.downstream import benchmark
+from brainfm.downstream import outcome, runs
 from brainfm.downstream.sweep import read_evaluated
 from brainfm.errors import TaskError
 
@@ -32,7 +32,8 @@ def swept(phantoms, tmp_path_factory):
     """The folder of a sweep over two fractions of the patients, evaluated."""
     output = tmp_path_factory.mktemp("sweep") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "_RESAMPLES", 50)  # of the intervals, which are not what is tested
+        for module in (runs, outcome):  # intervals are not what is tested
+            patch.setattr(module, "RESAMPLES", 50)
         code, said = pretrain(phantoms, output, "patients=0.25,1.0", f"evaluate=phantom_sex:{phantoms}", "--seeds", "1")
     assert code == 0, said
     return output

@@ -51,7 +51,7 @@ def test_every_setting_has_a_source_and_the_papers_say_where(path):
     settings = [line for line in lines if line.partition(":")[0] not in NOT_A_SETTING]
     assert len(settings) >= 3
     for line in settings:
-        source = re.search(r"# (paper \([^)]+\)|code|mae|ours)(:|;|$)", line)
+        source = re.search(r"# (paper \([^)]+\)|code|mae|peft|adapters|ours)(:|;|$)", line)
         assert source, line
         if line.partition(":")[0] in NOT_OF_THE_PAPER:
             assert "paper" not in line, line

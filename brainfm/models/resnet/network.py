@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from brainfm.models.adaptation import merged
 from brainfm.models.encoder import Encoder, computing_in, stage
 from brainfm.models.resnet.checkpointed import pooled_stem, residual_block
 from brainfm.models.resnet.streamed import streamed_features
@@ -113,16 +114,17 @@ class ResNet(Encoder):
 
         Where a gradient is asked for, or the network is traced, its forward is the plain one. Otherwise hooks on
         modules in the stem and the first three stages are not called. A subclass, whose forward may be another, is
-        not streamed.
+        not streamed, nor is what has adapters.
         """
         # A weight that is folded is made anew, and need not be copied before.
-        folded = [conv for _, conv, _ in _convolutions_with_norms(self)]
+        model = merged(self)
+        folded = [conv for _, conv, _ in _convolutions_with_norms(model)]
         shared = {id(conv.weight): nn.Parameter(conv.weight.detach(), requires_grad=False) for conv in folded}
-        fast = self._copy_for_inference(shared)
+        fast = model._copy_for_inference(shared)
         assert isinstance(fast, ResNet)
         _fold_batch_norms(fast, dtype)
         done: tuple[str, ...] = ("BatchNorm folded",)
-        if type(self) is ResNet:
+        if type(self) is ResNet and not self.adapters:
             fast._streams = True
             done += ("stem and first three stages by slabs, without what is empty (unless traced)",)
         return computing_in(fast, dtype, done)

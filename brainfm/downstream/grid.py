@@ -1,0 +1,135 @@
+"""The runs of an evaluation: tasks × rows × fractions × seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from brainfm.downstream.plan import MODES, TRAINED, Plan
+from brainfm.downstream.results import Row
+from brainfm.downstream.task import TaskData
+from brainfm.errors import BrainfmError, WeightsNotFoundError
+from brainfm.pretrained import PretrainedCfg
+
+COVARIATES = Row("covariates", "covariates", "covariates alone, no image")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the grid."""
+
+    data: TaskData
+    row: Row
+    fraction: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        plain = "".join(letter if letter.isalnum() or letter in "_-" else "-" for letter in self.row.model)
+        digest = hashlib.sha256(self.row.model.encode()).hexdigest()[:6]
+        return f"{self.data.task.name}.{plain[:40]}-{digest}.{self.row.mode}.{self.fraction:g}.{self.seed}"
+
+
+def list_jobs(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[Row], plan: Plan) -> Iterator[Job]:
+    """Cheap runs first: something to look at soon."""
+    order = (
+        "covariates",
+        "untrained",
+        "probe",
+        "probe_adam",
+        "probe_paper",
+        "norm_bias",
+        "adapter",
+        "lora",
+        "finetune",
+        "scratch",
+    )
+    for row in sorted([*controls, *rows], key=lambda row: order.index(row.mode)):
+        for one in data:
+            if row.mode == "covariates" and not one.has_covariates:
+                continue
+            for fraction in sorted({1.0, *plan.fractions}, reverse=True):
+                if fraction < 1 and row in controls:
+                    continue
+                for seed in range(plan.seeds if fraction == 1 else 1):
+                    yield Job(one, row, fraction, seed)
+
+
+def model_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
+    """The rows of the models; raises BrainfmError where there are none, or weights that were never published."""
+    titles = short_names(list(cfgs))
+    rows = []
+    for model, cfg in cfgs.items():
+        modes = _modes(cfg, cfgs, plan)
+        if not cfg.has_weights and cfg.ssl_method is not None and modes != ["scratch"]:
+            raise WeightsNotFoundError(
+                f"no weights of {model} were published; pretrain it ('brainfm pretrain') and give local-dir:FOLDER, "
+                "or leave it out"
+            )
+        rows += [Row(model, mode, f"{titles[model]}, {MODES[mode]}") for mode in modes]
+    if cfgs and not rows:
+        raise BrainfmError(f"nothing to run: none of {', '.join(cfgs)} is run in {', '.join(plan.modes)}")
+    return rows
+
+
+def _modes(cfg: PretrainedCfg, cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[str]:
+    """The modes that a model is run in, of those that are planned."""
+    modes, baselines = list(dict.fromkeys(plan.modes)), [one for one in cfgs.values() if _is_baseline(one)]
+    if _is_baseline(cfg):
+        return [mode for mode in modes if mode == "scratch"]
+    return [mode for mode in modes if mode != "scratch" or not baselines]
+
+
+def _is_baseline(cfg: PretrainedCfg) -> bool:
+    """Whether a model has no weights and was never meant to have any: it is trained from scratch."""
+    return not cfg.has_weights and cfg.ssl_method is None
+
+
+def not_run(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> Iterator[str]:
+    """A sentence for each model that is not run in all of the planned modes."""
+    baselines = [model for model, cfg in cfgs.items() if _is_baseline(cfg)]
+    for model, cfg in cfgs.items():
+        left = [MODES[mode] for mode in dict.fromkeys(plan.modes) if mode not in _modes(cfg, cfgs, plan)]
+        if left and model in baselines:
+            yield f"{model} has no weights, and is not run as: {', '.join(left)}."
+        elif left:
+            yield f"{model} is not trained from scratch: {', '.join(baselines)} stands for that."
+
+
+def table_rows(data: Sequence[TaskData], plan: Plan) -> list[Row]:
+    """The rows of embeddings that were made before; they are probed."""
+    tables = [model for model in plan.models if any(model in one.embeddings for one in data)]
+    titles = short_names(tables)
+    modes = [mode for mode in dict.fromkeys(plan.modes) if mode not in TRAINED]
+    made_by = {name: f" ({model})" for one in data for name, model in one.made_by.items()}
+    return [
+        Row(model, mode, f"{titles[model]}{made_by.get(model, '')}, {MODES[mode]}")
+        for model in tables
+        for mode in modes
+    ]
+
+
+def control_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
+    """The same encoders untrained, and covariates alone."""
+    if not plan.controls:
+        return []
+    probed = {cfg.architecture for cfg in cfgs.values() if cfg.has_weights}
+    untrained = [Row(name, "untrained", f"{name}, untrained, linear probe") for name in sorted(probed)]
+    return [*untrained, COVARIATES]
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Models by names for readers: without schemes, and of the folders the fewest that tell them apart."""
+    parts = {}
+    for model in models:
+        _, colon, place = model.partition(":")
+        folders = [part for part in Path(place if colon else model).parts if part not in ("export", ".", "/")]
+        parts[model] = folders or [model]
+    for length in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {model: "/".join(folders[-length:]) for model, folders in parts.items()}
+        if len(set(names.values())) == len(models):
+            return names
+    return {model: model for model in models}

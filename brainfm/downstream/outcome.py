@@ -1,0 +1,144 @@
+"""What an evaluation leaves: splits, tables, tests of rows against controls, and the page."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainfm.downstream.account import class_patients, few, unused
+from brainfm.downstream.grid import Job
+from brainfm.downstream.plan import RESAMPLES, Plan
+from brainfm.downstream.report import write_report
+from brainfm.downstream.results import Evaluation, PairedTest, Row, Unused
+from brainfm.downstream.split import save_split
+from brainfm.downstream.statistics import paired_bootstrap_over_runs
+from brainfm.downstream.task import Task, TaskData
+from brainfm.downstream.wording import too_small
+from brainfm.files import write_csv, write_json
+
+logger = logging.getLogger("brainfm")
+
+_SIZES = ("n_train", "n_test", "trained_parameters", "parameters")
+
+
+def keep_splits(data: Sequence[TaskData], plan: Plan, output: Path) -> None:
+    """Write each task's split, or that of each seed."""
+    for one in data:
+        for seed in range(1 if one.given_split is not None else plan.seeds):
+            path = output / "splits" / f"{one.task.name}.{seed}.csv"
+            if one.embeddings:  # which need not say where their scans are
+                named = [
+                    (r.patient_id, r.scan_id, r.name, s) for r, s in zip(one.records, one.split(seed), strict=True)
+                ]
+                write_csv(path, [("patient_id", "scan_id", "image_path", "split"), *named])
+            else:
+                save_split(path, one.records, one.split(seed))
+
+
+def write_results(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation, output: Path) -> Path:
+    """Everything but the runs themselves; gives the page."""
+    _write_tables(results, output)
+    columns, left_out, warnings = [], list[Unused](), list(evaluation.warnings)
+    for column in evaluation.tasks:
+        mine = {job: result for job, result in results.items() if job.data.task.name == column.name}
+        data = next(iter(mine)).data
+        failed: dict[str, dict[int, str]] = {}
+        for job, result in mine.items():
+            if job.row.mode != "covariates":
+                failed.setdefault(job.row.key, {}).update({int(n): why for n, why in result["left_out"].items()})
+        of_this = list(unused(data, failed))
+        if broken := list(dict.fromkeys(one.scan for one in of_this if one.failed)):
+            asked = len(data.records) + sum(one.failed for one in data.left_out)
+            warnings.append(
+                f"{column.title}: {len(broken)} of {asked} scans were left out by some row or all, because they are "
+                f"not there or cannot be read: {few(broken)}. See 'Left out'."
+            )
+        counts = [_test_patients(job, result) for job, result in mine.items() if job.fraction == 1]
+        small = too_small(column, [min(each) for each in zip(*counts, strict=True)])
+        if small:
+            warnings.append(
+                f"{column.title}: {small}. Intervals, standard deviations and tests of so few mean nothing: none is "
+                "bold, and no gain is claimed."
+            )
+        columns.append(replace(column, too_small=small))
+        left_out += of_this
+    for text in warnings:
+        logger.warning("%s", text)
+    head = ("task", "row", "scan", "why", "failed")
+    rows = [(one.task, one.row, one.scan, one.why, int(one.failed)) for one in left_out]
+    write_csv(output / "left_out.csv", [head, *rows])
+    tests = tuple(_tests(results, evaluation))
+    evaluation = replace(
+        evaluation, tasks=tuple(columns), tests=tests, warnings=tuple(warnings), left_out=tuple(left_out)
+    )
+    write_json(output / "grid.json", evaluation.to_dict())
+    return write_report(output)
+
+
+def _test_patients(job: Job, result: Mapping[str, Any]) -> list[int]:
+    """Patients of each class in the test part, or all of a regression's."""
+    return class_patients(job.data, result["rows"]) or [len(set(result["patients"]))]
+
+
+def _write_tables(results: Mapping[Job, dict[str, Any]], output: Path) -> None:
+    scores, guesses = [], []
+    for job, result in results.items():
+        key = [job.data.task.name, job.row.model, job.row.mode, f"{job.fraction:g}", job.seed]
+        for name, numbers in result["metrics"].items():
+            sizes = [result[name] for name in _SIZES[:2]] + [result.get(name) for name in _SIZES[2:]]  # new ones
+            scores.append([*key, name, *map(_text, numbers), *sizes, _positive(job.data)])
+        for patient, label, guess in zip(result["patients"], result["labels"], result["predictions"], strict=True):
+            shown = guess[int(label)] if isinstance(guess, list) else guess
+            guesses.append([*key, patient, f"{label:.9g}", f"{shown:.9g}", _positive(job.data)])
+    key_names = ["task", "model", "mode", "fraction", "seed"]
+    columns = [*key_names, "metric", "value", "ci_low", "ci_high", *_SIZES, "positive"]
+    write_csv(output / "results.csv", [columns, *scores])
+    write_csv(output / "predictions.csv", [[*key_names, "patient_id", "label", "prediction", "positive"], *guesses])
+
+
+def _positive(data: TaskData) -> str:
+    """The word of the class that is 1 in a binary task."""
+    return data.classes[1] if data.task.kind == "binary" else ""
+
+
+def _tests(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation) -> Iterator[PairedTest]:
+    """Each row against each control, and against each that was trained from scratch, by all seeds."""
+    found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for job, result in results.items():
+        if job.fraction == 1:
+            found.setdefault((job.data.task.name, job.row.key), {})[job.seed] = result
+    baselines = [row for row in evaluation.rows if row.mode == "scratch"]
+    for task in {job.data.task.name: job.data.task for job in results}.values():
+        for one in evaluation.rows:
+            for other in [*([] if one.mode == "scratch" else baselines), *evaluation.controls]:
+                if (task.name, one.key) in found and (task.name, other.key) in found:
+                    yield _paired(task, one, other, found[task.name, one.key], found[task.name, other.key])
+
+
+def _paired(
+    task: Task, one: Row, other: Row, first: Mapping[int, Mapping[str, Any]], second: Mapping[int, Mapping[str, Any]]
+) -> PairedTest:
+    runs = []
+    for seed in sorted(first.keys() & second.keys()):
+        pair = first[seed], second[seed]
+        both = set(pair[0]["rows"]) & set(pair[1]["rows"])  # a scan that one could not read is left out
+        places = [[n for n, row in enumerate(result["rows"]) if row in both] for result in pair]
+        labels, patients = (np.array(pair[0][name])[places[0]] for name in ("labels", "patients"))
+        ours, theirs = (np.array(r["predictions"])[place] for r, place in zip(pair, places, strict=True))
+        runs.append((labels, ours, theirs, patients))
+    found = paired_bootstrap_over_runs(runs, task.kind, task.metric, n=RESAMPLES)
+    numbers = (found.difference, found.ci_low, found.ci_high, found.p_value)
+    return PairedTest(task.name, one.key, other.key, "paired bootstrap", *map(_finite, numbers))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.9g}"

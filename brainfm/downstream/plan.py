@@ -1,0 +1,97 @@
+"""What an evaluation runs: the modes, and the recipe of each with the settings put in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from brainfm.downstream.finetuning import Finetuning, read_recipe
+from brainfm.errors import BrainfmError, RecipeError
+from brainfm.train.recipe import read_overrides
+
+Mode = Literal["probe", "probe_paper", "probe_adam", "norm_bias", "adapter", "lora", "finetune", "scratch"]
+MODES: dict[str, str] = {
+    "probe": "linear probe",
+    "probe_paper": "linear probe as the paper's",
+    "probe_adam": "linear probe as the paper's, but with BatchNorm held still",
+    "norm_bias": "fine-tuned in norms and biases",
+    "adapter": "fine-tuned by adapters",
+    "lora": "fine-tuned by LoRA",
+    "finetune": "fine-tuned",
+    "scratch": "from scratch",
+}
+_EFFICIENT = ("norm_bias", "adapter", "lora")
+TRAINED = ("probe_paper", *_EFFICIENT, "finetune", "scratch")  # on scans, by `finetune`
+RECIPE_OF = {mode: mode for mode in TRAINED} | {"probe_adam": "probe_paper"}  # by which a mode is run
+_WHAT = ("trained", "drifting")  # of the encoder is trained
+_PRETRAINED_ONLY = (*_WHAT, "lora_rank", "adapter_reduction", "layer_decay")  # settings that mean nothing from scratch
+NOT_OF = {  # settings that would make something else of a mode
+    "scratch": _PRETRAINED_ONLY,
+    "probe_paper": (*_PRETRAINED_ONLY, "augment", "drop_path", "trained_positions", "global_pool"),
+    **dict.fromkeys(_EFFICIENT, (*_WHAT, "trained_positions")),
+}
+FREE = ("workers", "device")  # settings that change no result
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        models: Names of `create_model`, or of tables of embeddings that the tasks' data hold. One without weights is
+            trained from scratch only; one with weights is probed and fine-tuned, and trained from scratch where no
+            model without weights is in the list.
+        modes: Of `MODES`.
+        seeds: Runs of each; the paper has five.
+        fractions: Of the training patients, for curves of label efficiency; those below 1 are run with one seed.
+        epochs_scale: Times the paper's epochs; at least one is run.
+        settings: Fields of `Finetuning` in place of those of the mode's recipe (`brainfm.downstream.recipes`).
+        controls: Add the same encoders untrained, and covariates alone.
+    """
+
+    models: tuple[str, ...]
+    modes: tuple[str, ...] = ("probe", "finetune", "scratch")
+    seeds: int = 5
+    fractions: tuple[float, ...] = (1.0,)
+    epochs_scale: float = 1.0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        if strange := [mode for mode in self.modes if mode not in MODES]:
+            raise BrainfmError(f"unknown mode {strange[0]!r}; known: {', '.join(MODES)}")
+        if self.seeds < 1 or self.epochs_scale <= 0 or not all(0 < one <= 1 for one in self.fractions):
+            raise BrainfmError("seeds must be 1 or more, epochs_scale above 0, and fractions above 0 and at most 1")
+
+    def epochs(self, mode: str) -> int:
+        """Epochs of a mode that has them."""
+        return max(1, round(paper_epochs(mode) * self.epochs_scale))
+
+    def of(self, mode: str) -> dict[str, Any]:
+        """The settings that apply to a mode."""
+        return {name: value for name, value in self.settings.items() if name not in NOT_OF.get(mode, ())}
+
+    def is_as_published(self, mode: str) -> bool:
+        """Whether a mode is run by its recipe and nothing else."""
+        return mode in TRAINED and self.epochs_scale == 1 and not self.of(mode).keys() - set(FREE)
+
+
+def paper_epochs(mode: str) -> int:
+    """Epochs of a mode's recipe."""
+    epochs: int = read_recipe(RECIPE_OF[mode])["epochs"]
+    return epochs
+
+
+def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Fields of `Finetuning` from texts such as "lr=1e-3". Raises RecipeError for an unknown one or a wrong value."""
+    values = read_overrides({}, overrides)
+    for ours in ("seed", "output", "epochs"):
+        if ours in values:
+            raise RecipeError(f"{ours} is not set here; see --seeds, --output and --epochs-scale")
+    try:
+        Finetuning.from_dict(values)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return values

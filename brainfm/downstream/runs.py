@@ -1,0 +1,226 @@
+"""One run: fit on the training part, choose on the validation part, and look at the test part once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from brainfm.downstream.features import head_sizes, name_of, read_features, table_of
+from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, read_recipe
+from brainfm.downstream.grid import Job
+from brainfm.downstream.plan import FREE, RECIPE_OF, RESAMPLES, TRAINED, Plan
+from brainfm.downstream.probe import AdamProbe, fit_probe, predict_probe
+from brainfm.downstream.split import subsample
+from brainfm.downstream.statistics import AgeBiasCorrection, age_bias_correction, bootstrap_interval, metrics
+from brainfm.downstream.task import TaskData
+from brainfm.errors import BrainfmError
+from brainfm.factory import create_model
+from brainfm.files import write_json
+from brainfm.pretrained import PretrainedCfg
+from brainfm.train.distributed import ProcessGroup
+
+logger = logging.getLogger("brainfm")
+
+
+def run_job(
+    job: Job, plan: Plan, digest: str, cfgs: Mapping[str, PretrainedCfg], output: Path, everyone: ProcessGroup
+) -> None:
+    """Fit, predict the test part, and keep the numbers; `digest` says what the run was made of."""
+    path = result_path(output, job)
+    task, splits = job.data.task, job.data.split(job.seed)
+    train = subsample(job.data.records, job.data.labels, splits, job.fraction, kind=task.kind, seed=job.seed)
+    val, test = ([n for n, part in enumerate(splits) if part == name] for name in ("val", "test"))
+    if job.row.mode in TRAINED:
+        work = path.with_suffix(f".{digest[:12]}")
+        predict, failed, sizes = _trained(job, plan, cfgs[job.row.model], train, val, work)
+    else:
+        predict, failed, sizes = _probed(job, plan, train, val, output)
+    correct = _correction(job.data, predict, val)
+    kept, predictions = predict(test)  # everything is chosen: the one look at the test part
+    if correct is not None:
+        predictions = correct(predictions, job.data.labels[kept])
+    if not everyone.is_first:
+        return
+    labels, patients = job.data.labels[kept], [job.data.patients[n] for n in kept]
+    values = metrics(labels, predictions, task.kind)
+    intervals = {
+        name: bootstrap_interval(labels, predictions, task.kind, name, groups=patients, n=RESAMPLES, seed=job.seed)
+        for name, value in values.items()
+        if np.isfinite(value)
+    }
+    content = {
+        "digest": digest,
+        "metrics": {name: [value, *intervals.get(name, (None, None))] for name, value in values.items()},
+        "n_train": len(train),
+        "n_test": len(kept),
+        "trained_parameters": sizes[0],
+        "parameters": sizes[1],
+        "processes": everyone.world,
+        "left_out": {str(n): failed[n] for n in sorted(failed)},
+        "rows": kept,
+        "patients": patients,
+        "labels": labels.tolist(),
+        "predictions": predictions.tolist(),
+    }
+    write_json(path, content)
+    for work in path.parent.glob(f"{job.name}.*"):  # this run's, and those of one that stopped and was made otherwise
+        if work.is_dir():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+# Rows → those whose scan can be read, and their predictions.
+Predict: TypeAlias = Callable[[Sequence[int]], tuple[list[int], NDArray[np.float64]]]
+# And by number the scans that cannot be used, which may grow; and how many numbers were trained, of how many if known.
+_Fitted: TypeAlias = tuple[Predict, dict[int, str], tuple[int, int | None]]
+
+
+def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> _Fitted:
+    """A linear model on embeddings, or on covariates; and the scans that it cannot use."""
+    row, task, labels = job.row, job.data.task, job.data.labels
+    features: NDArray[Any]
+    failed: dict[int, str] = {}
+    frozen: int | None = None
+    if row.model in job.data.embeddings:
+        features = job.data.embeddings[row.model]
+        failed = {int(n): "no finite embedding" for n in np.flatnonzero(~np.isfinite(features).all(axis=1))}
+    elif row.mode == "covariates":
+        sizes = head_sizes(job.data, output / "embeddings" / f"{task.name}.head_size.json")
+        features = table_of(job.data, sizes, train)
+    else:
+        if row.mode == "untrained":
+            torch.manual_seed(job.seed)
+            model, name = create_model(row.model), f"{row.model}.untrained{job.seed}"
+        else:
+            model, name = create_model(row.model, pretrained=True), row.model
+        frozen = sum(parameter.numel() for parameter in model.parameters())
+        device = str(plan.settings.get("device", "auto"))
+        features, failed = read_features(job.data.records, model, output / "embeddings", name, device=device)
+    readable = set(np.flatnonzero(np.isfinite(features).all(axis=1)).tolist())
+    train, val = ([n for n in rows if n in readable] for rows in (train, val))
+    if not val or len(set(labels[train].tolist())) < 2:
+        raise BrainfmError(f"{task.name}: too few scans can be read{_one_of(failed)}")
+    if row.mode == "probe_adam":
+        values = recipe_of(job, plan, None)
+        fitted: Any = AdamProbe(**{one.name: values[one.name] for one in fields(AdamProbe)}).fit(
+            (features[train], labels[train]),
+            (features[val], labels[val]),
+            task.kind,
+            task.metric if task.selection == "metric" else "loss",
+            seed=job.seed,
+        )
+    else:
+        patients = [job.data.patients[n] for n in train]
+        fitted = fit_probe(features[train], labels[train], task.kind, patients=patients, seed=job.seed)
+
+    def predict(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
+        kept = [n for n in rows if n in readable]
+        if not kept:
+            raise BrainfmError(f"{task.name}: none of {len(rows)} scans to predict can be read{_one_of(failed)}")
+        return kept, predict_probe(fitted, features[kept], task.kind)
+
+    size = (features.shape[1] + 1) * (len(job.data.classes) if task.kind == "multiclass" else 1)
+    return predict, failed, (size, None if frozen is None else frozen + size)
+
+
+def _one_of(failed: Mapping[int, str]) -> str:
+    return f"; one of {len(failed)} that cannot: {next(iter(failed.values()))}" if failed else ""
+
+
+def _trained(job: Job, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val: Sequence[int], work: Path) -> _Fitted:
+    """An encoder trained with a head, pretrained or from scratch; and the scans that it cannot use."""
+    task, scratch, records = job.data.task, job.row.mode == "scratch", job.data.records
+    torch.manual_seed(job.seed)
+    encoder = create_model(cfg.architecture if scratch else job.row.model, pretrained=not scratch)
+    settings = settings_of(job, plan, cfg, len(train), str(work))
+    learned, chosen_by = (Labelled([records[n] for n in rows], job.data.labels[list(rows)]) for rows in (train, val))
+    model = finetune(encoder, learned, chosen_by, task.kind, settings)
+    failed = {train[n]: reason for n, reason in model.failed.items()}
+
+    def predict(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
+        predictions, unread = model.predict([records[n] for n in rows])
+        failed.update({rows[place]: reason for place, reason in unread.items()})
+        return [n for place, n in enumerate(rows) if place not in unread], predictions
+
+    predict(val)  # says which of them were not looked at
+    return predict, failed, (model.trained_parameters, model.parameters)
+
+
+def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBiasCorrection | None:
+    """The task's correction of age bias, learned on the validation part."""
+    if data.task.age_bias == "keep":
+        return None
+    kept, predictions = predict(val)
+    try:
+        return age_bias_correction(data.labels[kept], predictions, rule=data.task.age_bias)
+    except ValueError as error:
+        logger.warning("%s: age bias is not corrected in this run: %s", data.task.name, error)
+        return None
+
+
+def settings_of(job: Job, plan: Plan, cfg: PretrainedCfg, scans: int, work: str) -> Finetuning:
+    """The settings of a run: its recipe's, with the plan's in their place."""
+    values = recipe_of(job, plan, cfg)
+    values["batch_size"] = min(values["batch_size"], scans)
+    return Finetuning.from_dict(values | {"seed": job.seed, "output": work})
+
+
+def recipe_of(job: Job, plan: Plan, cfg: PretrainedCfg | None) -> dict[str, Any]:
+    """The fields of `Finetuning` that a run has, but for what is its own."""
+    task, mode = job.data.task, job.row.mode
+    of_mae = mode == "finetune" and cfg is not None and cfg.ssl_method == "MAE"
+    recipe = read_recipe("finetune_mae" if of_mae else RECIPE_OF[mode])
+    values = {"target": task.target, **recipe, "epochs": plan.epochs(mode)}
+    values["selection"] = task.metric if task.selection == "metric" else "loss"
+    if "warmup_epochs" in recipe:
+        values["warmup_epochs"] = recipe["warmup_epochs"] * values["epochs"] / recipe["epochs"]
+    return values | plan.of(mode)
+
+
+def digest_of_data(data: TaskData) -> str:
+    """Says which scans a task has, as they are now, with their labels, patients, split and covariates."""
+    name = (lambda record: [record.name, record.scan_id]) if data.embeddings else name_of  # files are not looked at
+    scans = [[name(r), r.patient_id, *(r.extra.get(one) for one in data.task.covariates)] for r in data.records]
+    content = [scans, data.labels.tolist(), data.given_split]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def digest_of(job: Job, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedCfg]) -> str:
+    """Says what a run was made of."""
+    cfg = cfgs.get(job.row.model)
+    task = job.data.task.to_dict() | {"published": None, "title": None, "manifest": None}
+    content: list[Any] = [task, made_of, job.row.mode, job.row.model, job.fraction, job.seed]
+    content.append(None if cfg is None else [cfg.sha256, cfg.source])
+    if (vectors := job.data.embeddings.get(job.row.model)) is not None:
+        content.append(hashlib.sha256(np.ascontiguousarray(vectors).tobytes()).hexdigest())
+    if job.row.mode in RECIPE_OF:
+        content.append({name: value for name, value in recipe_of(job, plan, cfg).items() if name not in FREE})
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def result_path(output: Path, job: Job) -> Path:
+    """Where a run's numbers are kept."""
+    return output / "runs" / f"{job.name}.json"
+
+
+def is_done(output: Path, job: Job, digest: str) -> bool:
+    """Whether a run is there that was made of the same."""
+    try:
+        return bool(json.loads(result_path(output, job).read_text(encoding="utf-8"))["digest"] == digest)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def read_result(job: Job, output: Path) -> dict[str, Any]:
+    """The numbers of a run that is done."""
+    content: dict[str, Any] = json.loads(result_path(output, job).read_text(encoding="utf-8"))
+    return content
