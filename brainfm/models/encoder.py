@@ -133,7 +133,14 @@ class Encoder(nn.Module, ABC):
 
     def _stage(self, number: int, x: Any, needed: bool) -> Any:  # noqa: ARG002 - for those that can spare a map
         """One stage. Where its map is not `needed` itself, it may give the next stage something cheaper."""
-        return self._run(self.get_submodule(self.feature_info[number]["module"]), x)
+        return self._run(self._part(self.feature_info[number]["module"]), x)
+
+    def _part(self, name: str) -> nn.Module:
+        """As `get_submodule`, which torch.export could not follow before torch 2.7."""
+        part: nn.Module = self
+        for each in name.split("."):
+            part = getattr(part, each)
+        return part
 
     def _finish(self, x: Any) -> Tensor:
         """What the last stage gives → what `forward_features` does."""
@@ -240,7 +247,7 @@ class Encoder(nn.Module, ABC):
 
     def get_classifier(self) -> nn.Module:
         """The last layer: a Linear, or an Identity where there are no classes."""
-        return self.get_submodule(self.classifier_name)
+        return self._part(self.classifier_name)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one of `num_classes` outputs (0: none), and the pooling where one is given.

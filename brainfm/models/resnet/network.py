@@ -89,7 +89,7 @@ class ResNet(Encoder):
             # What the first block takes, or where the stem's map is not to be kept, what that is made of.
             return pooled_stem(x, self.conv1, self.bn1) if self.grad_checkpointing else (self.maxpool(self._stem(x)),)
         inputs = x if isinstance(x, tuple) else (self.maxpool(x) if number == 1 else x,)
-        for block in self.get_submodule(_STAGES[number - 1]).children():
+        for block in self._part(_STAGES[number - 1]).children():
             inputs = (residual_block(block, *inputs) if self.grad_checkpointing else block(*inputs),)
         return inputs[0]
 
