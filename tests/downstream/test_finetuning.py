@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_ranks
 from sklearn.metrics import roc_auc_score
 
 import brainfm
@@ -26,6 +25,8 @@ from brainfm.train import trainer
 from brainfm.train.data import EpochSampler
 from brainfm.train.optim import make_optimiser
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 QUICK = {"epochs": 2, "lr": 1e-3, "batch_size": 4, "workers": 0, "device": "cpu"}
 
 
@@ -33,17 +34,6 @@ QUICK = {"epochs": 2, "lr": 1e-3, "batch_size": 4, "workers": 0, "device": "cpu"
 def parts(phantoms):
     data = read_task(load_task("phantom_sex"), phantoms)
     return [Labelled(data.records[some], data.labels[some]) for some in (slice(8), slice(8, 12))]
-
-
-@pytest.fixture(scope="module")
-def few(phantoms):
-    """A function (name of a task) → its data of the first twenty phantoms."""
-
-    def read(name):
-        data = read_task(load_task(name), phantoms)
-        return replace(data, records=data.records[:20], labels=data.labels[:20])
-
-    return read
 
 
 def train(parts, folder, model="test_vit_3d", **fields):
@@ -107,8 +97,8 @@ def released_loop(data, x, rows, seed, epochs, drifting=True):
 
 
 @pytest.mark.parametrize("name", ["phantom_sex", "phantom_age"])
-def test_papers_probe_is_the_released_loop_written_out(name, few, tmp_path):
-    data = few(name)
+def test_papers_probe_is_the_released_loop_written_out(name, phantoms, tmp_path):
+    data = read_task(load_task(name), phantoms)
     plan = Plan(
         models=("test_resnet_3d",),
         modes=("probe_paper",),
@@ -130,8 +120,8 @@ def test_papers_probe_is_the_released_loop_written_out(name, few, tmp_path):
     assert ("raw labels" in (tmp_path / "table.md").read_text()) == (name == "phantom_age")
 
 
-def test_probe_on_kept_embeddings_is_the_papers_where_there_is_no_batchnorm(few, tmp_path):
-    data = few("phantom_age")
+def test_probe_on_kept_embeddings_is_the_papers_where_there_is_no_batchnorm(phantoms, tmp_path):
+    data = read_task(load_task("phantom_age"), phantoms)
     plan = Plan(
         models=("test_vit_3d",),
         modes=("probe_paper", "probe_adam"),
@@ -193,9 +183,7 @@ def test_two_processes_share_the_batch_and_give_the_weights_of_one(phantoms, tmp
     one, two = (tmp_path / name for name in ("one", "two"))
     for folder in (one, two):
         folder.mkdir()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launch, tmp_path / "run.py", phantoms, two]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    done = run_ranks(2, tmp_path / "run.py", phantoms, two)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(sys, "argv", ["run.py", str(phantoms), str(one)])
     exec(SHARED, {})

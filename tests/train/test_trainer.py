@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from forked_ranks import run_ranks
 
 import brainfm
 from brainfm import BrainfmError, RecipeError
@@ -141,12 +142,9 @@ pretrain(recipe_from_dict(json.loads(sys.argv[1])))
 """
 
 
-def torchrun(world, fields, tmp_path, code=STEPS, fails=False):
+def ranks(world, fields, tmp_path, code=STEPS, fails=False):
     (tmp_path / "steps.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "steps.py"), json.dumps(fields)], capture_output=True, text=True, timeout=300
-    )
+    done = run_ranks(world, tmp_path / "steps.py", json.dumps(fields))
     assert (done.returncode != 0) == fails, done.stderr
 
 
@@ -156,7 +154,7 @@ def torchrun(world, fields, tmp_path, code=STEPS, fails=False):
 def test_two_processes_end_with_the_weights_of_one_with_the_joined_batch(base, checkpointed, cohort, tmp_path):
     fields = base | {"manifest": str(cohort), "epochs": 1, "precision": "float64", "every_scan": False}
     two = {"batch_size": 2, "output": str(tmp_path / "two"), "grad_checkpointing": checkpointed}
-    torchrun(2, fields | two, tmp_path)
+    ranks(2, fields | two, tmp_path)
     pretrain(recipe_from_dict(fields | {"batch_size": 4, "output": str(tmp_path / "one")}))
     assert len(log(tmp_path / "two")) == len(log(tmp_path / "one")) == 3
     alone, shared = network(tmp_path / "one"), network(tmp_path / "two")
@@ -380,7 +378,7 @@ Trainer._step = stopped
 def test_run_goes_on_with_another_number_of_processes_of_the_same_joined_batch(cohort, tmp_path, caplog):
     fields = SIMCLR | {"manifest": str(cohort), "epochs": 2, "precision": "float64"}
     broken = fields | {"output": str(tmp_path / "run")}
-    torchrun(2, broken | {"batch_size": 2}, tmp_path, code=STOPS, fails=True)
+    ranks(2, broken | {"batch_size": 2}, tmp_path, code=STOPS, fails=True)
     assert len(log(tmp_path / "run")) == 4
     with caplog.at_level("INFO", "brainfm"):
         pretrain(recipe_from_dict(broken | {"batch_size": 4}))
