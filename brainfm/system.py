@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from brainfm.errors import BrainfmError
 
@@ -28,6 +29,7 @@ logger = logging.getLogger("brainfm")
 # files); one that ends closes its connections, and that ends the others at once.
 JOINING = timedelta(minutes=5)
 WORKING = timedelta(days=30)
+_groups = itertools.count()  # that this process joins, one after the other, as all of its launch do
 
 _PROC, _CGROUPS, _SHARED_MEMORY = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev/shm")
 
@@ -206,7 +208,9 @@ def joined(backend: str = "gloo") -> Iterator[Launch]:
         return
     try:
         store, rank, world = next(rendezvous("env://", launch.rank, launch.world, timeout=JOINING))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WORKING)
+        # torchrun's store outlives a group: a second one must not read the addresses of the first
+        own: Any = dist.PrefixStore(f"brainfm group {next(_groups)}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=WORKING)
     except (RuntimeError, ValueError, OSError) as error:
         place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", " ".join(str(error).split())[:160]
         raise BrainfmError(

@@ -10,6 +10,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import forked_ranks
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -872,6 +873,7 @@ assert len(table) == 6, (len(table), table.errors)
 assert sum(test_embed.Pooled.seen) == int(forwards), test_embed.Pooled.seen
 """
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+FORKED = (forked_ranks.__file__, "2")
 
 
 @pytest.mark.slow
@@ -894,7 +896,7 @@ def test_two_processes_go_on_from_one(originals, pairs, tmp_path):
     paths, mask = originals
     output = tmp_path / "out.csv"
     interrupted(pairs, output, after=2)
-    result = run_python(SHARED, *paths, mask, 2, output, launcher=TWO)
+    result = run_python(SHARED, *paths, mask, 2, output, launcher=FORKED)
     assert result.returncode == 0, result.stderr
     assert names(tmp_path) == ["out.csv", "out.json", "run.py"]
 

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_ranks
 
 import brainfm
 from brainfm import WeightsNotFoundError, system
@@ -304,3 +305,31 @@ def test_process_whose_group_never_comes_says_so(tmp_path):
     assert "unset RANK WORLD_SIZE" in said
     assert len(said.splitlines()) == 1
     assert time.monotonic() - began < SOON
+
+
+LATE = """
+import time
+from datetime import timedelta
+
+import torch
+
+from brainfm import system
+
+system.WORKING = timedelta(seconds=20)
+for _ in range(3):
+    with system.joined() as launch:
+        one = torch.ones(1)
+        torch.distributed.all_reduce(one)
+        print("together" if one == 2 else "alone")
+    time.sleep(launch.rank)
+"""
+
+
+def test_next_group_of_a_launch_does_not_read_the_addresses_of_the_last(tmp_path):
+    """As of a sweep's variants under torchrun, whose store outlives them: a process that came first could wait for
+    ever for one that had gone.
+    """
+    (tmp_path / "late.py").write_text(LATE)
+    done = run_ranks(2, tmp_path / "late.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("together") == 6

@@ -6,20 +6,19 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from forked_ranks import run_ranks
 from sklearn.metrics import mean_absolute_error, roc_auc_score
 
 import brainfm
 from brainfm import BrainfmError, RecipeError, WeightsNotFoundError
 from brainfm.cli import main
-from brainfm.downstream import grid, outcome, runs, statements
+from brainfm.downstream import grid, outcome, probe, runs, statements
 from brainfm.downstream.benchmark import benchmark
 from brainfm.downstream.plan import MODES, Plan, read_settings
 from brainfm.downstream.results import Row
@@ -30,6 +29,27 @@ from brainfm.names import resolve
 
 SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
 PLAN = Plan(models=("test_vit_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_strengths():
+    """A probe chooses among two strengths: how it does is tested in test_probe.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
+        patch.setattr(probe, "RIDGE_ALPHA", (10.0, 1000.0))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_figures_but_where_they_are_tested(request):
+    """The report of `results`, which is made before this, has them too."""
+    if "figures" not in request.fixturenames:
+        request.getfixturevalue("no_figures")
+
+
+@pytest.fixture
+def figures():
+    """For a test that looks at the figures."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +84,7 @@ def test_grid_has_every_run_and_its_numbers_are_those_of_its_predictions(results
         labels, predictions = ([float(g[name]) for g in mine] for name in ("label", "prediction"))
         wanted = (roc_auc_score if row["metric"] == "auc" else mean_absolute_error)(labels, predictions)
         assert float(row["value"]) == pytest.approx(wanted, rel=1e-6)
-        assert (len(mine), int(row["n_train"])) == (int(row["n_test"]), 24)
+        assert (len(mine), int(row["n_train"])) == (int(row["n_test"]), 12)
         assert float(row["ci_low"]) <= float(row["value"]) <= float(row["ci_high"])
 
 
@@ -105,16 +125,18 @@ def test_every_output_says_which_class_is_1_and_how_many_are_in_each_part(result
     column = json.loads((results / "grid.json").read_text())["tasks"][0]
     assert column["classes"] == ["0", "1"]
     assert [share["part"] for share in column["shares"]] == ["train", "val", "test"]
-    assert [sum(low for low, _ in share["classes"]) for share in column["shares"]] == [24, 8, 8]
+    assert [sum(low for low, _ in share["classes"]) for share in column["shares"]] == [12, 4, 4]
     for name in ("table.md", "index.html"):
         text = (results / name).read_text()
         assert "the positive class, 1, is" in text
         assert "no brain encoder" in text
-        assert "4 test patients of class 0, fewer than 10" in text
+        assert "2 test patients of class 0, fewer than 10" in text
     assert "**" not in (results / "table.md").read_text().split("|", 1)[1].split("## Data")[0]  # nothing is bold
 
 
-def test_another_evaluation_in_the_output_is_not_lost_but_where_that_is_asked_for(data, results, tmp_path, caplog):
+def test_another_evaluation_in_the_output_is_not_lost_but_where_that_is_asked_for(
+    data, results, figures, tmp_path, caplog
+):
     folder = shutil.copytree(results, tmp_path / "copy")
     before = (folder / "results.csv").read_bytes()
     plan = replace(PLAN, modes=("probe",), seeds=1, controls=False)
@@ -143,8 +165,8 @@ def test_scans_that_are_not_there_or_cannot_be_read_are_counted_and_named(data, 
     assert left_out[str(gone), ""]["why"] == "no such file"
     assert "broken.nii.gz" in left_out[str(broken), ""]["why"]
     text = (tmp_path / "out" / "table.md").read_text()
-    assert "2 of 40 scans were left out" in text
-    assert "39 scans of 39 patients" in text
+    assert "2 of 20 scans were left out" in text
+    assert "19 scans of 19 patients" in text
 
 
 def test_what_can_fail_is_tried_before_anything_is_run(data, tmp_path, monkeypatch):
@@ -161,7 +183,7 @@ def test_what_can_fail_is_tried_before_anything_is_run(data, tmp_path, monkeypat
     with pytest.raises(BrainfmError, match="drop_path and trained_positions are of a ViT"):
         benchmark(data[:1], dropping, tmp_path / "b")
     cards = [replace(record, mask=None, image=Path(__file__)) for record in data[0].records]
-    with pytest.raises(BrainfmError, match="none of 40 scans can be read; the first"):
+    with pytest.raises(BrainfmError, match="none of 20 scans can be read; the first"):
         benchmark([replace(data[0], records=cards)], PLAN, tmp_path / "c")
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
@@ -193,7 +215,8 @@ def test_second_command_on_the_output_is_refused_while_the_first_lasts(data, res
     assert not list(results.glob(".*"))
 
 
-def test_nothing_is_done_twice_and_what_is_lost_is_done_again_alike(data, results, monkeypatch):
+def test_nothing_is_done_twice_and_what_is_lost_is_done_again_alike(data, results, tmp_path, monkeypatch):
+    results = shutil.copytree(results, tmp_path / "copy")
     before = (results / "results.csv").read_bytes()
     lost = next((results / "runs").glob("phantom_age.*.finetune.1.1.json"))
     lost.unlink()
@@ -347,7 +370,7 @@ def test_patient_in_two_parts_of_a_split_stops_the_grid(data, tmp_path, monkeypa
 
 
 def test_age_bias_is_corrected_by_what_val_says(data, tmp_path):
-    plan = Plan(models=("test_resnet_3d",), modes=("probe",), seeds=1, controls=False)
+    plan = Plan(models=PLAN.models, modes=("probe",), seeds=1, controls=False)
     found = []
     for rule in ("keep", "cole"):
         one = replace(data[1], task=replace(data[1].task, age_bias=rule))
@@ -358,11 +381,11 @@ def test_age_bias_is_corrected_by_what_val_says(data, tmp_path):
     np.testing.assert_allclose(found[1], slope * found[0] + intercept, rtol=1e-6)
 
 
-def test_fractions_of_the_training_patients_are_nested_curves(data, tmp_path):
+def test_fractions_of_the_training_patients_are_nested_curves(data, figures, tmp_path):
     plan = Plan(models=PLAN.models, modes=("probe",), seeds=1, fractions=(0.5, 1.0), controls=False)
     benchmark(data[:1], plan, tmp_path)
     sizes = {row["fraction"]: int(row["n_train"]) for row in rows_of(tmp_path / "results.csv")}
-    assert sizes == {"0.5": 12, "1": 24}
+    assert sizes == {"0.5": 6, "1": 12}
     assert any("label" in path.name or "efficiency" in path.name for path in (tmp_path / "figures").iterdir())
 
 
@@ -480,36 +503,29 @@ def test_command_line_runs_a_users_own_table(phantoms, tmp_path):
     assert "there is no column 'weight'; it has site, age" in result.output
 
 
+TWICE = """
+import sys
+from brainfm.cli import main
+
+main([*sys.argv[1:], "--no-controls"], standalone_mode=False)
+sys.stderr.write("the first has ended\\n")
+main(sys.argv[1:])
+"""
+
+
 @pytest.mark.slow
 def test_several_processes_train_together_and_refuse_to_probe(phantoms, tmp_path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "brainfm"]
-    fields = [
-        "--label",
-        "sex",
-        "--kind",
-        "binary",
-        "--models",
-        "test_resnet_3d",
-        "--seeds",
-        "1",
-        "-o",
-        tmp_path / "out",
-    ]
+    (tmp_path / "twice.py").write_text(TWICE)
+    fields = ["--label", "sex", "--kind", "binary", "--models", "test_vit_3d", "--seeds", "1"]
     fields += ["--epochs-scale", "0.01", "--set", "workers=0", "device=cpu", "batch_size=4"]
-
-    def run(*arguments):
-        command = list(map(str, [*start, *arguments]))
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-    done = run("finetune", phantoms, *fields, "--no-controls")
-    assert done.returncode == 0, done.stderr
+    done = run_ranks(2, tmp_path / "twice.py", "finetune", phantoms, *fields, "-o", tmp_path / "out")
+    assert done.stderr.count("the first has ended") == 2, done.stderr
     (record,) = (tmp_path / "out" / "runs").glob("*.json")
     assert json.loads(record.read_text())["processes"] == 2
     assert done.stdout.count("# Evaluation of pretrained encoders") == 1
     assert 0 <= float(rows_of(tmp_path / "out" / "results.csv")[0]["value"]) <= 1
-    refused = run("finetune", phantoms, *fields)
-    assert refused.returncode != 0
-    assert "only training uses several processes" in refused.stderr
+    assert done.returncode != 0
+    assert "only training uses several processes" in done.stderr
 
 
 def test_command_line_takes_tasks_with_one_manifest_or_each_its_own(phantoms, tmp_path):

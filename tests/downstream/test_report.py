@@ -223,7 +223,7 @@ def test_paired_tests_are_listed(reported):
     assert listed[1:] == [[*names, "−2.35", "−3.10 to −1.60", "< 0.001"]]
 
 
-def test_no_row_is_bold_below_a_control_nor_of_too_few_patients(age_only):
+def test_no_row_is_bold_below_a_control_nor_of_too_few_patients(age_only, no_figures):
     def bold(**changes):
         grid = json.loads((age_only / "grid.json").read_text())
         (age_only / "grid.json").write_text(json.dumps(grid | changes))
@@ -251,7 +251,7 @@ WORKED = [  # the lowest and highest lead over the controls E and F, which have 
 
 
 @pytest.mark.parametrize("lower_is_better", [False, True])
-def test_a_gain_is_claimed_only_where_the_paired_test_of_every_control_says_so(tmp_path, lower_is_better):
+def test_a_gain_is_claimed_only_where_the_paired_test_of_every_control_says_so(tmp_path, no_figures, lower_is_better):
     """A worked example; for an error all values are mirrored about 0.5. The runs' own intervals say nothing here."""
     metric = "mae" if lower_is_better else "auc"
     lines, tests = [], []
@@ -292,7 +292,7 @@ def with_tests(folder, controls, **numbers):
 BOTH = ("simclr_resnet18_3d/untrained", "none/covariates")
 
 
-def test_nothing_is_claimed_without_a_test_or_its_interval(age_only):
+def test_nothing_is_claimed_without_a_test_or_its_interval(age_only, no_figures):
     with_tests(age_only, BOTH, difference=-1.0)
     write_report(age_only)
     claims = re.findall(r": (.*) its controls: .* without an interval", (age_only / "table.md").read_text())
@@ -303,7 +303,7 @@ def test_nothing_is_claimed_without_a_test_or_its_interval(age_only):
     assert text.count("no gain is claimed without a paired test against Head size alone") == len(ROWS)
 
 
-def test_nothing_is_claimed_before_every_control_is_in(age_only):
+def test_nothing_is_claimed_before_every_control_is_in(age_only, no_figures):
     rows = list(csv.reader((age_only / "results.csv").open()))[1:]
     write_csv(age_only / "results.csv", RESULTS, [row for row in rows if row[2] != "covariates"])
     write_report(age_only)
@@ -312,7 +312,7 @@ def test_nothing_is_claimed_before_every_control_is_in(age_only):
     assert text.count("no gain is claimed before all controls are in; Head size alone: no result yet.") == len(ROWS)
 
 
-def test_a_control_that_a_task_cannot_have_holds_back_no_claim(age_only):
+def test_a_control_that_a_task_cannot_have_holds_back_no_claim(age_only, no_figures):
     rows = list(csv.reader((age_only / "results.csv").open()))[1:]
     write_csv(age_only / "results.csv", RESULTS, [row for row in rows if row[2] != "covariates"])
     grid = with_tests(age_only, BOTH[:1], difference=-1.0, ci_low=-2.0, ci_high=-0.5)
@@ -322,7 +322,7 @@ def test_a_control_that_a_task_cannot_have_holds_back_no_claim(age_only):
     assert (age_only / "table.md").read_text().count("the closest control, Untrained ResNet-18, has") == len(ROWS)
 
 
-def test_data_of_a_task_warnings_and_what_is_left_out_are_on_every_page(age_only):
+def test_data_of_a_task_warnings_and_what_is_left_out_are_on_every_page(age_only, no_figures):
     grid = json.loads((age_only / "grid.json").read_text())
     grid["tasks"][0] |= {
         "kind": "binary",
@@ -494,7 +494,7 @@ def test_half_a_run_has_dashes_and_says_so(age_only):
     assert {path.name for path in (age_only / "figures").iterdir()} == {"age_scores.png", "age_scores.svg"}
 
 
-def test_undefined_values_are_left_out_of_the_mean(age_only):
+def test_undefined_values_are_left_out_of_the_mean(age_only, no_figures):
     rows = list(csv.reader((age_only / "results.csv").open()))[1:]
     for row in rows:
         if row[5] == "r2" and row[4] == "1":
@@ -529,7 +529,7 @@ def test_plan_is_read_as_it_was_written_and_what_is_not_ours_in_it_left_alone(ag
     assert read_evaluation(age_only / "grid.json") == planned
 
 
-def test_a_refused_folder_keeps_its_last_report(age_only):
+def test_a_refused_folder_keeps_its_last_report(age_only, no_figures):
     write_report(age_only)
     before = (age_only / "index.html").read_bytes()
     (age_only / "results.csv").write_text("")

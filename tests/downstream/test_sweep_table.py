@@ -13,7 +13,7 @@ from brainfm.downstream import outcome, runs
 from brainfm.downstream.sweep import read_evaluated
 from brainfm.errors import TaskError
 
-FIELDS = ["epochs=1", "batch_size=10", "workers=0", "precision=float32", "device=cpu", "input_size=[16,16,16]"]
+FIELDS = ["epochs=1", "batch_size=5", "workers=0", "precision=float32", "device=cpu", "input_size=[16,16,16]"]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -42,7 +42,7 @@ def swept(phantoms, tmp_path_factory):
 def test_table_joins_every_variant_with_its_scores_and_the_controls(swept):
     rows = rows_of(swept / "sweep.csv")
     assert [row["variant"] for row in rows[:2]] == ["patients=0.25", "patients=1.0"]
-    assert [row["n_patients"] for row in rows[:2]] == ["10", "40"]
+    assert [row["n_patients"] for row in rows[:2]] == ["5", "20"]
     assert rows[2]["variant"] == "test_resnet_3d, untrained, linear probe"
     assert all(row["steps"] == "" for row in rows[2:])
     scores = [one for one in rows_of(swept / "evaluation" / "results.csv") if one["metric"] == "auc"]
@@ -81,6 +81,6 @@ def test_task_is_read_before_anything_is_trained(phantoms, tmp_path):
 def test_tasks_manifest_is_given_or_beside_its_file(phantoms, tmp_path):
     task = phantoms.parent / "own.yaml"
     task.write_text(f"name: own\nlabel: age\nkind: regression\nmanifest: {phantoms.name}\n")
-    assert len(read_evaluated(str(task)).records) == len(read_evaluated(f"phantom_age:{phantoms}").records) == 40
+    assert len(read_evaluated(str(task)).records) == len(read_evaluated(f"phantom_age:{phantoms}").records) == 20
     with pytest.raises(TaskError):
         read_evaluated("phantom_age")

@@ -177,6 +177,6 @@ def test_unknown_task_names_the_nearest():
 
 def test_labels_are_numbers_of_the_manifest(phantoms):
     data = read_task(load_task("phantom_age"), phantoms)
-    assert len(data.records) == 40
+    assert len(data.records) == 20
     assert np.array_equal(data.labels, [float(record.extra["age"]) for record in data.records])
     assert data.has_covariates

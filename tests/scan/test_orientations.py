@@ -70,11 +70,20 @@ def test_turned_and_flipped_scan_gives_the_same_tensor(axes, kind, transform, br
     check_orientation(axes, kind, transform, brain, expected)
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def coarse(small_spec, small_sample):
+    """The 4 mm contract's transform, the packaged scan at 4 mm in whole numbers, and the tensors of that."""
+    image, mask = map(nib.load, small_sample)
+    brain = np.rint(image.get_fdata()).astype(np.int16), np.asarray(mask.dataobj), image.affine
+    transform = brainfm.create_transform(small_spec)
+    scan = encoded(brain[0], brain[2], "float32")
+    return transform, brain, {True: transform(scan, small_sample[1]), False: transform(scan)}
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("axes", sorted(set(ALL_AXES) - set(SOME_AXES)))
-def test_all_48_orientations_give_the_same_tensor(axes, kind, transform, brain, expected):
-    check_orientation(axes, kind, transform, brain, expected)
+@pytest.mark.parametrize("axes", ALL_AXES)
+def test_all_48_orientations_give_the_same_tensor(axes, kind, coarse):
+    check_orientation(axes, kind, *coarse)
 
 
 def test_there_are_48_orientations():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_ranks
 
 from brainfm.train import NTXentLoss, nt_xent_loss
 from brainfm.train.losses import contrastive_metrics
@@ -128,7 +127,6 @@ print("same")
 def test_gradient_across_processes_is_that_of_the_joined_batch(world, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    done = run_ranks(world, script)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("same") == world

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from forked_ranks import run_ranks
 
 import brainfm
 from brainfm import BrainfmError, RecipeError
@@ -137,34 +138,49 @@ STEPS = """
 import sys, json, torch
 from brainfm.train.recipe import recipe_from_dict
 from brainfm.train.pretraining import pretrain
-pretrain(recipe_from_dict(json.loads(sys.argv[1])))
+
+for fields in json.loads(sys.argv[1]):
+    pretrain(recipe_from_dict(fields))
 """
 
 
-def torchrun(world, fields, tmp_path, code=STEPS, fails=False):
+def ranks(world, runs, tmp_path, code=STEPS, fails=False):
     (tmp_path / "steps.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "steps.py"), json.dumps(fields)], capture_output=True, text=True, timeout=300
-    )
+    done = run_ranks(world, tmp_path / "steps.py", json.dumps(runs))
     assert (done.returncode != 0) == fails, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("base", "checkpointed"), [(SIMCLR, False), (SIMCLR, True), (MAE, False)], ids=["simclr", "checkpointed", "mae"]
-)
-def test_two_processes_end_with_the_weights_of_one_with_the_joined_batch(base, checkpointed, cohort, tmp_path):
-    fields = base | {"manifest": str(cohort), "epochs": 1, "precision": "float64", "every_scan": False}
-    two = {"batch_size": 2, "output": str(tmp_path / "two"), "grad_checkpointing": checkpointed}
-    torchrun(2, fields | two, tmp_path)
-    pretrain(recipe_from_dict(fields | {"batch_size": 4, "output": str(tmp_path / "one")}))
-    assert len(log(tmp_path / "two")) == len(log(tmp_path / "one")) == 3
-    alone, shared = network(tmp_path / "one"), network(tmp_path / "two")
+OF_TWO = {"simclr": (SIMCLR, False), "checkpointed": (SIMCLR, True), "mae": (MAE, False)}
+
+
+def of_one_epoch(cohort, base, folder, **fields):
+    paths = {"manifest": str(cohort), "output": str(folder)}
+    return base | paths | {"epochs": 1, "precision": "float64", "every_scan": False} | fields
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(cohort, tmp_path_factory):
+    """The folder of a run a way, by two processes that make one after the other."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [
+        of_one_epoch(cohort, base, folder / name, batch_size=2, grad_checkpointing=checkpointed)
+        for name, (base, checkpointed) in OF_TWO.items()
+    ]
+    ranks(2, runs, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes_end_with_the_weights_of_one_with_the_joined_batch(name, of_two_processes, cohort, tmp_path):
+    one, two = tmp_path / "one", of_two_processes / name
+    pretrain(recipe_from_dict(of_one_epoch(cohort, OF_TWO[name][0], one, batch_size=4)))
+    assert len(log(two)) == len(log(one)) == 3
+    alone, shared = network(one), network(two)
     assert alone.keys() == shared.keys()
     for key, value in alone.items():
         assert (shared[key] - value).abs().max() <= 1e-9 * max(1, value.abs().max()), key
-    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-9)
+    for first, second in zip(log(one), log(two), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-9)
 
 
 def test_batch_in_chunks_has_the_gradient_of_the_whole_batch(recipe):
@@ -380,7 +396,7 @@ Trainer._step = stopped
 def test_run_goes_on_with_another_number_of_processes_of_the_same_joined_batch(cohort, tmp_path, caplog):
     fields = SIMCLR | {"manifest": str(cohort), "epochs": 2, "precision": "float64"}
     broken = fields | {"output": str(tmp_path / "run")}
-    torchrun(2, broken | {"batch_size": 2}, tmp_path, code=STOPS, fails=True)
+    ranks(2, [broken | {"batch_size": 2}], tmp_path, code=STOPS, fails=True)
     assert len(log(tmp_path / "run")) == 4
     with caplog.at_level("INFO", "brainfm"):
         pretrain(recipe_from_dict(broken | {"batch_size": 4}))
