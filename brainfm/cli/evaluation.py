@@ -46,6 +46,71 @@ def _common(command: Any) -> Any:
     return command
 
 
+_keep = click.option("--keep-models", is_flag=True, help="Keep each run's model, for 'brainfm predict'.")
+
+
+@click.command("predict", context_settings=_HELP)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The table, a .csv.")
+@click.option("--coverage", default=0.9, show_default=True, help="How often an interval or set should hold the truth.")
+@click.option("--threshold", type=float, help="Of a binary task, instead of the model's.")
+@click.option("--mask", help="Brain mask, where INPUT is one scan.")
+@click.option("--batch-size", type=click.IntRange(1), help="Scans a forward pass; without it, by the GPU's memory.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
+@click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
+@click.option("--strict-qc", is_flag=True, help="Refuse scans that failed in 'brainfm prep' or by 'brainfm qc'.")
+def predict_command(
+    folder: Path,
+    inputs: tuple[str, ...],
+    mask: str | None,
+    batch_size: int | None,
+    workers: int,
+    strict: bool,
+    output: Path,
+    **options: Any,
+) -> None:
+    """Predict, by the model in FOLDER, what it learned, of new scans.
+
+    FOLDER is one of OUTPUT/models of 'brainfm finetune --keep-models' or 'brainfm benchmark --keep-models'. INPUT is
+    what 'brainfm embed' takes. A row a scan: the prediction with its interval (low, high), or a probability a class,
+    the predicted class and the set of those that are not refused; and how unlike the training scans it is. Scans that
+    fail are listed in OUTPUT's .errors.csv, and the exit code is 1.
+    """
+    from brainfm.downstream.predicting import predict
+    from brainfm.errors import ScanError
+    from brainfm.manifest import Listing, ScanRecord, list_scans
+    from brainfm.system import launched
+    from brainfm.table import errors_path
+
+    if mask is not None and len(inputs) != 1:
+        raise ScanError("--mask goes with one scan; list several with their masks in a manifest")
+    records = list_scans(inputs) if mask is None else Listing([ScanRecord(inputs[0], mask)])
+    found = predict(
+        folder,
+        records,
+        output=output,
+        batch_size=batch_size or "auto",
+        num_workers=workers,
+        on_error="raise" if strict else "skip",
+        progress=True,
+        **options,
+    )
+    if launched().rank == 0:
+        for _, message in found.errors[:10]:
+            click.echo(f"ScanError: {message}", err=True)
+        click.echo(f"{len(found.table)} scans → {output}")
+        if found.errors and len(records) > 1:
+            click.echo(f"{len(found.errors)} of {len(records)} scans failed; see {errors_path(output)}", err=True)
+        if records.left_out:
+            click.echo(
+                f"{len(records.left_out)} folders were left out, such as {next(iter(records.left_out))}", err=True
+            )
+    if records.left_out or found.errors:
+        sys.exit(1)
+
+
 @click.command("benchmark", cls=_ManyValues, context_settings=_HELP)
 @click.argument("tasks", nargs=-1, required=True)
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
@@ -53,6 +118,7 @@ def _common(command: Any) -> Any:
 @click.option("--fractions", multiple=True, type=float, help="Of the training patients, such as 0.2 0.4 0.6.")
 @click.option("--robustness", "corrupted", is_flag=True, help="Also probe test scans that are corrupted more and more.")
 @click.option("--manifest", "manifests", multiple=True, metavar="[TASK=]CSV", help="A task's, or that of all.")
+@_keep
 @_common
 def benchmark_command(
     tasks: tuple[str, ...],
@@ -173,6 +239,7 @@ def compare_command(first: Path, second: Path, labels: Path | None, label: str, 
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
 @_own
+@_keep
 @_common
 def finetune_command(manifest: Path, models: tuple[str, ...], **options: Any) -> None:
     """Fine-tune encoders to predict a column of MANIFEST, or as the YAML file of a task says.
@@ -220,6 +287,7 @@ def _run(
     replace_all: bool,
     fractions: tuple[float, ...] = (),
     corrupted: bool = False,
+    keep_models: bool = False,
 ) -> None:
     from brainfm.downstream.benchmark import benchmark
     from brainfm.downstream.plan import Plan, read_settings
@@ -237,6 +305,7 @@ def _run(
         epochs_scale=epochs_scale,
         settings=read_settings(settings),
         controls=not no_controls,
+        keep_models=keep_models,
     )
     on_overlap: Any = "refuse" if refuse_overlap else "mark"
     try:

@@ -43,6 +43,8 @@ class Plan:
         epochs_scale: Times the paper's epochs; at least one is run.
         settings: Fields of `Finetuning` in place of those of the mode's recipe (`brainfm.downstream.recipes`).
         controls: Add the same encoders untrained, and covariates alone.
+        keep_models: End each run on all training patients with a folder `models/…` of the model, for `predict`; those
+            of controls are not kept.
     """
 
     models: tuple[str, ...]
@@ -52,6 +54,7 @@ class Plan:
     epochs_scale: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     controls: bool = True
+    keep_models: bool = False
 
     def __post_init__(self) -> None:
         if strange := [mode for mode in self.modes if mode not in MODES]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
 from brainfm.errors import MissingExtraError
 from brainfm.train.data import EpochSampler
+from brainfm.zoo.cards import Head
 
 Target: TypeAlias = Literal["standardised", "raw"]  # what a regression learns, see `LinearHead`
 
@@ -84,14 +85,19 @@ def _log_likelihood(probe: Any, features: NDArray[Any], labels: NDArray[Any]) ->
 def predict_probe(probe: Any, features: NDArray[Any], kind: Kind) -> NDArray[np.float64]:
     """Predictions for [n, d] features: [n] numbers or probabilities of class 1, or [n, classes] probabilities."""
     if isinstance(probe, FittedHead):
-        with torch.no_grad():
-            return probe.head.predictions(probe.layer(torch.from_numpy(features.astype(np.float32))))
+        return probe.head.predictions(outputs_of(probe.layer, features))
     features = features.astype(np.float64)
     if kind == "regression":
         numbers: NDArray[np.float64] = probe.predict(features)
         return numbers
     probabilities: NDArray[np.float64] = probe.predict_proba(features)
     return probabilities[:, 1] if kind == "binary" else probabilities
+
+
+def outputs_of(layer: nn.Module, features: NDArray[Any]) -> Tensor:
+    """[n, outputs] of a last layer for [n, d] features, each alone: in a product of matrices their number rounds."""
+    with torch.no_grad():
+        return torch.cat([layer(row[None]) for row in torch.from_numpy(features.astype(np.float32))])
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,13 @@ class LinearHead:
         self.mean, self.std = 0.0, 1.0
         if kind == "regression" and target == "standardised":
             self.mean, self.std = float(labels.mean()), float(labels.std()) or 1.0
+
+    @classmethod
+    def known(cls, head: Head) -> LinearHead:
+        """The one that a kept model's head describes."""
+        one = cls.__new__(cls)
+        one.kind, one.outputs, one.mean, one.std = head.kind, head.outputs, head.mean, head.std
+        return one
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
         """[n] labels as what `loss` takes."""

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,16 +18,22 @@ from numpy.typing import NDArray
 from brainfm.downstream.features import head_sizes, name_of, read_features, table_of
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, read_recipe
 from brainfm.downstream.grid import Job
-from brainfm.downstream.plan import FREE, RECIPE_OF, RESAMPLES, TRAINED, Plan
-from brainfm.downstream.probe import AdamProbe, fit_probe, predict_probe
+from brainfm.downstream.kept import bare, is_kept, keep_model, put_probe
+from brainfm.downstream.plan import FREE, MODES, RECIPE_OF, RESAMPLES, TRAINED, Plan
+from brainfm.downstream.probe import AdamProbe, FittedHead, LinearHead, fit_probe, predict_probe
 from brainfm.downstream.split import subsample
 from brainfm.downstream.statistics import AgeBiasCorrection, age_bias_correction, bootstrap_interval, metrics
 from brainfm.downstream.task import TaskData
+from brainfm.embed import embed_for
 from brainfm.errors import BrainfmError
 from brainfm.factory import create_model
 from brainfm.files import write_json
+from brainfm.manifest import Listing
+from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
+from brainfm.table import write
 from brainfm.train.distributed import ProcessGroup
+from brainfm.zoo.cards import Cohort, Head
 
 logger = logging.getLogger("brainfm")
 
@@ -42,15 +48,18 @@ def run_job(
     val, test = ([n for n, part in enumerate(splits) if part == name] for name in ("val", "test"))
     if job.row.mode in TRAINED:
         work = path.with_suffix(f".{digest[:12]}")
-        predict, failed = _trained(job, plan, cfgs[job.row.model], train, val, work)
+        fitted = _trained(job, plan, cfgs[job.row.model], train, val, work)
     else:
-        predict, failed = _probed(job, plan, train, val, output)
-    correct = _correction(job.data, predict, val)
-    kept, predictions = predict(test)  # everything is chosen: the one look at the test part
+        fitted = _probed(job, plan, train, val, output)
+    correct = _correction(job.data, fitted.predict, val)
+    kept, predictions = fitted.predict(test)  # everything is chosen: the one look at the test part
     if correct is not None:
         predictions = correct(predictions, job.data.labels[kept])
+    if is_to_keep(job, plan):
+        _keep(job, fitted, train, val, correct, digest, model_folder(output, job), everyone)
     if not everyone.is_first:
         return
+    failed = fitted.failed
     labels, patients = job.data.labels[kept], [job.data.patients[n] for n in kept]
     values = metrics(labels, predictions, task.kind)
     intervals = {
@@ -78,7 +87,27 @@ def run_job(
 
 # Rows → those whose scan can be read, and their predictions.
 Predict: TypeAlias = Callable[[Sequence[int]], tuple[list[int], NDArray[np.float64]]]
-_Fitted: TypeAlias = tuple[Predict, dict[int, str]]  # and by number the scans that cannot be used, which may grow
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """What a run has learned.
+
+    Attributes:
+        predict: Rows → those whose scan can be read, and their predictions.
+        failed: By number the scans that cannot be used, which may grow.
+        model: The encoder that learned or was probed, where there is one.
+        embed: Rows → those whose scan can be read, and their embeddings.
+        head: What the outputs mean, of a regression.
+        probe: What was fitted on embeddings.
+    """
+
+    predict: Predict
+    failed: dict[int, str]
+    model: Encoder | None
+    embed: Callable[[Sequence[int]], tuple[list[int], NDArray[np.float32]]]
+    head: LinearHead | None = None
+    probe: Any = None
 
 
 def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> _Fitted:
@@ -86,6 +115,7 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
     row, task, labels = job.row, job.data.task, job.data.labels
     features: NDArray[Any]
     failed: dict[int, str] = {}
+    model: Encoder | None = None
     if row.model in job.data.embeddings:
         features = job.data.embeddings[row.model]
         failed = {int(n): "no finite embedding" for n in np.flatnonzero(~np.isfinite(features).all(axis=1))}
@@ -123,7 +153,12 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
             raise BrainfmError(f"{task.name}: none of {len(rows)} scans to predict can be read{_one_of(failed)}")
         return kept, predict_probe(fitted, features[kept], task.kind)
 
-    return predict, failed
+    def embedded(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        kept = [n for n in rows if n in readable]
+        return kept, features[kept].astype(np.float32)
+
+    head = fitted.head if isinstance(fitted, FittedHead) else None
+    return _Fitted(predict, failed, model, embedded, head, fitted)
 
 
 def _one_of(failed: Mapping[int, str]) -> str:
@@ -145,8 +180,73 @@ def _trained(job: Job, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val
         failed.update({rows[place]: reason for place, reason in unread.items()})
         return [n for place, n in enumerate(rows) if place not in unread], predictions
 
+    def embedded(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        scans = Listing([records[n] for n in rows])
+        table = embed_for(scans, bare(model.encoder), None, write, optimised=False, batch_size=1, device=model.device)
+        there = {id(record) for record in table.records}
+        return [n for n, record in zip(rows, scans, strict=True) if id(record) in there], table.vectors
+
     predict(val)  # says which of them were not looked at
-    return predict, failed
+    return _Fitted(predict, failed, model.encoder, embedded, model.head)
+
+
+def is_to_keep(job: Job, plan: Plan) -> bool:
+    """Whether a run ends with its model in a folder."""
+    return plan.keep_models and job.fraction == 1 and job.row.mode in MODES
+
+
+def model_folder(output: Path, job: Job) -> Path:
+    """Where a run's model is kept."""
+    return output / "models" / job.name
+
+
+def _keep(
+    job: Job,
+    fitted: _Fitted,
+    train: Sequence[int],
+    val: Sequence[int],
+    correct: AgeBiasCorrection | None,
+    digest: str,
+    folder: Path,
+    everyone: ProcessGroup,
+) -> None:
+    """Write the folder of a run's model; every process embeds its share."""
+    data, task, encoder = job.data, job.data.task, fitted.model
+    assert encoder is not None
+    (learned, vectors), (chosen_by, held_out) = fitted.embed(train), fitted.embed(val)
+    if not everyone.is_first:
+        return
+    described = Head(
+        label=task.label,
+        kind=task.kind,
+        title=task.title,
+        unit=task.unit,
+        classes=data.classes,
+        mean=fitted.head.mean if fitted.head else 0.0,
+        std=fitted.head.std if fitted.head else 1.0,
+        slope=correct.slope if correct else 1.0,
+        intercept=correct.intercept if correct else 0.0,
+        optimised=job.row.mode not in TRAINED,
+        run=digest,
+    )
+    arrays = put_probe(encoder, fitted.probe, described.outputs) if fitted.probe is not None else {}
+    numbers = len({data.patients[n] for n in (*learned, *chosen_by)}), len(learned) + len(chosen_by)
+    together = () if len(task.cohorts) == 1 else ("not counted apart",)
+    cohorts = tuple(Cohort(name, *(numbers if not together else (0, 0)), together) for name in task.cohorts)
+    notes = f"Predicts {task.title}: {job.row.title}, seed {job.seed}, of {len(learned)} training scans."
+    readout: dict[str, Any] = (
+        {} if described.optimised else {"readout": {}}
+    )  # a network that was trained is shown a scan at once
+    keep_model(
+        folder,
+        encoder,
+        described,
+        vectors,
+        (held_out, data.labels[chosen_by]),
+        probe=arrays,
+        cohorts=cohorts,
+        overlay={"notes": notes, **readout},
+    )
 
 
 def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBiasCorrection | None:
@@ -206,8 +306,10 @@ def result_path(output: Path, job: Job) -> Path:
     return output / "runs" / f"{job.name}.json"
 
 
-def is_done(output: Path, job: Job, digest: str) -> bool:
-    """Whether a run is there that was made of the same."""
+def is_done(output: Path, job: Job, plan: Plan, digest: str) -> bool:
+    """Whether a run is there that was made of the same, with its model where that is to be kept."""
+    if is_to_keep(job, plan) and not is_kept(model_folder(output, job), digest):
+        return False
     try:
         return bool(json.loads(result_path(output, job).read_text(encoding="utf-8"))["digest"] == digest)
     except (OSError, ValueError, KeyError, TypeError):
