@@ -136,7 +136,8 @@ def benchmark_command(
     or cannot be read; the results of the others are written. 75: a signal stopped a training, which can go on. 130:
     Ctrl-C.
     """
-    from brainfm.downstream.task import load_task, read_task
+    from brainfm.downstream.elsewhere import read_tasks
+    from brainfm.downstream.task import load_task
     from brainfm.errors import TaskError
 
     loaded = [load_task(name) for name in tasks]
@@ -147,15 +148,20 @@ def benchmark_command(
     if len(for_all) > 1:
         raise TaskError(f"--manifest {for_all[1]}: of which task? Write TASK=FILE.csv")
     data = [
-        read_task(task, given.get(task.name) or next(iter(for_all), None) or _beside(name, task))
+        one
         for name, task in zip(tasks, loaded, strict=True)
+        for one in read_tasks(
+            task,
+            given.get(task.name) or next(iter(for_all), None) or _beside(name, task.manifest),
+            _beside(name, task.test_manifest),
+        )
     ]
     _run(data, models, modes, fractions=fractions, corrupted=corrupted, **options)
 
 
-def _beside(name: str, task: Any) -> Path | None:
-    """A task file's manifest, relative to the file."""
-    return Path(name).parent / task.manifest if task.manifest else None
+def _beside(name: str, manifest: str) -> Path | None:
+    """A manifest that a task's file names, relative to the file."""
+    return Path(name).parent / manifest if manifest else None
 
 
 def _own(command: Any) -> Any:
@@ -198,7 +204,7 @@ def probe_command(labels: Path, tables: tuple[str, ...], models: tuple[str, ...]
     if bool(tables) == bool(models):
         raise BrainfmError("give --embeddings TABLE, which 'brainfm embed' makes, or --models NAME, and not both")
     if not tables:
-        _run([_read_own(labels, options)], models, ("probe",), **options)
+        _run(_read_own(labels, options), models, ("probe",), **options)
         return
     from brainfm.downstream.precomputed import read_embedded
 
@@ -248,14 +254,15 @@ def finetune_command(manifest: Path, models: tuple[str, ...], **options: Any) ->
     Settings are those of the released code of Kaczmarek et al. 2025, of a masked autoencoder those of its authors, but
     that regressions learn standardised labels; --set replaces them. Under torchrun processes share the batch.
     """
-    _run([_read_own(manifest, options)], models, ("finetune",), **options)
+    _run(_read_own(manifest, options), models, ("finetune",), **options)
 
 
 _OWN = ("label", "kind", "covariates", "positive")
 
 
-def _read_own(path: Path, options: dict[str, Any]) -> Any:
+def _read_own(path: Path, options: dict[str, Any]) -> list[Any]:
     """The scans and labels of a manifest or of a task's file; takes its options out of all."""
+    from brainfm.downstream.elsewhere import read_tasks
     from brainfm.downstream.task import kind_of, load_task, make_task, read_task
     from brainfm.errors import TaskError
     from brainfm.manifest import read_manifest
@@ -265,12 +272,12 @@ def _read_own(path: Path, options: dict[str, Any]) -> Any:
         if any(own.values()):
             raise TaskError(f"{path}: a task's file says label, kind, covariates and positive itself; leave them out")
         task = load_task(path)
-        return read_task(task, _beside(str(path), task))
+        return read_tasks(task, _beside(str(path), task.manifest), _beside(str(path), task.test_manifest))
     if not own["label"]:
         raise TaskError(f"{path}: which column is to be predicted? Say --label COLUMN")
     if not own["kind"]:
         own["kind"] = kind_of([record.extra.get(own["label"], "") for record in read_manifest(path)], own["label"])
-    return read_task(make_task(**own), path)
+    return [read_task(make_task(**own), path)]
 
 
 def _run(

@@ -12,7 +12,7 @@ from typing import Literal
 from brainfm.downstream.account import few
 from brainfm.downstream.grid import Job, control_rows, list_jobs, model_rows, table_rows
 from brainfm.downstream.outcome import keep_splits, write_results
-from brainfm.downstream.plan import TRAINED, Plan
+from brainfm.downstream.plan import TRAINED, WITHOUT_TRAINING, Plan
 from brainfm.downstream.preflight import check_model, check_output, check_packages, check_splits, missing_files
 from brainfm.downstream.results import Evaluation, read_evaluation
 from brainfm.downstream.runs import (
@@ -170,6 +170,10 @@ def _check_can_be_kept(job: Job) -> None:
     """Raise BrainfmError where a run's model could not predict the scans of people of whom nothing else is known."""
     if job.row.model in job.data.embeddings:
         raise BrainfmError(f"{job.row.title}: a table of embeddings comes without its encoder, so no model can be kept")
+    if job.row.mode in WITHOUT_TRAINING:
+        raise BrainfmError(
+            f"{job.row.title}: is no linear head on an encoder, so no model can be kept; leave the mode out"
+        )
     if job.data.task.age_bias == "beheshti":
         raise BrainfmError(
             f"{job.data.task.name}: age bias is corrected by the true age (age_bias: beheshti), which nobody knows of "

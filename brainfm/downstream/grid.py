@@ -35,7 +35,7 @@ class Job:
 
 def list_jobs(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[Row], plan: Plan) -> Iterator[Job]:
     """Cheap runs first: something to look at soon."""
-    order = ("covariates", "untrained", "probe", "probe_adam", "probe_paper", "finetune", "scratch")
+    order = ("covariates", "untrained", "knn", "prototype", "probe", "probe_adam", "probe_paper", "finetune", "scratch")
     for row in sorted([*controls, *rows], key=lambda row: order.index(row.mode)):
         for one in data:
             if row.mode == "covariates" and not one.has_covariates:

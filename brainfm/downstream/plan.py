@@ -10,15 +10,18 @@ from brainfm.downstream.finetuning import Finetuning, read_recipe
 from brainfm.errors import BrainfmError, RecipeError
 from brainfm.train.recipe import read_overrides
 
-Mode = Literal["probe", "probe_paper", "probe_adam", "finetune", "scratch"]
+Mode = Literal["probe", "knn", "prototype", "probe_paper", "probe_adam", "finetune", "scratch"]
 MODES: dict[str, str] = {
     "probe": "linear probe",
+    "knn": "nearest neighbours, without training",
+    "prototype": "nearest class mean, without training",
     "probe_paper": "linear probe as the paper's",
     "probe_adam": "linear probe as the paper's, but with BatchNorm held still",
     "finetune": "fine-tuned",
     "scratch": "from scratch",
 }
 TRAINED = ("probe_paper", "finetune", "scratch")  # on scans, by `finetune`
+WITHOUT_TRAINING = ("knn", "prototype")
 RECIPE_OF = {mode: mode for mode in TRAINED} | {"probe_adam": "probe_paper"}  # by which a mode is run
 _PRETRAINED_ONLY = ("trained", "drifting", "lora_rank", "layer_decay")  # settings that mean nothing from scratch
 NOT_OF = {  # settings that would make something else of a mode

@@ -76,6 +76,34 @@ def fit_probe(
         )
 
 
+def fit_neighbours(features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, by_class: bool = False) -> Any:
+    """What embeddings say without anything being trained ("zero-shot" transfer): of standardised features, whom one is near.
+
+    Args:
+        features: [n, d] of the training scans.
+        labels: [n] classes from 0, or numbers.
+        kind: What the labels are.
+        by_class: Take the nearest mean of a class, with probabilities by the variance within classes, as `NearestCentroid`
+            of scikit-learn has them. A regression has no classes, and is the mean of the neighbours all the same.
+
+    Returns:
+        A fitted scikit-learn estimator for `predict_probe`. Of neighbours it takes √n, a rule of thumb (ours), and gives
+        the share of each class among them, or their mean.
+    """
+    try:
+        from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor, NearestCentroid
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("scikit-learn", "eval") from error
+    neighbours = max(1, round(math.sqrt(len(features))))
+    if kind == "regression":
+        model: Any = KNeighborsRegressor(neighbours)
+    else:
+        model = NearestCentroid() if by_class else KNeighborsClassifier(neighbours)
+    return make_pipeline(StandardScaler(), model).fit(features.astype(np.float64), labels)
+
+
 def _log_likelihood(probe: Any, features: NDArray[Any], labels: NDArray[Any]) -> float:
     """scikit-learn's "neg_log_loss", also of a fold whose few patients do not have every class."""
     chances = probe.predict_proba(features)[np.arange(len(labels)), np.searchsorted(probe.classes_, labels)]

@@ -19,8 +19,8 @@ from brainfm.downstream.features import head_sizes, name_of, read_features, tabl
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, read_recipe
 from brainfm.downstream.grid import Job
 from brainfm.downstream.kept import bare, is_kept, keep_model, put_probe
-from brainfm.downstream.plan import FREE, MODES, RECIPE_OF, RESAMPLES, TRAINED, Plan
-from brainfm.downstream.probe import AdamProbe, FittedHead, LinearHead, fit_probe, predict_probe
+from brainfm.downstream.plan import FREE, MODES, RECIPE_OF, RESAMPLES, TRAINED, WITHOUT_TRAINING, Plan
+from brainfm.downstream.probe import AdamProbe, FittedHead, LinearHead, fit_neighbours, fit_probe, predict_probe
 from brainfm.downstream.split import subsample
 from brainfm.downstream.statistics import AgeBiasCorrection, age_bias_correction, bootstrap_interval, metrics
 from brainfm.downstream.task import TaskData
@@ -143,6 +143,8 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
             task.metric if task.selection == "metric" else "loss",
             seed=job.seed,
         )
+    elif row.mode in WITHOUT_TRAINING:
+        fitted = fit_neighbours(features[train], labels[train], task.kind, by_class=row.mode == "prototype")
     else:
         patients = [job.data.patients[n] for n in train]
         fitted = fit_probe(features[train], labels[train], task.kind, patients=patients, seed=job.seed)
@@ -284,7 +286,7 @@ def digest_of_data(data: TaskData) -> str:
     """Says which scans a task has, as they are now, with their labels, patients, split and covariates."""
     name = (lambda record: [record.name, record.scan_id]) if data.embeddings else name_of  # files are not looked at
     scans = [[name(r), r.patient_id, *(r.extra.get(one) for one in data.task.covariates)] for r in data.records]
-    content = [scans, data.labels.tolist(), data.given_split]
+    content = [scans, data.labels.tolist(), data.given_split, *([data.elsewhere] if data.elsewhere else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -292,6 +294,7 @@ def digest_of(job: Job, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedC
     """Says what a run was made of."""
     cfg = cfgs.get(job.row.model)
     task = job.data.task.to_dict() | {"published": None, "title": None, "manifest": None}
+    task = {name: value for name, value in task.items() if name not in ("test_manifest", "leave_out")}
     content: list[Any] = [task, made_of, job.row.mode, job.row.model, job.fraction, job.seed]
     content.append(None if cfg is None else [cfg.sha256, cfg.source])
     if (vectors := job.data.embeddings.get(job.row.model)) is not None:
