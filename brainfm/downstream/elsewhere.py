@@ -1,7 +1,7 @@
 """Train here, test there: a task that is tested on another cohort, or on each of its sites in turn, as several tasks.
 
-Each is a column of the results: the task itself, on a test part of its own, and one for what is held out. What learns is
-the same train and val part, of the other sites or of the manifest, for each seed.
+Each is a column of the results: the task itself, on a test part of its own, and one for what is held out. What is
+learned from is the same train and val part, of the other sites or of the manifest, for each seed.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _another_cohort(own: TaskData, path: Path) -> TaskData:
     theirs = labelled(replace(own.task, classes=own.classes), read_manifest(path), path)
     if both := sorted(set(own.patients) & set(theirs.patients)):
         raise TaskError(
-            f"{path}: {len(both)} of its patients are in the manifest that is learned from: {few(both)}; take them out of "
-            "one of the two, or name them apart where they are others"
+            f"{path}: {len(both)} of its patients are in the manifest that is learned from: {few(both)}; take them "
+            "out of one of the two, or name them apart where they are others"
         )
     joined = replace(
         own,

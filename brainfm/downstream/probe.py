@@ -77,18 +77,18 @@ def fit_probe(
 
 
 def fit_neighbours(features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, by_class: bool = False) -> Any:
-    """What embeddings say without anything being trained ("zero-shot" transfer): of standardised features, whom one is near.
+    """What embeddings say without training ("zero-shot" transfer): whom a scan is near, by standardised features.
 
     Args:
         features: [n, d] of the training scans.
         labels: [n] classes from 0, or numbers.
         kind: What the labels are.
-        by_class: Take the nearest mean of a class, with probabilities by the variance within classes, as `NearestCentroid`
-            of scikit-learn has them. A regression has no classes, and is the mean of the neighbours all the same.
+        by_class: Take the nearest mean of a class, with probabilities by the variance within classes, as scikit-learn's
+            `NearestCentroid` has them. A regression has no classes, and is the mean of the neighbours all the same.
 
     Returns:
-        A fitted scikit-learn estimator for `predict_probe`. Of neighbours it takes √n, a rule of thumb (ours), and gives
-        the share of each class among them, or their mean.
+        A fitted scikit-learn estimator for `predict_probe`. Of neighbours it takes √n, a rule of thumb (ours), and
+        gives the share of each class among them, or their mean.
     """
     try:
         from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor, NearestCentroid

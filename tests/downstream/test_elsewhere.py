@@ -67,7 +67,7 @@ def test_other_cohort_is_tested_by_what_learned_from_the_same_scans(tmp_path):
         ({"test_manifest": "other.csv"}, {"patient_id": "p3"}, "1 of its patients are in the manifest.*: p3;"),
         ({"test_manifest": "other.csv"}, {"dx": "maybe"}, "dx has 'maybe', and the task's classes are no, yes"),
         ({"leave_out": "scanner"}, {}, "leave_out is 'scanner', and the manifest has"),
-        ({"leave_out": "dx"}, {}, "no scan of class"),
+        ({"leave_out": "dx"}, {}, "dx no held out: the label is 1"),
     ],
 )
 def test_what_cannot_be_tested_elsewhere_is_refused_by_name(tmp_path, fields, change, said):
