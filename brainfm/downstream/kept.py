@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from brainfm.downstream.conformal import nonconformity
-from brainfm.downstream.probe import FittedHead, LinearHead, outputs_of
+from brainfm.downstream.probe import FittedHead, LinearHead
 from brainfm.errors import MissingExtraError, WeightsError, WeightsNotFoundError
 from brainfm.factory import create_model
 from brainfm.files import file_sha256, one_line
@@ -62,7 +62,8 @@ class KeptModel:
         if "probe.weight" in self.arrays:
             mean, scale, weight, bias = (self.arrays[name] for name in _PROBE)
             return torch.from_numpy((vectors.astype(np.float64) - mean) / scale @ weight.T + bias)
-        return outputs_of(self.layer, vectors)
+        with torch.no_grad():  # each alone, as a fine-tuned model predicts: a product of matrices rounds otherwise
+            return torch.cat([self.layer(row[None]) for row in torch.from_numpy(vectors)])
 
     def distances(self, vectors: ArrayLike) -> _Array:
         """[n]: the Mahalanobis distance of embeddings [n, d] from the training part's."""

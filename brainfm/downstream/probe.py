@@ -113,19 +113,14 @@ def _log_likelihood(probe: Any, features: NDArray[Any], labels: NDArray[Any]) ->
 def predict_probe(probe: Any, features: NDArray[Any], kind: Kind) -> NDArray[np.float64]:
     """Predictions for [n, d] features: [n] numbers or probabilities of class 1, or [n, classes] probabilities."""
     if isinstance(probe, FittedHead):
-        return probe.head.predictions(outputs_of(probe.layer, features))
+        with torch.no_grad():
+            return probe.head.predictions(probe.layer(torch.from_numpy(features.astype(np.float32))))
     features = features.astype(np.float64)
     if kind == "regression":
         numbers: NDArray[np.float64] = probe.predict(features)
         return numbers
     probabilities: NDArray[np.float64] = probe.predict_proba(features)
     return probabilities[:, 1] if kind == "binary" else probabilities
-
-
-def outputs_of(layer: nn.Module, features: NDArray[Any]) -> Tensor:
-    """[n, outputs] of a last layer for [n, d] features, each alone: in a product of matrices their number rounds."""
-    with torch.no_grad():
-        return torch.cat([layer(row[None]) for row in torch.from_numpy(features.astype(np.float32))])
 
 
 @dataclass(frozen=True)
