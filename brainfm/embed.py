@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from brainfm.files import held, one_line, progress_bar, sweep, write_json
 from brainfm.inference import DTypeName, optimize, resolve_device, resolve_dtype
 from brainfm.journal import Journal
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
+from brainfm.models.encoder import Encoder
 from brainfm.models.features import FeatureMaps
 from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans
@@ -53,6 +54,7 @@ class _Options:
     on_error: Literal["skip", "raise"]
     strict_qc: bool
     progress: bool
+    optimised: bool = True  # or by the network itself, whose numbers are those of model(tensor)
 
     def __post_init__(self) -> None:
         if self.on_error not in ("skip", "raise"):
@@ -169,6 +171,36 @@ def embed(
     return tables if several else tables[0]
 
 
+def embed_for(
+    records: Listing,
+    model: Encoder,
+    output: Path | None,
+    write: Callable[[Embeddings, Path], None],
+    *,
+    optimised: bool = True,
+    batch_size: int | Literal["auto"] = "auto",
+    device: str | torch.device = "auto",
+    num_workers: int = 2,
+    on_error: Literal["skip", "raise"] = "skip",
+    strict_qc: bool = False,
+    progress: bool = False,
+) -> Embeddings:
+    """As `embed` of one model, but that `write` makes the file `output` of the table: for what is made of embeddings.
+
+    The same journal, lock, shares of torchrun and errors. `optimised` is whether the copy of `brainfm.optimize`
+    computes, or the network itself.
+    """
+    options = _Options(
+        batch_size, device, "auto", num_workers, "float16", on_error, strict_qc, progress, optimised=optimised
+    )
+    check_found(records)
+    with ExitStack() as outputs:
+        if output is not None:
+            outputs.enter_context(held(output))
+        outputs.enter_context(joined())
+        return _embed(records, _Job(model, output, None, None, write), options)
+
+
 def path_of(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> Path:
     """Where `embed` writes the table or the report `path`: of one of several models, at `<name>.<model>.<ending>`."""
     path = expanded(path)
@@ -190,12 +222,14 @@ class _Job:
         output: The table's path, or None.
         dense: The folder for dense features, or None.
         report: The report's path, or None.
+        write: What makes the file of the table.
     """
 
     model: nn.Module | str
     output: Path | None
     dense: Path | None
     report: Path | None
+    write: Callable[[Embeddings, Path], None] = write
 
 
 def _job(
@@ -243,7 +277,8 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     place = resolve_device(options.device)
     width = getattr(encoder, "num_features", 0)
     origin = origin_of(encoder, options.dtype)
-    reader = Reader(optimize(encoder, options.dtype).to(place), dense=job.dense is not None)
+    network = optimize(encoder, options.dtype) if options.optimised else encoder
+    reader = Reader(network.to(place), dense=job.dense is not None)
     del encoder  # where a name was given, its weights are not kept twice
 
     mine = range(rank, len(records), world)
@@ -253,6 +288,7 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     maps = [] if job.dense is None else dense_paths(records, job.dense)
     # A row goes with its map: of a run with other maps, or none, no row is taken.
     made_by = origin.digest if job.dense is None else f"{origin.digest} {options.dense_dtype} {job.dense.resolve()}"
+    made_by += "" if options.optimised else " not optimised"
     journal = Journal(job.output, rank, made_by) if job.output else None
     done = _Rows(mine)
     if journal is not None:
@@ -290,7 +326,7 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     table = _table(records, maps, done, failed, width, replace(origin, scans=len(records), failed=len(failed)))
     if rank == 0:
         if job.output is not None and journal is not None:
-            write(table, job.output)
+            job.write(table, job.output)
             journal.remove()
         if job.report is not None:
             report = _report(table, job.output, resumed, time.monotonic() - started)

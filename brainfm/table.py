@@ -293,17 +293,21 @@ def write(table: Embeddings, path: Path) -> None:
         path.unlink(missing_ok=True)
         if path.suffix == ".csv":
             origin_path(path).unlink(missing_ok=True)
+    write_errors(table.errors, path)
+
+
+def write_errors(errors: Sequence[tuple[ScanRecord, str]], path: Path) -> None:
+    """Write the list of failed scans of the table at a path; without any, none is left there."""
     listed = errors_path(path)
-    if not table.errors:
+    if not errors:
         listed.unlink(missing_ok=True)
         return
-    texts = text_columns([record for record, _ in table.errors])
+    texts = text_columns([record for record, _ in errors])
     with atomic_path(listed) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*texts, "error"])
         writer.writerows(
-            [*row, printable(message)]
-            for *row, message in zip(*texts.values(), [e for _, e in table.errors], strict=True)
+            [*row, printable(message)] for *row, message in zip(*texts.values(), [e for _, e in errors], strict=True)
         )
 
 

@@ -46,6 +46,71 @@ def _common(command: Any) -> Any:
     return command
 
 
+_keep = click.option("--keep-models", is_flag=True, help="Keep each run's model, for 'brainfm predict'.")
+
+
+@click.command("predict", context_settings=_HELP)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The table, a .csv.")
+@click.option("--coverage", default=0.9, show_default=True, help="How often an interval or set should hold the truth.")
+@click.option("--threshold", type=float, help="Of a binary task, instead of the model's.")
+@click.option("--mask", help="Brain mask, where INPUT is one scan.")
+@click.option("--batch-size", type=click.IntRange(1), help="Scans a forward pass; without it, by the GPU's memory.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
+@click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
+@click.option("--strict-qc", is_flag=True, help="Refuse scans that failed in 'brainfm prep' or by 'brainfm qc'.")
+def predict_command(
+    folder: Path,
+    inputs: tuple[str, ...],
+    mask: str | None,
+    batch_size: int | None,
+    workers: int,
+    strict: bool,
+    output: Path,
+    **options: Any,
+) -> None:
+    """Predict, by the model in FOLDER, what it learned, of new scans.
+
+    FOLDER is one of OUTPUT/models of 'brainfm finetune --keep-models' or 'brainfm benchmark --keep-models'. INPUT is
+    what 'brainfm embed' takes. A row a scan: the prediction with its interval (low, high), or a probability a class,
+    the predicted class and the set of those that are not refused; and how unlike the training scans it is. Scans that
+    fail are listed in OUTPUT's .errors.csv, and the exit code is 1.
+    """
+    from brainfm.downstream.predicting import predict
+    from brainfm.errors import ScanError
+    from brainfm.manifest import Listing, ScanRecord, list_scans
+    from brainfm.system import launched
+    from brainfm.table import errors_path
+
+    if mask is not None and len(inputs) != 1:
+        raise ScanError("--mask goes with one scan; list several with their masks in a manifest")
+    records = list_scans(inputs) if mask is None else Listing([ScanRecord(inputs[0], mask)])
+    found = predict(
+        folder,
+        records,
+        output=output,
+        batch_size=batch_size or "auto",
+        num_workers=workers,
+        on_error="raise" if strict else "skip",
+        progress=True,
+        **options,
+    )
+    if launched().rank == 0:
+        for _, message in found.errors[:10]:
+            click.echo(f"ScanError: {message}", err=True)
+        click.echo(f"{len(found.table)} scans → {output}")
+        if found.errors and len(records) > 1:
+            click.echo(f"{len(found.errors)} of {len(records)} scans failed; see {errors_path(output)}", err=True)
+        if records.left_out:
+            click.echo(
+                f"{len(records.left_out)} folders were left out, such as {next(iter(records.left_out))}", err=True
+            )
+    if records.left_out or found.errors:
+        sys.exit(1)
+
+
 @click.command("benchmark", cls=_ManyValues, context_settings=_HELP)
 @click.argument("tasks", nargs=-1, required=True)
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
@@ -59,6 +124,7 @@ def _common(command: Any) -> Any:
 @click.option("--fractions", multiple=True, type=float, help="Of the training patients, such as 0.2 0.4 0.6.")
 @click.option("--robustness", "corrupted", is_flag=True, help="Also probe test scans that are corrupted more and more.")
 @click.option("--manifest", "manifests", multiple=True, metavar="[TASK=]CSV", help="A task's, or that of all.")
+@_keep
 @_common
 def benchmark_command(
     tasks: tuple[str, ...],
@@ -76,7 +142,8 @@ def benchmark_command(
     or cannot be read; the results of the others are written. 75: a signal stopped a training, which can go on. 130:
     Ctrl-C.
     """
-    from brainfm.downstream.task import load_task, read_task
+    from brainfm.downstream.elsewhere import read_tasks
+    from brainfm.downstream.task import load_task
     from brainfm.errors import TaskError
 
     loaded = [load_task(name) for name in tasks]
@@ -87,15 +154,20 @@ def benchmark_command(
     if len(for_all) > 1:
         raise TaskError(f"--manifest {for_all[1]}: of which task? Write TASK=FILE.csv")
     data = [
-        read_task(task, given.get(task.name) or next(iter(for_all), None) or _beside(name, task))
+        one
         for name, task in zip(tasks, loaded, strict=True)
+        for one in read_tasks(
+            task,
+            given.get(task.name) or next(iter(for_all), None) or _beside(name, task.manifest),
+            _beside(name, task.test_manifest),
+        )
     ]
     _run(data, models, modes, fractions=fractions, corrupted=corrupted, **options)
 
 
-def _beside(name: str, task: Any) -> Path | None:
-    """A task file's manifest, relative to the file."""
-    return Path(name).parent / task.manifest if task.manifest else None
+def _beside(name: str, manifest: str) -> Path | None:
+    """A manifest that a task's file names, relative to the file."""
+    return Path(name).parent / manifest if manifest else None
 
 
 def _own(command: Any) -> Any:
@@ -138,7 +210,7 @@ def probe_command(labels: Path, tables: tuple[str, ...], models: tuple[str, ...]
     if bool(tables) == bool(models):
         raise BrainfmError("give --embeddings TABLE, which 'brainfm embed' makes, or --models NAME, and not both")
     if not tables:
-        _run([_read_own(labels, options)], models, ("probe",), **options)
+        _run(_read_own(labels, options), models, ("probe",), **options)
         return
     from brainfm.downstream.precomputed import read_embedded
 
@@ -179,6 +251,7 @@ def compare_command(first: Path, second: Path, labels: Path | None, label: str, 
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
 @_own
+@_keep
 @_common
 def finetune_command(manifest: Path, models: tuple[str, ...], **options: Any) -> None:
     """Fine-tune encoders to predict a column of MANIFEST, or as the YAML file of a task says.
@@ -187,14 +260,15 @@ def finetune_command(manifest: Path, models: tuple[str, ...], **options: Any) ->
     Settings are those of the released code of Kaczmarek et al. 2025, of a masked autoencoder those of its authors, but
     that regressions learn standardised labels; --set replaces them. Under torchrun processes share the batch.
     """
-    _run([_read_own(manifest, options)], models, ("finetune",), **options)
+    _run(_read_own(manifest, options), models, ("finetune",), **options)
 
 
 _OWN = ("label", "kind", "covariates", "positive")
 
 
-def _read_own(path: Path, options: dict[str, Any]) -> Any:
+def _read_own(path: Path, options: dict[str, Any]) -> list[Any]:
     """The scans and labels of a manifest or of a task's file; takes its options out of all."""
+    from brainfm.downstream.elsewhere import read_tasks
     from brainfm.downstream.task import kind_of, load_task, make_task, read_task
     from brainfm.errors import TaskError
     from brainfm.manifest import read_manifest
@@ -204,12 +278,12 @@ def _read_own(path: Path, options: dict[str, Any]) -> Any:
         if any(own.values()):
             raise TaskError(f"{path}: a task's file says label, kind, covariates and positive itself; leave them out")
         task = load_task(path)
-        return read_task(task, _beside(str(path), task))
+        return read_tasks(task, _beside(str(path), task.manifest), _beside(str(path), task.test_manifest))
     if not own["label"]:
         raise TaskError(f"{path}: which column is to be predicted? Say --label COLUMN")
     if not own["kind"]:
         own["kind"] = kind_of([record.extra.get(own["label"], "") for record in read_manifest(path)], own["label"])
-    return read_task(make_task(**own), path)
+    return [read_task(make_task(**own), path)]
 
 
 def _run(
@@ -226,6 +300,7 @@ def _run(
     replace_all: bool,
     fractions: tuple[float, ...] = (),
     corrupted: bool = False,
+    keep_models: bool = False,
 ) -> None:
     from brainfm.downstream.benchmark import benchmark
     from brainfm.downstream.plan import Plan, read_settings
@@ -243,6 +318,7 @@ def _run(
         epochs_scale=epochs_scale,
         settings=read_settings(settings),
         controls=not no_controls,
+        keep_models=keep_models,
     )
     on_overlap: Any = "refuse" if refuse_overlap else "mark"
     try:

@@ -9,7 +9,13 @@ from typing import Any
 
 import click
 
-from brainfm.cli.evaluation import benchmark_command, compare_command, finetune_command, probe_command
+from brainfm.cli.evaluation import (
+    benchmark_command,
+    compare_command,
+    finetune_command,
+    predict_command,
+    probe_command,
+)
 from brainfm.cli.models import (
     convert_command,
     export_command,
@@ -66,7 +72,7 @@ for _command in (
     *(list_command, info_command, demo_command, embed_command),
     *(fetch_command, convert_command, verify_command, push_command, export_command),
     *(phantom_command, cache_group, prep_command, qc_command),
-    *(pretrain_command, probe_command, finetune_command, benchmark_command, compare_command),
+    *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command, compare_command),
 ):
     main.add_command(_command)
 takes_verbosity(main)

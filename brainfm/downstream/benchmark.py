@@ -12,10 +12,19 @@ from typing import Literal
 from brainfm.downstream.account import few
 from brainfm.downstream.grid import Job, control_rows, list_jobs, model_rows, table_rows
 from brainfm.downstream.outcome import keep_splits, write_results
-from brainfm.downstream.plan import TRAINED, Plan
+from brainfm.downstream.plan import TRAINED, WITHOUT_TRAINING, Plan
 from brainfm.downstream.preflight import check_model, check_output, check_packages, check_splits, missing_files
 from brainfm.downstream.results import Evaluation, read_evaluation
-from brainfm.downstream.runs import digest_of, digest_of_data, is_done, read_result, result_path, run_job, settings_of
+from brainfm.downstream.runs import (
+    digest_of,
+    digest_of_data,
+    is_done,
+    is_to_keep,
+    read_result,
+    result_path,
+    run_job,
+    settings_of,
+)
 from brainfm.downstream.statements import describe, find_overlaps
 from brainfm.downstream.task import TaskData
 from brainfm.errors import BrainfmError, TaskError
@@ -29,7 +38,7 @@ logger = logging.getLogger("brainfm")
 # What replacing an evaluation removes; embeddings hold for any.
 _WRITTEN = (
     *("grid.json", "results.csv", "predictions.csv", "left_out.csv", "robustness.csv"),
-    *("table.md", "table.tex", "index.html", "figures", "runs", "splits"),
+    *("table.md", "table.tex", "index.html", "figures", "models", "runs", "splits"),
 )
 
 
@@ -54,7 +63,7 @@ def benchmark(
         data: The tasks' scans and labels.
         plan: What is run.
         output: Where `results.csv`, `predictions.csv`, `table.md`, `table.tex`, `index.html`, `figures/` are written,
-            and `embeddings/`, `splits/` and `runs/` kept.
+            and `embeddings/`, `splits/`, `runs/` and, where the plan says so, `models/` kept.
         on_overlap: What is done with a model whose pretraining data hold a task's: "mark" its cells, or "refuse".
         replace_all: Remove another evaluation that the output holds; else it is an error, but that tasks, rows, seeds
             and fractions may be added.
@@ -94,7 +103,7 @@ def benchmark(
         if everyone.is_first:
             check_output(output)
             _meet_earlier(output, evaluation, replace_all)
-        done = everyone.gather({job.name for job in jobs if is_done(output, job, digests[job])})[0]
+        done = everyone.gather({job.name for job in jobs if is_done(output, job, plan, digests[job])})[0]
         todo = [job for job in jobs if job.name not in done]
         _check_ahead(todo, plan, cfgs, everyone.world)
         if everyone.is_first:
@@ -135,8 +144,11 @@ def _meet_earlier(output: Path, evaluation: Evaluation, replace_all: bool) -> No
 
 def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedCfg], processes: int) -> None:
     """Try what can fail in the runs that are to be done."""
-    if any(job.row.mode not in TRAINED for job in todo):
+    if plan.keep_models or any(job.row.mode not in TRAINED for job in todo):
         check_packages()
+    for job in todo:
+        if is_to_keep(job, plan):
+            _check_can_be_kept(job)
     for one in {id(job.data): job.data for job in todo}.values():
         check_splits(one, plan.seeds, {job.fraction for job in todo})
     models: dict[tuple[str, bool], list[Job]] = {}
@@ -152,6 +164,21 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
         for values in settings:
             values.shared_by(processes)
         check_model(name, list({id(job.data): job.data for job in jobs}.values()), settings, pretrained=pretrained)
+
+
+def _check_can_be_kept(job: Job) -> None:
+    """Raise BrainfmError where a run's model could not predict the scans of people of whom nothing else is known."""
+    if job.row.model in job.data.embeddings:
+        raise BrainfmError(f"{job.row.title}: a table of embeddings comes without its encoder, so no model can be kept")
+    if job.row.mode in WITHOUT_TRAINING:
+        raise BrainfmError(
+            f"{job.row.title}: is no linear head on an encoder, so no model can be kept; leave the mode out"
+        )
+    if job.data.task.age_bias == "beheshti":
+        raise BrainfmError(
+            f"{job.data.task.name}: age bias is corrected by the true age (age_bias: beheshti), which nobody knows of "
+            "new scans, so no model can be kept; use 'cole' or 'keep'"
+        )
 
 
 def _say_what_is_there(output: Path, jobs: Sequence[Job], todo: Sequence[Job]) -> None:

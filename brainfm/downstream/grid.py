@@ -38,6 +38,8 @@ def list_jobs(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[
     order = (
         "covariates",
         "untrained",
+        "knn",
+        "prototype",
         "probe",
         "probe_adam",
         "probe_paper",

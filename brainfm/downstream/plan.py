@@ -10,9 +10,13 @@ from brainfm.downstream.finetuning import Finetuning, read_recipe
 from brainfm.errors import BrainfmError, RecipeError
 from brainfm.train.recipe import read_overrides
 
-Mode = Literal["probe", "probe_paper", "probe_adam", "norm_bias", "adapter", "lora", "finetune", "scratch"]
+Mode = Literal[
+    "probe", "knn", "prototype", "probe_paper", "probe_adam", "norm_bias", "adapter", "lora", "finetune", "scratch"
+]
 MODES: dict[str, str] = {
     "probe": "linear probe",
+    "knn": "nearest neighbours, without training",
+    "prototype": "nearest class mean, without training",
     "probe_paper": "linear probe as the paper's",
     "probe_adam": "linear probe as the paper's, but with BatchNorm held still",
     "norm_bias": "fine-tuned in norms and biases",
@@ -21,6 +25,7 @@ MODES: dict[str, str] = {
     "finetune": "fine-tuned",
     "scratch": "from scratch",
 }
+WITHOUT_TRAINING = ("knn", "prototype")
 _EFFICIENT = ("norm_bias", "adapter", "lora")
 TRAINED = ("probe_paper", *_EFFICIENT, "finetune", "scratch")  # on scans, by `finetune`
 RECIPE_OF = {mode: mode for mode in TRAINED} | {"probe_adam": "probe_paper"}  # by which a mode is run
@@ -49,6 +54,8 @@ class Plan:
         epochs_scale: Times the paper's epochs; at least one is run.
         settings: Fields of `Finetuning` in place of those of the mode's recipe (`brainfm.downstream.recipes`).
         controls: Add the same encoders untrained, and covariates alone.
+        keep_models: End each run on all training patients with a folder `models/…` of the model, for `predict`; those
+            of controls are not kept.
     """
 
     models: tuple[str, ...]
@@ -58,6 +65,7 @@ class Plan:
     epochs_scale: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     controls: bool = True
+    keep_models: bool = False
 
     def __post_init__(self) -> None:
         if strange := [mode for mode in self.modes if mode not in MODES]:

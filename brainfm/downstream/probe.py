@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
 from brainfm.errors import MissingExtraError
 from brainfm.train.data import EpochSampler
+from brainfm.zoo.cards import Head
 
 Target: TypeAlias = Literal["standardised", "raw"]  # what a regression learns, see `LinearHead`
 
@@ -73,6 +74,34 @@ def fit_probe(
             .fit(features, labels)
             .best_estimator_
         )
+
+
+def fit_neighbours(features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, by_class: bool = False) -> Any:
+    """What embeddings say without training ("zero-shot" transfer): whom a scan is near, by standardised features.
+
+    Args:
+        features: [n, d] of the training scans.
+        labels: [n] classes from 0, or numbers.
+        kind: What the labels are.
+        by_class: Take the nearest mean of a class, with probabilities by the variance within classes, as scikit-learn's
+            `NearestCentroid` has them. A regression has no classes, and is the mean of the neighbours all the same.
+
+    Returns:
+        A fitted scikit-learn estimator for `predict_probe`. Of neighbours it takes √n, a rule of thumb (ours), and
+        gives the share of each class among them, or their mean.
+    """
+    try:
+        from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor, NearestCentroid
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("scikit-learn", "eval") from error
+    neighbours = max(1, round(math.sqrt(len(features))))
+    if kind == "regression":
+        model: Any = KNeighborsRegressor(neighbours)
+    else:
+        model = NearestCentroid() if by_class else KNeighborsClassifier(neighbours)
+    return make_pipeline(StandardScaler(), model).fit(features.astype(np.float64), labels)
 
 
 def _log_likelihood(probe: Any, features: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -202,6 +231,13 @@ class LinearHead:
         self.mean, self.std = 0.0, 1.0
         if kind == "regression" and target == "standardised":
             self.mean, self.std = float(labels.mean()), float(labels.std()) or 1.0
+
+    @classmethod
+    def known(cls, head: Head) -> LinearHead:
+        """The one that a kept model's head describes."""
+        one = cls.__new__(cls)
+        one.kind, one.outputs, one.mean, one.std = head.kind, head.outputs, head.mean, head.std
+        return one
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
         """[n] labels as what `loss` takes."""

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,16 +18,22 @@ from numpy.typing import NDArray
 from brainfm.downstream.features import head_sizes, name_of, read_features, table_of
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, read_recipe
 from brainfm.downstream.grid import Job
-from brainfm.downstream.plan import FREE, RECIPE_OF, RESAMPLES, TRAINED, Plan
-from brainfm.downstream.probe import AdamProbe, fit_probe, predict_probe
+from brainfm.downstream.kept import bare, is_kept, keep_model, put_probe
+from brainfm.downstream.plan import FREE, MODES, RECIPE_OF, RESAMPLES, TRAINED, WITHOUT_TRAINING, Plan
+from brainfm.downstream.probe import AdamProbe, FittedHead, LinearHead, fit_neighbours, fit_probe, predict_probe
 from brainfm.downstream.split import subsample
 from brainfm.downstream.statistics import AgeBiasCorrection, age_bias_correction, bootstrap_interval, metrics
 from brainfm.downstream.task import TaskData
+from brainfm.embed import embed_for
 from brainfm.errors import BrainfmError
 from brainfm.factory import create_model
 from brainfm.files import write_json
+from brainfm.manifest import Listing
+from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
+from brainfm.table import write
 from brainfm.train.distributed import ProcessGroup
+from brainfm.zoo.cards import Cohort, Head
 
 logger = logging.getLogger("brainfm")
 
@@ -42,15 +48,18 @@ def run_job(
     val, test = ([n for n, part in enumerate(splits) if part == name] for name in ("val", "test"))
     if job.row.mode in TRAINED:
         work = path.with_suffix(f".{digest[:12]}")
-        predict, failed, sizes = _trained(job, plan, cfgs[job.row.model], train, val, work)
+        fitted = _trained(job, plan, cfgs[job.row.model], train, val, work)
     else:
-        predict, failed, sizes = _probed(job, plan, train, val, output)
-    correct = _correction(job.data, predict, val)
-    kept, predictions = predict(test)  # everything is chosen: the one look at the test part
+        fitted = _probed(job, plan, train, val, output)
+    correct = _correction(job.data, fitted.predict, val)
+    kept, predictions = fitted.predict(test)  # everything is chosen: the one look at the test part
     if correct is not None:
         predictions = correct(predictions, job.data.labels[kept])
+    if is_to_keep(job, plan):
+        _keep(job, fitted, train, val, correct, digest, model_folder(output, job), everyone)
     if not everyone.is_first:
         return
+    failed = fitted.failed
     labels, patients = job.data.labels[kept], [job.data.patients[n] for n in kept]
     values = metrics(labels, predictions, task.kind)
     intervals = {
@@ -63,8 +72,8 @@ def run_job(
         "metrics": {name: [value, *intervals.get(name, (None, None))] for name, value in values.items()},
         "n_train": len(train),
         "n_test": len(kept),
-        "trained_parameters": sizes[0],
-        "parameters": sizes[1],
+        "trained_parameters": fitted.sizes[0],
+        "parameters": fitted.sizes[1],
         "processes": everyone.world,
         "left_out": {str(n): failed[n] for n in sorted(failed)},
         "rows": kept,
@@ -80,8 +89,29 @@ def run_job(
 
 # Rows → those whose scan can be read, and their predictions.
 Predict: TypeAlias = Callable[[Sequence[int]], tuple[list[int], NDArray[np.float64]]]
-# And by number the scans that cannot be used, which may grow; and how many numbers were trained, of how many if known.
-_Fitted: TypeAlias = tuple[Predict, dict[int, str], tuple[int, int | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """What a run has learned.
+
+    Attributes:
+        predict: Rows → those whose scan can be read, and their predictions.
+        failed: By number the scans that cannot be used, which may grow.
+        sizes: How many numbers were trained, and of how many where that is known.
+        model: The encoder that learned or was probed, where there is one.
+        embed: Rows → those whose scan can be read, and their embeddings.
+        head: What the outputs mean, of a regression.
+        probe: What was fitted on embeddings.
+    """
+
+    predict: Predict
+    failed: dict[int, str]
+    sizes: tuple[int, int | None]
+    model: Encoder | None
+    embed: Callable[[Sequence[int]], tuple[list[int], NDArray[np.float32]]]
+    head: LinearHead | None = None
+    probe: Any = None
 
 
 def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> _Fitted:
@@ -90,6 +120,7 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
     features: NDArray[Any]
     failed: dict[int, str] = {}
     frozen: int | None = None
+    model: Encoder | None = None
     if row.model in job.data.embeddings:
         features = job.data.embeddings[row.model]
         failed = {int(n): "no finite embedding" for n in np.flatnonzero(~np.isfinite(features).all(axis=1))}
@@ -118,6 +149,8 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
             task.metric if task.selection == "metric" else "loss",
             seed=job.seed,
         )
+    elif row.mode in WITHOUT_TRAINING:
+        fitted = fit_neighbours(features[train], labels[train], task.kind, by_class=row.mode == "prototype")
     else:
         patients = [job.data.patients[n] for n in train]
         fitted = fit_probe(features[train], labels[train], task.kind, patients=patients, seed=job.seed)
@@ -128,8 +161,14 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
             raise BrainfmError(f"{task.name}: none of {len(rows)} scans to predict can be read{_one_of(failed)}")
         return kept, predict_probe(fitted, features[kept], task.kind)
 
+    def embedded(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        kept = [n for n in rows if n in readable]
+        return kept, features[kept].astype(np.float32)
+
+    head = fitted.head if isinstance(fitted, FittedHead) else None
     size = (features.shape[1] + 1) * (len(job.data.classes) if task.kind == "multiclass" else 1)
-    return predict, failed, (size, None if frozen is None else frozen + size)
+    of = None if frozen is None else frozen + size
+    return _Fitted(predict, failed, (size, of), model, embedded, head, fitted)
 
 
 def _one_of(failed: Mapping[int, str]) -> str:
@@ -151,8 +190,74 @@ def _trained(job: Job, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val
         failed.update({rows[place]: reason for place, reason in unread.items()})
         return [n for place, n in enumerate(rows) if place not in unread], predictions
 
+    def embedded(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        scans = Listing([records[n] for n in rows])
+        table = embed_for(scans, bare(model.encoder), None, write, optimised=False, batch_size=1, device=model.device)
+        there = {id(record) for record in table.records}
+        return [n for n, record in zip(rows, scans, strict=True) if id(record) in there], table.vectors
+
     predict(val)  # says which of them were not looked at
-    return predict, failed, (model.trained_parameters, model.parameters)
+    sizes = model.trained_parameters, model.parameters
+    return _Fitted(predict, failed, sizes, model.encoder, embedded, model.head)
+
+
+def is_to_keep(job: Job, plan: Plan) -> bool:
+    """Whether a run ends with its model in a folder."""
+    return plan.keep_models and job.fraction == 1 and job.row.mode in MODES
+
+
+def model_folder(output: Path, job: Job) -> Path:
+    """Where a run's model is kept."""
+    return output / "models" / job.name
+
+
+def _keep(
+    job: Job,
+    fitted: _Fitted,
+    train: Sequence[int],
+    val: Sequence[int],
+    correct: AgeBiasCorrection | None,
+    digest: str,
+    folder: Path,
+    everyone: ProcessGroup,
+) -> None:
+    """Write the folder of a run's model; every process embeds its share."""
+    data, task, encoder = job.data, job.data.task, fitted.model
+    assert encoder is not None
+    (learned, vectors), (chosen_by, held_out) = fitted.embed(train), fitted.embed(val)
+    if not everyone.is_first:
+        return
+    described = Head(
+        label=task.label,
+        kind=task.kind,
+        title=task.title,
+        unit=task.unit,
+        classes=data.classes,
+        mean=fitted.head.mean if fitted.head else 0.0,
+        std=fitted.head.std if fitted.head else 1.0,
+        slope=correct.slope if correct else 1.0,
+        intercept=correct.intercept if correct else 0.0,
+        optimised=job.row.mode not in TRAINED,
+        run=digest,
+    )
+    arrays = put_probe(encoder, fitted.probe, described.outputs) if fitted.probe is not None else {}
+    numbers = len({data.patients[n] for n in (*learned, *chosen_by)}), len(learned) + len(chosen_by)
+    together = () if len(task.cohorts) == 1 else ("not counted apart",)
+    cohorts = tuple(Cohort(name, *(numbers if not together else (0, 0)), together) for name in task.cohorts)
+    notes = f"Predicts {task.title}: {job.row.title}, seed {job.seed}, of {len(learned)} training scans."
+    readout: dict[str, Any] = (
+        {} if described.optimised else {"readout": {}}
+    )  # a network that was trained is shown a scan at once
+    keep_model(
+        folder,
+        encoder,
+        described,
+        vectors,
+        (held_out, data.labels[chosen_by]),
+        probe=arrays,
+        cohorts=cohorts,
+        overlay={"notes": notes, **readout},
+    )
 
 
 def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBiasCorrection | None:
@@ -190,7 +295,7 @@ def digest_of_data(data: TaskData) -> str:
     """Says which scans a task has, as they are now, with their labels, patients, split and covariates."""
     name = (lambda record: [record.name, record.scan_id]) if data.embeddings else name_of  # files are not looked at
     scans = [[name(r), r.patient_id, *(r.extra.get(one) for one in data.task.covariates)] for r in data.records]
-    content = [scans, data.labels.tolist(), data.given_split]
+    content = [scans, data.labels.tolist(), data.given_split, *([data.elsewhere] if data.elsewhere else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -198,6 +303,7 @@ def digest_of(job: Job, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedC
     """Says what a run was made of."""
     cfg = cfgs.get(job.row.model)
     task = job.data.task.to_dict() | {"published": None, "title": None, "manifest": None}
+    task = {name: value for name, value in task.items() if name not in ("test_manifest", "leave_out")}
     content: list[Any] = [task, made_of, job.row.mode, job.row.model, job.fraction, job.seed]
     content.append(None if cfg is None else [cfg.sha256, cfg.source])
     if (vectors := job.data.embeddings.get(job.row.model)) is not None:
@@ -212,8 +318,10 @@ def result_path(output: Path, job: Job) -> Path:
     return output / "runs" / f"{job.name}.json"
 
 
-def is_done(output: Path, job: Job, digest: str) -> bool:
-    """Whether a run is there that was made of the same."""
+def is_done(output: Path, job: Job, plan: Plan, digest: str) -> bool:
+    """Whether a run is there that was made of the same, with its model where that is to be kept."""
+    if is_to_keep(job, plan) and not is_kept(model_folder(output, job), digest):
+        return False
     try:
         return bool(json.loads(result_path(output, job).read_text(encoding="utf-8"))["digest"] == digest)
     except (OSError, ValueError, KeyError, TypeError):

@@ -21,6 +21,7 @@ from brainfm.files import write_csv
 from brainfm.manifest import ScanRecord, check_patients, read_manifest
 
 SPLITS = ("train", "val", "test")
+UNUSED = "unused"  # scans that a split leaves out: of the test part of those at hand, where another cohort is tested
 PAPER_FRACTIONS = (0.6, 0.2, 0.2)  # paper, downstream evaluation on SOOP and IXI
 _MAX_BINS = 10  # of a regression's labels; ours
 _SMALLEST_BIN = 5  # patients of which a fifth, the paper's smallest fraction of the training data, is one
@@ -135,10 +136,10 @@ def subsample(
 def check_split(records: Sequence[ScanRecord], splits: Sequence[str]) -> None:
     """Raise BrainfmError for a split with a patient on two sides, an empty side, or a word that is no side.
 
-    Nor can it be told of scans whose patients are unknown, or written in two ways.
+    A scan may be "unused". Nor can it be told of scans whose patients are unknown, or written in two ways.
     """
     _check_length(records, splits, "splits")
-    unknown = sorted({repr(split) for split in splits if split not in SPLITS})
+    unknown = sorted({repr(split) for split in splits if split not in (*SPLITS, UNUSED)})
     if unknown:
         raise BrainfmError(f"a split is one of {', '.join(SPLITS)}, not {_few(unknown)}; correct the column split")
     divided = [_name(records[rows[0]]) for rows in _patients(records) if len({splits[row] for row in rows}) > 1]

@@ -135,6 +135,8 @@ def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
     for one in data:
         title, patients = one.task.title, len(set(one.patients))
         drawn = "the manifest's split" if one.given_split is not None else "a split of its own for each seed"
+        if one.elsewhere:
+            drawn += f", and in place of its test part the {sum(one.elsewhere):,} scans that are held out"
         reasons = Counter("not there" if left.failed else left.why for left in one.left_out)
         left_out = "".join(f"; left out: {count:,} ({why})" for why, count in reasons.items())
         if one.task.age_bias != "keep":

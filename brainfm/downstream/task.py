@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from brainfm.downstream.covariates import encoded, numbers_of
 from brainfm.downstream.probe import Target
-from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, check_split, make_split
+from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, UNUSED, check_split, make_split
 from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
 from brainfm.errors import BrainfmError, TaskError
 from brainfm.files import one_line
@@ -44,6 +44,10 @@ class Task(Checked):
         kind: "binary", "multiclass" or "regression".
         title: Its name for readers; "" is the name.
         manifest: CSV of scans with the label; relative to the task's file.
+        test_manifest: Another list of scans with the label, of other patients; relative to the task's file. What
+            learned from the manifest's train part is tested on all of it, beside the manifest's own test part.
+        leave_out: A column of the manifest, such as "site". Each of its values is tested once by what learned from the
+            others, beside the split of all.
         metric: What the table shows; "" is auc, balanced_accuracy or mae, by the kind.
         selection: The epoch of a fine-tuning is chosen on val by the "metric", or by the "loss".
         target: What a regression learns where it is fine-tuned or trained from scratch: its labels "standardised", or
@@ -67,6 +71,8 @@ class Task(Checked):
     kind: Kind
     title: str = ""
     manifest: str = ""
+    test_manifest: str = ""
+    leave_out: str = ""
     metric: str = ""
     selection: str = "metric"
     target: Target = "standardised"
@@ -97,6 +103,8 @@ class Task(Checked):
             raise ValueError(f"metric is {self.metric!r}, and must be one of {', '.join(known)}")
         if self.selection not in ("metric", "loss"):
             raise ValueError(f"selection is {self.selection!r}, and must be 'metric' or 'loss'")
+        if self.test_manifest and self.leave_out:
+            raise ValueError("test_manifest and leave_out are two ways to test elsewhere; give one, or make two tasks")
         if self.target == "raw" and self.kind != "regression":
             raise ValueError("target is of a regression")
         if self.positive and self.kind != "binary":
@@ -141,6 +149,8 @@ class TaskData:
         labels: [n]: float64 for a regression, else int64 from 0.
         classes: The words of the classes.
         given_split: "train", "val" or "test" of each scan, where the manifest says it.
+        elsewhere: Whether each scan is of the site or cohort that is the test part, of which nothing is learned; () is
+            a task that is tested on a part of its own.
         left_out: What is not used: rows without a label, scans that are not there.
         embeddings: Vectors [n, d] that were made before, by the name of their table; NaN where one has none of a scan.
         made_by: The model that made each of them, where the table says it.
@@ -156,6 +166,7 @@ class TaskData:
     embeddings: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     made_by: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    elsewhere: tuple[bool, ...] = ()
 
     @property
     def patients(self) -> list[str]:
@@ -173,10 +184,27 @@ class TaskData:
         return bool(self.task.covariates) or self.has_masks
 
     def split(self, seed: int) -> list[str]:
-        """The manifest's split, or the one that the seed draws."""
+        """The manifest's split, or the one that the seed draws; what is elsewhere takes the test part's place."""
+        if self.elsewhere:
+            here = self.at(n for n, is_elsewhere in enumerate(self.elsewhere) if not is_elsewhere)
+            own = iter(here.split(seed))
+            parts = ["" if is_elsewhere else next(own) for is_elsewhere in self.elsewhere]
+            return [{"": "test", "test": UNUSED}.get(part, part) for part in parts]
         if self.given_split is not None:
             return self.given_split
         return make_split(self.records, self.labels, kind=self.task.kind, fractions=self.task.fractions, seed=seed)
+
+    def at(self, rows: Iterable[int]) -> TaskData:
+        """Some of the scans, by their numbers, none of them elsewhere."""
+        kept = list(rows)
+        return replace(
+            self,
+            records=[self.records[n] for n in kept],
+            labels=self.labels[kept],
+            given_split=None if self.given_split is None else [self.given_split[n] for n in kept],
+            embeddings={name: vectors[kept] for name, vectors in self.embeddings.items()},
+            elsewhere=(),
+        )
 
     def without(self, reasons: Mapping[int, str]) -> TaskData:
         """The task without some of its scans, which failed for the reasons given; raises TaskError if few are left."""
@@ -188,12 +216,9 @@ class TaskData:
         if not kept:
             raise TaskError(f"{self.task.name}: {first}: none is left")
         data = replace(
-            self,
-            records=[self.records[n] for n in kept],
-            labels=self.labels[kept],
-            given_split=None if self.given_split is None else [self.given_split[n] for n in kept],
+            self.at(kept),
             left_out=(*self.left_out, *failed),
-            embeddings={name: vectors[kept] for name, vectors in self.embeddings.items()},
+            elsewhere=tuple(self.elsewhere[n] for n in kept) if self.elsewhere else (),
         )
         check_parts(data, f"{self.task.name}: {first}")
         return data
@@ -227,7 +252,7 @@ def load_task(name: str | os.PathLike[str]) -> Task:
 
 
 def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> TaskData:
-    """The scans and labels of a task.
+    """The scans and labels of a task that is tested on a part of its own; of any, see `elsewhere.read_tasks`.
 
     Args:
         task: The task.
@@ -241,12 +266,26 @@ def read_task(task: Task, manifest: str | os.PathLike[str] | None = None) -> Tas
     """
     if not (manifest or task.manifest):
         raise TaskError(f"{task.name}: this task needs a manifest: --manifest {task.name}=FILE.csv")
+    if task.test_manifest or task.leave_out:
+        raise TaskError(
+            f"{task.name}: is tested elsewhere too (test_manifest, leave_out), and one test part is asked for"
+        )
     path = Path(manifest or task.manifest)
     return task_data(task, read_manifest(path), path)
 
 
 def task_data(task: Task, everything: Sequence[ScanRecord], path: str | os.PathLike[str]) -> TaskData:
     """The scans of a list that have a label, and their labels; `path` is for errors, which are those of `read_task`."""
+    data = labelled(task, everything, path)
+    if len(set(data.labels.tolist())) == 1:
+        value = data.records[0].extra[task.label]
+        raise TaskError(f"{path}: every {task.label} is {value!r}; there is nothing to tell apart")
+    check_parts(data, path)
+    return data
+
+
+def labelled(task: Task, everything: Sequence[ScanRecord], path: str | os.PathLike[str]) -> TaskData:
+    """As `task_data`, of scans that need not be enough to learn from."""
     for column in (task.label, *task.covariates):
         columns = list(everything[0].extra)
         if column not in columns:
@@ -258,8 +297,6 @@ def task_data(task: Task, everything: Sequence[ScanRecord], path: str | os.PathL
         raise TaskError(f"{path}: no row has a {task.label}; it is empty in all {len(everything)}")
     texts = [record.extra[task.label] for record in records]
     labels, classes = _labels(texts, task, path)
-    if len(set(texts)) == 1:
-        raise TaskError(f"{path}: every {task.label} is {texts[0]!r}; there is nothing to tell apart")
     kept = getattr(everything, "rows", ())
     numbers = kept if len(kept) else range(2, len(everything) + 2)  # as a spreadsheet counts them
     rows = [numbers[n] for n in labelled]
@@ -271,11 +308,9 @@ def task_data(task: Task, everything: Sequence[ScanRecord], path: str | os.PathL
             raise TaskError(f"{path}: {error}") from error
     given = _given_split(records, task, path)
     left_out = tuple(LeftOut(record.name or record.patient_id, f"no {task.label}") for record in unlabelled)
-    data = TaskData(task, records, labels, classes, given, left_out)
-    check_parts(data, path)
     if left_out:
         logger.info("%s: %d of %d rows have no %s and are left out", path, len(left_out), len(everything), task.label)
-    return data
+    return TaskData(task, records, labels, classes, given, left_out)
 
 
 def kind_of(texts: Sequence[str], label: str) -> Kind:

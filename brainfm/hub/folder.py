@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from brainfm.errors import BrainfmError, ScanError, WeightsError, WeightsNotFoundError
 from brainfm.factory import build, create_model
@@ -40,10 +40,12 @@ from brainfm.weights import (
     save_state,
     wrong_digest,
 )
+from brainfm.zoo.cards import Head
 
 logger = logging.getLogger("brainfm")
 
 CARD = "README.md"
+HEAD_ARRAYS = "head.safetensors"  # of a model that predicts, beside its weights
 
 _WEIGHT_FILES = (".safetensors", ".tar", ".pt", ".pth", ".ckpt", ".bin")
 
@@ -77,6 +79,17 @@ def save_for_hub(
         >>> model = brainfm.create_model("simclr_resnet18_3d", pretrained=True)
         >>> brainfm.save_for_hub(model, "simclr_resnet18_3d")
     """
+    return save_folder(model, folder, pretrained_cfg_overlay or {})
+
+
+def save_folder(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    overlay: Mapping[str, Any],
+    head: Head | None = None,
+    arrays: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """As `save_for_hub`, with what the model's classifier predicts, and the arrays that belong to that."""
     if not isinstance(model, Encoder) or not model.network:
         raise BrainfmError(
             f"a {type(model).__name__} cannot be saved for the Hub: it takes an encoder of brainfm.create_model, "
@@ -85,7 +98,6 @@ def save_for_hub(
     model = merged(model)
     _check_names(model)
     cfg, provenance = _described(model)
-    overlay = dict(pretrained_cfg_overlay or {})
     if overlay.get("architecture", cfg.architecture) != cfg.architecture:
         raise ValueError(f"this model is a {cfg.architecture}; its architecture cannot be set")
     cfg = cfg.overlay(overlay)
@@ -107,6 +119,9 @@ def save_for_hub(
             **card_of(cfg, model.network, args).to_dict(sparse=True),
             "provenance": provenance | {"brainfm_version": __version__, "torch_version": torch.__version__},
         }
+        if head is not None:
+            save_state(arrays or {}, temporary / HEAD_ARRAYS)
+            config["head"] = replace(head, sha256=file_sha256(temporary / HEAD_ARRAYS)).to_dict()
         write_json(temporary / HUB_CONFIG, config, indent=2)
         again = create_model(f"local-dir:{temporary}")
         config["golden"] = _golden(again)
@@ -189,6 +204,8 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
     with _whole_folder(folder) as temporary:
         shutil.copyfile(weights, temporary / HUB_WEIGHTS)
         write_json(temporary / HUB_CONFIG, source.config, indent=2)
+        if "head" in source.config:
+            shutil.copyfile(_beside(source.cfg, HEAD_ARRAYS, cache_dir), temporary / HEAD_ARRAYS)
         try:
             shutil.copyfile(_beside(source.cfg, CARD, cache_dir), temporary / CARD)
         except (WeightsNotFoundError, FileNotFoundError):
@@ -198,8 +215,9 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
 
 def _check_names(model: Encoder) -> None:
     """Refuse what `optimize` made: without its BatchNorms it is no longer the network that a name stands for."""
+    args = model.model_args | {"global_pool": model.global_pool}  # as it is now: one that is new may have a norm
     with torch.device("meta"):
-        fresh = build(model.network, num_classes=model.num_classes, in_chans=model.in_chans, **model.model_args)
+        fresh = build(model.network, num_classes=model.num_classes, in_chans=model.in_chans, **args)
     if fresh.state_dict().keys() != model.state_dict().keys():
         raise WeightsError(
             f"this {type(model).__name__} has other tensors than a {model.pretrained_cfg.architecture}: save the model "
@@ -300,7 +318,7 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         folder.mkdir(exist_ok=True)
-        for name in (HUB_WEIGHTS, HUB_CONFIG, CARD):
+        for name in (HUB_WEIGHTS, HEAD_ARRAYS, HUB_CONFIG, CARD):
             if (temporary / name).is_file():
                 sync(temporary / name)
                 (temporary / name).replace(folder / name)

@@ -11,7 +11,7 @@ from torch import nn
 from brainfm.errors import BrainfmError
 from brainfm.factory import create_model
 from brainfm.hub.card import PLACE
-from brainfm.hub.folder import CARD, save_for_hub
+from brainfm.hub.folder import CARD, HEAD_ARRAYS, save_for_hub
 from brainfm.weights import HUB_CONFIG, HUB_WEIGHTS, hub_reason
 
 
@@ -58,6 +58,8 @@ def push_to_hub(
         terms = f" ({cfg.terms})" if cfg.terms else ""
         raise BrainfmError(f"{folder}: not uploaded: the licence of its weights does not let them be passed on{terms}")
     files: dict[str, Path | bytes] = {name: folder / name for name in (HUB_CONFIG, HUB_WEIGHTS)}
+    if (folder / HEAD_ARRAYS).is_file():
+        files[HEAD_ARRAYS] = folder / HEAD_ARRAYS
     if (folder / CARD).is_file():
         files[CARD] = (folder / CARD).read_text(encoding="utf-8").replace(PLACE, repo_id).encode()
 

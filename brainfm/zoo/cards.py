@@ -128,6 +128,56 @@ class Keys(Checked):
 
 
 @dataclass(frozen=True)
+class Head(Checked):
+    """What the classifier in a model's folder predicts: `head` of its config.json, beside the card.
+
+    Attributes:
+        label: What is predicted: the column that was learned.
+        kind: What its values are.
+        title: Of the task, for readers.
+        unit: Of a regression, such as "years".
+        classes: Their words, in the order of the outputs; of a binary one the second is the positive, whose probability
+            the one output gives.
+        mean: Of a regression, whose prediction is output · std + mean.
+        std: The same.
+        slope: Of the correction of age bias by Cole's rule: (prediction − intercept) / slope.
+        intercept: The same.
+        threshold: The probability from which the positive class of a binary one is predicted.
+        optimised: Whether it learned from embeddings of `brainfm.optimize`, as a probe does, or of the network itself.
+        sha256: Of the file of arrays beside the weights.
+        run: What the run was made of, as a digest.
+    """
+
+    label: str
+    kind: Literal["binary", "multiclass", "regression"]
+    title: str = ""
+    unit: str = ""
+    classes: tuple[str, ...] = ()
+    mean: float = 0.0
+    std: float = 1.0
+    slope: float = 1.0
+    intercept: float = 0.0
+    threshold: float = 0.5
+    optimised: bool = False
+    sha256: str = ""
+    run: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"Head: threshold is {self.threshold}, and must be a probability")
+        if self.slope == 0:
+            raise ValueError("Head: slope is 0, and predictions are divided by it")
+        if self.kind != "regression" and len(self.classes) < 2:
+            raise ValueError(f"Head: a {self.kind} one has two classes or more, and here are {len(self.classes)}")
+
+    @property
+    def outputs(self) -> int:
+        """Of the classifier."""
+        return len(self.classes) if self.kind == "multiclass" else 1
+
+
+@dataclass(frozen=True)
 class WeightsCard(Checked):
     """One set of weights of a model.
 
