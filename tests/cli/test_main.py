@@ -173,4 +173,6 @@ def test_ctrl_c_at_some_moment_after_the_first_line_is_one_line_and_exit_code_13
         assert said.startswith("interrupted")
         assert len(said.splitlines()) == 1
     else:  # it had ended by then, by itself: there is nothing to embed, and nothing to train on
-        assert (started.returncode, "Traceback" in said) == (1, False)
+        ended = (1, -signal.SIGINT)  # the latter where Python had given its signals back, at its very end
+        assert started.returncode in ended
+        assert "Traceback" not in said

@@ -162,7 +162,7 @@ def test_coverage_that_the_validation_part_is_too_small_for_is_infinite_and_said
     )
     assert np.isposinf(found["high"]).all()
     assert np.isneginf(found["low"]).all()
-    assert "takes 99 validation scans, and this model has 8" in caplog.text
+    assert "takes 99 validation scans, and this model has 4" in caplog.text
     found, _ = predictions_on(tests_part, model_of(results, "group", "probe"), tmp_path / "q.csv", "--coverage", "0.99")
     assert set(found["set"]) == {"middle|old|young"}
 
@@ -191,7 +191,7 @@ def test_scan_unlike_the_training_part_is_said_to_be(results, manifest):
     strange = nib.Nifti1Image(shaded.astype(np.float32), image.affine)
     folder = model_of(results, "phantom_age", "probe")
     own, other = predict(folder, [(record.image, record.mask), (strange, record.mask)], device="cpu").table["distance"]
-    assert other > 3 * own
+    assert other > 1.5 * own
     unlike = predict(folder, [(strange, record.mask)], device="cpu").table["unlike"]
     assert unlike.tolist() == [100]
 
@@ -220,9 +220,9 @@ def test_one_bad_scan_is_listed_and_an_interrupted_run_goes_on(results, tests_pa
     monkeypatch.setattr(module, "_outcomes", lambda *a: again.append(1) or real(*a))
     code, said = brainfm_(*whole)
     assert code == 1
-    assert "1 of 9 scans failed" in said
-    assert len(again) == 8 - 3
-    assert len(rows_of(output)) == 8
+    assert "1 of 5 scans failed" in said
+    assert len(again) == 4 - 3
+    assert len(rows_of(output)) == 4
     assert [row["patient_id"] for row in rows_of(tmp_path / "p.errors.csv")] == ["sub-bad"]
     assert not list(tmp_path.glob(".p.csv*journal"))
 
