@@ -68,3 +68,10 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print("|" + "---|" * len(header))
     for row in rows:
         print("| " + " | ".join(row) + " |", flush=True)
+
+
+def first_table(page: Path) -> str:
+    """The first Markdown table of a page, such as `table.md` of `brainfm benchmark`: its scores."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("|"))
+    return "\n".join(lines[first : lines.index("", first)])

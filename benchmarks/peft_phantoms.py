@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _measure import first_table
+
 from brainfm.downstream.benchmark import benchmark
 from brainfm.downstream.plan import Plan, read_settings
 from brainfm.downstream.task import load_task, read_task
@@ -42,10 +44,9 @@ def main() -> None:
         folder = Path(arguments.output or temporary)
         manifest = make_cohort(arguments.patients, folder / "phantoms", spacing=4.0, seed=COHORT_SEED)
         page = benchmark([read_task(load_task(arguments.task), manifest)], plan, folder / "results", progress=True)
-        lines = page.with_name("table.md").read_text(encoding="utf-8").splitlines()
-    first = next(n for n, line in enumerate(lines) if line.startswith("|"))
+        scores = first_table(page.with_name("table.md"))
     print(f"{arguments.patients} phantoms at 4 mm, {arguments.epochs} epochs, {time.perf_counter() - started:.0f} s\n")
-    print("\n".join(lines[first : lines.index("", first)]))
+    print(scores)
 
 
 if __name__ == "__main__":
