@@ -28,6 +28,7 @@ from brainfm.downstream.kept import read_kept
 COHORTS = {"unlabelled": 0, "labelled": 1, "new": 2}  # and their seeds
 NOISE = 0.5  # in units of the std of the brain's own intensities
 COVERAGE = 0.9
+STARTS = ("anew", "continued")
 EFFICIENT = ("probe", "norm_bias", "adapter", "lora", "finetune")
 
 
@@ -37,6 +38,7 @@ class Chain:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.folder = arguments, Path(arguments.folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.encoder = _export(arguments.starts[-1])
         self.seconds: list[tuple[str, float]] = []
 
     def brainfm(self, *words: object) -> str:
@@ -79,15 +81,16 @@ class Chain:
         shutil.copy(manifest, self.folder / "noisy")
 
     def pretrain(self) -> None:
-        """One encoder from nothing, and one that continues from the packaged weights."""
-        self._pretrain("output=runs/anew")
-        self._pretrain("output=runs/continued", f"init={self.arguments.model}")
+        """An encoder that begins anew, and one that continues from the packaged weights."""
+        for start in self.arguments.starts:
+            more = [f"init={self.arguments.model}"] if start == "continued" else []
+            self._pretrain(f"output=runs/{start}", *more)
 
     def finetune(self) -> None:
-        """Both, to predict age; each run's model is kept."""
+        """Each of them, to predict age; every run's model is kept."""
         self.brainfm(
             *("finetune", "labelled/manifest.csv", "--label", "age", "--kind", "regression", "--keep-models"),
-            *("--models", _export("anew"), _export("continued"), "-o", "finetuned", *self._trained()),
+            *("--models", *map(_export, self.arguments.starts), "-o", "finetuned", *self._trained()),
         )
         print(f"### Fine-tuning\n\n{first_table(self.folder / 'finetuned' / 'table.md')}\n")
 
@@ -115,7 +118,7 @@ class Chain:
         task |= {"manifest": "labelled/manifest.csv", "leave_out": "site"}
         (self.folder / "age_by_site.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
         modes = ("probe", "knn", "finetune")
-        self._benchmark("age_by_site.yaml", "--modes", *modes, "--models", _export("continued"), "-o", "sites")
+        self._benchmark("age_by_site.yaml", "--modes", *modes, "--models", self.encoder, "-o", "sites")
         print(f"### Leave-site-out\n\n{first_table(self.folder / 'sites' / 'table.md')}\n")
 
     def sweeps(self) -> None:
@@ -143,7 +146,7 @@ class Chain:
             "--modes",
             *EFFICIENT,
             "--models",
-            _export("continued"),
+            self.encoder,
             "-o",
             "peft",
         )
@@ -152,7 +155,7 @@ class Chain:
     def compare(self) -> None:
         """What noise does to the embeddings, and to a probe of them."""
         for cohort in ("new", "noisy"):
-            self.brainfm("embed", f"{cohort}/manifest.csv", "--model", _export("continued"), "-o", f"{cohort}.csv")
+            self.brainfm("embed", f"{cohort}/manifest.csv", "--model", self.encoder, "-o", f"{cohort}.csv")
         labels = ("--labels", "new/manifest.csv", "--label", "age", "--kind", "regression")
         said = self.brainfm("compare", "new.csv", "noisy.csv", *labels, "-o", "compared.csv")
         print(f"### `compare`: the new phantoms as they are, and with noise\n\n```\n{said.strip()}\n```\n")
@@ -222,6 +225,7 @@ def main() -> None:
     parser.add_argument("folder", help="keeps everything; an interrupted run goes on")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts whose earlier ones have ended")
     parser.add_argument("--model", default="test_vit_3d", help="at 4 mm; test_resnet_3d takes five times as long")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="of pretraining")
     parser.add_argument("--patients", type=int, default=80, help="to pretrain on")
     parser.add_argument("--labelled", type=int, default=80)
     parser.add_argument("--new", type=int, default=60)

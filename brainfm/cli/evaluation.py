@@ -119,7 +119,7 @@ def predict_command(
     multiple=True,
     default=("probe", "finetune", "scratch"),
     show_default=True,
-    help="Of probe, probe_paper, probe_adam, norm_bias, adapter, lora, finetune, scratch.",
+    help="Of probe, knn, prototype, probe_paper, probe_adam, norm_bias, adapter, lora, finetune, scratch.",
 )
 @click.option("--fractions", multiple=True, type=float, help="Of the training patients, such as 0.2 0.4 0.6.")
 @click.option("--robustness", "corrupted", is_flag=True, help="Also probe test scans that are corrupted more and more.")

@@ -162,7 +162,8 @@ def bias_field(
 ) -> tuple[Image, Mask]:
     """Multiply by a smooth field that goes from 1 − strength/2 to 1 + strength/2 over the brain.
 
-    Its shape is that of MONAI's `RandBiasField`: Legendre polynomials up to degree 3, with random coefficients.
+    Its shape is that of MONAI's `RandBiasField`: Legendre polynomials up to degree 3, with random coefficients. What is
+    multiplied is what the scanner received: WhiteStripe moved its 0 to where the background is now.
     """
     from monai.transforms import RandBiasField
 
@@ -171,7 +172,8 @@ def bias_field(
     shape = np.log(np.asarray(draw(np.ones((1, *image.shape), np.float32)))[0])
     low, high = shape[mask].min(), shape[mask].max()
     field = 1 + np.float32(strength) * ((shape - low) / (high - low) - np.float32(0.5))
-    return _inside(mask, image * field, image), mask
+    zero = np.median(image[~mask]) if not mask.all() else np.float32(0)
+    return _inside(mask, zero + field * (image - zero), image), mask
 
 
 def ghosting(image: Image, mask: Mask, affine: Affine, strength: float, rng: np.random.Generator) -> tuple[Image, Mask]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from brainfm.downstream import finetuning
+from brainfm.downstream.plan import MODES
 from brainfm.files import held
 from brainfm.manifest import ScanRecord
 from brainfm.phantom import make_cohort
@@ -181,3 +182,8 @@ def test_ctrl_c_in_a_training_is_exit_code_130_and_the_same_command_goes_on(name
     done = run(*command)
     assert done.code == 0, done.err
     assert len(epochs) <= 3  # two epochs, of which the first may be ended twice
+
+
+def test_help_of_a_benchmark_names_every_mode(run):
+    said = " ".join(run("benchmark", "--help").out.split())
+    assert f"Of {', '.join(MODES)}." in said

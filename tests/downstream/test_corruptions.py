@@ -168,6 +168,18 @@ def test_a_bias_field_has_its_range_over_the_brain_and_is_smooth(strength, scan)
     assert np.sqrt(left[0] / mask.sum()) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["bias_field", "ghosting", "blur", "noise", "intensity"])
+def test_a_scan_shifted_by_whitestripe_is_corrupted_as_the_scan_itself(name, scan):
+    """Its white matter is 0 and its background negative: a field that multiplied these left white matter as it was."""
+    image, mask, affine = scan
+    shift, strength = np.float32(1000), CORRUPTIONS[name].levels[3]
+    stripped = np.where(mask, image, 0).astype(np.float32)
+    plain, _ = CORRUPTIONS[name](stripped, mask, affine, strength, draw())
+    shifted, _ = CORRUPTIONS[name](stripped - shift, mask, affine, strength, draw())
+    assert np.abs(plain - stripped)[mask].mean() > 1e-3 * stripped[mask].std()
+    np.testing.assert_allclose(shifted[mask] + shift, plain[mask], atol=1e-3 * shift)
+
+
 def test_ghosts_are_shifted_copies_of_the_image():
     """Losing a fraction s of every n-th line takes s/n of each of n copies, N/n apart, and gives the mean line back."""
     image = draw(0).random((40, 48, 60)).astype(np.float32)
