@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--finetune-epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # at 4 mm several threads wait for each other
     chain = Chain(arguments)
     started = time.perf_counter()

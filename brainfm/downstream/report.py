@@ -156,22 +156,25 @@ class Table:
 
 
 def _main_table(run: Run) -> Table:
-    """Rows × tasks, each with the published number beside it; the controls in a group of their own."""
+    """Rows × tasks, the published numbers, if any, beside them; the controls in a group of their own."""
+    tasks, keys = run.evaluation.tasks, {row.key for row in run.evaluation.everything}
+    beside = any(p.row in keys for task in tasks for p in task.published)
     head = [("", "Model")]
-    for task in run.evaluation.tasks:
+    for task in tasks:
         title = f"{task.title}: {metric_name(task, task.metric)}{arrow(task.metric)}"
-        head += [(title, "here"), (title, "published")]
+        head += [(title, "here"), (title, "published")] if beside else [("", title)]
 
     def cells(row: Row, may_win: bool) -> list[Cell]:
         line = [Cell(row.title)]
-        for task in run.evaluation.tasks:
+        for task in tasks:
             summary, best, decimals = run.summary(task, row), run.best(task), decimals_of(run, task, task.metric)
             wins = bool(summary and best and round(summary.mean, decimals) == round(best.mean, decimals))
             wins = wins and not task.too_small and best is not None and not run.is_below_a_control(task, best)
             text = summary_text(summary, decimals, run.evaluation.seeds)
             line.append(Cell(text, may_win and wins, _marks(run.evaluation, task, row)))
-            found = next((p for p in task.published if p.row == row.key), None)
-            line.append(Cell(mean_std(found.mean, found.sd, decimals) if found else NONE))
+            if beside:
+                found = next((p for p in task.published if p.row == row.key), None)
+                line.append(Cell(mean_std(found.mean, found.sd, decimals) if found else NONE))
         return [*line, *_sizes(run, row)]
 
     head += [("", title) for title in _sizes_head(run)]

@@ -166,9 +166,13 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
         return kept, features[kept].astype(np.float32)
 
     head = fitted.head if isinstance(fitted, FittedHead) else None
-    size = (features.shape[1] + 1) * (len(job.data.classes) if task.kind == "multiclass" else 1)
+    size = 0 if row.mode in WITHOUT_TRAINING else (features.shape[1] + 1) * _outputs(job)
     of = None if frozen is None else frozen + size
     return _Fitted(predict, failed, (size, of), model, embedded, head, fitted)
+
+
+def _outputs(job: Job) -> int:
+    return len(job.data.classes) if job.data.task.kind == "multiclass" else 1
 
 
 def _one_of(failed: Mapping[int, str]) -> str:

@@ -128,6 +128,7 @@ def test_table_has_the_task_and_a_column_for_each_site_without_training(phantoms
     sites = pd.read_csv(phantoms)["site"].unique()
     assert set(frame["task"]) == {"age", *(f"age-site-{site}" for site in sites)}
     assert {"knn", "prototype", "untrained", "covariates"} == set(frame["mode"])
+    assert set(frame.loc[frame["mode"].isin(["knn", "prototype"]), "trained_parameters"]) == {0}
     assert all(f"site {site} held out" in (tmp_path / "out" / "table.md").read_text() for site in sites)
     for site in sites:
         [run] = (tmp_path / "out" / "runs").glob(f"age-site-{site}.*.knn.1.0.json")

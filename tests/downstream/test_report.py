@@ -169,6 +169,16 @@ def test_every_number_of_the_main_table_is_the_mean_and_sd_over_seeds(reported):
             assert plain(cell) == expected(results, task["name"], row, task["metric"], decimals)
 
 
+def test_a_table_beside_which_nothing_was_published_has_no_column_for_it(age_only):
+    grid = json.loads((age_only / "grid.json").read_text())
+    grid["tasks"][0]["published"] = {"another_model/probe": {"mean": 5.9}}
+    (age_only / "grid.json").write_text(json.dumps(grid))
+    write_report(age_only)
+    assert tables((age_only / "table.md").read_text())[0][0] == ["Model", "Age: MAE (years) ↓"]
+    assert r"& Age: MAE (years) $\downarrow$ \\" in (age_only / "table.tex").read_text()
+    assert '<th scope="col">published' not in (age_only / "index.html").read_text()
+
+
 def test_rows_keep_their_order_and_controls_stand_below_a_line(reported):
     lines = tables((reported / "table.md").read_text())[0][1:]
     titles = [row["title"] for row, _ in ROWS] + ["*Controls*"] + [row["title"] for row, _ in CONTROLS]
