@@ -9,6 +9,7 @@ python benchmarks/end_to_end.py FOLDER [--only finetune predict …] [--patients
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -229,7 +230,7 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=80, help="to pretrain on")
     parser.add_argument("--labelled", type=int, default=80)
     parser.add_argument("--new", type=int, default=60)
-    parser.add_argument("--epochs", type=int, default=8, help="of pretraining")
+    parser.add_argument("--epochs", type=int, default=6, help="of pretraining")
     parser.add_argument("--finetune-epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
@@ -240,12 +241,16 @@ def main() -> None:
     for name in PARTS:
         if name in arguments.only:
             PARTS[name](chain)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
         f"{arguments.patients} phantoms to pretrain {arguments.model} on for {arguments.epochs} epochs, "
         f"{arguments.labelled} with labels, {arguments.new} new; {arguments.finetune_epochs} epochs of fine-tuning, "
-        f"{arguments.seeds} seeds: {time.perf_counter() - started:.0f} s\n\n{machine()}\n"
+        f"{arguments.seeds} seeds: {time.perf_counter() - started:.0f} s, of processor time "
+        f"{used.ru_utime + used.ru_stime:.0f} s\n\n{machine()}\n\n```bash"
     )
-    print_table(["command", "s"], [[f"`brainfm {command}`", f"{seconds:.0f}"] for command, seconds in chain.seconds])
+    for command, seconds in chain.seconds:
+        print(f"brainfm {command}    # {seconds:.0f} s")
+    print("```")
 
 
 if __name__ == "__main__":
