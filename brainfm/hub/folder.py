@@ -79,7 +79,7 @@ def save_for_hub(
         >>> model = brainfm.create_model("simclr_resnet18_3d", pretrained=True)
         >>> brainfm.save_for_hub(model, "simclr_resnet18_3d")
     """
-    return save_folder(model, folder, pretrained_cfg_overlay or {})
+    return save_folder(model, folder, dict(pretrained_cfg_overlay or {}))
 
 
 def save_folder(

@@ -7,6 +7,7 @@ and converted once to safetensors in the cache; the download itself is not kept.
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import logging
 import os
@@ -244,6 +245,11 @@ def hub_reason(error: Exception) -> str:
         meaning = f"the token was refused ({status}); check HF_TOKEN and what it may do"
     elif status:
         meaning = f"{ENDPOINT} answers {status} ({one_line(error)}); try again later"
+    elif getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+        meaning = (
+            f"nothing can be written to the Hub's cache ({one_line(error)}); set HF_HOME to a folder of your own with "
+            "room in it"
+        )
     else:
         meaning = f"the download broke ({one_line(error)}); try again"
     return f"{meaning} ({type(error).__name__})"

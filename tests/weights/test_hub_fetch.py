@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -185,3 +187,13 @@ def test_cache_may_be_named_by_text_with_a_tilde(hub, commit, tmp_path, monkeypa
     file = create_model(NAME, cache_dir="~/models").weights_report.file
     assert file.startswith(str(tmp_path / "models"))
     assert str(cached_weights(PretrainedCfg("test_resnet_3d", hub_id="lab/tiny"), "~/models")) == file
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_hub_cache_that_takes_nothing_is_named_with_the_way_out(code, commit, monkeypatch):
+    def refuses(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("huggingface_hub.file_download._download_to_tmp_and_move", refuses)
+    with pytest.raises(WeightsNotFoundError, match=r"nothing can be written to the Hub's cache .* set HF_HOME"):
+        create_model(NAME, pretrained=True)
