@@ -154,6 +154,7 @@ class _Carded:
 
 
 _FAMILIES = {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "models")])} - {
+    "adaptation",
     "encoder",
     "features",
 }

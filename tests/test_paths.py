@@ -52,8 +52,8 @@ def test_path_of_windows_is_named_as_one_with_its_row(text, tmp_path):
 def test_accents_are_found_however_the_disk_spells_them(listed, stored, tmp_path):
     path = touch(tmp_path / stored)
     (tmp_path / "scans.csv").write_text(f"image_path\n{listed}\n")
-    assert [record.image for record in list_scans(tmp_path / "scans.csv")] == [path]
-    assert [record.image for record in list_scans([str(tmp_path / listed)])] == [path]
+    assert [record.image for record in list_scans(tmp_path / "scans.csv")] == [str(path)]
+    assert [record.image for record in list_scans([str(tmp_path / listed)])] == [str(path)]
     assert [record.image for record in list_scans(str(tmp_path / listed))] == [path]
 
 
@@ -64,7 +64,7 @@ def test_name_in_latin_1_is_found_by_a_table_of_such_names(content, tmp_path):
     for name in names:
         touch(tmp_path / name)
     (tmp_path / "scans.csv").write_bytes(b"image_path\n" + content)
-    assert [record.image for record in list_scans(tmp_path / "scans.csv")] == [tmp_path / name for name in names]
+    assert [record.image for record in list_scans(tmp_path / "scans.csv")] == [str(tmp_path / name) for name in names]
 
 
 def test_name_that_is_not_utf_8_is_written_so_that_it_reads_back():

@@ -96,5 +96,5 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     for way in ("separate", "joint"):
         compare(dist.get_world_size(), way)
-        print("same", way)
+        print(f"same {way}")  # in one piece: another process writes to the same pipe
     dist.destroy_process_group()

@@ -178,7 +178,7 @@ def test_second_build_writes_nothing_and_a_changed_scan_alone_is_written_again(r
         copies.append(ScanRecord(path, record.mask))
     assert build_cache(copies, tmp_path / "cache", small_spec, root=tmp_path).written == 3
     assert build_cache(copies, tmp_path / "cache", small_spec, root=tmp_path).found == 3
-    copies[1].image.write_bytes(Path(records[7].image).read_bytes())
+    Path(copies[1].image).write_bytes(Path(records[7].image).read_bytes())
     again = build_cache(copies, tmp_path / "cache", small_spec, root=tmp_path)
     assert (again.written, again.found) == (1, 2)
     whole = (slice(0, 40), slice(0, 48), slice(0, 48))

@@ -143,8 +143,8 @@ def test_a_change_in_any_channel_is_seen_and_a_lost_one_named(records, spec, tmp
         flair.write_bytes(Path(record.images["flair"]).read_bytes())
         copies.append(ScanRecord({"t1w": record.images["t1w"], "flair": flair}, record.mask))
     assert build_cache(copies, tmp_path / "cache", spec, root=tmp_path).written == 3
-    copies[0].images["flair"].write_bytes(Path(records[5].images["flair"]).read_bytes())
-    copies[1].images["flair"].unlink()
+    Path(copies[0].images["flair"]).write_bytes(Path(records[5].images["flair"]).read_bytes())
+    Path(copies[1].images["flair"]).unlink()
     report = build_cache(copies, tmp_path / "cache", spec, root=tmp_path)
     assert (report.written, report.found) == (1, 1)
     assert list(report.refused) == [copies[1].name]
