@@ -54,7 +54,7 @@ def test_accents_are_found_however_the_disk_spells_them(listed, stored, tmp_path
     (tmp_path / "scans.csv").write_text(f"image_path\n{listed}\n")
     assert [record.image for record in list_scans(tmp_path / "scans.csv")] == [str(path)]
     assert [record.image for record in list_scans([str(tmp_path / listed)])] == [str(path)]
-    assert [record.image for record in list_scans(str(tmp_path / listed))] == [path]
+    assert [record.image for record in list_scans(str(tmp_path / listed))] == [str(path)]
 
 
 @posix
