@@ -160,11 +160,9 @@ def test_every_table_of_rows_says_how_many_parameters_each_trains(results):
     assert all(line.endswith(wanted) for line in lines)
     assert text.count("| Trained parameters |") == 2
     assert (results / "index.html").read_text().count('<th scope="col">Trained parameters</th>') == 2
-    tex = (results / "table.tex").read_text()
-    head, below = tex.splitlines()[3], tex.splitlines()[5 if "cmidrule" in tex.splitlines()[4] else 4]
-    assert head.count("&") == 2  # no title, a span of two columns, no title
-    assert below.count("&") == 3
-    assert r"Trained parameters \\" in below
+    head = next(line for line in (results / "table.tex").read_text().splitlines() if "Trained parameters" in line)
+    assert head.count("&") == 2
+    assert head.endswith(r"Trained parameters \\")
 
 
 def test_page_of_results_of_before_has_no_such_column(results, tmp_path):
