@@ -99,7 +99,11 @@ def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Ch
         return _read_safetensors(path)
     if _is_tar(path):  # before zip: a tar that ends with a zip looks like one
         return _read_tar(path, take)
-    if zipfile.is_zipfile(path):
+    try:
+        zipped = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:  # of several disks, as damaged bytes may say
+        raise WeightsError(f"{path}: a damaged checkpoint ({one_line(error)}); fetch or copy it again") from error
+    if zipped:
         return _unwrap(_torch_load(path, str(path), _most_bytes(path)), str(path), take)
     with path.open("rb") as file:
         head = file.read(64)
