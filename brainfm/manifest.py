@@ -328,10 +328,13 @@ def _refuse_same_files(paths: pd.DataFrame, where: str) -> None:
     """Raise ScanError where two rows name the same files."""
     seen: dict[str, Any] = {}
     for row, *files in paths.itertuples(name=None):
+        images = [file for name, file in zip(paths.columns, files, strict=True) if file and name != "mask_path"]
         same = "\0".join(map(os.path.normpath, files))
-        if any(files) and seen.setdefault(same, row) != row:
-            images = ", ".join(path for name, path in paths.loc[row].items() if path and name != "mask_path")
-            raise ScanError(f"{where}, row {row}: {images} is already in row {seen[same]}; remove one of them")
+        if images and same in seen:
+            raise ScanError(
+                f"{where}, row {row}: {', '.join(images)} is already in row {seen[same]}; remove one of them"
+            )
+        seen[same] = row
 
 
 def with_ids(rows: pd.DataFrame, where: str) -> pd.DataFrame:

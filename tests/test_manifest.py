@@ -688,6 +688,9 @@ def test_dataframe_is_a_manifest(tmp_path, monkeypatch):
     with pytest.raises(ScanError, match="the DataFrame, row 5: image_path is empty"):
         list_scans(frame.assign(image_path=["a.nii", None]).set_axis([4, 5]))
     assert [record.image for record in list_scans(frame["image_path"])] == ["a.nii", "b.nii"]
+    twice = pd.concat([frame, frame])  # with each row's label twice, too
+    with pytest.raises(ScanError, match=r"the DataFrame, row 0: a\.nii is already in row 0; remove one of them"):
+        list_scans(twice)
 
 
 def test_folders_and_manifests_in_a_list_are_what_they_are_alone(tmp_path):

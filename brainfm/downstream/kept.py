@@ -123,7 +123,8 @@ def read_kept(folder: str | os.PathLike[str]) -> KeptModel:
     text = str(folder)
     name = text if text.startswith("local-dir:") else f"local-dir:{text}"
     place = Path(name.removeprefix("local-dir:")).expanduser()
-    said = resolve(name).config.get("head")
+    resolved = resolve(name)
+    said = resolved.config.get("head")
     if said is None:
         raise WeightsNotFoundError(
             f"{place}: this model gives embeddings and predicts nothing; 'brainfm finetune … --keep-models' makes one "
@@ -133,7 +134,7 @@ def read_kept(folder: str | os.PathLike[str]) -> KeptModel:
         head = Head.from_dict(said)
     except (ValueError, TypeError) as error:
         raise WeightsError(f"{place / HUB_CONFIG}: its head is not one ({one_line(error)})") from error
-    if (there := resolve(name).cfg.num_classes) != head.outputs:
+    if (there := resolved.cfg.num_classes) != head.outputs:
         raise WeightsError(f"{place / HUB_CONFIG}: its head has {head.outputs} outputs, and its classifier {there}")
     encoder = create_model(name, num_classes=head.outputs)
     arrays = _read_arrays(place / HEAD_ARRAYS, head, encoder.num_features)

@@ -133,7 +133,8 @@ def predictions_of(
     head, vectors = model.head, table.vectors
     columns: dict[str, object] = dict(text_columns([replace(record, extra={}) for record in table.records]))
     q = radius(model.arrays["val.scores"], coverage)
-    found = model.predictions(vectors) if len(table) else np.empty((0, *[head.outputs][: head.kind == "multiclass"]))
+    nothing = np.empty((0, head.outputs) if head.kind == "multiclass" else 0)
+    found = model.predictions(vectors) if len(table) else nothing
     if head.kind == "regression":
         columns |= {"prediction": found, "low": found - q, "high": found + q}
     else:

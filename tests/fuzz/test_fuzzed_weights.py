@@ -188,6 +188,7 @@ def test_checkpoint_of_any_bytes_is_tensors_or_a_refusal(tmp_path):
     @example(with_pickle(lambda _: b"\x80\x02X\xff\xff\xff\x7f."))
     @example(with_pickle(lambda _: b"\x80\x02]" + b"2a" * 50_000 + b"."))
     @example(with_pickle(lambda _: b"\x80\x02X."))  # struct.error
+    @example(whole[:-22] + b"PK\x06\x07" + struct.pack("<LQL", 0, 0, 2) + whole[-22:])  # a zip of two disks
     def fuzz(content):
         path.write_bytes(content)
         outcome(load, path)
