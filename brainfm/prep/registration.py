@@ -124,7 +124,9 @@ def register(brain: sitk.Image) -> Registered:
     for level in (_COARSE, _MIDDLE, _FINE):
         affine, of_affine = similarity.climbed(affine, level, affine=True)
     reason = _astray(affine)
-    agree = sum(angle <= AGREE_DEG and mm <= AGREE_MM for angle, mm in (_difference(rigid, end.position) for end in ends))
+    agree = sum(
+        angle <= AGREE_DEG and mm <= AGREE_MM for angle, mm in (_difference(rigid, end.position) for end in ends)
+    )
     return Registered(
         _transform(rigid),
         None if reason else _transform(affine),

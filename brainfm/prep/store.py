@@ -43,8 +43,9 @@ def save_head(
             break
         step *= 2
     storage = {"step": step, "fraction_of_bright_brain": 0.0 if whole else step / 2 / bright, "bytes": size}
-    # As nibabel reads it: the header holds the scaling in float32.
-    stored = StoredImage(voxels, affine, float(np.float32(step)), float(np.float32(low)), str(path))
+    # As it is read again: a header holds the scaling and the affine in float32.
+    as_read = affine.astype(np.float32).astype(np.float64)
+    stored = StoredImage(voxels, as_read, float(np.float32(step)), float(np.float32(low)), str(path))
     return stored, storage
 
 

@@ -20,7 +20,7 @@ from brainfm.contract.volume import Triple, Volume
 from brainfm.errors import ScanError
 from brainfm.scan.layout import BRAIN, FIELD, HEAD, RECORD
 from brainfm.scan.read import read_image
-from brainfm.scan.resample import resample
+from brainfm.scan.resample import box_of, reach, resample
 from brainfm.scan.spaces import space_of
 from brainfm.scan.stored import StoredImage
 
@@ -125,13 +125,15 @@ def for_contract(
     with_bias = spec.bias_field == "left" and was_corrected
     image, brain, affine = scan.image(with_bias=with_bias), scan.brain, first.head.affine
     notes = ["the bias field put back"] if with_bias else []
+    strip = spec.skull_strip == "required"
     if spec.space is not None or scan is not first:
         affine, shape, to_scan, how = _place(scan, spec, first)
         to_head = np.linalg.inv(scan.head.affine) @ to_scan @ affine
-        image = resample(image, to_head, shape)
-        brain = resample(brain.astype(np.float32), to_head, shape) > 0.5
+        near = reach(box_of(brain), to_head, shape)
+        brain = resample(brain.astype(np.float32), to_head, shape, within=near) > 0.5
+        image = resample(image, to_head, shape, within=box_of(brain) if strip else None)
         notes.insert(0, f"resampled once from its own {_mm(scan.head.affine)} mm voxels, {how}")
-    if spec.skull_strip == "required":
+    if strip:
         image = image * brain
     return Volume(image[None], brain, affine), tuple(notes)
 
