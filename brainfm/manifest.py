@@ -20,7 +20,7 @@ from brainfm.errors import ScanError
 from brainfm.paths import is_image, on_disk, path_of, printable, unprinted, walk_folder
 from brainfm.scan import ImageLike, ScanLike
 from brainfm.scan.kinds import is_dicom
-from brainfm.scan.layout import HEAD, RECORD, TURBOPREP_IMAGE, TURBOPREP_MASK, is_prepared
+from brainfm.scan.layout import BRAIN, HEAD, RECORD, TURBOPREP_IMAGE, TURBOPREP_MASK, is_prepared
 from brainfm.scan.load import image_of, name_of
 from brainfm.scan.memory import is_mapping
 from brainfm.scan.verdict import verdict_of
@@ -77,6 +77,12 @@ class ScanRecord:
     def images(self) -> dict[str, ImageLike]:
         """The image of each channel; of a scan of one, under the name ""."""
         return dict(self.image) if is_mapping(self.image) else {"": self.image}
+
+    @property
+    def brain_mask(self) -> ImageLike | None:
+        """The mask that is given, or a prepared scan's own; None where there is neither."""
+        first = image_of(self.image)
+        return os.path.join(first, BRAIN) if is_prepared(first) else self.mask  # noqa: PTH118
 
     @property
     def name(self) -> str:

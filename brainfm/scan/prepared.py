@@ -68,6 +68,27 @@ class PreparedScan:
         inverse: NDArray[np.float64] = np.linalg.inv(np.asarray(found, dtype=np.float64))
         return inverse
 
+    def from_space(self, spec: InputSpec) -> NDArray[np.float64]:
+        """[4, 4] from points of a contract's space to points of the scan, RAS mm; the scan's own space stays as it is.
+
+        Raises:
+            ScanError: The scan was not registered to that space, or not in this way.
+        """
+        if spec.space is None:
+            return np.eye(4)
+        if not spec.in_mni152:
+            raise ScanError(
+                f"{self.folder}: prepared against MNI152, and this contract lies in the space {spec.space!r}, whose "
+                "template is not at hand; register the scan to that template"
+            )
+        if spec.registration not in _MATRICES:
+            raise ScanError(
+                f"{self.folder}: prepared by rigid and affine registration, and this contract takes "
+                f"{spec.registration} registration; give a scan that was registered so"
+            )
+        matrix: NDArray[np.float64] = self.matrix(_MATRICES[spec.registration]) @ space_of(spec.space).to_2009c
+        return matrix
+
 
 def read_prepared(folder: PathLike) -> PreparedScan:
     """The prepared scan in a folder. Raises ScanError where it is damaged or of a later version."""
@@ -151,20 +172,10 @@ def _place(
         i, j, k = first.head.array.shape
         to_scan = scan.matrix("rigid") @ np.linalg.inv(first.matrix("rigid"))
         return first.head.affine, (i, j, k), to_scan, f"onto those of {first.folder}"
-    if not spec.in_mni152:
-        raise ScanError(
-            f"{scan.folder}: prepared against MNI152, and this contract lies in the space {spec.space!r}, whose "
-            "template is not at hand; register the scan to that template"
-        )
-    if spec.registration not in _MATRICES:
-        raise ScanError(
-            f"{scan.folder}: prepared by rigid and affine registration, and this contract takes {spec.registration} "
-            "registration; give a scan that was registered so"
-        )
-    name, space = _MATRICES[spec.registration], space_of(spec.space)
+    to_scan, space = scan.from_space(spec), space_of(spec.space)
     grid = spec.grid or space.grid
-    how = f"by its {name} registration{f' {space.note}' if space.note else ''}"
-    return grid.affine(spec.orientation or "RAS"), grid.shape, scan.matrix(name) @ space.to_2009c, how
+    how = f"by its {_MATRICES[spec.registration]} registration{f' {space.note}' if space.note else ''}"
+    return grid.affine(spec.orientation or "RAS"), grid.shape, to_scan, how
 
 
 def _mm(affine: NDArray[np.float64]) -> str:

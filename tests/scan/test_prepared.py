@@ -296,6 +296,32 @@ def test_embedding_is_near_that_of_the_brain_where_it_came_from(prepared, small_
     assert back @ there / np.linalg.norm(back) / np.linalg.norm(there) > 0.99
 
 
+def test_saliency_map_overlays_the_head_in_its_own_space(prepared, small_model):
+    """What is hidden and matters lies in the brain, wherever the scanner saw it."""
+    from brainfm.downstream.saliency import grad_cam
+
+    found = grad_cam(small_model, prepared, direction=np.ones(128))
+    values = np.abs(found.on_scan())
+    brain = nib.load(prepared / "brain_mask.nii.gz")
+    assert values.shape == brain.shape
+    assert np.array_equal(found.scan_affine, brain.affine)
+    box = np.argwhere(np.asanyarray(brain.dataobj) > 0)
+    inside = np.argwhere(values > 0)
+    # The map's field is 160×192×192 mm about the brain: its centre is the brain's, to 20 mm.
+    centres = [each.mean(axis=0) @ brain.affine[:3, :3].T for each in (box, inside)]
+    assert np.linalg.norm(centres[0] - centres[1]) < 20
+
+
+def test_head_size_of_a_prepared_scan_is_that_of_its_mask(prepared, head_and_brain, tmp_path):
+    from types import SimpleNamespace
+
+    from brainfm.downstream.features import head_sizes
+    from brainfm.manifest import list_scans
+
+    sizes = head_sizes(SimpleNamespace(records=list_scans(prepared)), tmp_path / "sizes.json")
+    assert sizes == [pytest.approx(head_and_brain[1].sum() * 10 / 1000)]
+
+
 def test_scan_that_is_prepared_anew_is_another_file(prepared, tmp_path):
     import shutil
 
