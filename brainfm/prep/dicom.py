@@ -41,14 +41,14 @@ _OTHERS |= dict.fromkeys(
 )
 _OTHERS |= dict.fromkeys(("SUB", "SUBTRACTION", "SUBTRACT"), "a difference of images")
 _CONTRASTS = {"", "T1", "UNKNOWN", "MIXED"}
-# Longer than any T1w protocol's: of all, of gradient echoes (T2*, susceptibility); and, of spin echoes that nothing
-# inverts, a repetition that leaves proton density or T2. Clinical T1w: spin echo 8-30 ms and 300-1000 ms, FLASH,
-# SPGR and MPRAGE 1-8 ms, inverted spin echo 10-30 ms (https://radiopaedia.org/articles/t1-weighted-image).
+# Set here, beyond what T1w protocols have: an echo time of all, of gradient echoes (longer: T2*, susceptibility), and of
+# spin echoes that nothing inverts a repetition time (longer: proton density, T2).
 MAX_ECHO_MS, MAX_GRADIENT_ECHO_MS, MAX_REPETITION_MS = 35.0, 15.0, 1800.0
+# Words of descriptions.
 _T1 = re.compile(r"t1|mp.?2?.?rage|spgr|bravo")
 _NOT_T1 = re.compile(
-    r"t2|flair|stir|(?<![a-z])pd|dwi|dti|diff|adc|bold|fmri|epi|perf|asl|swi|swan|tof|mra|angio|field.?map|phase"
-    r"|locali[sz]|scout|survey|(?<![a-z])mip"
+    r"(?<![a-z])(t2\w*|pd\w?|\w*flair|stir|dwi|dti|adc|bold|fmri|epi|ep2d\w*|perfusion|asl|swi|swan|tof|mra|angio\w*|"
+    r"phase|field.?map\w*|locali[sz]er|loc|scout|survey|mip)(?![a-z])"
 )
 
 

@@ -195,7 +195,7 @@ def _opened(file: Path) -> Dataset:
             raise ScanError(
                 f"{file}: encoded in a maker's own way (a private transfer syntax); export it again, uncompressed"
             )
-        for element in map(dataset.get_item, dataset.keys()):
+        for element in map(dataset.get_item, list(dataset.keys())):
             if isinstance(element, RawDataElement) and element.length not in (0xFFFFFFFF, len(element.value or b"")):
                 raise ScanError(f"{file}: a damaged DICOM file: an element is longer than the file; export it again")
     return dataset
