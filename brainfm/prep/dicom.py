@@ -41,8 +41,8 @@ _OTHERS |= dict.fromkeys(
 )
 _OTHERS |= dict.fromkeys(("SUB", "SUBTRACTION", "SUBTRACT"), "a difference of images")
 _CONTRASTS = {"", "T1", "UNKNOWN", "MIXED"}
-# Set here, beyond what T1w protocols have: an echo time of all, of gradient echoes (longer: T2*, susceptibility), and of
-# spin echoes that nothing inverts a repetition time (longer: proton density, T2).
+# Set here, beyond what T1w protocols have: an echo time of all, of gradient echoes (longer: T2*, susceptibility), and
+# of spin echoes that nothing inverts a repetition time (longer: proton density, T2).
 MAX_ECHO_MS, MAX_GRADIENT_ECHO_MS, MAX_REPETITION_MS = 35.0, 15.0, 1800.0
 # Words of descriptions.
 _T1 = re.compile(r"t1|mp.?2?.?rage|spgr|bravo")

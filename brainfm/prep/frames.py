@@ -34,7 +34,11 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.utils import pixel_array
 
 # What GDCM decodes.
-_COMPRESSED = (*uid.JPEGTransferSyntaxes, *uid.JPEGLSTransferSyntaxes, *uid.JPEG2000TransferSyntaxes, uid.RLELossless)
+_COMPRESSED = {
+    *uid.JPEGTransferSyntaxes,
+    *uid.JPEGLSTransferSyntaxes,
+    *(uid.JPEG2000Lossless, uid.JPEG2000, uid.RLELossless),
+}
 # Files of an examination that hold no image though their modality is MR or missing.
 _NO_IMAGE = {
     uid.MediaStorageDirectoryStorage,
@@ -195,7 +199,8 @@ def _opened(file: Path) -> Dataset:
             raise ScanError(
                 f"{file}: encoded in a maker's own way (a private transfer syntax); export it again, uncompressed"
             )
-        for element in map(dataset.get_item, list(dataset.keys())):
+        for tag in list(dataset.keys()):
+            element: Any = dataset.get_item(tag)
             if isinstance(element, RawDataElement) and element.length not in (0xFFFFFFFF, len(element.value or b"")):
                 raise ScanError(f"{file}: a damaged DICOM file: an element is longer than the file; export it again")
     return dataset
