@@ -33,7 +33,7 @@ STRIPPED_LITRES = (0.6, 2.4)  # of voxels that are not background; a head has 3 
 
 # What is taken from a folder; MINC, MetaImage and Analyze are taken to be refused by name.
 _IMAGE = re.compile(r"\.((nii|mgz|mgh|hdr|mnc)(\.(gz|bz2|xz|zst))?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
-_MANIFEST = (".csv", ".tsv", ".xlsx")
+_MANIFEST = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")
 # By BIDS' suffix, or a mask's usual name, no T1w scan of a head.
 _OTHER = re.compile(
     r"(^|_)(T2w|T2star|T2starw|PDw|PDT2|FLAIR|bold|sbref|dwi|epi|asl|dseg|probseg|mask)$", re.IGNORECASE
@@ -83,10 +83,10 @@ class Head:
 def find_sources(inputs: Iterable[str | Path]) -> Sources:
     """The scans that paths name.
 
-    A manifest stands for its images, a BIDS folder for its T1w images, another folder for every image and DICOM series
-    in it, at any depth. Images whose names say another contrast, masks, and what is prepared already are not taken from
-    folders. A scan is called by its file's or folder's name, and where two would have one name by the folders above it
-    too; of a manifest by its patient and scan.
+    A manifest stands for its images, a BIDS folder for its T1w images, another folder for every image and every folder
+    of DICOM files in it, at any depth. Images whose names say another contrast, masks, and what is prepared already are
+    not taken from folders. A scan is called by its file's or folder's name, and where two would have one name by the
+    folders above it too; of a manifest by its patient and scan.
 
     Raises:
         ScanError: A BIDS folder without a T1w image, a folder of prepared scans only, a manifest that is wrong, or two
@@ -143,7 +143,7 @@ def _expanded(path: Path, left_out: dict[str, str]) -> Iterator[_Named]:
             inside = "/".join(_clean(part) for part in (record.patient_id, record.scan_id) if part)
             short = inside if record.patient_id else _name(image)
             yield image, short, f"{short}/{_name(image)}" if record.patient_id else _longer(image)
-    elif path.is_dir() and not any(map(is_dicom, path.iterdir())):
+    elif path.is_dir() and not _holds_dicom(path.iterdir()):
         yield from _in_folder(path, left_out)
     else:
         yield path, _name(path), _longer(path)
@@ -188,8 +188,13 @@ def _images_and_series(folder: Path, files: list[Path], folders: list[Path], pre
     for path in files:
         if not _IMAGE.search(path.name) and len(first.setdefault(path.parent, [])) < 5:
             first[path.parent].append(path)
-    series = [place for place in folders if any(map(is_dicom, first.get(place, [])))]
+    series = [place for place in folders if _holds_dicom(first.get(place, []))]
     return sorted({*images} - {*others} | {*series})
+
+
+def _holds_dicom(files: Iterable[Path]) -> bool:
+    """Whether there is a DICOM file among a folder's, other than the table of contents of an exported examination."""
+    return any(is_dicom(file) for file in files if file.name.upper() != "DICOMDIR")
 
 
 def _t1w(record: ScanRecord) -> Path:
@@ -219,7 +224,7 @@ def _clean(name: str) -> str:
 
 def _read(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64], str]:
     """Voxels [x, y, z], scaled, their affine to RAS mm, and how they were chosen, where there was a choice."""
-    if path.is_dir() and not any(map(is_dicom, path.iterdir())):
+    if path.is_dir() and not _holds_dicom(path.iterdir()):
         raise ScanError(f"{path}: a folder that holds neither a DICOM series nor a BIDS data set")
     if path.is_dir() or is_dicom(path):
         from brainfm.prep.dicom import read_dicom  # imports pydicom, which takes long and is needed here alone
