@@ -43,7 +43,8 @@ def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, **options: An
     """Prepare raw T1w scans of heads as the released weights want them: N4, skull off, rigidly registered, masked.
 
     INPUT is an image file (.nii, .nii.gz, .mgz, .nrrd) in any orientation and voxel size, a folder of such files, the
-    folder of a DICOM series, a folder of such folders, a BIDS data set, or a manifest (.csv with image_path). Each scan
+    folder of DICOM files, an enhanced DICOM file, a folder of such folders, a BIDS data set, or a manifest (a table
+    with image_path). Of several DICOM images the one is taken that alone can be T1w, else none. Each scan
     gets a folder in OUTPUT that 'brainfm embed OUTPUT' takes, with qc.png and prep.json; the same command goes on where
     it stopped. Scans that fail, by an error or by their quality, are listed, and the exit code is 1.
     """

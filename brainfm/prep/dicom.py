@@ -253,8 +253,8 @@ def _the_t1w(images: list[_Image], path: Path) -> tuple[_Image, str]:
             why[image] = "another contrast by its description"
     left = [image for image in left if not why[image]]
     if len(left) == 1:
-        chosen = f"{left[0]}, the only one of {len(images)} DICOM images that can be T1w"
-        logger.warning("%s: the image is taken that has %s", path, chosen)
+        chosen = f"the only one of {len(images)} DICOM images that can be T1w"
+        logger.warning("%s: taken is the image of %s, %s", path, left[0], chosen)
         return left[0], chosen
     listed = [f"{image}{f' ({why[image]})' if why[image] else ''}" for image in images[:_MOST_LISTED]]
     more = len(images) - len(listed)
