@@ -48,7 +48,7 @@ MAX_ECHO_MS, MAX_GRADIENT_ECHO_MS, MAX_REPETITION_MS = 35.0, 15.0, 1800.0
 _T1 = re.compile(r"t1|mp.?2?.?rage|spgr|bravo")
 _NOT_T1 = re.compile(
     r"(?<![a-z])(t2\w*|pd\w?|\w*flair|stir|dwi|dti|adc|bold|fmri|epi|ep2d\w*|perfusion|asl|swi|swan|tof|mra|angio\w*|"
-    r"phase|field.?map\w*|locali[sz]er|loc|scout|survey|mip)(?![a-z])"
+    r"phase|field.?map\w*|locali[sz]er|loc|scout|survey|mip|ciss|fiesta\w*|trufi\w*|calibration|asset|ref)(?![a-z])"
 )
 
 
