@@ -53,7 +53,7 @@ def stack(array, **said):
     return [frame(array[:, :, z].T, z, **said) for z in range(array.shape[2])]
 
 
-def write_enhanced(path, frames, **said):
+def write_enhanced(path, frames, syntax=uid.ExplicitVRLittleEndian, **said):
     """An enhanced MR file of frames, with a patient's name."""
     made = item(
         SOPClassUID=uid.EnhancedMRImageStorage,
@@ -71,12 +71,14 @@ def write_enhanced(path, frames, **said):
         **{"HighBit": 11, "PixelRepresentation": 0},
         SharedFunctionalGroupsSequence=[item(MRTimingAndRelatedParametersSequence=[item(RepetitionTime=8)])],
         PerFrameFunctionalGroupsSequence=[groups for _, groups in frames],
-        PixelData=np.stack([pixels for pixels, _ in frames]).astype("<u2").tobytes(),
+        PixelData=np.stack([pixels for pixels, _ in frames])
+        .astype("<u2" if syntax.is_little_endian else ">u2")
+        .tobytes(),
     )
     for name, value in said.items():
         setattr(made, name, value)
     made.file_meta = FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    made.file_meta.TransferSyntaxUID = syntax
     path.parent.mkdir(exist_ok=True)
     made.save_as(path, enforce_file_format=True)
     return path
@@ -202,6 +204,16 @@ def test_compressed_enhanced_file_is_read_frame_by_frame(array, tmp_path):
     made.compress(uid.RLELossless)
     made.save_as(file)
     assert np.array_equal(to_array(read_source(file).image), usual)
+
+
+@pytest.mark.parametrize(
+    "syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian]
+)
+def test_every_uncompressed_encoding_is_read_as_the_usual_one(syntax, array, tmp_path):
+    usual = read_source(write_enhanced(tmp_path / "usual.dcm", stack(array)))
+    again = read_source(write_enhanced(tmp_path / "scan.dcm", stack(array), syntax))
+    assert np.array_equal(to_array(again.image), to_array(usual.image))
+    assert np.array_equal(affine_of(again.image), affine_of(usual.image))
 
 
 @pytest.mark.parametrize(
