@@ -231,10 +231,12 @@ def _digest(path: Path, digest: Any) -> str:
 def file_state(path: str | os.PathLike[str]) -> list[Any]:
     """[absolute path, bytes, time of the last change in ns]: a file whose state is another is another file.
 
-    Raises OSError where there is none.
+    The folder of a prepared scan changes with its `prep.json`, which is written last. Raises OSError where there is
+    none.
     """
     path = Path(path)
-    stat = path.stat()
+    record = path / "prep.json"
+    stat = (record if record.is_file() else path).stat()
     return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 

@@ -20,6 +20,7 @@ from brainfm.errors import ScanError
 from brainfm.paths import is_image, on_disk, path_of, printable, unprinted, walk_folder
 from brainfm.scan import ImageLike, ScanLike
 from brainfm.scan.kinds import is_dicom
+from brainfm.scan.layout import BRAIN, HEAD, RECORD, TURBOPREP_IMAGE, TURBOPREP_MASK, is_prepared
 from brainfm.scan.load import image_of, name_of
 from brainfm.scan.memory import is_mapping
 from brainfm.scan.verdict import verdict_of
@@ -37,7 +38,6 @@ ScansLike: TypeAlias = (
     "str | os.PathLike[str] | pd.DataFrame | Sequence[ScanLike | tuple[ScanLike, ImageLike] | ScanRecord]"
 )
 
-_TURBOPREP_IMAGE, _TURBOPREP_MASK = "normalized.nii.gz", "mask.nii.gz"
 _OWN = ("image_path", "mask_path", "patient_id", "scan_id")
 # What else a column of patients, or of scans, is called, by its letters; the first that is there is taken.
 _PATIENT_COLUMNS = ("participantid", "subjectid", "subject", "sub", "srcsubjectid", "ptid", "eid", "rid")
@@ -49,8 +49,9 @@ class ScanRecord:
     """One scan of a list.
 
     Attributes:
-        image: The scan: a path, an image in memory, or of several channels {channel: path or image}. Paths become str:
-            a `Path` takes five times the memory, and scans are many.
+        image: The scan: a path (of an image, or of the folder of a prepared scan), an image in memory, or of several
+            channels {channel: path or image}. Paths become str: a `Path` takes five times the memory, and scans are
+            many.
         mask: Its brain mask, or None.
         patient_id: Who was scanned; empty where nobody says, which "n/a" and the like become.
         scan_id: Which scan of that patient, or empty.
@@ -76,6 +77,12 @@ class ScanRecord:
     def images(self) -> dict[str, ImageLike]:
         """The image of each channel; of a scan of one, under the name ""."""
         return dict(self.image) if is_mapping(self.image) else {"": self.image}
+
+    @property
+    def brain_mask(self) -> ImageLike | None:
+        """The mask that is given, or a prepared scan's own; None where there is neither."""
+        first = image_of(self.image)
+        return os.path.join(first, BRAIN) if is_prepared(first) else self.mask  # noqa: PTH118
 
     @property
     def name(self) -> str:
@@ -155,11 +162,11 @@ def list_scans(scans: ScansLike) -> Listing:
     it differs from another of the same patient.
 
     Args:
-        scans: A path of an image, of a manifest (.csv, .tsv, .txt, .xlsx, .parquet), of a TurboPrep folder
-            (`normalized.nii.gz` beside `mask.nii.gz`, at any depth) or of a BIDS-derivatives folder (`sub-*` with T1w
-            images in MNI152 space); a DataFrame with a manifest's columns, whose paths are relative to the working
-            folder; or a list of such paths, images, scans of several channels, pairs of one of these with its mask, and
-            records.
+        scans: A path of an image, of a manifest (.csv, .tsv, .txt, .xlsx, .parquet), of a folder of prepared scans
+            (`brainfm prep`; at any depth), of a TurboPrep folder (`normalized.nii.gz` beside `mask.nii.gz`) or of a
+            BIDS-derivatives folder (`sub-*` with T1w images in MNI152 space); a DataFrame with a manifest's columns,
+            whose paths are relative to the working folder; or a list of such paths, images, scans of several channels,
+            pairs of one of these with its mask, and records.
 
     A scan that `brainfm prep` made has its verdict (pass, look, fail) as the column `qc`, or, where a person decided of
     it by `brainfm qc`, "accepted" or "rejected".
@@ -230,11 +237,14 @@ def _from_list(scans: Iterable[Any]) -> Listing:
 
 
 def _with_verdict(record: ScanRecord) -> ScanRecord:
-    """The record with `verdict_of` as its column `qc`, where a `prep.json` lies beside the scan."""
+    """The record with `verdict_of` as its column `qc`, where the scan is a prepared one."""
     if not isinstance(record.image, str | os.PathLike):
         return record
     folder, name = os.path.split(record.image)
-    verdict = verdict_of(Path(folder)) if name == _TURBOPREP_IMAGE else ""
+    if is_prepared(record.image):
+        verdict = verdict_of(Path(record.image))
+    else:
+        verdict = verdict_of(Path(folder)) if name == TURBOPREP_IMAGE else ""
     return replace(record, extra=record.extra | {"qc": verdict}) if verdict else record
 
 
@@ -424,13 +434,13 @@ def _identified(records: list[ScanRecord], patients: list[str], scans: list[str]
 
 def _from_folder(folder: Path) -> Listing:
     files, folders, left_out = walk_folder(folder)
-    prepared = [path for path in files if path.name == _TURBOPREP_IMAGE]
+    prepared = _prepared_scans(files)
     in_mni = [path for path in files if _is_bids_t1w(path, folder) and "_space-MNI152" in path.name]
     if prepared:
-        records = [_turboprep_record(image, folder) for image in prepared]
-        missing = f"no {_TURBOPREP_IMAGE} in it"
-        alone = folder / _TURBOPREP_IMAGE in prepared  # what is below is the one scan's
-        inner = [path.relative_to(folder).parts for path in files if path.name == "prep.json" or is_image(path)]
+        records = [_prepared_record(scan, image, folder) for scan, image in prepared.items()]
+        missing = "no prepared scan in it"
+        alone = folder in prepared  # what is below is the one scan's
+        inner = [path.relative_to(folder).parts for path in files if path.name == RECORD or is_image(path)]
         of_scans = {folder / parts[0] for parts in inner if len(parts) > 1 and not alone}
     elif in_mni:
         records = [_bids_record(image) for image in _finest(in_mni)]
@@ -440,7 +450,7 @@ def _from_folder(folder: Path) -> Listing:
         of_scans |= {path for path in subjects if not any(path in place.parents for place in of_scans)}
     else:
         _refuse_folder(folder, files, left_out)
-    listed = {place for record in records for place in Path(str(record.image)).parents}
+    listed = {place for record in records for place in Path(str(record.image)).parents} | prepared.keys()
     listed |= {place for closed in left_out for place in Path(closed).parents}
     left_out |= {str(place): missing for place in sorted(of_scans - listed)}
     if left_out:
@@ -467,19 +477,33 @@ def _refuse_folder(folder: Path, files: Sequence[Path], left_out: Mapping[str, s
     images = [path for path in files if is_image(path)]
     if images:
         raise ScanError(
-            f"{folder}: neither a TurboPrep folder (no {_TURBOPREP_IMAGE}) nor BIDS derivatives (no sub-*/); "
-            f"name its {len(images)} image files one by one, or list them in a manifest{closed}"
+            f"{folder}: neither prepared scans ({RECORD}, or TurboPrep's {TURBOPREP_IMAGE}) nor BIDS derivatives (no "
+            f"sub-*/); name its {len(images)} image files one by one, or list them in a manifest{closed}"
         )
     raise ScanError(f"{folder}: no scans in this folder{closed}")
 
 
-def _turboprep_record(image: Path, folder: Path) -> ScanRecord:
-    mask = image.with_name(_TURBOPREP_MASK)
-    patient, scan = bids_ids(image)
+def _prepared_scans(files: Sequence[Path]) -> dict[Path, Path]:
+    """The folders of prepared scans among a folder's files, and what is read of each: itself, or TurboPrep's image."""
+    names: dict[Path, set[str]] = {}
+    for path in files:
+        if path.name in (RECORD, HEAD, TURBOPREP_IMAGE):
+            names.setdefault(path.parent, set()).add(path.name)
+    whole = {folder: folder for folder, found in names.items() if {RECORD, HEAD} <= found}
+    return whole | {
+        folder: folder / TURBOPREP_IMAGE
+        for folder, found in names.items()
+        if folder not in whole and TURBOPREP_IMAGE in found
+    }
+
+
+def _prepared_record(scan: Path, image: Path, folder: Path) -> ScanRecord:
+    patient, ses = bids_ids(scan / TURBOPREP_IMAGE)
     if not patient:
-        parts = image.parent.relative_to(folder).parts or (folder.resolve().name,)
-        patient, scan = parts[0], "_".join(parts[1:])
-    return ScanRecord(image, mask if mask.exists() else None, patient, scan)
+        parts = scan.relative_to(folder).parts or (folder.resolve().name,)
+        patient, ses = parts[0], "_".join(parts[1:])
+    mask = scan / TURBOPREP_MASK
+    return ScanRecord(image, mask if image != scan and mask.exists() else None, patient, ses)
 
 
 def _bids_record(image: Path) -> ScanRecord:

@@ -16,7 +16,13 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Gets a folder a scan.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Scans at once, a process each.")
-@click.option("--registration", type=click.Choice(["rigid", "affine"]), default="rigid", show_default=True)
+@click.option(
+    "--registration",
+    type=click.Choice(["rigid", "affine"]),
+    default="rigid",
+    show_default=True,
+    help="Of the picture, its figures, and TurboPrep's files; a prepared scan has both.",
+)
 @click.option("--bias", type=click.Choice(["n4", "none"]), default="n4", show_default=True)
 @click.option(
     "--extraction", type=click.Choice(["deepbet", "hd-bet", "synthstrip"]), default="deepbet", show_default=True
@@ -25,7 +31,16 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.option(
     "--mask", type=click.Choice(["extraction", "synthseg"]), default="extraction", show_default=True, help="Whose mask."
 )
-@click.option("--normalization", type=click.Choice(["whitestripe", "none"]), default="whitestripe", show_default=True)
+@click.option(
+    "--turboprep-files", is_flag=True, help="Write normalized.nii.gz, mask.nii.gz and affine_transf.mat as well."
+)
+@click.option(
+    "--normalization",
+    type=click.Choice(["whitestripe", "none"]),
+    default="whitestripe",
+    show_default=True,
+    help="Of TurboPrep's files.",
+)
 @click.option(
     "--backend",
     type=click.Choice(["pip", "turboprep"]),
@@ -40,13 +55,14 @@ _HELP = {"help_option_names": ["-h", "--help"]}
     help="What TurboPrep registers to: mni_icbm152_t1_tal_nlin_sym_09c.nii. Default: the packaged brain without skull.",
 )
 def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, **options: Any) -> None:
-    """Prepare raw T1w scans of heads as the released weights want them: N4, skull off, rigidly registered, masked.
+    """Prepare raw T1w scans of heads, once for every encoder: bias field off, brain found, registered to MNI152.
 
     INPUT is an image file (.nii, .nii.gz, .mgz, .nrrd) in any orientation and voxel size, a folder of such files, the
-    folder of DICOM files, an enhanced DICOM file, a folder of such folders, a BIDS data set, or a manifest (a table
-    with image_path). Of several DICOM images the one is taken that alone can be T1w, else none. Each scan
-    gets a folder in OUTPUT that 'brainfm embed OUTPUT' takes, with qc.png and prep.json; the same command goes on where
-    it stopped. Scans that fail, by an error or by their quality, are listed, and the exit code is 1.
+    folder of DICOM files, an enhanced DICOM file, a folder of such folders, a BIDS data set, or a manifest (a table with
+    image_path). Of several DICOM images the one is taken that alone can be T1w, else none. Each scan gets a folder in
+    OUTPUT that 'brainfm embed OUTPUT' takes for any encoder of T1w scans: the head in its own space, its brain mask,
+    qc.png, and prep.json with the matrices to MNI152. The same command goes on where it stopped. Scans that fail, by an
+    error or by their quality, are listed, and the exit code is 1.
     """
     from brainfm.prep.batch import prepare_all
     from brainfm.prep.pipeline import Settings

@@ -73,6 +73,8 @@ class InputSpec(Checked):
             one that lies about 0; "any" is of contracts that cancel it.
         intensity_range: [lowest, highest] that the scan must keep to and fill in part, such as (0, 255); None takes
             any.
+        bias_field: Whether the scan's bias field is "removed" (N4) or "left" as the scanner gave it; "any" takes both.
+            Nothing in an image shows it: it is followed, and held against, in scans that `brainfm prep` prepared.
         preparation: The steps before this contract begins, in words, for people.
         operations: The steps, in order.
         output_shape: [C, i, j, k] of the tensor, or None where it depends on the scan.
@@ -89,6 +91,7 @@ class InputSpec(Checked):
     mask: Literal["file or nonzero", "file", "nonzero", "none"] = "none"
     intensities: Literal["raw", "standardised", "any"] = "any"
     intensity_range: tuple[float, float] | None = None
+    bias_field: Literal["removed", "left", "any"] = "any"
     preparation: tuple[str, ...] = ()
     operations: tuple[Operation, ...] = ()
     output_shape: tuple[int, int, int, int] | None = None
@@ -171,6 +174,8 @@ def describe(spec: InputSpec) -> str:
     }[spec.intensities]
     if spec.intensity_range:
         intensities.append(f"from {spec.intensity_range[0]:g} to {spec.intensity_range[1]:g}")
+    if spec.bias_field != "any":
+        lines.append(f"bias field   {spec.bias_field}")
     if intensities:
         lines.append(f"intensities  {'; '.join(intensities)}")
     lines += [f"step {n:<7} {operation}" for n, operation in enumerate(spec.operations, start=1)]

@@ -107,10 +107,11 @@ def head_sizes(data: TaskData, path: Path) -> list[float | None]:
 
 
 def _volume(record: ScanRecord) -> float | None:
-    if record.mask is None:
+    given = record.brain_mask
+    if given is None:
         return None
     try:
-        mask = read_image(record.mask, "mask")
+        mask = read_image(given, "mask")
         return float(np.count_nonzero(mask.array) * abs(np.linalg.det(mask.affine[:3, :3])) / 1000)
     except Exception:  # a scan that cannot be read has no size
         return None

@@ -31,7 +31,9 @@ from brainfm.files import atomic_path, progress_bar
 from brainfm.inference import optimize
 from brainfm.models.encoder import Encoder
 from brainfm.scan import ImageLike, ScanLike
+from brainfm.scan.layout import is_prepared
 from brainfm.scan.load import image_of
+from brainfm.scan.prepared import read_prepared
 from brainfm.scan.read import read_image
 from brainfm.transforms import create_transform
 
@@ -43,7 +45,7 @@ class SaliencyMap:
     Attributes:
         map: [z, y, x] float32 on the model's input grid (without its channel axis), in units of the score for occlusion
             and in no unit for Grad-CAM. Above 0: the place speaks for a higher score.
-        affine: [4, 4] from the map's voxel indices to RAS millimetres.
+        affine: [4, 4] from the map's voxel indices to RAS millimetres of the scan's own space.
         scan_shape: Voxels of the scan that was given, along its own axes; of several channels, of the first.
         scan_affine: [4, 4] from those to RAS millimetres.
         score: What is explained: the model's output for the target (a logit or a predicted value), or the projection of
@@ -317,9 +319,14 @@ def _input(model: Encoder, scan: ScanLike, mask: ImageLike | None) -> tuple[Volu
 def _saliency_map(
     values: NDArray[np.float32], volume: Volume, scan: ScanLike, model: Encoder, score: float, method: str
 ) -> SaliencyMap:
-    stored = read_image(image_of(scan, model.pretrained_cfg.input_spec))
+    spec = model.pretrained_cfg.input_spec
+    image: Any = image_of(scan, spec)
+    stored = read_image(image)
+    affine = volume.affine
+    if spec is not None and is_prepared(image):  # the map lies in the contract's space
+        affine = read_prepared(image).from_space(spec) @ affine
     i, j, k = stored.array.shape
-    return SaliencyMap(values, volume.affine, (i, j, k), stored.affine, score, method)
+    return SaliencyMap(values, affine, (i, j, k), stored.affine, score, method)
 
 
 def _device(model: nn.Module) -> torch.device:

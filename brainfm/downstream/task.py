@@ -176,7 +176,7 @@ class TaskData:
     @property
     def has_masks(self) -> bool:
         """Whether a scan comes with a mask, and so with the size of a head."""
-        return any(record.mask is not None for record in self.records)
+        return any(record.brain_mask is not None for record in self.records)
 
     @property
     def has_covariates(self) -> bool:

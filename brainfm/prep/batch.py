@@ -18,8 +18,9 @@ from typing import Any, TypeAlias
 
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import held, one_line, progress_bar, temporary_path
-from brainfm.prep.pipeline import STEPS, Settings, is_done, prepare, read_record
+from brainfm.prep.pipeline import STEPS, Settings, is_done, prepare
 from brainfm.prep.source import Source, find_sources
+from brainfm.scan.prepared import read_record
 from brainfm.system import available_cores
 
 Outcome: TypeAlias = dict[str, Any] | str  # a scan's record, or why there is none

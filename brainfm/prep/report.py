@@ -15,9 +15,9 @@ import numpy as np
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import write_text
 from brainfm.prep.batch import list_records
-from brainfm.prep.pipeline import PICTURE
 from brainfm.prep.quality import RANGES, VERDICTS
 from brainfm.render import render_page
+from brainfm.scan.layout import PICTURE
 from brainfm.scan.verdict import Choice, Decision, decide, decision_of, verdict_of
 from brainfm.version import __version__
 

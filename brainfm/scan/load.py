@@ -17,7 +17,9 @@ from brainfm.contract.volume import Volume, axes_towards, not_zero, permute, pic
 from brainfm.errors import ScanError
 from brainfm.scan.content import check_content
 from brainfm.scan.grid import corner_distance, on_grid
+from brainfm.scan.layout import is_prepared, turboprep_files
 from brainfm.scan.memory import is_mapping
+from brainfm.scan.prepared import PreparedScan, for_contract, read_prepared
 from brainfm.scan.read import ImageLike, StoredImage, read_image, split_channels
 
 logger = logging.getLogger("brainfm.scan")
@@ -56,7 +58,8 @@ def load_scan(
     The voxels stay as they are stored (`Scan.image` gives real intensities) until the contract's operations run.
 
     Args:
-        image: A NIfTI (.nii, .nii.gz, also .bz2, .xz, .zst) or MGZ file, the bytes of a NIfTI file, a nibabel or
+        image: The folder of a scan that `brainfm prep` prepared, which has its mask and is resampled once; a NIfTI
+            (.nii, .nii.gz, also .bz2, .xz, .zst) or MGZ file, the bytes of a NIfTI file, a nibabel or
             SimpleITK image, a pair (array [x, y, z], affine [4, 4] to RAS mm), a MetaTensor, or an image of TorchIO.
             Of several channels, {channel: any of these}, named as the contract names them, all on the same voxels; a
             MetaTensor may hold all of them, in the contract's order.
@@ -83,22 +86,19 @@ def load_scan(
     """
     if on_mismatch not in ("resample", "raise"):
         raise ValueError(f'on_mismatch must be "resample" or "raise", not {on_mismatch!r}')
-    channels = _channels(image, spec)
-    first = next(stored for stored in channels if stored is not None)
-    brain = _brain_mask(first, channels, mask, spec)
-    if len(channels) == 1:
-        volume = Volume(first.array[None], brain, first.affine, first.slope, first.inter)
-    else:
-        volume = Volume(_stacked(channels, first), brain, first.affine)
-    volume, note = on_grid(volume, spec, on_mismatch, first.source)
-    missing = {number for number, stored in enumerate(channels) if stored is None}
-    check_content(volume, spec, first.source, missing)
-    notes = [note] if note else []
+    if not is_mapping(image):
+        image, mask = turboprep_files(image, mask)
+    images = _of_channels(image, spec)
+    missing = {number for number, each in enumerate(images) if each is None}
+    volume, source, notes = (_prepared if any(map(is_prepared, images)) else _stored)(images, mask, spec)
+    volume, note = on_grid(volume, spec, on_mismatch, source)
+    check_content(volume, spec, source, missing)
+    notes += [note] if note else []
     if missing:
         notes.append(f"filled {', '.join(spec.channels[number] for number in sorted(missing))} with zeros")
     for said in notes:
-        logger.info("%s: %s", first.source, said)
-    return Scan(volume.stored, volume.mask, volume.affine, volume.slope, volume.inter, first.source, tuple(notes))
+        logger.info("%s: %s", source, said)
+    return Scan(volume.stored, volume.mask, volume.affine, volume.slope, volume.inter, source, tuple(notes))
 
 
 def image_of(image: ScanLike, spec: InputSpec | None = None) -> ImageLike:
@@ -118,19 +118,62 @@ def name_of(image: Any) -> str:
     return str(image) if isinstance(image, str | os.PathLike) else ""
 
 
-def _channels(image: ScanLike, spec: InputSpec) -> list[StoredImage | None]:
-    """The stored image of each channel of the contract, all on the same voxels; None where one is missing."""
+def _stored(images: list[ImageLike | None], mask: ImageLike | None, spec: InputSpec) -> tuple[Volume, str, list[str]]:
+    """Images as they are stored, one a channel, and their mask; what the first is called; no notes."""
+    channels = _on_one_grid([None if image is None else read_image(image) for image in images], spec)
+    first = next(stored for stored in channels if stored is not None)
+    brain = _brain_mask(first, channels, mask, spec)
+    if len(channels) == 1:
+        return Volume(first.array[None], brain, first.affine, first.slope, first.inter), first.source, []
+    return Volume(_stacked(channels, first), brain, first.affine), first.source, []
+
+
+def _prepared(images: list[ImageLike | None], mask: ImageLike | None, spec: InputSpec) -> tuple[Volume, str, list[str]]:
+    """Prepared scans, one a channel, on the contract's grid or the first one's; its folder, and what was done."""
+    if mask is not None:
+        raise ScanError(f"{name_of(images[0])}: a prepared scan, which holds its own brain mask; pass no other")
+    scans = [_read_prepared(image) for image in images]
+    first = next(scan for scan in scans if scan is not None)
+    kinds = spec.channels if len(spec.channels) > 1 else (spec.representation,)
+    found = [
+        None if scan is None else for_contract(scan, spec, kind, first) for scan, kind in zip(scans, kinds, strict=True)
+    ]
+    made = next(each for each in found if each is not None)
+    image = made[0].stored
+    if len(found) > 1:
+        empty = np.zeros_like(image)
+        image = np.concatenate([empty if each is None else each[0].stored for each in found])
+    brain = made[0].mask
+    if spec.mask in ("none", "nonzero"):
+        brain = None if spec.mask == "none" else np.asarray((image != 0).any(axis=0))
+    notes = [note for each in found if each is not None for note in each[1]]
+    return Volume(image, brain, made[0].affine), str(first.folder), list(dict.fromkeys(notes))
+
+
+def _read_prepared(image: Any) -> PreparedScan | None:
+    if image is None:
+        return None
+    if not is_prepared(image):
+        raise ScanError(
+            f"{name_of(image) or 'the scan'}: beside prepared scans, each channel is the folder of one; prepare it: "
+            "brainfm prep"
+        )
+    return read_prepared(image)
+
+
+def _of_channels(image: ScanLike, spec: InputSpec) -> list[ImageLike | None]:
+    """The image of each channel of the contract, in its order; None where one is missing."""
     wanted = spec.channels
     if not is_mapping(image):
         if len(wanted) == 1:
-            return [read_image(image)]
-        images = split_channels(image, len(wanted))
+            return [image]
+        images = None if is_prepared(image) else split_channels(image, len(wanted))
         if images is None:
             raise ScanError(
                 f"{name_of(image) or 'the scan'}: this contract takes {len(wanted)} channels; pass "
                 "{" + ", ".join(f"{channel!r}: …" for channel in wanted) + "}, or a column a channel in a manifest"
             )
-        return list(map(read_image, images))
+        return list(images)
     named = {str(name).casefold(): value for name, value in image.items() if value is not None}
     if len({str(name).casefold() for name in image}) < len(image):
         raise ScanError(f"{name_of(image) or 'the scan'}: a channel is named twice: {', '.join(map(str, image))}")
@@ -148,10 +191,14 @@ def _channels(image: ScanLike, spec: InputSpec) -> list[StoredImage | None]:
         others = [name for name in named if name not in map(str.casefold, wanted)]
         if near := difflib.get_close_matches(channel.casefold(), others, n=1, cutoff=0.75):
             raise ScanError(f"{name_of(image) or 'the scan'}: {channel} is missing; is {near[0]!r} meant for it?")
-    read = [None if value is None else read_image(value) for value in found]
+    return found
+
+
+def _on_one_grid(read: list[StoredImage | None], spec: InputSpec) -> list[StoredImage | None]:
+    """The stored images of a contract's channels, all turned to the first's axes. Raises where they lie elsewhere."""
     first = next(one for one in read if one is not None)
     stored = [None if one is None else _turned(one, first) for one in read]
-    for channel, one in zip(wanted, stored, strict=True):
+    for channel, one in zip(spec.channels, stored, strict=True):
         if one is None or one is first:
             continue
         if one.array.shape != first.array.shape or not _lies_on(one, first):

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from brainfm.errors import ScanError
 from brainfm.scan.kinds import first_bytes, is_analyze, is_mgh, is_nifti, refusal
+from brainfm.scan.layout import HEAD, is_prepared
 from brainfm.scan.memory import file_of, from_itk, from_pair, from_tensor, is_itk, is_tensor, split_channels
 from brainfm.scan.nrrd import is_nrrd, read_nrrd
 from brainfm.scan.packed import compression, open_packed, read_voxels
@@ -34,7 +35,7 @@ def read_image(image: ImageLike, what: str = "scan") -> StoredImage:
     """The stored voxels of an image, not scaled, not reoriented; on an uncompressed file they are mapped, not read.
 
     Args:
-        image: See `ImageLike`.
+        image: See `ImageLike`; the folder of a prepared scan stands for its head.
         what: "scan" or "mask", for the messages.
 
     Raises:
@@ -65,7 +66,7 @@ def _from_file(path: Path, what: str) -> StoredImage:
     """The image in a file. What it says of its size is judged before anything of that size is read or inflated."""
     import nibabel as nib
 
-    path = _header_of(path)
+    path = path / HEAD if is_prepared(path) else _header_of(path)
     head = first_bytes(path, what)
     if is_nrrd(head):
         return read_nrrd(path)

@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeAlias
 
 from brainfm.errors import ScanError
 from brainfm.files import file_sha256, held, write_json
+from brainfm.scan.layout import RECORD
 
-RECORD, DECISIONS = "prep.json", "decisions.json"
+DECISIONS = "decisions.json"
 
 Choice: TypeAlias = Literal["accept", "reject"]
 

@@ -21,11 +21,12 @@ from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import file_sha256
 from brainfm.prep import bias, deepbet, pipeline, registration, steps
 from brainfm.prep.batch import prepare_all
-from brainfm.prep.image import TEMPLATE, like, sitk, template, to_array, to_itk
+from brainfm.prep.image import TEMPLATE, affine_of, like, sitk, template, to_array, to_itk
 from brainfm.prep.normalize import white_peak, white_stripe
-from brainfm.prep.pipeline import Settings, is_done, prepare, read_record
+from brainfm.prep.pipeline import Settings, is_done, prepare
 from brainfm.prep.programs import synthseg, synthstrip
 from brainfm.prep.source import Source
+from brainfm.scan.prepared import read_record
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,21 +77,24 @@ def test_moved_head_goes_from_file_to_embedding(turned, moves, small_model, spec
     assert record["tools"]["registration"].startswith("SimpleITK ")
     assert 0.5 < record["peak_memory_gb"] < 3
     assert {"bias", "extraction", "registration", "resampling", "quality", "write"} <= record["seconds"].keys()
-    rotation = np.array(record["transform"])[:3, :3]
+    rotation = np.array(record["rigid"])[:3, :3]
     assert np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-4)
+    assert np.linalg.det(np.array(record["affine"])[:3, :3]) == pytest.approx(1, abs=0.1)
+    assert record["storage"]["bytes"] <= 8_000_000
 
     # embed takes it, with its verdict, as it lies
     table = brainfm.embed(folder / "prep", small_model)
     assert not table.errors
     assert table.columns()["qc"] == ["pass"]
     assert (table.records[0].patient_id, table.records[0].scan_id) == ("sub-07", "ses-a")
-    assert brainfm.load_scan(table.records[0].image, table.records[0].mask, spec=spec).notes == ()
+    assert table.records[0].image == str(scan)
+    assert "by its rigid registration" in brainfm.load_scan(scan, spec=spec).notes[0]
 
     # the same command does nothing again, and another scan of the name is not written over it
-    settings, before = Settings(bias="none"), (scan / "normalized.nii.gz").stat().st_mtime_ns
+    settings, before = Settings(bias="none"), (scan / "head.nii.gz").stat().st_mtime_ns
     report = prepare_all([folder / "sub-07_ses-a_T1w.nii"], folder / "prep", settings)
     assert (report.found, report.records["sub-07_ses-a"]["verdict"]) == (1, "pass")
-    assert (scan / "normalized.nii.gz").stat().st_mtime_ns == before
+    assert (scan / "head.nii.gz").stat().st_mtime_ns == before
     (folder / "other").mkdir()
     (folder / "other" / "sub-07_ses-a_T1w.nii").write_bytes(b"another")
     report = prepare_all([folder / "other" / "sub-07_ses-a_T1w.nii"], folder / "prep", settings)
@@ -101,7 +105,8 @@ def test_moved_head_goes_from_file_to_embedding(turned, moves, small_model, spec
     assert is_done(source, scan, settings)
     assert not is_done(source, scan, Settings())
     assert not is_done(source, folder / "nothing", settings)
-    (scan / "mask.nii.gz").unlink()
+    assert not is_done(source, scan, Settings(bias="none", turboprep_files=True))
+    (scan / "brain_mask.nii.gz").unlink()
     assert not is_done(source, scan, settings)
 
 
@@ -122,7 +127,7 @@ def test_n4_takes_a_bias_field_away(small_sample, monkeypatch):
         left, right = (np.median(half) for half in (array[:middle][white[:middle]], array[middle:][white[middle:]]))
         return abs(np.log(right / left))
 
-    corrected = to_array(bias.n4(to_itk(brain * ramp, image.affine)))
+    corrected = to_array(bias.n4(to_itk(brain * ramp, image.affine))[0])
     assert slope(corrected) < 0.5 * slope(brain * ramp)
 
 
@@ -136,20 +141,63 @@ def test_white_stripe_puts_white_matter_at_zero(brain):
     assert np.corrcoef(out[mask], image[mask])[0, 1] > 0.9999
 
 
-def test_affine_registration_finds_another_size(monkeypatch):
-    monkeypatch.setattr(registration, "LEVELS", ((4, 2.0, 1.0),))
-    stretch = sitk.AffineTransform(3)
-    stretch.Scale((1.08, 1.0, 0.94))
-    smaller = sitk.Resample(template(), template(), stretch, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
-    found = registration.register(sitk.Shrink(smaller, [2, 2, 2]), "affine")
-    assert np.allclose(np.diag(np.reshape(found.GetMatrix(), (3, 3))), (1 / 1.08, 1, 1 / 0.94), atol=0.02)
-
-
 def test_overwritten_weights_of_deepbet_are_refused(monkeypatch, tmp_path):
     deepbet._networks.cache_clear()
     monkeypatch.setattr(deepbet, "FILES", {"data/models/model.pt": "0" * 64})
     with pytest.raises(BrainfmError, match=r"force-reinstall --no-deps deepbet==1\.0\.2"):
         deepbet._networks()
+
+
+def registered_already(monkeypatch, matrix=(1.0, 0, 0, 0, 1, 0, 0, 0, 1), shift=(0.0, 0, 0)):
+    """Let the registration find one transform, whatever it is given."""
+    found = sitk.AffineTransform(3)
+    found.SetMatrix(matrix)
+    found.SetTranslation(shift)
+    backend = steps.Backend(lambda brain: registration.Registered(found, found, {}, {}), lambda: "none")
+    monkeypatch.setitem(steps.REGISTRATION, "simpleitk", backend)
+
+
+# --- One preparation, and TurboPrep's files beside it -----------------------------------------------
+
+
+def test_tensor_of_the_folder_is_that_of_turboprep_files(head_image, spec, tmp_path, monkeypatch):
+    """The two ways to 3D-Neuro-SimCLR's tensor: files, then the transform; or the prepared scan, resampled once."""
+    angle = np.radians(12)
+    turn = (np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0, 0, 0, 1)
+    registered_already(monkeypatch, turn, (4.0, -3.0, 6.0))
+    there = sitk.AffineTransform(3)
+    there.SetMatrix(turn)
+    there.SetTranslation((4.0, -3.0, 6.0))
+    head = to_itk(*head_image)
+    grid = sitk.Image([120, 130, 110], sitk.sitkFloat32)
+    grid.SetSpacing([1.7, 1.7, 1.9])
+    grid.SetOrigin([-100.0, -95.0, -85.0])
+    moved = sitk.Resample(head, grid, there.GetInverse(), sitk.sitkLinear, 0.0, sitk.sitkFloat32)
+    nib.Nifti1Image(to_array(moved), affine_of(moved)).to_filename(tmp_path / "head.nii")
+    record = prepare(Source(tmp_path / "head.nii", "head"), tmp_path / "prep", Settings(turboprep_files=True))
+    files = brainfm.load_scan(tmp_path / "prep" / "normalized.nii.gz", tmp_path / "prep" / "mask.nii.gz", spec=spec)
+    assert files.notes == ()  # on the contract's grid already
+    two_steps = spec.apply(files).image
+    one_step = spec.apply(brainfm.load_scan(tmp_path / "prep", spec=spec)).image
+    assert one_step.std() > 0.3
+    assert np.abs(one_step - two_steps).max() <= 1e-5
+    # the scan lies where ITK's transform, which is beside it, says
+    transform = sitk.ReadTransform(str(tmp_path / "prep" / "affine_transf.mat"))
+    corner = np.array([10.0, 20.0, 30.0])
+    lps = np.diag((-1.0, -1.0, 1.0))
+    scan_point = np.linalg.inv(np.array(record["rigid"])) @ [*corner, 1]
+    assert np.allclose(lps @ transform.TransformPoint((lps @ corner).tolist()), scan_point[:3], atol=1e-4)
+
+
+def test_folder_of_before_is_read_and_made_anew(stand_in, small_model, tmp_path):
+    stand_in()
+    prepare(Source(SAMPLE_SCAN, "sample"), tmp_path / "out" / "sub-01", Settings(backend="turboprep"))
+    table = brainfm.embed(tmp_path / "out", small_model)
+    assert table.records[0].image == str(tmp_path / "out" / "sub-01" / "normalized.nii.gz")
+    assert table.records[0].patient_id == "sub-01"
+    direct = brainfm.embed([(SAMPLE_SCAN, SAMPLE_MASK)], small_model)
+    assert np.allclose(table.vectors, direct.vectors, atol=1e-5)
+    assert table.columns()["qc"] == ["pass"]
 
 
 # --- Privacy --------------------------------------------------------------------------------------
@@ -159,13 +207,11 @@ def test_no_name_of_a_dicom_header_reaches_an_output(small_sample, tmp_path, mon
     image = nib.load(small_sample[0])
     voxels = np.asanyarray(image.dataobj)
     series = write_series(tmp_path / "series", np.rint(voxels / voxels.max() * 1000).astype(np.int16)[::-1, ::-1])
-    monkeypatch.setitem(
-        steps.REGISTRATION, "simpleitk", steps.Backend(lambda brain, kind: sitk.AffineTransform(3), lambda: "none")
-    )
+    registered_already(monkeypatch)
     monkeypatch.setattr(pipeline, "_whole", lambda mask: np.asanyarray(nib.load(SAMPLE_MASK).dataobj) > 0)
-    prepare(Source(series, "series"), tmp_path / "out", Settings(bias="none"))
+    prepare(Source(series, "series"), tmp_path / "out", Settings(bias="none", turboprep_files=True))
     outputs = list((tmp_path / "out").iterdir())
-    assert len(outputs) == 5
+    assert len(outputs) == 7
     for path in outputs:
         content = path.read_bytes()
         content += gzip.decompress(content) if path.suffix == ".gz" else b""
@@ -226,11 +272,10 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "prep.json"}
 
 
-def test_same_scan_gives_the_same_files_to_the_bit(small_sample, tmp_path, monkeypatch):
-    monkeypatch.setattr(registration, "LEVELS", ((4, 2.0, 1.0), (2, 1.0, 0.5)))
+def test_same_scan_gives_the_same_files_to_the_bit(small_sample, tmp_path):
     source = Source(small_sample[0], "scan")
     records = [prepare(source, tmp_path / name, Settings(), threads=2) for name in ("first", "second")]
-    assert len(files(tmp_path / "first")) == 4
+    assert len(files(tmp_path / "first")) == 4  # head, mask, field, picture
     assert files(tmp_path / "first") == files(tmp_path / "second")
     for record in records:
         assert record["threads"] == 2

@@ -1,0 +1,213 @@
+"""How alike a scan's brain and the template are, as mutual information, and where they are most alike, in torch.
+
+It is computed at points that are drawn once, with linear windows of brightness, so that its gradient is exact and a
+dozen looks at each level are enough where descent by fixed steps takes a hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from brainfm.prep.image import sitk, template
+from brainfm.prep.registration import SEED
+
+# From points about the template's centre to points of the scan, both LPS mm: [4, 4].
+Position: TypeAlias = NDArray[np.float64]
+Cost: TypeAlias = Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]]
+
+# Voxels of both images, about, mm, and points at which they are compared; from coarse to fine.
+LEVELS = ((8.0, 6_000), (4.0, 20_000), (2.0, 60_000), (1.0, 100_000))
+BINS = 32  # of brightness, of both images
+_NEAR_CELLS = 2  # points lie in the template's brain or as near to it
+_CELL_MM = 4  # one point or a few fall in each cell of the template
+_RADIUS_MM = 60.0  # of a brain: a turn in radians times this is millimetres
+_SCALE = 100.0  # of what is minimised, so that its slope is about 1 per mm
+_LEAST_SEEN = 0.4  # fraction of the points that has to lie in the scan's field of view
+_LOOKS = 40  # steps at most, of a level
+_MOST_MM, _LEAST_MM = 10.0, 0.002  # of a step
+_LEAST_GAIN = 1e-4  # of what is minimised, that a further step has to promise
+_BATCH = 64  # positions at once
+
+
+class Similarity:
+    """A scan's brain against the template, at each level.
+
+    Args:
+        brain: The scan, 0 outside the brain.
+    """
+
+    def __init__(self, brain: sitk.Image) -> None:
+        images = [_shrunk(brain, mm) for mm, _ in LEVELS]
+        inside = sitk.GetArrayViewFromImage(images[2])
+        bright = float(np.percentile(inside[inside > 0], 99.5)) if (inside > 0).any() else 1.0
+        self.centre = centre_of_mass(images[1])  # LPS mm
+        self._levels = [(_voxels(image) * ((BINS - 1) / bright), _to_grid(image)) for image in images]
+
+    def at(self, positions: NDArray[np.float64], level: int) -> NDArray[np.float64]:
+        """The mutual information, nats [n], at positions [n, 4, 4]; 0 where the scan covers too little."""
+        with torch.no_grad():
+            parts = [self._information(torch.from_numpy(part), level) for part in _parts(positions)]
+        return torch.cat(parts).numpy()
+
+    def climbed(self, position: Position, level: int, *, affine: bool = False) -> tuple[Position, float]:
+        """The position of the best similarity near one, by BFGS at one level, and its mutual information, nats.
+
+        Rigid motions of the template's points are tried, or affine ones.
+        """
+        start = torch.from_numpy(position)
+        motion = _affine if affine else _rigid
+
+        def cost(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            parameters = torch.tensor(values, requires_grad=True)
+            loss = -_SCALE * self._information(motion(start, parameters)[None], level)[0]
+            (slope,) = torch.autograd.grad(loss, parameters)
+            return float(loss), slope.numpy()
+
+        found, least = _lowest(cost, 12 if affine else 6)
+        return motion(start, torch.from_numpy(found)).numpy(), -least / _SCALE
+
+    def _information(self, positions: Tensor, level: int) -> Tensor:
+        volume, to_grid = self._levels[level]
+        points, fixed = _points(level)
+        grid = points @ (to_grid @ positions)[:, :3].transpose(1, 2).float()  # [n, points, 3]
+        many = len(positions)
+        values = F.grid_sample(volume.expand(many, -1, -1, -1, -1), grid[:, None, None], align_corners=True)
+        values = values.reshape(many, -1).clamp(0, BINS - 1)
+        seen = (grid.detach().abs() <= 1).all(-1).float()
+        low = values.detach().floor().clamp(max=BINS - 2)
+        upper = (values - low) * seen
+        cells = fixed + low.long() + torch.arange(many)[:, None] * BINS**2
+        counts = torch.zeros(many * BINS**2)
+        counts = counts.index_add(0, cells.flatten(), (seen - upper).flatten())
+        counts = counts.index_add(0, cells.flatten() + 1, upper.flatten())
+        joint = counts.double().reshape(many, BINS, BINS)
+        covered = joint.sum((1, 2))
+        joint = joint / covered.clamp(min=1)[:, None, None]
+        apart = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
+        information = (joint * ((joint + 1e-12) / (apart + 1e-12)).log()).sum((1, 2))
+        return information * (covered > _LEAST_SEEN * len(points))
+
+
+def _lowest(cost: Cost, size: int) -> tuple[NDArray[np.float64], float]:
+    """The lowest place near 0 of a function that gives its value and slope, by BFGS with backtracking; and its value.
+
+    Neither torch's, which imports torch's compiler, nor SciPy's: either would take longer to import than all of this.
+    """
+    place = np.zeros(size)
+    value, slope = cost(place)
+    curvature = np.eye(size) / max(1.0, np.linalg.norm(slope))  # the inverse of it; the first step is 1 mm at most
+    for look in range(_LOOKS):
+        step = -curvature @ slope
+        step *= min(1.0, _MOST_MM / max(np.linalg.norm(step), 1e-12))
+        expected = float(slope @ step)
+        if np.linalg.norm(step) < _LEAST_MM or expected > -_LEAST_GAIN:
+            break
+        part = 1.0
+        new_value, new_slope = cost(place + step)
+        while new_value > value + 1e-4 * part * expected and part * np.linalg.norm(step) > _LEAST_MM:
+            part *= float(np.clip(-0.5 * expected * part / (new_value - value - expected * part), 0.1, 0.5))
+            new_value, new_slope = cost(place + part * step)
+        if new_value >= value:
+            break
+        moved, bent = part * step, new_slope - slope
+        place, value, slope = place + moved, new_value, new_slope
+        along = float(bent @ moved)
+        if along > 1e-9:
+            if look == 0:
+                curvature = np.eye(size) * along / float(bent @ bent)
+            left = np.eye(size) - np.outer(moved, bent) / along
+            curvature = left @ curvature @ left.T + np.outer(moved, moved) / along
+    return place, value
+
+
+def _rigid(start: Tensor, parameters: Tensor) -> Tensor:
+    """The template turned about its centre, and the whole shifted; parameters in mm."""
+    zero = torch.zeros((), dtype=parameters.dtype)
+    x, y, z = parameters[:3] / _RADIUS_MM
+    turn = torch.linalg.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).reshape(3, 3))
+    return _moved(start, turn, parameters[3:])
+
+
+def _affine(start: Tensor, parameters: Tensor) -> Tensor:
+    """The template turned, stretched and sheared about its centre, and the whole shifted; parameters in mm."""
+    change = torch.eye(3, dtype=parameters.dtype) + parameters[:9].reshape(3, 3) / _RADIUS_MM
+    return _moved(start, change, parameters[9:])
+
+
+def _moved(start: Tensor, change: Tensor, shift: Tensor) -> Tensor:
+    top = torch.cat([start[:3, :3] @ change, (start[:3, 3] + shift)[:, None]], dim=1)
+    return torch.cat([top, start[3:]])
+
+
+@cache
+def centre() -> NDArray[np.float64]:
+    """The template's centre of mass, LPS mm."""
+    return centre_of_mass(_shrunk(template(), _CELL_MM))
+
+
+def centre_of_mass(image: sitk.Image) -> NDArray[np.float64]:
+    """Of an image that is 0 outside the brain, LPS mm."""
+    weights = np.maximum(sitk.GetArrayViewFromImage(image), 0).astype(np.float64)
+    index = [
+        float(weights.sum(tuple(other for other in range(3) if other != axis)) @ np.arange(size)) / weights.sum()
+        for axis, size in enumerate(weights.shape)
+    ]
+    return np.array(image.TransformContinuousIndexToPhysicalPoint(index[::-1]))
+
+
+@cache
+def _points(level: int) -> tuple[Tensor, Tensor]:
+    """Points in and near the template's brain about its centre [n, 4], and BINS times the bin of each one's brightness."""
+    mm, wanted = LEVELS[level]
+    cells = _shrunk(template(), _CELL_MM)
+    brain = _voxels(cells) > 0
+    near = F.max_pool3d(brain.float(), 2 * _NEAR_CELLS + 1, stride=1, padding=_NEAR_CELLS)[0, 0]
+    corners = near.nonzero().flip(1)  # [cells, xyz]
+    generator = torch.Generator().manual_seed(SEED + level)
+    repeats, left = divmod(wanted, len(corners))
+    chosen = torch.cat([corners] * repeats + [corners[torch.randperm(len(corners), generator=generator)[:left]]])
+    index = chosen + torch.rand(chosen.shape, generator=generator, dtype=torch.float64) - 0.5
+    points = _affine_of(cells) @ torch.cat([index, torch.ones(len(index), 1, dtype=torch.float64)], 1).T
+    image = _shrunk(template(), mm)
+    grid = (_to_grid(image) @ points)[:3].T.float()
+    values = F.grid_sample(_voxels(image), grid[None, None, None], align_corners=True).flatten()
+    bins = (values / 256 * BINS).long().clamp(0, BINS - 1)
+    points[:3] -= torch.from_numpy(centre())[:, None]
+    return points.T.float().contiguous(), bins * BINS
+
+
+def _shrunk(image: sitk.Image, mm: float) -> sitk.Image:
+    """The image averaged to voxels of about this size."""
+    factors = [max(1, round(mm / spacing)) for spacing in image.GetSpacing()]
+    return sitk.BinShrink(image, factors) if max(factors) > 1 else image
+
+
+def _voxels(image: sitk.Image) -> Tensor:
+    return torch.from_numpy(sitk.GetArrayFromImage(image)).float()[None, None]
+
+
+def _affine_of(image: sitk.Image) -> Tensor:
+    """From voxels to LPS mm [4, 4]."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return torch.from_numpy(affine)
+
+
+def _to_grid(image: sitk.Image) -> Tensor:
+    """From LPS mm to what grid_sample calls an image's voxels, −1…1 [4, 4]."""
+    scale = torch.diag(torch.tensor([2 / max(1, size - 1) for size in image.GetSize()] + [1.0], dtype=torch.float64))
+    scale[:3, 3] = -1
+    return scale @ torch.linalg.inv(_affine_of(image))
+
+
+def _parts(positions: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    return [positions[start : start + _BATCH] for start in range(0, len(positions), _BATCH)]
