@@ -81,7 +81,7 @@ class ScanRecord:
     @property
     def brain_mask(self) -> ImageLike | None:
         """The mask that is given, or a prepared scan's own; None where there is neither."""
-        first = image_of(self.image)
+        first: Any = image_of(self.image)
         return os.path.join(first, BRAIN) if is_prepared(first) else self.mask  # noqa: PTH118
 
     @property

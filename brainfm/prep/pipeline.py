@@ -56,7 +56,9 @@ from brainfm.version import __version__
 # The steps and what each takes of a scan's time, about; what settings leave out takes none.
 STEPS = {"read": 2, "bias": 20, "extraction": 25, "registration": 35, "resampling": 3, "quality": 10, "write": 5}
 BRAIN_ONLY = "the brain of MNI152 without its skull, where TurboPrep's README registers to the whole head"
+_NO_BRAIN = "no brain is left on the template's grid: the registration or the brain extraction failed"
 _OWN = (HEAD, BRAIN, PICTURE)
+_FLIP = np.diag((-1.0, -1.0, 1.0, 1.0))  # between LPS and RAS
 _TURBOPREP = (TURBOPREP_IMAGE, TURBOPREP_MASK, TURBOPREP_TRANSFORM)
 
 
@@ -114,7 +116,7 @@ class Settings(Checked):
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Seconds a step; `begun` is told of each as it begins."""
 
     begun: Callable[[str], None] | None
@@ -122,6 +124,7 @@ class _Clock:
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
+        """Count the seconds of what is done inside as those of a step."""
         if self.begun:
             self.begun(step)
         start = time.perf_counter()
@@ -175,7 +178,7 @@ def prepare(
     torch.set_num_threads(threads)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     tools, target = settings.tools(), _target(settings)
-    clock = _Clock(begun)
+    clock = Clock(begun)
     for name in (RECORD, *_OWN, FIELD, *_TURBOPREP):  # what is in the folder from here on is not finished
         (folder / name).unlink(missing_ok=True)
     with clock("read"):
@@ -183,13 +186,9 @@ def prepare(
         head = read_source(source.path)
     make = _by_turboprep if settings.backend == "turboprep" else _by_steps
     try:
-        prepared, made = make(head, folder, settings, threads, clock)
+        made = make(head, folder, settings, threads, clock)
     except RuntimeError as error:
         raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
-    with clock("quality"):
-        figures, verdict = judge(prepared)
-    with clock("write"):
-        draw(prepared, folder / PICTURE)
     record = {
         "input": {"path": str(source.path), "sha256": sha256, "found": head.found, "stripped": head.stripped},
         "settings": settings.to_dict(),
@@ -204,8 +203,6 @@ def prepare(
         "seconds": clock.seconds,
         "peak_memory_gb": _peak_memory_gb(),
         "threads": threads,
-        "verdict": verdict,
-        "quality": [asdict(figure) | RANGES[figure.name].limits() for figure in figures],
     }
     write_json(folder / RECORD, record)
     return record
@@ -234,10 +231,8 @@ def _target(settings: Settings) -> Path:
 # --- By the steps of this package -----------------------------------------------------------------
 
 
-def _by_steps(
-    head: Head, folder: Path, settings: Settings, threads: int, clock: _Clock
-) -> tuple[Prepared, dict[str, Any]]:
-    """Prepare a head, write its images, and return it on the template's grid, with what its record says of them."""
+def _by_steps(head: Head, folder: Path, settings: Settings, threads: int, clock: Clock) -> dict[str, Any]:
+    """Prepare a head, write its images, and return what its record says of them."""
     with clock("bias"):
         corrected, log_field = BIAS[settings.bias].run(head.image)
     with clock("extraction"):
@@ -258,24 +253,38 @@ def _by_steps(
         made: dict[str, Any] = {
             "format": FORMAT,
             "contrast": "T1w",
-            "rigid": _to_template(found.rigid),
-            "affine": None if found.affine is None else _to_template(found.affine),
+            "rigid": to_template(found.rigid),
+            "affine": None if found.affine is None else to_template(found.affine),
             "registration": found.to_dict(),
             "storage": storage,
         }
         if log_field is not None:
             save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)
             made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
+    scan = PreparedScan(folder, made, stored, brain)
+    return made | appraise(scan, settings, head.stripped, clock)
+
+
+def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Clock) -> dict[str, Any]:
+    """Look at a prepared scan on the template's grid: write its picture and TurboPrep's files, return the verdict."""
     with clock("resampling"):
-        prepared = _on_the_template(PreparedScan(folder, made, stored, brain), settings.registration, head)
+        prepared = _on_the_template(scan, settings.registration, stripped)
     if settings.turboprep_files:
         with clock("write"):
             image = prepared.image * prepared.brain
             if settings.normalization == "whitestripe":
                 image = white_stripe(prepared.image, prepared.brain)
-            transform = found.rigid if settings.registration == "rigid" else found.affine
-            _write_turboprep_files(image, prepared.brain, transform, folder)
-    return prepared, made
+            transform = _to_itk(scan.matrix(settings.registration))
+            _write_turboprep_files(image, prepared.brain, transform, scan.folder)
+    return _judged(prepared, scan.folder, clock)
+
+
+def _judged(prepared: Prepared, folder: Path, clock: Clock) -> dict[str, Any]:
+    with clock("quality"):
+        figures, verdict = judge(prepared)
+    with clock("write"):
+        draw(prepared, folder / PICTURE)
+    return {"verdict": verdict, "quality": [asdict(figure) | RANGES[figure.name].limits() for figure in figures]}
 
 
 def _given(head: Head) -> sitk.Image:
@@ -284,14 +293,16 @@ def _given(head: Head) -> sitk.Image:
     return sitk.Cast(head.image != background, sitk.sitkFloat32)
 
 
-def _on_the_template(scan: PreparedScan, registration: TransformType, head: Head) -> Prepared:
+def _on_the_template(scan: PreparedScan, registration: TransformType, stripped: bool) -> Prepared:
     """A prepared scan on the template's grid, resampled as for a contract, with all that surrounds the brain."""
     spec = replace(_template_spec(), registration=registration, skull_strip="any")
     volume, _ = for_contract(scan, spec, "T1w", scan)
     assert volume.mask is not None
-    brain = _whole(volume.mask)
-    seen = _seen(head.image, scan.matrix(registration), volume.affine, volume.shape)
-    return Prepared(volume.image[0], brain, seen, head.stripped)
+    to_head = np.linalg.inv(scan.head.affine) @ scan.matrix(registration) @ volume.affine
+    seen = _seen(scan.head.array, to_head, volume.shape)
+    if not volume.mask.any():
+        raise ScanError(f"{scan.folder}: {_NO_BRAIN}")
+    return Prepared(volume.image[0], volume.mask, seen, stripped)
 
 
 def _template_spec() -> InputSpec:
@@ -303,20 +314,20 @@ def _template_spec() -> InputSpec:
 # --- By TurboPrep's program -----------------------------------------------------------------------
 
 
-def _by_turboprep(
-    head: Head, folder: Path, settings: Settings, threads: int, clock: _Clock
-) -> tuple[Prepared, dict[str, Any]]:
+def _by_turboprep(head: Head, folder: Path, settings: Settings, threads: int, clock: Clock) -> dict[str, Any]:
     """Let TurboPrep's program prepare a head, and keep its files as they are."""
     with clock("turboprep"):
         normalized, mask, transform = programs.turboprep(head.image, settings.registration, threads, _target(settings))
     brain, image, found = _whole(to_array(mask) > 0.5), to_array(normalized), as_affine(transform)
     with clock("write"):
         _write_turboprep_files(image, brain, found, folder)
-    to_scan = np.linalg.inv(np.array(_to_template(found)))
-    seen = _seen(head.image, to_scan, affine_of(template()), image.shape)
+    to_scan = np.linalg.inv(np.array(to_template(found)))
+    to_head = np.linalg.inv(affine_of(head.image)) @ to_scan @ affine_of(template())
+    seen = _seen(to_array(head.image), to_head, image.shape)
     # WhiteStripe put white matter at 0; figures of brightness want what is outside the brain there, as it was.
     shifted = image - np.float32(np.median(image[~brain]))
-    return Prepared(shifted, brain, seen, head.stripped), {"format": 1, "transform": to_scan.round(6).tolist()}
+    record = {"format": 1, "transform": to_scan.round(6).tolist()}
+    return record | _judged(Prepared(shifted, brain, seen, head.stripped), folder, clock)
 
 
 # --- Shared ---------------------------------------------------------------------------------------
@@ -335,33 +346,38 @@ def _write_turboprep_files(
 def _whole(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     brain: NDArray[np.bool_] = to_array(largest_part(like(mask.astype(np.uint8), template()))) > 0
     if not brain.any():
-        raise ScanError("no brain is left on the contract's grid: the registration or the brain extraction failed")
+        raise ScanError(_NO_BRAIN)
     return brain
 
 
-def _seen(
-    head: sitk.Image, to_scan: NDArray[np.float64], affine: NDArray[np.float64], shape: tuple[int, int, int]
-) -> NDArray[np.bool_]:
-    """Which voxels of a grid in the template's space lie in the scan's field of view, where it holds anything.
+def _seen(head: NDArray[Any], to_head: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+    """Which voxels of a grid lie in a head's field of view, where it holds anything.
 
     Slices that hold one value only, at the edges of the scan, are padding and no image.
     """
-    array = to_array(head)
-    covered = np.ones(array.shape, dtype=np.float32)
+    covered = np.ones(head.shape, dtype=np.float32)
     for axis in range(3):
-        lines = np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+        lines = np.moveaxis(head, axis, 0).reshape(head.shape[axis], -1)
         constant = lines.min(axis=1) == lines.max(axis=1)
         np.moveaxis(covered, axis, 0)[constant] = 0
-    return np.asarray(resample(covered, np.linalg.inv(affine_of(head)) @ to_scan @ affine, shape) > 0.5)
+    return np.asarray(resample(covered, to_head, shape) > 0.5)
 
 
-def _to_template(transform: sitk.AffineTransform) -> list[list[float]]:
+def _to_itk(to_scan: NDArray[np.float64]) -> sitk.AffineTransform:
+    """A matrix [4, 4] between points in RAS mm as ITK's transform between points in LPS mm."""
+    lps = _FLIP @ to_scan @ _FLIP
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(lps[:3, :3].ravel().tolist())
+    transform.SetTranslation(lps[:3, 3].tolist())
+    return transform
+
+
+def to_template(transform: sitk.AffineTransform) -> list[list[float]]:
     """The matrix [4, 4] from points of the scan to points of the template, RAS mm; ITK's leads back, in LPS."""
     lps = np.eye(4)
     lps[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
     lps[:3, 3] = transform.GetTranslation()
-    flip = np.diag((-1.0, -1.0, 1.0, 1.0))
-    matrix: list[list[float]] = np.linalg.inv(flip @ lps @ flip).round(8).tolist()
+    matrix: list[list[float]] = np.linalg.inv(_FLIP @ lps @ _FLIP).round(8).tolist()
     return matrix
 
 
