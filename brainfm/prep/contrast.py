@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.bids import bids_ids
+from brainfm.bids import bids_ids, entities
 from brainfm.errors import ScanError
 from brainfm.files import file_sha256
 from brainfm.prep.coregister import SETTINGS, coregister
 from brainfm.prep.image import affine_of, sitk, to_itk
+from brainfm.prep.source import Contrast
 from brainfm.scan.layout import RECORD
-from brainfm.scan.prepared import PreparedScan, list_prepared
+from brainfm.scan.prepared import PreparedScan, read_record
 from brainfm.scan.resample import resample
-
-Contrast: TypeAlias = Literal["T1w", "T2w", "FLAIR", "T1c"]
 
 
 def onto_t1w(scan: sitk.Image, t1w: PreparedScan) -> tuple[NDArray[np.bool_], dict[str, Any]]:
@@ -35,7 +34,9 @@ def onto_t1w(scan: sitk.Image, t1w: PreparedScan) -> tuple[NDArray[np.bool_], di
     i, j, k = scan.GetSize()
     brain = resample(t1w.brain.astype(np.float32), np.linalg.inv(t1w.head.affine) @ to_t1w @ affine, (i, j, k)) > 0.5
     if not brain.any():
-        raise ScanError(f"the registration to {t1w.folder} failed: its brain lies outside the scan; is it one person's?")
+        raise ScanError(
+            f"the registration to {t1w.folder} failed: its brain lies outside the scan; are both one person's?"
+        )
     matrices = {
         name: None if t1w.record[name] is None else (np.array(t1w.record[name]) @ to_t1w).round(8).tolist()
         for name in ("rigid", "affine")
@@ -59,14 +60,21 @@ def t1w_of(name: str, contrast: Contrast, output: Path) -> Path | None:
     """
     if (alike := output / name.removesuffix(f"_{contrast}")) != output / name and (alike / RECORD).is_file():
         return alike
-    patient, session = bids_ids(Path(name)) if "sub-" in name else (name.partition("/")[0], "")
+    whose = _whose(name)
     found = [
-        folder
-        for folder, record in list_prepared(output)
-        if record.get("contrast", "T1w") == "T1w" and _is_of(folder.relative_to(output), patient, session)
+        path.parent
+        for path in sorted(output.rglob(RECORD))
+        if _whose(path.parent.relative_to(output).as_posix()) == whose
+        and (read_record(path.parent) or {}).get("contrast") == "T1w"
     ]
     if len(found) > 1:
         raise ScanError(
             f"{name}: may belong to {found[0]} or {found[1]}; call it as its T1w scan is, with _{contrast} at the end"
         )
     return found[0] if found else None
+
+
+def _whose(name: str) -> tuple[str, str]:
+    """The patient and session that the name of a scan's folder says."""
+    patient, _ = bids_ids(Path(name))
+    return (patient, entities(Path(name)).get("ses", "")) if patient else (name.partition("/")[0], "")

@@ -28,13 +28,13 @@ from brainfm.contract import InputSpec
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs
-from brainfm.prep.contrast import Contrast, onto_t1w
+from brainfm.prep.contrast import onto_t1w
 from brainfm.prep.image import TEMPLATE, affine_of, largest_part, like, locale_kept, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
 from brainfm.prep.quality import RANGES, Prepared, judge
 from brainfm.prep.registration import SEED, TransformType, as_affine
-from brainfm.prep.source import Head, Source, read_source, source_sha256
+from brainfm.prep.source import Contrast, Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
 from brainfm.prep.store import save, save_head
 from brainfm.registry import get_pretrained_cfg
@@ -138,8 +138,10 @@ class Clock:
         self.seconds[step] = round(self.seconds.get(step, 0) + time.perf_counter() - start, 2)
 
 
-def is_done(source: Source, folder: Path, settings: Settings) -> bool:
+def is_done(source: Source, folder: Path, settings: Settings, onto: Path | None = None) -> bool:
     """Whether `folder` holds this scan, prepared with these settings, and nothing in it is missing.
+
+    Of another contrast, onto this T1w scan as it is prepared now.
 
     Raises:
         ScanError: It holds another scan.
@@ -153,7 +155,9 @@ def is_done(source: Source, folder: Path, settings: Settings) -> bool:
             f"{folder}: holds {record['input']['path']}, another scan than {source.path}; use another output folder"
         )
     whole = all((folder / name).exists() for name in settings.files())
-    return same and record["settings"] == settings.to_dict() and whole
+    t1w = None if onto is None else file_sha256(onto / RECORD)
+    as_now = record["settings"] == settings.to_dict() and record.get("registration", {}).get("onto_sha256") == t1w
+    return same and as_now and whole
 
 
 @locale_kept()
@@ -192,10 +196,12 @@ def prepare(
         (folder / name).unlink(missing_ok=True)
     with clock("read"):
         sha256 = source_sha256(source.path)
-        head = read_source(source.path)
-    make = _by_turboprep if settings.backend == "turboprep" else _by_steps
+        head = read_source(source.path, settings.contrast)
     try:
-        made = make(head, folder, settings, threads, clock, onto)
+        if settings.backend == "turboprep":
+            made = _by_turboprep(head, folder, settings, threads, clock)
+        else:
+            made = _by_steps(head, folder, settings, threads, clock, onto)
     except RuntimeError as error:
         raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
     record = {
@@ -334,9 +340,7 @@ def _template_spec() -> InputSpec:
 # --- By TurboPrep's program -----------------------------------------------------------------------
 
 
-def _by_turboprep(
-    head: Head, folder: Path, settings: Settings, threads: int, clock: Clock, onto: Path | None
-) -> dict[str, Any]:
+def _by_turboprep(head: Head, folder: Path, settings: Settings, threads: int, clock: Clock) -> dict[str, Any]:
     """Let TurboPrep's program prepare a head, and keep its files as they are."""
     with clock("turboprep"):
         normalized, mask, transform = programs.turboprep(head.image, settings.registration, threads, _target(settings))
