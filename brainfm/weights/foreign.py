@@ -54,14 +54,21 @@ def asked_for(error: Exception) -> str:
 
 def is_inert(name: str) -> bool:
     """Whether a name may be bound to a stand-in: not those of torch, whose modules hold tensors, nor those that act."""
-    module, _, attribute = name.rpartition(".")
-    # Pickles of protocol 2, which torch.save writes, have the names that Python 2 had.
-    module, attribute = NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute))
-    top = module.partition(".")[0]
-    if top.lstrip("_") == "torch":
+    full = _as_of_now(name)
+    if full.partition(".")[0].lstrip("_") == "torch":
         return False
-    is_pythons = top in sys.stdlib_module_names - {"__main__"} or not module
-    return not is_pythons or _VALUES.fullmatch(f"{module}.{attribute}") is not None
+    return not _is_pythons(name) or _VALUES.fullmatch(full) is not None
+
+
+def _as_of_now(name: str) -> str:
+    """A name without those that Python 2 had, which pickles of protocol 2 have, and torch.save writes."""
+    module, _, attribute = name.rpartition(".")
+    return ".".join(NAME_MAPPING.get((module, attribute), (IMPORT_MAPPING.get(module, module), attribute)))
+
+
+def _is_pythons(name: str) -> bool:
+    top = _as_of_now(name).partition(".")[0]
+    return not top or top in sys.stdlib_module_names - {"__main__"}
 
 
 def load(read: Callable[[], Any]) -> tuple[Any, tuple[str, ...]]:
@@ -78,7 +85,7 @@ def load(read: Callable[[], Any]) -> tuple[Any, tuple[str, ...]]:
     while True:
         try:
             with _bound(names, kind):
-                return read(), tuple(names)
+                return read(), tuple(name for name in names if not _is_pythons(name))
         except pickle.UnpicklingError as error:
             name = asked_for(error)
             if name and name not in names and is_inert(name) and len(names) < _MOST_NAMES:
