@@ -29,7 +29,7 @@ from brainfm.errors import WeightsError, WeightsNotFoundError
 from brainfm.files import atomic_path, one_line
 from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
-from brainfm.weights import foreign
+from brainfm.weights import foreign, keras
 from brainfm.zoo.cards import Keys
 
 logger = logging.getLogger("brainfm")
@@ -79,7 +79,7 @@ class WeightsReport:
 
 
 def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Checkpoint:
-    """Read a safetensors file, a `torch.save` checkpoint, or a tar archive that holds one such file.
+    """Read a safetensors file, a `torch.save` checkpoint, Keras weights (.h5), or a tar archive with one checkpoint.
 
     Args:
         path: The file.
@@ -107,6 +107,8 @@ def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Ch
         return _unwrap(_torch_load(path, str(path), _most_bytes(path)), str(path), take)
     with path.open("rb") as file:
         head = file.read(64)
+    if head.startswith(keras.MAGIC):
+        return Checkpoint(keras.read_keras(path, _most_bytes(path)))
     if head[:1] == b"\x80":  # a pickle: torch.save's format before 1.6
         return _unwrap(_torch_load(path, str(path), _most_bytes(path)), str(path), take)
     if head.startswith(b"PK\x03\x04"):
@@ -116,7 +118,9 @@ def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Ch
         found = "is a web page: the download went to a login or an error page"
     elif head.startswith(b"version https://git-lfs"):
         found = "is a Git LFS pointer; run 'git lfs pull'"
-    raise WeightsError(f"{path}: not a weight file (safetensors, PyTorch checkpoint, or a tar of one): it {found}")
+    raise WeightsError(
+        f"{path}: not a weight file (safetensors, PyTorch checkpoint or a tar of one, Keras .h5): it {found}"
+    )
 
 
 def _is_safetensors(path: Path) -> bool:
