@@ -124,7 +124,6 @@ def register(brain: sitk.Image) -> Registered:
     for level in (_COARSE, _MIDDLE, _FINE):
         affine, of_affine = similarity.climbed(affine, level, affine=True)
     reason = _astray(affine)
-    agree = sum(angle <= AGREE_DEG and mm <= AGREE_MM for angle, mm in (_difference(rigid, end.position) for end in ends))
     return Registered(
         _transform(rigid),
         None if reason else _transform(affine),
@@ -132,7 +131,7 @@ def register(brain: sitk.Image) -> Registered:
         {
             "looked_at": looked_at,
             "followed": len(ends),
-            "agree": agree,
+            "agree": sum(_agree(rigid, end.position) for end in ends),
             "rank": best.rank,
             "moved_deg": round(moved_deg, 3),
             "second_round": round_number > 1,
@@ -164,10 +163,15 @@ def _ends(similarity: Similarity, turns: NDArray[np.float64], followed: int) -> 
             _difference(starts[index], starts[order[other]])[0] >= APART_DEG for other in chosen
         ):
             chosen.append(place)
+    known: list[tuple[Position, Position, float]] = []
     ends = []
     for place in chosen:
-        position, _ = similarity.climbed(starts[order[place]], _COARSEST)
-        ends.append(_End(place + 1, *similarity.climbed(position, _COARSE)))
+        coarsest, _ = similarity.climbed(starts[order[place]], _COARSEST)
+        end = next((end for before, *end in known if _agree(coarsest, before)), None)
+        if end is None:
+            end = [*similarity.climbed(coarsest, _COARSE)]
+            known.append((coarsest, *end))
+        ends.append(_End(place + 1, *end))
     return ends
 
 
@@ -198,6 +202,11 @@ def _difference(one: Position, other: Position) -> tuple[float, float]:
     """The angle, °, between two rigid positions, and the distance, mm, between where they put the template's centre."""
     cosine = (np.trace(one[:3, :3].T @ other[:3, :3]) - 1) / 2
     return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), float(np.linalg.norm(one[:3, 3] - other[:3, 3]))
+
+
+def _agree(one: Position, other: Position) -> bool:
+    angle, mm = _difference(one, other)
+    return angle <= AGREE_DEG and mm <= AGREE_MM
 
 
 def _astray(position: Position) -> str:

@@ -24,7 +24,8 @@ Position: TypeAlias = NDArray[np.float64]
 Cost: TypeAlias = Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]]
 
 # Voxels of both images, about, mm, and points at which they are compared; from coarse to fine.
-LEVELS = ((8.0, 6_000), (4.0, 20_000), (2.0, 60_000), (1.0, 100_000))
+LEVELS = ((8.0, 4_000), (4.0, 20_000), (2.0, 60_000), (1.0, 60_000))
+_SMOOTH_MM = 2.0  # levels of such voxels and larger ones are smoothed
 BINS = 32  # of brightness, of both images
 _NEAR_CELLS = 2  # points lie in the template's brain or as near to it
 _CELL_MM = 4  # one point or a few fall in each cell of the template
@@ -32,7 +33,8 @@ _RADIUS_MM = 60.0  # of a brain: a turn in radians times this is millimetres
 _SCALE = 100.0  # of what is minimised, so that its slope is about 1 per mm
 _LEAST_SEEN = 0.4  # fraction of the points that has to lie in the scan's field of view
 _LOOKS = 40  # steps at most, of a level
-_MOST_MM, _LEAST_MM = 10.0, 0.002  # of a step
+_MOST_MM = 10.0  # of a step
+_LEAST_STEP = 0.01  # voxels
 _LEAST_GAIN = 1e-4  # of what is minimised, that a further step has to promise
 _BATCH = 64  # positions at once
 
@@ -49,7 +51,10 @@ class Similarity:
         inside = sitk.GetArrayViewFromImage(images[2])
         bright = float(np.percentile(inside[inside > 0], 99.5)) if (inside > 0).any() else 1.0
         self.centre = centre_of_mass(images[1])  # LPS mm
-        self._levels = [(_voxels(image) * ((BINS - 1) / bright), _to_grid(image)) for image in images]
+        self._levels = [
+            (_smooth(image, mm) * ((BINS - 1) / bright), _to_grid(image))
+            for image, (mm, _) in zip(images, LEVELS, strict=True)
+        ]
 
     def at(self, positions: NDArray[np.float64], level: int) -> NDArray[np.float64]:
         """The mutual information, nats [n], at positions [n, 4, 4]; 0 where the scan covers too little."""
@@ -71,7 +76,7 @@ class Similarity:
             (slope,) = torch.autograd.grad(loss, parameters)
             return float(loss), slope.numpy()
 
-        found, least = _lowest(cost, 12 if affine else 6)
+        found, least = _lowest(cost, 12 if affine else 6, _LEAST_STEP * LEVELS[level][0])
         return motion(start, torch.from_numpy(found)).numpy(), -least / _SCALE
 
     def _information(self, positions: Tensor, level: int) -> Tensor:
@@ -96,7 +101,7 @@ class Similarity:
         return information * (covered > _LEAST_SEEN * len(points))
 
 
-def _lowest(cost: Cost, size: int) -> tuple[NDArray[np.float64], float]:
+def _lowest(cost: Cost, size: int, least_step: float) -> tuple[NDArray[np.float64], float]:
     """The lowest place near 0 of a function that gives its value and slope, by BFGS with backtracking; and its value.
 
     Neither torch's, which imports torch's compiler, nor SciPy's: either would take longer to import than all of this.
@@ -108,11 +113,11 @@ def _lowest(cost: Cost, size: int) -> tuple[NDArray[np.float64], float]:
         step = -curvature @ slope
         step *= min(1.0, _MOST_MM / max(np.linalg.norm(step), 1e-12))
         expected = float(slope @ step)
-        if np.linalg.norm(step) < _LEAST_MM or expected > -_LEAST_GAIN:
+        if np.linalg.norm(step) < least_step or expected > -_LEAST_GAIN:
             break
         part = 1.0
         new_value, new_slope = cost(place + step)
-        while new_value > value + 1e-4 * part * expected and part * np.linalg.norm(step) > _LEAST_MM:
+        while new_value > value + 1e-4 * part * expected and part * np.linalg.norm(step) > least_step:
             part *= float(np.clip(-0.5 * expected * part / (new_value - value - expected * part), 0.1, 0.5))
             new_value, new_slope = cost(place + part * step)
         if new_value >= value:
@@ -178,7 +183,7 @@ def _points(level: int) -> tuple[Tensor, Tensor]:
     points = _affine_of(cells) @ torch.cat([index, torch.ones(len(index), 1, dtype=torch.float64)], 1).T
     image = _shrunk(template(), mm)
     grid = (_to_grid(image) @ points)[:3].T.float()
-    values = F.grid_sample(_voxels(image), grid[None, None, None], align_corners=True).flatten()
+    values = F.grid_sample(_smooth(image, mm), grid[None, None, None], align_corners=True).flatten()
     bins = (values / 256 * BINS).long().clamp(0, BINS - 1)
     points[:3] -= torch.from_numpy(centre())[:, None]
     return points.T.float().contiguous(), bins * BINS
@@ -188,6 +193,20 @@ def _shrunk(image: sitk.Image, mm: float) -> sitk.Image:
     """The image averaged to voxels of about this size."""
     factors = [max(1, round(mm / spacing)) for spacing in image.GetSpacing()]
     return sitk.BinShrink(image, factors) if max(factors) > 1 else image
+
+
+def _smooth(image: sitk.Image, mm: float) -> Tensor:
+    """The voxels of a level, above the finest one smoothed: linear interpolation is rugged, and ways end in its ruts."""
+    voxels = _voxels(image)
+    if mm < _SMOOTH_MM:
+        return voxels
+    for axis, spacing in enumerate(image.GetSpacing()):
+        if spacing < 1.25 * mm:  # thick slices are smooth enough across
+            shape, around = [1] * 5, [0] * 6
+            shape[4 - axis], around[2 * axis : 2 * axis + 2] = 3, (1, 1)
+            weights = torch.tensor((0.25, 0.5, 0.25)).reshape(shape)
+            voxels = F.conv3d(F.pad(voxels, around, mode="replicate"), weights)
+    return voxels
 
 
 def _voxels(image: sitk.Image) -> Tensor:
