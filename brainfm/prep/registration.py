@@ -25,7 +25,7 @@ PUSH_DEG, PUSH_MM = 5.0, 5.0  # what the result is moved by for the second look
 STEADY_DEG = 0.5  # and within which it has to come back
 MOST_STRETCH = 1.5  # of a head against the template, either way
 SEED = 1  # of the points at which scan and template are compared
-_COARSEST, _COARSE, _MIDDLE, _FINE = range(4)  # levels of similarity
+_COARSEST, _COARSE, _FINE = range(3)  # levels of `Similarity`
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +87,9 @@ def register(brain: sitk.Image) -> Registered:
     """The rigid and the affine transform from points of the template to points of the scan.
 
     The brain's centre of mass is put on the template's. Turns of up to 45° about each axis are looked at on voxels of
-    8 mm; those of the best that differ are followed to 4 mm, and the best of these to 2 mm. Then a second look: moved by
+    8 mm; the best that differ are followed to 4 mm, and the best of these to 2 mm. Then the second look: moved by
     5° and 5 mm, the result has to come back to within 0.5°, or a second round begins from more turns. The affine one
-    begins where the rigid one ends. With one number of threads the same brain gives the same transforms, to the bit.
+    begins where the rigid one ends. The same brain gives the same transforms, to the bit: one thread does it.
 
     Left and right, which look alike, and a header that mirrors the brain are not put right.
 
@@ -99,11 +99,15 @@ def register(brain: sitk.Image) -> Registered:
     Raises:
         ScanError: There is no brain in it.
     """
-    from brainfm.prep.similarity import Similarity
+    from brainfm.prep.similarity import Similarity, one_thread
 
     if not np.max(sitk.GetArrayViewFromImage(brain)) > 0:
         raise ScanError("there is no brain to register: every voxel is 0; is it a T1w scan of a head?")
-    similarity = Similarity(brain)
+    with one_thread():
+        return _registered(Similarity(brain))
+
+
+def _registered(similarity: Similarity) -> Registered:
     ends: list[_End] = []
     looked_at = 0
     for round_number, (most, step, followed) in enumerate(ROUNDS, start=1):
@@ -111,19 +115,17 @@ def register(brain: sitk.Image) -> Registered:
         looked_at += len(turns)
         ends += _ends(similarity, turns, followed)
         best = max(ends, key=lambda end: end.similarity)
-        rigid, reached = similarity.climbed(best.position, _MIDDLE)
+        rigid, of_rigid = similarity.climbed(best.position, _FINE)
         again, _ = similarity.climbed(rigid @ _push(), _COARSE)
-        again, reached_again = similarity.climbed(again, _MIDDLE)
-        moved_deg = _difference(rigid, again)[0]
-        if reached_again > reached:
-            rigid = again
+        again, of_again = similarity.climbed(again, _FINE)
+        moved_deg, _ = _difference(rigid, again)
+        if of_again > of_rigid:
+            rigid, of_rigid = again, of_again
         if moved_deg <= STEADY_DEG:
             break
-    rigid, of_rigid = similarity.climbed(rigid, _FINE)
-    affine, of_affine = rigid, of_rigid
-    for level in (_COARSE, _MIDDLE, _FINE):
-        affine, of_affine = similarity.climbed(affine, level, affine=True)
-    reason = _astray(affine)
+    affine, _ = similarity.climbed(rigid, _COARSE, affine=True)
+    affine, of_affine = similarity.climbed(affine, _FINE, affine=True)
+    reason = astray(_transform(affine))
     return Registered(
         _transform(rigid),
         None if reason else _transform(affine),
@@ -149,6 +151,17 @@ def as_affine(transform: sitk.Transform) -> sitk.AffineTransform:
     affine.SetMatrix(matrix.ravel().tolist())
     affine.SetTranslation(origin.tolist())
     return affine
+
+
+def astray(affine: sitk.AffineTransform) -> str:
+    """Why an affine transform cannot be right; empty where it can."""
+    sizes = np.linalg.svd(np.reshape(affine.GetMatrix(), (3, 3)), compute_uv=False)
+    if sizes.min() >= 1 / MOST_STRETCH and sizes.max() <= MOST_STRETCH:
+        return ""
+    return (
+        f"the affine registration went astray (it would stretch the brain by {sizes.min():.2f} to "
+        f"{sizes.max():.2f}); use the rigid one"
+    )
 
 
 def _ends(similarity: Similarity, turns: NDArray[np.float64], followed: int) -> list[_End]:
@@ -207,17 +220,6 @@ def _difference(one: Position, other: Position) -> tuple[float, float]:
 def _agree(one: Position, other: Position) -> bool:
     angle, mm = _difference(one, other)
     return angle <= AGREE_DEG and mm <= AGREE_MM
-
-
-def _astray(position: Position) -> str:
-    """Why an affine position cannot be right; empty where it can."""
-    sizes = np.linalg.svd(position[:3, :3], compute_uv=False)
-    if sizes.min() >= 1 / MOST_STRETCH and sizes.max() <= MOST_STRETCH:
-        return ""
-    return (
-        f"the affine registration went astray (it would stretch the brain by {sizes.min():.2f} to "
-        f"{sizes.max():.2f}); use the rigid one"
-    )
 
 
 def _transform(position: Position) -> sitk.AffineTransform:
