@@ -19,6 +19,9 @@ TransformType: TypeAlias = Literal["rigid", "affine"]
 
 # Of each round, the turns about each axis that are looked at: up to, in steps of; and how many of them are followed.
 ROUNDS = ((45.0, 15.0, 5), (52.5, 15.0, 12))
+# Against the header, in all. Beyond it lie the turns by 90° and 180° that make a header with reversed or swapped axes fit:
+# left and right look alike, and the brain would be its mirror image.
+MOST_TURN_DEG = 70.0
 APART_DEG = 20.0  # what is followed differs by as much
 AGREE_DEG, AGREE_MM = 2.0, 2.0  # ends that are one and the same
 PUSH_DEG, PUSH_MM = 5.0, 5.0  # what the result is moved by for the second look
@@ -91,13 +94,13 @@ def register(brain: sitk.Image) -> Registered:
     5° and 5 mm, the result has to come back to within 0.5°, or a second round begins from more turns. The affine one
     begins where the rigid one ends. The same brain gives the same transforms, to the bit: one thread does it.
 
-    Left and right, which look alike, and a header that mirrors the brain are not put right.
+    No header that mirrors the brain is put right: left and right look alike, so it would be the other way round.
 
     Args:
         brain: The scan, 0 outside the brain.
 
     Raises:
-        ScanError: There is no brain in it.
+        ScanError: There is no brain in it, or it fits only when turned by more than 70°.
     """
     from brainfm.prep.similarity import Similarity, one_thread
 
@@ -109,20 +112,29 @@ def register(brain: sitk.Image) -> Registered:
 
 def _registered(similarity: Similarity) -> Registered:
     ends: list[_End] = []
-    looked_at = 0
+    looked_at = count = 0
     for round_number, (most, step, followed) in enumerate(ROUNDS, start=1):
         turns = _turns(most, step)
         looked_at += len(turns)
-        ends += _ends(similarity, turns, followed)
+        followed_ends = _ends(similarity, turns, followed)
+        count += len(followed_ends)
+        ends += [end for end in followed_ends if _turn_deg(end.position) <= MOST_TURN_DEG]
+        if not ends:
+            continue
         best = max(ends, key=lambda end: end.similarity)
         rigid, of_rigid = similarity.climbed(best.position, _FINE)
         again, _ = similarity.climbed(rigid @ _push(), _COARSE)
         again, of_again = similarity.climbed(again, _FINE)
         moved_deg, _ = _difference(rigid, again)
-        if of_again > of_rigid:
+        if of_again > of_rigid and _turn_deg(again) <= MOST_TURN_DEG:
             rigid, of_rigid = again, of_again
         if moved_deg <= STEADY_DEG:
             break
+    if not ends or _turn_deg(rigid) > MOST_TURN_DEG:
+        raise ScanError(
+            f"the brain fits the template only when it is turned by more than {MOST_TURN_DEG:g}° against its header, which "
+            "may have axes swapped or reversed; correct the header, or convert the scan from its DICOM files again"
+        )
     affine, _ = similarity.climbed(rigid, _COARSE, affine=True)
     affine, of_affine = similarity.climbed(affine, _FINE, affine=True)
     reason = astray(_transform(affine))
@@ -132,7 +144,7 @@ def _registered(similarity: Similarity) -> Registered:
         {"rigid": round(of_rigid, 6)} | ({} if reason else {"affine": round(of_affine, 6)}),
         {
             "looked_at": looked_at,
-            "followed": len(ends),
+            "followed": count,
             "agree": sum(_agree(rigid, end.position) for end in ends),
             "rank": best.rank,
             "moved_deg": round(moved_deg, 3),
@@ -189,9 +201,10 @@ def _ends(similarity: Similarity, turns: NDArray[np.float64], followed: int) -> 
 
 
 def _turns(most: float, step: float) -> NDArray[np.float64]:
-    """Rotation matrices [n, 3, 3] of every combination of turns about the three axes."""
+    """Rotation matrices [n, 3, 3] of all combinations of turns about the three axes that are not too far in all."""
     angles = np.radians(np.arange(-most, most + step / 2, step))
-    return np.stack([_about(0, x) @ _about(1, y) @ _about(2, z) for x, y, z in product(angles, repeat=3)])
+    turns = [_about(0, x) @ _about(1, y) @ _about(2, z) for x, y, z in product(angles, repeat=3)]
+    return np.stack([turn for turn in turns if _turn_deg(turn) <= MOST_TURN_DEG])
 
 
 def _about(axis: int, angle: float) -> NDArray[np.float64]:
@@ -213,8 +226,12 @@ def _push() -> Position:
 
 def _difference(one: Position, other: Position) -> tuple[float, float]:
     """The angle, °, between two rigid positions, and the distance, mm, between where they put the template's centre."""
-    cosine = (np.trace(one[:3, :3].T @ other[:3, :3]) - 1) / 2
-    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), float(np.linalg.norm(one[:3, 3] - other[:3, 3]))
+    return _turn_deg(one[:3, :3].T @ other[:3, :3]), float(np.linalg.norm(one[:3, 3] - other[:3, 3]))
+
+
+def _turn_deg(position: NDArray[np.float64]) -> float:
+    """The angle of a rigid position or a rotation matrix, °."""
+    return float(np.degrees(np.arccos(np.clip((np.trace(position[:3, :3]) - 1) / 2, -1, 1))))
 
 
 def _agree(one: Position, other: Position) -> bool:
