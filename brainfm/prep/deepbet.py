@@ -85,8 +85,10 @@ def _box(found: NDArray[np.bool_], head: sitk.Image) -> tuple[slice, ...]:
 
 
 def _normalised(image: Tensor, low: float, high: float) -> Tensor:
-    clipped = ((image - low) / (high - low)).clamp(0, 1)
-    return (clipped - clipped.mean()) / clipped.std() * _STD + _MEAN
+    """The image as the networks were trained on it, in its own memory."""
+    clipped = image.sub_(low).div_(high - low).clamp_(0, 1)
+    mean, std = clipped.mean(), clipped.std()
+    return clipped.sub_(mean).div_(std).mul_(_STD).add_(_MEAN)
 
 
 @cache
