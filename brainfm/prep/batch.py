@@ -35,7 +35,7 @@ _THREAD_VARIABLES = (
 # Imports take a fifth of a scan's time. On Linux they are paid for once: a server that has done them, and computes
 # nothing, forks each scan's process. Elsewhere forks are unsafe with the system's own libraries.
 _FORKS = sys.platform == "linux"
-_IMPORTED_ONCE = ["brainfm.prep.batch", "brainfm.prep.similarity", "nibabel"]
+_IMPORTED_ONCE = ["brainfm.prep.batch", "brainfm.prep.similarity", "brainfm.prep.linknet", "nibabel"]
 _WITHOUT_GUARD = 78  # exit code of a scan's process that found itself in the script that had started it
 _FEWER = "run it again with fewer scans at once (--jobs, jobs=), or on a machine with more memory"
 

@@ -2,7 +2,8 @@
 
 The package deepbet is not imported: its two networks are TorchScript files, which the wheel drops in a top-level folder
 `data` that other packages might overwrite. They are found by the wheel's own list of files and checked by their hashes,
-which are those of the versions 1.0.1 and 1.0.2. Its GUI toolkit is installed with it and never loaded.
+which are those of the versions 1.0.1 and 1.0.2; only their weights are used (`linknet`). Its GUI toolkit is installed
+with it and never loaded.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def brain_probability(head: sitk.Image) -> sitk.Image:
     import torch  # not where only ITK works
     import torch.nn.functional as F
 
+    from brainfm.prep import linknet
+
     coarse, fine = _networks()
     voxels = torch.from_numpy(np.ascontiguousarray(to_array(head), dtype=np.float32))[None, None]
     with torch.inference_mode():
@@ -57,11 +60,11 @@ def brain_probability(head: sitk.Image) -> sitk.Image:
         low, high = (float(value) for value in small.flatten().quantile(torch.tensor(_CLIP)))
         if high <= low:
             raise ScanError("no brain was found: nearly every voxel has the same value")
-        found = coarse(_normalised(small, low, high))[0, 1] > 0.5
+        found = linknet.brain_probability(coarse, _normalised(small, low, high))[0, 0] > 0.5
         box = _box(found.numpy(), head)
         crop = voxels[(slice(None), slice(None), *box)]
         seen = F.interpolate(crop, (_FINE,) * 3, mode="trilinear")
-        outline = fine(_normalised(seen, low, high))[:, 1:]
+        outline = linknet.brain_probability(fine, _normalised(seen, low, high))
         inside = F.interpolate(outline, crop.shape[2:], mode="trilinear")[0, 0].numpy()
     probability = np.zeros(voxels.shape[2:], dtype=np.float32)
     probability[box] = inside
@@ -92,12 +95,14 @@ def _normalised(image: Tensor, low: float, high: float) -> Tensor:
 
 
 @cache
-def _networks() -> tuple[Any, Any]:
+def _networks() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of the network that finds the brain, and of that which draws its outline."""
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have another format than TorchScript
-        coarse, fine = (torch.jit.load(str(path), map_location="cpu").eval() for path in _files())  # type: ignore[no-untyped-call]
+        scripts: list[Any] = [torch.jit.load(str(path), map_location="cpu") for path in _files()]  # type: ignore[no-untyped-call]
+    coarse, fine = ({name: weight.detach() for name, weight in script.state_dict().items()} for script in scripts)
     return coarse, fine
 
 
