@@ -1,11 +1,11 @@
-"""`brainfm prep` on one head, moved in known ways: error of the registration, overlap of the mask, verdict, repeatability, time.
+"""`brainfm prep` on one head, moved in known ways: registration error, mask overlap, verdict, repeatability, time.
 
 Each move turns the head by up to 20° about each axis and shifts it by up to 30 mm along each, puts it on voxels of
 1×1×3 mm, dims one side, adds Rician noise of 3 % of white matter, and stores the axes in a random order and direction.
 
-Printed are a line a move, what two moves of one head differ by when they are undone (mm, and the cosine of the packaged
-test encoder's embeddings), and the seconds of each step; with --steps HEAD…, each step of these heads in this process, on
-one thread: seconds by the clock and of the processor.
+Printed are a line a move, what two moves of one head differ by when they are undone (mm, and the cosine of the
+packaged test encoder's embeddings), and the seconds of each step; with --steps HEAD…, each step of these heads in this
+process, on one thread: seconds by the clock and of the processor.
 
 HEAD is a T1w image with skull that lies in MNI152 space, and MASK its brain (on any grid). No head comes with brainfm.
 
@@ -142,8 +142,8 @@ def repeatability(moves: dict[str, tuple[Path, sitk.Transform]], output: Path) -
         a, b = (np.asarray(vectors[name], dtype=float) for name in (one, other))
         cosines.append(float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)))
     return (
-        f"two moves of one head: {statistics.mean(distances):.2f} mm apart, {max(distances):.2f} at most; cosine of the "
-        f"embeddings {statistics.mean(cosines):.5f}, {min(cosines):.5f} at least"
+        f"two moves of one head: {statistics.mean(distances):.2f} mm apart, {max(distances):.2f} at most; cosine of "
+        f"the embeddings {statistics.mean(cosines):.5f}, {min(cosines):.5f} at least"
     )
 
 

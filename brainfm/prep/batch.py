@@ -243,7 +243,7 @@ def _started(source: Source, output: Path, settings: Settings, threads: int) -> 
 
 
 def _start_server() -> None:
-    """Start what forks the scans' processes, where it is not running, on one thread: it must not have others to lose."""
+    """Start what forks the scans' processes, where it is not running; on one thread, for a fork loses all others."""
     before = dict(os.environ)
     os.environ |= dict.fromkeys(_THREAD_VARIABLES, "1")
     try:

@@ -8,8 +8,8 @@ import numpy as np
 
 from brainfm.prep.image import sitk
 
-# The field is smooth: it is fitted on every so manieth voxel, and more iterations fit tissue. Of a known field on a noisy
-# head (benchmarks/prep.py) this left as much or less in the brain than 4 mm and (50, 50, 30), in a tenth of the time.
+# The field is smooth: voxels this far apart are enough, and more iterations fit tissue. Of a known field on the noisy
+# head of benchmarks/prep.py this left in the brain as much as 4 mm and (50, 50, 30), or less, in a tenth of the time.
 SHRINK_MM = 6.0
 ITERATIONS = (10, 10, 10)  # at most, at each of three levels of control points
 CONVERGENCE = 1e-3

@@ -16,7 +16,7 @@ Weights = Mapping[str, Tensor]
 
 
 def brain_probability(weights: Weights, image: Tensor) -> Tensor:
-    """The probability of brain [1, 1, x, y, z] of an image of that shape, of a multiple of 32 voxels along each side."""
+    """The probability of brain [1, 1, x, y, z] of an image of that shape, whose sides are multiples of 32."""
     x = _norm(F.conv3d(image, weights["init.0.weight"], stride=2, padding=3))
     x = F.max_pool3d(x, 3, stride=2, padding=1)
     stages = [x]

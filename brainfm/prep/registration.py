@@ -19,8 +19,8 @@ TransformType: TypeAlias = Literal["rigid", "affine"]
 
 # Of each round, the turns about each axis that are looked at: up to, in steps of; and how many of them are followed.
 ROUNDS = ((45.0, 15.0, 5), (52.5, 15.0, 12))
-# Against the header, in all. Beyond it lie the turns by 90° and 180° that make a header with reversed or swapped axes fit:
-# left and right look alike, and the brain would be its mirror image.
+# Against the header, in all. Beyond it lie the turns by 90° and 180° that make a header with reversed or swapped axes
+# fit: left and right look alike, and the brain would be its mirror image.
 MOST_TURN_DEG = 70.0
 APART_DEG = 20.0  # what is followed differs by as much
 AGREE_DEG, AGREE_MM = 2.0, 2.0  # ends that are one and the same
@@ -28,7 +28,7 @@ PUSH_DEG, PUSH_MM = 5.0, 5.0  # what the result is moved by for the second look
 STEADY_DEG = 0.5  # and within which it has to come back
 MOST_STRETCH = 1.5  # of a head against the template, either way
 SEED = 1  # of the points at which scan and template are compared
-_COARSEST, _COARSE, _FINE = range(3)  # levels of `Similarity`
+_COARSEST, _COARSE, _MIDDLE, _FINE = range(4)  # levels of `Similarity`
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +112,9 @@ def register(brain: sitk.Image) -> Registered:
 
 def _registered(similarity: Similarity) -> Registered:
     ends: list[_End] = []
-    looked_at = count = 0
-    for round_number, (most, step, followed) in enumerate(ROUNDS, start=1):
+    rounds = looked_at = count = 0
+    for most, step, followed in ROUNDS:
+        rounds += 1
         turns = _turns(most, step)
         looked_at += len(turns)
         followed_ends = _ends(similarity, turns, followed)
@@ -122,9 +123,9 @@ def _registered(similarity: Similarity) -> Registered:
         if not ends:
             continue
         best = max(ends, key=lambda end: end.similarity)
-        rigid, of_rigid = similarity.climbed(best.position, _FINE)
+        rigid, of_rigid = similarity.climbed(best.position, _MIDDLE)
         again, _ = similarity.climbed(rigid @ _push(), _COARSE)
-        again, of_again = similarity.climbed(again, _FINE)
+        again, of_again = similarity.climbed(again, _MIDDLE)
         moved_deg, _ = _difference(rigid, again)
         if of_again > of_rigid and _turn_deg(again) <= MOST_TURN_DEG:
             rigid, of_rigid = again, of_again
@@ -132,11 +133,13 @@ def _registered(similarity: Similarity) -> Registered:
             break
     if not ends or _turn_deg(rigid) > MOST_TURN_DEG:
         raise ScanError(
-            f"the brain fits the template only when it is turned by more than {MOST_TURN_DEG:g}° against its header, which "
-            "may have axes swapped or reversed; correct the header, or convert the scan from its DICOM files again"
+            f"the brain fits the template only when it is turned by more than {MOST_TURN_DEG:g}° against its header, "
+            "which may have axes swapped or reversed; correct it, or convert the scan from its DICOM files again"
         )
-    affine, _ = similarity.climbed(rigid, _COARSE, affine=True)
-    affine, of_affine = similarity.climbed(affine, _FINE, affine=True)
+    rigid, of_rigid = similarity.climbed(rigid, _FINE)
+    affine, of_affine = rigid, of_rigid
+    for level in (_COARSE, _MIDDLE, _FINE):
+        affine, of_affine = similarity.climbed(affine, level, affine=True)
     reason = astray(_transform(affine))
     return Registered(
         _transform(rigid),
@@ -148,7 +151,7 @@ def _registered(similarity: Similarity) -> Registered:
             "agree": sum(_agree(rigid, end.position) for end in ends),
             "rank": best.rank,
             "moved_deg": round(moved_deg, 3),
-            "second_round": round_number > 1,
+            "second_round": rounds > 1,
             "steady": moved_deg <= STEADY_DEG,
         },
         reason,
