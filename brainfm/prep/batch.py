@@ -231,7 +231,7 @@ def _run(
 def _started(source: Source, output: Path, settings: Settings, threads: int) -> tuple[Connection, _Running]:
     scratch = temporary_path(output / "scratch")  # which `held` sweeps away after us, if we are killed
     scratch.mkdir()
-    context = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
     ours, theirs = context.Pipe(duplex=False)
     environment = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(threads))
     process = context.Process(

@@ -191,14 +191,14 @@ def _ends(similarity: Similarity, turns: NDArray[np.float64], followed: int) -> 
             _difference(starts[index], starts[order[other]])[0] >= APART_DEG for other in chosen
         ):
             chosen.append(place)
-    known: list[tuple[Position, Position, float]] = []
+    known: list[tuple[Position, tuple[Position, float]]] = []
     ends = []
     for place in chosen:
         coarsest, _ = similarity.climbed(starts[order[place]], _COARSEST)
-        end = next((end for before, *end in known if _agree(coarsest, before)), None)
+        end = next((end for before, end in known if _agree(coarsest, before)), None)
         if end is None:
-            end = [*similarity.climbed(coarsest, _COARSE)]
-            known.append((coarsest, *end))
+            end = similarity.climbed(coarsest, _COARSE)
+            known.append((coarsest, end))
         ends.append(_End(place + 1, *end))
     return ends
 

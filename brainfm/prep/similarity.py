@@ -122,10 +122,12 @@ def _lowest(cost: Cost, size: int, least_step: float) -> tuple[NDArray[np.float6
     """
     place = np.zeros(size)
     value, slope = cost(place)
-    curvature = np.eye(size) / max(1.0, np.linalg.norm(slope))  # the inverse of it; the first step is 1 mm at most
+    curvature = np.eye(size) / max(
+        1.0, float(np.linalg.norm(slope))
+    )  # the inverse of it; the first step is 1 mm at most
     for look in range(_LOOKS):
         step = -curvature @ slope
-        step *= min(1.0, _MOST_MM / max(np.linalg.norm(step), 1e-12))
+        step *= min(1.0, _MOST_MM / max(float(np.linalg.norm(step)), 1e-12))
         expected = float(slope @ step)
         if np.linalg.norm(step) < least_step or expected > -_LEAST_GAIN:
             break
@@ -237,7 +239,8 @@ def _to_grid(image: sitk.Image) -> Tensor:
     """From LPS mm to what grid_sample calls an image's voxels, −1…1 [4, 4]."""
     scale = torch.diag(torch.tensor([2 / max(1, size - 1) for size in image.GetSize()] + [1.0], dtype=torch.float64))
     scale[:3, 3] = -1
-    return scale @ torch.linalg.inv(_affine_of(image))
+    to_voxels: Tensor = torch.linalg.inv(_affine_of(image))
+    return scale @ to_voxels
 
 
 def _parts(positions: NDArray[np.float64]) -> list[NDArray[np.float64]]:
