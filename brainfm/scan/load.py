@@ -92,7 +92,7 @@ def load_scan(
         volume = Volume(_stacked(channels, first), brain, first.affine)
     volume, note = on_grid(volume, spec, on_mismatch, first.source)
     missing = {number for number, stored in enumerate(channels) if stored is None}
-    check_content(volume, spec, first.source, missing)
+    check_content(volume, spec, first.source, missing, first.code)
     notes = [note] if note else []
     if missing:
         notes.append(f"filled {', '.join(spec.channels[number] for number in sorted(missing))} with zeros")
