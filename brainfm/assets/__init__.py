@@ -1,8 +1,8 @@
 """Files that ship with the package; `NOTICE.md` has their sources and licences.
 
 SAMPLE_SCAN is the MNI152 2009a average brain on the published contract's grid, SAMPLE_MASK its brain mask, TEMPLATE the
-registration's target (2009c), COARSE_BRAIN and COARSE_GREY_MATTER the template's T1w brain and grey matter at 4 mm. QUALITY holds the coefficients of
-the score that judges prepared scans, and what they were fitted on.
+registration's target (2009c), COARSE_BRAIN and COARSE_GREY_MATTER the template's T1w brain and grey matter at 4 mm.
+QUALITY holds the coefficients of the score that judges prepared scans, and what they were fitted on.
 """
 
 from pathlib import Path

@@ -91,7 +91,7 @@ class _Meaning:
 
 
 _CUT = "the field of view of the scan cuts off the brain"
-_OF_A_WHOLE_BRAIN = ("litres", "shift", "turn", "upright", "similarity", "missing", "spill", "symmetry")
+_OF_A_WHOLE_BRAIN = ("litres", "shift", "turn", "upright", "similarity", "missing", "symmetry")
 _MOVED = "the registration may have gone wrong, or the header lies about the axes"
 
 MEANINGS: dict[str, _Meaning] = {
@@ -115,15 +115,19 @@ MEANINGS: dict[str, _Meaning] = {
     "missing": _Meaning(
         "fraction of where the template has brain that the mask leaves out", 0, 1, "", "the mask cuts into the brain"
     ),
-    "spill": _Meaning(
-        "fraction of the mask where the template has no brain", 0, 1, "", "skull, eyes or neck may be in the mask"
-    ),
     "cut": _Meaning("surface of the brain at the edge of the field of view, cm²", 0, 1000, "", _CUT),
     "symmetry": _Meaning(
         "correlation of its left with its right half", -1, 1, "a half is corrupted, or something lies over it"
     ),
     "bright_rim": _Meaning(
         "fraction of the mask's rim brighter than white matter", 0, 1, "", "scalp, marrow or eye is in the mask"
+    ),
+    "dark_rim": _Meaning(
+        "fraction of what lies 4 to 8 mm inside the mask that is darker than grey matter",
+        0,
+        1,
+        "",
+        "skull may be in the mask, or the brain has shrunk much",
     ),
     "cut_rim": _Meaning("fraction of the surroundings as bright as brain", 0, 1, "", "the mask may cut into the brain"),
     "contrast": _Meaning(
@@ -296,7 +300,6 @@ def measured(prepared: Prepared) -> dict[str, float]:
     found |= {
         "similarity": correlation(at[1][at[0] > 0.5], usual.core_brightness[at[0] > 0.5]),
         "missing": float((at[0] < 0.5).mean()),
-        "spill": _spill(brain, fit),
         "cut": _cut_cm2(prepared.seen, cells.brain),
         "symmetry": correlation(at[1][both], mirrored[1][both]),
     }
@@ -319,27 +322,16 @@ def _moved(places: NDArray[np.float64], fit: Alignment) -> NDArray[np.float64]:
     return moved
 
 
-def _spill(brain: NDArray[Any], fit: Alignment) -> float:
-    """The fraction of a mask beyond the template's brain and a cell around it."""
-    found = np.argwhere(brain > 0.5)
-    if not len(found):
-        return 1.0
-    usual = _template()
-    back = np.linalg.inv(fit.affine)
-    where = back[:3, :3] @ ((found - usual.centre) * 2 * _MM).T + back[:3, 3:]
-    return float((Lookup(usual.near).at(where / (2 * _MM) + usual.centre[:, None]) < 0.5).mean())
-
-
 def _cut_cm2(seen: NDArray[np.bool_], brain: NDArray[np.float32]) -> float:
     """The area of brain right at the edge of the field of view, of the side of the six where it is largest.
 
     The slope of what is seen, summed over a volume, is the area of its edge; at the edge, half of it lies in the brain.
     A brain in a box that fits it touches all sides a little: where it was stripped, what is seen is such a box.
     """
-    slopes = np.stack([slope[1:-1, 1:-1, 1:-1] for slope in np.gradient(np.pad(_averaged(seen), 1), _MM)])
+    slopes = np.asarray(np.gradient(np.pad(_averaged(seen), 1), _MM))[:, 1:-1, 1:-1, 1:-1]
     edge = (slopes != 0).any(axis=0) & (brain > 0)
     slopes = slopes[:, edge].astype(np.float64)
-    axis = np.abs(slopes).argmax(axis=0)
+    axis: NDArray[np.intp] = np.abs(slopes).argmax(axis=0)
     side = 2 * axis + (np.take_along_axis(slopes, axis[None], 0)[0] > 0)
     areas = np.bincount(side, np.linalg.norm(slopes, axis=0) * brain[edge], 6)
     return float(2 * areas.max() * _MM**3 / 100)
@@ -348,20 +340,24 @@ def _cut_cm2(seen: NDArray[np.bool_], brain: NDArray[np.float32]) -> float:
 def _rim(cells: _Cells, white: float) -> dict[str, float]:
     """What lies right inside and right outside the mask's edge, against the brightness of white matter."""
     brain = cells.brain > 0.5
-    inside = brain & ~_shrunk(brain)
+    shells = [brain]
+    for _ in range(4):
+        shells.append(_shrunk(shells[-1]))
+    inside, deeper = brain & ~shells[1], shells[2] & ~shells[4]
     near = _grown(brain)
     outside = _grown(near) & ~near
     return {
         "bright_rim": float((cells.image[inside] > 1.15 * white).mean()),
+        "dark_rim": float((cells.image[deeper] < 0.45 * white).mean()) if deeper.any() else 1.0,
         "cut_rim": float(((cells.image[outside] > 0.6 * white) & (cells.image[outside] < 1.1 * white)).mean()),
     }
 
 
 def _tissue(
-    prepared: Prepared, grey: NDArray[np.float64], white: NDArray[np.float64]
+    prepared: Prepared, grey_places: NDArray[np.float64], white_places: NDArray[np.float64]
 ) -> tuple[dict[str, float], float]:
-    """Contrast and noise where grey and white matter should be, mm from the template's centre; and white's brightness."""
-    grey, white = (_voxels(places, prepared.brain) for places in (grey, white))
+    """Contrast and noise, and the brightness of white matter, at places in mm from the template's centre."""
+    grey, white = (_voxels(places, prepared.brain) for places in (grey_places, white_places))
     if min(grey.shape[1], white.shape[1]) < _LEAST_CORE:
         return {"contrast": 0.0, "noise": 1.0}, white_peak(prepared.image[prepared.brain])
     image = prepared.image
@@ -403,7 +399,8 @@ class _Cells:
     @classmethod
     def of(cls, image: NDArray[np.float32], brain: NDArray[np.bool_]) -> _Cells:
         part = _averaged(brain)
-        return cls(_averaged(image), part, _averaged(image * brain) / np.maximum(part, 0.5 / _MM**3))
+        inside = _averaged(image * brain) / np.maximum(part, 0.5 / _MM**3)
+        return cls(_averaged(image), part, inside.astype(np.float32))
 
     def shaded(self) -> NDArray[Any]:
         """[x, y, z] on cells of 4 mm, for a fit."""
@@ -420,7 +417,7 @@ def _averaged(voxels: NDArray[Any]) -> NDArray[np.float32]:
         summed[: len(lines[1::2]) + 1][1:] += lines[1::2]
         summed[: len(lines[::2])] += lines[::2]
         total = np.moveaxis(summed, 0, axis)
-    return total.astype(np.float32) / _MM**3
+    return total.astype(np.float32) / np.float32(_MM**3)
 
 
 def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -443,7 +440,6 @@ class _Template:
     Attributes:
         target: What a fit needs.
         centre: Of its brain, in cells of 4 mm.
-        near: [x, y, z] cells of 4 mm: its brain and one cell around it.
         core: Places inside its brain, a cell from its edge.
         mirrored_core: The same places on the other side.
         core_brightness: [n] there.
@@ -453,7 +449,6 @@ class _Template:
 
     target: Target
     centre: NDArray[np.float64]
-    near: NDArray[np.float64]
     core: NDArray[np.float64]
     mirrored_core: NDArray[np.float64]
     core_brightness: NDArray[np.float64]
@@ -482,7 +477,6 @@ def _template() -> _Template:
     return _Template(
         target,
         centre,
-        _grown(brain > 0.5).astype(np.float64),
         core,
         mirrored,
         halved(cells.inside * cells.brain)[tuple(inside.T)],

@@ -49,6 +49,7 @@ class Target:
         return self.levels[1].centre
 
     def likeliest(self, images: tuple[Lookup, Lookup], starts: list[Affine]) -> Affine:
+        """Of several starts, that which is most like the brain on the larger cells."""
         return max(starts, key=lambda start: self.levels[0].likeness(images[0], start))
 
     def followed(self, images: tuple[Lookup, Lookup], starts: list[Affine]) -> tuple[Affine, float]:
@@ -109,19 +110,21 @@ class Lookup:
         padded = np.pad(voxels, 1)
         self._most = np.array(padded.shape)[:, None] - 1.001
         self._strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
-        self._flat = np.ascontiguousarray(padded, dtype=np.float64).ravel()
+        self._flat: NDArray[np.float64] = np.ascontiguousarray(padded, dtype=np.float64).ravel()
 
     def at(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
         """[n] values at places [3, n] in voxels; nothing beyond the edge."""
         places = np.clip(places + 1, 0, self._most)
         low = places.astype(np.intp)
-        x, y, z = places - low
+        fractions: list[NDArray[np.float64]] = list(places - low)
+        x, y, z = fractions
         start = self._strides @ low
         (a, b, _), flat = self._strides, self._flat
 
         def line(offset: int) -> NDArray[np.float64]:
-            near = flat[start + offset]
-            return near + z * (flat[start + offset + 1] - near)
+            near: NDArray[np.float64] = flat[start + offset]
+            further: NDArray[np.float64] = flat[start + offset + 1]
+            return near + z * (further - near)
 
         def plane(offset: int) -> NDArray[np.float64]:
             near = line(offset)
@@ -142,7 +145,8 @@ class _Level:
         where = np.argwhere(near)[::every]
         self.points = ((where - centre) * mm).T  # [3, n] mm
         self.values = cells[tuple(where.T)].astype(np.float64)
-        slopes = np.stack([slope[tuple(where.T)] for slope in np.gradient(cells.astype(np.float64), mm)])
+        gradient = np.asarray(np.gradient(cells.astype(np.float64), mm))
+        slopes = gradient[(slice(None), *where.T)]
         # By how much each point changes with each entry of a small change of the affine, [n, 12].
         changes = (slopes[:, None] * np.vstack([self.points, np.ones_like(self.values)])).reshape(12, -1).T
         self.step_of = np.linalg.solve(changes.T @ changes, changes.T)
@@ -208,7 +212,7 @@ def shaded(part: NDArray[Any], brightness: NDArray[Any]) -> NDArray[Any]:
     """
     whole = brightness[part > 0.99]
     low, high = np.percentile(whole if len(whole) > 1 else brightness[part > 0], (2, 98))
-    return part * (0.3 + 0.7 * np.clip((brightness - low) / max(float(high - low), 1e-9), 0, 1.1))
+    return np.asarray(part * (0.3 + 0.7 * np.clip((brightness - low) / max(float(high - low), 1e-9), 0, 1.1)))
 
 
 def rotation(degrees: tuple[float, ...]) -> NDArray[np.float64]:
@@ -228,7 +232,7 @@ def _nearby() -> list[Affine]:
 
 
 def _overturned() -> list[Affine]:
-    """The 23 other ways for a brain to lie along the axes; mirror images of these are too like them to be told apart."""
+    """The 23 other ways for a brain to lie along the axes; mirror images of these cannot be told from them."""
     ways = (
         np.diag(signs) @ np.eye(3)[list(order)]
         for order in permutations(range(3))

@@ -5,46 +5,43 @@ world coordinates of its voxels; a handful of figures then say whether it can be
 variants (2009a, 2009c, FSL's) differ by a few millimetres and count as one here. Left and right cannot be told apart by
 content.
 
-Figures the limits were set from, on real brains (the 2009a template; Colin27, skull-stripped, in MNI space), moved on
-purpose; "scaled" is 0.85 to 1.05 along each axis by itself, as rigid registration leaves brains of other sizes and
-shapes:
+The template's brain is fitted to the scan's, moved, stretched and sheared (`brainfm.scan.alignment`): what that moves
+it by is what the scan is misplaced by, and contrast is looked at where it then lies. A brain of another size, as rigid
+registration leaves it, is fitted as well as one of the template's.
 
-| what                            | litres    | overlap   | outside   | offset mm | tilt ° | correlation    |
-|---------------------------------|-----------|-----------|-----------|-----------|--------|----------------|
-| template, Colin27               | 1.8–2.0   | 0.95–0.97 | 0.03–0.05 | 0–1       | 0–1    | 0.68 to 0.99   |
-| the same, scaled                | 1.1–2.3   | 0.74–0.95 | 0–0.17    | 0–1       | 0–2    | 0.49 to 0.90   |
-| shifted 5 mm, or turned 5°      | 1.8–2.0   | 0.92–0.96 | 0.04–0.07 | 0–6       | 0–6    | 0.46 to 0.76   |
-| scaled, and turned 5°           | 1.1–2.3   | 0.74–0.93 | 0–0.17    | 0–2       | 0–11   | 0.45 to 0.75   |
-| shifted 15 mm                   | 1.8–1.9   | 0.82–0.85 | 0.13–0.18 | 14–16     | 0–1    | 0.04 to 0.39   |
-| turned 20° about x or z         | 1.8–2.0   | 0.88–0.91 | 0.08–0.12 | 1–2       | 19–22  | 0.19 to 0.45   |
-| turned 20° about y              | 1.8–2.0   | 0.91–0.92 | 0.07–0.10 | 1         | 4–5    | 0.26 to 0.30   |
-| front–back, or upside down      | 1.8–1.9   | 0.85–0.87 | 0.11–0.16 | 3–8       | 21–22  | 0.18 to 0.31   |
-| turned 180° about x             | 1.8–1.9   | 0.83      | 0.15–0.18 | 8–9       | 0–1    | 0.06 to 0.10   |
-| noise instead of the brain      |           |           |           |           |        | 0.00           |
-| inverted contrast               |           |           |           |           |        | −0.99 to −0.68 |
-| half a brain                    | 0.9–1.0   | 0.64–0.65 | 0.04      | 28        | 2–3    |                |
-| whole head                      | 5.5–8.8   | 0.35      | 0.79      | 12        | 10     |                |
-| a macaque's brain               | 0.11      | 0.11      | 0         | 11        | 1      |                |
+Figures the limits were set from. First the 2009a template's brain, moved on purpose; "scaled" is 0.85 or 1.05 along an
+axis:
 
-A brain that is only rolled (turned about y, ear to shoulder) by 20° passes: its mask and its contrast stay too
-much like an upright one's to refuse it without refusing patients.
+| what                            | overlap   | offset mm | tilt °    | missing   | correlation    |
+|---------------------------------|-----------|-----------|-----------|-----------|----------------|
+| scaled                          | 0.77–0.86 | 1–2       | 0–1       | 0         | 0.89 to 0.90   |
+| scaled, and turned 5°           | 0.86      | 2         | 5         | 0         | 0.90           |
+| shifted 5 mm                    | 0.94–0.95 | 5         | 0         | 0         | 0.98           |
+| shifted 15 mm                   | 0.84–0.85 | 14        | 0         | 0         | 0.92 to 0.94   |
+| turned 5° about x, y or z       | 0.96–0.97 | 1         | 5         | 0         | 0.93 to 0.94   |
+| turned 9°                       | 0.94–0.95 | 1–2       | 9         | 0         | 0.93 to 0.94   |
+| turned 20°                      | 0.89–0.92 | 1–2       | 20        | 0         | 0.93 to 0.94   |
+| turned 45°                      | 0.83–0.89 | 2–4       | 26–45     | 0–0.07    | 0.08 to 0.94   |
+| front to back                   | 0.85      | 5         | 4         | 0.12      | 0.30           |
+| upside down, or both            | 0.83–0.87 | 5–7       | 8–12      | 0.1–0.2   | 0.07 to 0.17   |
+| half a brain                    | 0.61–0.66 | 2–14      | 1–14      | 0.43–0.44 | 0.48 to 0.63   |
+| noise instead of the brain      |           | 1         | 0         | 0         | 0.00           |
+| inverted contrast               |           | 3         | 5         | 0.04      | −0.60          |
 
-Figures of twelve people (adults, four of them patients with multiple sclerosis or a stroke), registered to the
-template rigidly and affinely; "size" is the smallest and the largest along an axis, "no mask" where nothing says what
-is brain:
+Then thirteen scans of eleven people (adults; three with multiple sclerosis, one with a tumour, one with a stroke) as
+`brainfm prep` leaves them; "size" is the smallest and the largest along an axis:
 
-| what                            | size         | overlap   | correlation    | no mask        |
-|---------------------------------|--------------|-----------|----------------|----------------|
-| T1w of eight, affine            | 0.98 to 1.05 | 0.95–0.96 | 0.42 to 0.53   | 0.41 to 0.53   |
-| T1w of nine, rigid              | 0.80 to 1.00 | 0.75–0.91 | 0.24 to 0.43   | 0.21 to 0.40   |
-| – the smallest axis of each     | 0.80 to 0.93 |           |                |                |
-| T2w of two, affine or rigid     | 0.88 to 1.01 | 0.82–0.96 | −0.43 to −0.32 | −0.43 to −0.12 |
-| FLAIR of one, affine or rigid   | 0.86 to 1.01 | 0.83–0.96 | 0.16 to 0.23   | 0.16 to 0.22   |
-| the template, 4 mm off its rim  | 0.93 to 0.96 | 0.91      |                |                |
-| the template, grown by 4 mm     | 1.04 to 1.06 | 0.92      |                |                |
+| what                            | overlap   | offset mm | tilt °    | size         | correlation    |
+|---------------------------------|-----------|-----------|-----------|--------------|----------------|
+| T1w of nine                     | 0.75–0.91 | 0.7–2.3   | 0.6–1.4   | 0.77 to 0.99 | 0.47 to 0.59   |
+| T1w after contrast agent        | 0.78      | 1.3       | 0.8       | 0.81 to 0.88 | 0.40           |
+| FLAIR                           | 0.83      | 1.5       | 0.9       | 0.87 to 0.95 | 0.15           |
+| T2w of two                      | 0.82–0.91 | 1.6–2.2   | 3.8–3.9   | 0.91 to 1.01 | −0.34 to −0.26 |
 
-FLAIR is too like T1w here to be told from it, and a rigidly registered brain of nearly the template's size is taken for
-an affinely registered one: no harm is done.
+Not fitted, where nothing says what is brain, T1w of nine correlate by 0.21 to 0.53, T2w of two by −0.43 to −0.12.
+
+A header may name the space that its affine leads to. It decides between the limits where the place is doubtful, and
+Talairach is not MNI152; a brain in its place is taken from a header that names the scanner's space, as many tools do.
 
 Correlation with the template's map of grey matter, not smoothed and smoothed by 8 mm; the people's maps (of two) are
 classes of intensity, registered nonlinearly:
@@ -81,7 +78,8 @@ MAX_OUTSIDE = 0.30  # fraction of the scan's brain outside the template's
 MAX_OFFSET_MM, MAX_TILT_DEG = 6.0, 7.0  # off the template's place, whatever the header says
 DOUBTFUL_OFFSET_MM, DOUBTFUL_TILT_DEG = 4.0, 4.0  # where a header that does not say MNI152 decides
 MIN_SIZE, MAX_SIZE = 0.92, 1.08  # of the template's along an axis, where registration gave the brain its size
-MIN_CORRELATION = 0.25  # of T1w intensities at 4 mm, once fitted
+MAX_MISSING = 0.2  # fraction of the template's brain, once fitted, where the scan has none
+MIN_CORRELATION = 0.35  # of T1w intensities at 4 mm, once fitted
 MIN_HEAD_CORRELATION = 0.10  # not fitted, where no mask says what is brain
 MAX_T2W_CORRELATION = 0.10  # of T2w intensities with the T1w template's
 MIN_GREY_CORRELATION = 0.30  # of a map of grey matter with the template's
@@ -102,6 +100,7 @@ class Placement:
         offset_mm: How far the centre of the template's brain moves when it is fitted to this one.
         tilt_deg: How far it turns.
         size: Of the template's along x, y and z.
+        missing: Fraction of the template's brain, once fitted, where the scan has none.
         correlation: Of the two's intensities at 4 mm inside the brain, once fitted.
     """
 
@@ -111,6 +110,7 @@ class Placement:
     offset_mm: float
     tilt_deg: float
     size: tuple[float, float, float]
+    missing: float
     correlation: float
 
     def fault(self, registration: str = "rigid", takes_mask: bool = True, code: int = 0) -> str:
@@ -140,6 +140,7 @@ class Placement:
             (self.tilt_deg > most_deg, f"it is turned by {self.tilt_deg:.0f}° against the template's"),
             (self.overlap < MIN_OVERLAP, f"its overlap (Dice) with the template's is {self.overlap:.2f}"),
             (self.outside > MAX_OUTSIDE, f"{self.outside:.0%} of it lie outside the template's"),
+            (self.missing > MAX_MISSING, f"{self.missing:.0%} of it are missing"),
             (other_size, f"along x, y, z its size is {along} of the template's, as after rigid registration"),
         )
         wrong = "; ".join(words for is_wrong, words in figures if is_wrong)
@@ -236,6 +237,7 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     inside = int(count[template.brain].sum())
     part = np.minimum(count * cubic_mm / _CELL_MM**3, 1)
     fit = align(shaded(part, total / np.maximum(count, 1)), template.target, nearby=False, overturned=False)
+    missing, inner_correlation = _inside(count, total, fit.affine, template)
 
     litres = number * cubic_mm / 1e6
     return Placement(
@@ -245,7 +247,8 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
         offset_mm=fit.shift_mm,
         tilt_deg=fit.turn_deg,
         size=_size(fit.affine),
-        correlation=_inner_correlation(count, total, fit.affine, template),
+        missing=missing,
+        correlation=inner_correlation,
     )
 
 
@@ -272,17 +275,18 @@ def _per_cell(
     return np.bincount(cells, weights, math.prod(shape)).reshape(shape)[1:-1, 1:-1, 1:-1]
 
 
-def _inner_correlation(
-    count: NDArray[Any], total: NDArray[np.float64], affine: NDArray[np.float64], template: _Template
-) -> float:
-    """Of the intensities inside both brains, the template's moved onto the scan's."""
+def _inside(
+    count: NDArray[Any], total: NDArray[Any], affine: NDArray[np.float64], template: _Template
+) -> tuple[float, float]:
+    """What fraction of the template's brain, moved onto the scan's, is none there; the correlation inside both."""
     brain = count > 0
     at = affine[:3, :3] @ template.core_mm + affine[:3, 3:]
     where = np.rint(at / _CELL_MM + template.target.centre[:, None]).astype(int)
     where = where.clip(0, np.array(brain.shape)[:, None] - 1)
     inside = _inner(brain)[tuple(where)]  # rims are dark in any average
     cells = tuple(where[:, inside])
-    return correlation(total[cells] / count[cells], template.voxels[template.core][inside])
+    missing = 1 - float(brain[tuple(where)].mean())
+    return missing, correlation(total[cells] / count[cells], template.voxels[template.core][inside])
 
 
 def _size(affine: NDArray[np.float64]) -> tuple[float, float, float]:
