@@ -123,7 +123,7 @@ MEANINGS: dict[str, _Meaning] = {
         "fraction of the mask's rim brighter than white matter", 0, 1, "", "scalp, marrow or eye is in the mask"
     ),
     "dark_rim": _Meaning(
-        "fraction of what lies 4 to 8 mm inside the mask that is darker than grey matter",
+        "fraction of what lies 4 to 8 mm inside the mask that is much darker than grey matter",
         0,
         1,
         "",
@@ -305,7 +305,7 @@ def measured(prepared: Prepared) -> dict[str, float]:
     }
     grey, white = (_moved(places, fit) for places in (usual.grey, usual.white))
     tissue, level = _tissue(prepared, grey, white)
-    return found | ({} if prepared.stripped else _rim(cells, level)) | tissue
+    return found | ({} if prepared.stripped else _rim(cells, level, level * (1 - tissue["contrast"]))) | tissue
 
 
 def _looked_up(
@@ -337,8 +337,8 @@ def _cut_cm2(seen: NDArray[np.bool_], brain: NDArray[np.float32]) -> float:
     return float(2 * areas.max() * _MM**3 / 100)
 
 
-def _rim(cells: _Cells, white: float) -> dict[str, float]:
-    """What lies right inside and right outside the mask's edge, against the brightness of white matter."""
+def _rim(cells: _Cells, white: float, grey: float) -> dict[str, float]:
+    """What lies right inside and right outside the mask's edge, against the brightness of white and grey matter."""
     brain = cells.brain > 0.5
     shells = [brain]
     for _ in range(4):
@@ -348,7 +348,7 @@ def _rim(cells: _Cells, white: float) -> dict[str, float]:
     outside = _grown(near) & ~near
     return {
         "bright_rim": float((cells.image[inside] > 1.15 * white).mean()),
-        "dark_rim": float((cells.image[deeper] < 0.45 * white).mean()) if deeper.any() else 1.0,
+        "dark_rim": float((cells.image[deeper] < 0.6 * grey).mean()) if deeper.any() else 1.0,
         "cut_rim": float(((cells.image[outside] > 0.6 * white) & (cells.image[outside] < 1.1 * white)).mean()),
     }
 

@@ -18,6 +18,7 @@ NEARBY_DEG = (-20.0, 0.0, 20.0)  # about each axis: where a fit starts, besides 
 MOST_STEPS = 20
 ENOUGH_MM = 0.05  # of a step, at the brain's rim: where a fit ends
 _RIM_MM = 70
+_WEIGHTS = (1, 3)  # of the affine fit and the rigid one
 
 Affine = NDArray[np.float64]  # [4, 4], mm about the template's centre, from the template's points to the brain's
 
@@ -65,7 +66,7 @@ class Alignment:
     """Where a brain lies against the template's, by the best fit.
 
     A brain of another size is moved differently by an affine and by a rigid fit, and no registration is wrong that lies
-    between them: shift and turn are the means of the two's.
+    between them: shift and turn are means of the two's, the rigid one's counting three times.
 
     Attributes:
         affine: [4, 4], mm about the template's centre, from the template's points to the brain's.
@@ -98,8 +99,8 @@ def align(brain: NDArray[Any], target: Target, *, nearby: bool = True, overturne
     if overturned:
         upright = likeness - target.followed(images, [target.likeliest(images, _overturned())])[1]
     fits = [_rigid(best), target.levels[1].fitted(images[1], _rigid(best), rigid=True)[0]]
-    shift = np.mean([fit[:3, 3] for fit in fits], axis=0)
-    turn = _angle(_rotation(np.mean([fit[:3, :3] for fit in fits], axis=0)))
+    mean = np.average(fits, axis=0, weights=_WEIGHTS)
+    shift, turn = mean[:3, 3], _angle(_rotation(mean[:3, :3]))
     return Alignment(best, float(np.linalg.norm(shift)), turn, likeness, upright)
 
 
