@@ -42,7 +42,7 @@ SEEN: dict[str, set[str]] = {
     "no head": set(MEANINGS),
 }
 
-MOST, TAIL, TAIL_OF_FAILED, LEAST_FAILED = 10.0, 0.05, 0.005, 0.95
+MOST, TAIL, TAIL_OF_FAILED, LEAST_FAILED = 10.0, 0.02, 0.005, 0.97
 RULE = (
     "A figure's typical value is the median over people of their sound cases' medians; its spread is what 95 % of "
     f"sound cases lie within on a side that is worse. Excesses count up to {MOST:g} spreads. Logistic regression "
@@ -51,24 +51,24 @@ RULE = (
     f"{1 - TAIL_OF_FAILED:.1%} do, and not below {LEAST_FAILED:g}. Hard limits are by what is decisive by itself."
 )
 LEAST_SPREAD = {
-    "litres": 0.1,
-    "shift": 0.5,
-    "turn": 0.5,
-    "upright": 0.03,
-    "similarity": 0.05,
+    "litres": 0.3,
+    "shift": 0.75,
+    "turn": 0.75,
+    "upright": 0.05,
+    "similarity": 0.1,
     "missing": 0.005,
-    "cut": 4.0,
-    "symmetry": 0.05,
-    "bright_rim": 0.01,
-    "dark_rim": 0.03,
-    "cut_rim": 0.1,
-    "contrast": 0.05,
-    "noise": 0.01,
+    "cut": 8.0,
+    "symmetry": 0.1,
+    "bright_rim": 0.02,
+    "dark_rim": 0.05,
+    "cut_rim": 0.2,
+    "contrast": 0.1,
+    "noise": 0.03,
 }
 # To look at, and to fail.
 HARD: dict[str, tuple[float | None, float | None]] = {
     "litres": (0.8, 0.6),
-    "shift": (2.0, 8.0),
+    "shift": (2.1, 8.0),
     "turn": (3.0, 10.0),
     "upright": (0.06, 0.0),
     "similarity": (0.4, 0.25),
@@ -516,7 +516,7 @@ def main() -> None:
     rows = figures_of(args.scans, args.cache)
     print(tables(left_out(rows)))
     kept = fitted(rows)
-    counted = [row for row in rows if row["scan_truth"] != "odd"]
+    counted = [row for row in rows if row["scan_truth"] != "odd" and row["case"] not in NOT_FITTED]
     about = {
         "made_by": "benchmarks/quality.py, which states the rule",
         "date": datetime.date.today().isoformat(),

@@ -81,7 +81,10 @@ class Range:
 
 @dataclass(frozen=True)
 class _Meaning:
-    """A figure in words, the values that it can have, and what one sees where it is low or high; "" is never wrong."""
+    """A figure in words, the values that it can have, and what one sees where it is low or high; "" is never wrong.
+
+    A brain of 2.3 litres would be larger than any that is known.
+    """
 
     title: str
     least: float
@@ -96,7 +99,7 @@ _MOVED = "the registration may have gone wrong, or the header lies about the axe
 
 MEANINGS: dict[str, _Meaning] = {
     "litres": _Meaning(
-        "brain volume, litres", 0, 10, "brain is missing from the mask", "more than brain is in the mask"
+        "brain volume, litres", 0, 2.3, "brain is missing from the mask", "more than brain is in the mask"
     ),
     "shift": _Meaning("misplaced against the template by, mm", 0, 500, "", _MOVED),
     "turn": _Meaning("turned against the template by, °", 0, 180, "", _MOVED),

@@ -235,9 +235,12 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     intensities = volume.stored[0][every][found].astype(np.float64) * volume.slope + volume.inter
     count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
     inside = int(count[template.brain].sum())
-    part = np.minimum(count * cubic_mm / _CELL_MM**3, 1)
-    fit = align(shaded(part, total / np.maximum(count, 1)), template.target, nearby=False, overturned=False)
+    part, mean = np.minimum(count * cubic_mm / _CELL_MM**3, 1), total / np.maximum(count, 1)
+    fit = align(shaded(part, mean), template.target, nearby=False, overturned=False)
     missing, inner_correlation = _inside(count, total, fit.affine, template)
+    if inner_correlation < 0:  # the fit took bright for dark, as in a T2w image
+        fit = align(shaded(part, -mean), template.target, nearby=False, overturned=False)
+        missing, inner_correlation = _inside(count, total, fit.affine, template)
 
     litres = number * cubic_mm / 1e6
     return Placement(
