@@ -65,6 +65,8 @@ LEAST_SPREAD = {
     "contrast": 0.1,
     "noise": 0.03,
 }
+# cm²: a stripped brain touches the box that it is stored in, and a field of view may end at the brain stem.
+LEAST_TYPICAL = {"cut": 12.0}
 # To look at, and to fail.
 HARD: dict[str, tuple[float | None, float | None]] = {
     "litres": (0.8, 0.6),
@@ -448,6 +450,7 @@ def _scale(name: str, sound: list[dict[str, Any]]) -> Scale:
     if not values:  # a figure of heads with skull, and none is among them
         return Scale(0.0, LEAST_SPREAD[name], 0.0)
     typical = float(np.median([np.median([v for person, v in values if person == one]) for one in people]))
+    typical = max(typical, LEAST_TYPICAL.get(name, typical))
     unit = Scale(typical, 1.0, 1.0)
     beyond = np.array([unit.excess(value, MEANINGS[name]) for _, value in values])
     spread = _quantile(beyond, _even([person for person, _ in values], np.zeros(len(values), bool)), 0.95)
