@@ -14,29 +14,29 @@ axis:
 
 | what                            | overlap   | offset mm | tilt °    | missing   | correlation    |
 |---------------------------------|-----------|-----------|-----------|-----------|----------------|
-| scaled                          | 0.77–0.86 | 1–2       | 0–1       | 0         | 0.89 to 0.90   |
+| scaled                          | 0.77–0.86 | 2         | 1         | 0         | 0.89 to 0.90   |
 | scaled, and turned 5°           | 0.86      | 2         | 5         | 0         | 0.90           |
 | shifted 5 mm                    | 0.94–0.95 | 5         | 0         | 0         | 0.98           |
 | shifted 15 mm                   | 0.84–0.85 | 14        | 0         | 0         | 0.92 to 0.94   |
 | turned 5° about x, y or z       | 0.96–0.97 | 1         | 5         | 0         | 0.93 to 0.94   |
 | turned 9°                       | 0.94–0.95 | 1–2       | 9         | 0         | 0.93 to 0.94   |
 | turned 20°                      | 0.89–0.92 | 1–2       | 20        | 0         | 0.93 to 0.94   |
-| turned 45°                      | 0.83–0.89 | 2–4       | 26–45     | 0–0.07    | 0.08 to 0.94   |
-| front to back                   | 0.85      | 5         | 4         | 0.12      | 0.30           |
-| upside down, or both            | 0.83–0.87 | 5–7       | 8–12      | 0.1–0.2   | 0.07 to 0.17   |
-| half a brain                    | 0.61–0.66 | 2–14      | 1–14      | 0.43–0.44 | 0.48 to 0.63   |
+| turned 45°                      | 0.83–0.89 | 2–4       | 28–45     | 0–0.07    | 0.08 to 0.94   |
+| front to back                   | 0.85      | 4         | 5         | 0.12      | 0.30           |
+| upside down, or both            | 0.83–0.87 | 5–7       | 8–10      | 0.1–0.2   | 0.07 to 0.17   |
+| half a brain                    | 0.61–0.66 | 2–14      | 1–15      | 0.43–0.44 | 0.48 to 0.63   |
 | noise instead of the brain      |           | 1         | 0         | 0         | 0.00           |
-| inverted contrast               |           | 3         | 5         | 0.04      | −0.60          |
+| inverted contrast               |           | 1         | 0         | 0         | −0.98          |
 
-Then thirteen scans of eleven people (adults; three with multiple sclerosis, one with a tumour, one with a stroke) as
+Then fifteen scans of thirteen people (adults; three with multiple sclerosis, one with a tumour, one with a stroke) as
 `brainfm prep` leaves them; "size" is the smallest and the largest along an axis:
 
 | what                            | overlap   | offset mm | tilt °    | size         | correlation    |
 |---------------------------------|-----------|-----------|-----------|--------------|----------------|
-| T1w of nine                     | 0.75–0.91 | 0.7–2.3   | 0.6–1.4   | 0.77 to 0.99 | 0.47 to 0.59   |
-| T1w after contrast agent        | 0.78      | 1.3       | 0.8       | 0.81 to 0.88 | 0.40           |
-| FLAIR                           | 0.83      | 1.5       | 0.9       | 0.87 to 0.95 | 0.15           |
-| T2w of two                      | 0.82–0.91 | 1.6–2.2   | 3.8–3.9   | 0.91 to 1.01 | −0.34 to −0.26 |
+| T1w of eleven                   | 0.75–0.91 | 1.0–2.6   | 0.4–1.6   | 0.77 to 0.99 | 0.47 to 0.59   |
+| T1w after contrast agent        | 0.78      | 1.3       | 1.0       | 0.81 to 0.88 | 0.40           |
+| FLAIR                           | 0.83      | 1.4       | 1.1       | 0.87 to 0.95 | 0.15           |
+| T2w of two                      | 0.82–0.91 | 0.9–1.0   | 0.7–1.8   | 0.90 to 0.96 | −0.43 to −0.29 |
 
 Not fitted, where nothing says what is brain, T1w of nine correlate by 0.21 to 0.53, T2w of two by −0.43 to −0.12.
 
