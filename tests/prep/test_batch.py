@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 from click.testing import CliRunner
-from test_page import write_scan
+from test_page import DOUBTFUL_TURN, write_scan
 
 from brainfm.assets import SAMPLE_SCAN
 from brainfm.cli import main
@@ -177,7 +177,7 @@ def prepared_as(two, monkeypatch):
         def prepared(todo, output, settings, jobs, threads, bar, ended):
             for source in todo:
                 shutil.rmtree(output / source.name, ignore_errors=True)
-                changed = {"fail": {"litres": 0.4}, "look": {"tilt": 10}, "pass": {}}[verdicts[source.name]]
+                changed = {"fail": {"litres": 0.4}, "look": {"turn": DOUBTFUL_TURN}, "pass": {}}[verdicts[source.name]]
                 write_scan(output / source.name, verdicts[source.name], **changed)
                 ended(source.name, json.loads((output / source.name / "prep.json").read_text()))
 
@@ -194,7 +194,7 @@ def test_failed_quality_is_exit_code_1_with_the_reason(prepared_as):
     result = prepared_as(a="fail", b="pass")
     assert result.exit_code == 1
     assert "1 of 2 scans failed:" in result.output
-    assert "  a: fail: brain volume, litres: 0.4 is below 0.7; brain is missing from the mask" in result.output
+    assert "  a: fail: brain volume, litres: 0.4 is below 0.6; brain is missing from the mask" in result.output
     assert "embed them:" in result.output
     assert "--strict-qc" in result.output
 
