@@ -13,6 +13,7 @@ from brainfm.errors import ScanError
 from brainfm.files import file_sha256
 from brainfm.prep.coregister import SETTINGS, coregister
 from brainfm.prep.image import affine_of, sitk, to_itk
+from brainfm.prep.quality import Figure, Range, figure_of
 from brainfm.prep.source import Contrast
 from brainfm.scan.layout import RECORD
 from brainfm.scan.prepared import PreparedScan, read_record
@@ -43,6 +44,46 @@ def onto_t1w(scan: sitk.Image, t1w: PreparedScan) -> tuple[NDArray[np.bool_], di
     }
     onto = {"onto": str(t1w.folder), "onto_sha256": file_sha256(t1w.folder / RECORD)}
     return brain, matrices | {"registration": SETTINGS | onto}
+
+
+AGREEMENT = Range(
+    "how much more the scan and the T1w scan say of each other as they lie than moved by 4 mm, nats",
+    (0.01, 10),
+    (0, 10),
+    "the registration to the T1w scan may have gone wrong",
+)
+ALONE = "registered to the template by itself, without a T1w scan of the person: look at the picture"
+_MOVED_MM = 4  # about what is seen by eye
+_BINS = 32
+
+
+def judge_contrast(image: NDArray[np.float32], brain: NDArray[np.bool_], t1w: NDArray[np.float32] | None) -> Figure:
+    """Does a scan of another contrast lie where the T1w scan does? What is typical of T1w scans says nothing of it.
+
+    Args:
+        image: [x, y, z] on the template's grid, of 1 mm.
+        brain: Its brain there.
+        t1w: The T1w scan there; without one nothing but a look can tell.
+    """
+    if t1w is None:
+        return Figure("agreement", 0.0, "look", ALONE)
+    every = (slice(None, None, 2),) * 3  # a voxel of eight says as much
+    moved = []
+    for axis in range(3):
+        for shift in (-_MOVED_MM, _MOVED_MM):
+            moved.append(_information(np.roll(image, shift, axis)[every][brain[every]], t1w[every][brain[every]]))
+    value = _information(image[every][brain[every]], t1w[every][brain[every]]) - max(moved)
+    return figure_of("agreement", value, AGREEMENT)
+
+
+def _information(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """The mutual information of two images' voxels, nats."""
+    edges = [np.percentile(each, np.linspace(0, 100, _BINS + 1)) for each in (one, other)]
+    bins = [np.searchsorted(edge[1:-1], each) for edge, each in zip(edges, (one, other), strict=True)]
+    joint = np.bincount(bins[0] * _BINS + bins[1], minlength=_BINS**2).reshape(_BINS, _BINS) / len(one)
+    apart = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    full = joint > 0
+    return float((joint[full] * np.log(joint[full] / apart[full])).sum())
 
 
 def t1w_of(name: str, contrast: Contrast, output: Path) -> Path | None:

@@ -28,7 +28,7 @@ from brainfm.contract import InputSpec
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs
-from brainfm.prep.contrast import onto_t1w
+from brainfm.prep.contrast import AGREEMENT, judge_contrast, onto_t1w
 from brainfm.prep.image import TEMPLATE, affine_of, largest_part, like, locale_kept, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
@@ -112,6 +112,16 @@ class Settings(Checked):
             "registration": REGISTRATION[self.registered_by].tool(),
         }
         return found | ({"mask": synthseg_tool()} if self.mask == "synthseg" else {})
+
+    def steps(self) -> dict[str, dict[str, Any]]:
+        """What each step is run with."""
+        if self.backend == "turboprep":
+            return {}
+        return {
+            "bias": BIAS[self.bias].settings(),
+            "extraction": EXTRACTION[self.extraction].settings(),
+            "registration": REGISTRATION[self.registered_by].settings(),
+        }
 
     def files(self) -> tuple[str, ...]:
         """What a finished folder holds beside its record."""
@@ -208,6 +218,7 @@ def prepare(
         "input": {"path": str(source.path), "sha256": sha256, "found": head.found, "stripped": head.stripped},
         "settings": settings.to_dict(),
         "tools": tools,
+        "steps": settings.steps(),
         "brainfm": __version__,
         "versions": {name: version(name) for name in ("SimpleITK", "torch", "numpy")}
         | {"python": platform.python_version(), "machine": platform.machine()},
@@ -302,7 +313,15 @@ def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Cloc
                 image = white_stripe(prepared.image, prepared.brain)
             transform = _to_itk(scan.matrix(settings.registration))
             _write_turboprep_files(image, prepared.brain, transform, scan.folder)
-    return _judged(prepared, scan.folder, clock)
+    if scan.record["contrast"] == "T1w":
+        return _judged(prepared, scan.folder, clock)
+    with clock("quality"):
+        onto = scan.record["registration"].get("onto")
+        t1w = None if onto is None else _on_the_template(read_prepared(onto), settings.registration, stripped).image
+        figure = judge_contrast(prepared.image, prepared.brain, t1w)
+    with clock("write"):
+        draw(prepared, scan.folder / PICTURE)
+    return {"verdict": figure.verdict, "quality": [asdict(figure) | AGREEMENT.limits()]}
 
 
 def _judged(prepared: Prepared, folder: Path, clock: Clock) -> dict[str, Any]:

@@ -273,16 +273,22 @@ def _usual(name: str, value: float, score: Score, cut: bool) -> str:
 
 
 def _judged(name: str, value: float, cut: bool = False, ranges: dict[str, Range] = RANGES) -> Figure:
-    """A figure, and where it does not pass, the limit that it breaks: of what fails, the one beyond which it fails."""
-    usual = ranges[name]
+    why = _CUT if cut and name in _OF_A_WHOLE_BRAIN else ""
+    return figure_of(name, value, ranges[name], why)
+
+
+def figure_of(name: str, value: float, usual: Range, cause: str = "") -> Figure:
+    """A figure, and where it does not pass, the limit that it breaks: of what fails, the one beyond which it fails.
+
+    `cause` is what is known to have caused it, instead of what a value on that side means.
+    """
     shown = float(f"{value:.4g}")
     if usual.passes[0] <= value <= usual.passes[1]:
         return Figure(name, shown, "pass", "")
     verdict: Verdict = "look" if usual.looks[0] <= value <= usual.looks[1] else "fail"
     limits = usual.passes if verdict == "look" else usual.looks
     side, limit, why = ("below", limits[0], usual.low) if value < limits[0] else ("above", limits[1], usual.high)
-    if cut and name in _OF_A_WHOLE_BRAIN:
-        why = _CUT
+    why = cause or why
     return Figure(name, shown, verdict, f"{usual.title}: {value:.3g} is {side} {limit:.3g}{f'; {why}' if why else ''}")
 
 

@@ -11,8 +11,9 @@ from prepared_folders import moved_head, write
 from scipy.spatial.transform import Rotation
 
 import brainfm
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.errors import ScanError
-from brainfm.prep.contrast import t1w_of
+from brainfm.prep.contrast import judge_contrast, t1w_of
 from brainfm.prep.pipeline import Settings, is_done, prepare
 from brainfm.prep.source import find_sources
 
@@ -62,6 +63,9 @@ def test_t2w_scan_is_registered_to_the_t1w_scan_and_gets_its_mask(output, spec):
     assert record["contrast"] == "T2w"
     assert record["registration"]["onto"] == str(onto)
 
+    (figure,) = record["quality"]
+    assert (record["verdict"], figure["name"]) == ("pass", "agreement")
+
     # encoders of several channels take both on one grid; of T1w, the T1w scan alone
     import dataclasses
 
@@ -77,6 +81,22 @@ def test_t2w_scan_is_registered_to_the_t1w_scan_and_gets_its_mask(output, spec):
     record = json.loads((onto / "prep.json").read_text())
     (onto / "prep.json").write_text(json.dumps(record | {"again": True}))
     assert not is_done(source, folder, settings, onto)
+
+
+def test_scan_that_lies_elsewhere_does_not_pass_and_one_without_a_t1w_scan_is_looked_at(spec):
+    import dataclasses
+
+    given = brainfm.load_scan(SAMPLE_SCAN, SAMPLE_MASK, spec=dataclasses.replace(spec, operations=()))
+    t1w, brain = given.image[0], given.mask
+    dark = np.where(brain, 260 - t1w, 0)
+    assert judge_contrast(dark, brain, t1w).verdict == "pass"
+    for shift in ((4, 0, 0), (0, -5, 0), (3, 3, 3)):
+        figure = judge_contrast(np.roll(dark, shift, (0, 1, 2)), brain, t1w)
+        assert figure.verdict == "fail"
+        assert "the registration to the T1w scan may have gone wrong" in figure.reason
+    alone = judge_contrast(dark, brain, None)
+    assert alone.verdict == "look"
+    assert "without a T1w scan of the person" in alone.reason
 
 
 def test_t1w_scan_of_another_one_is_found_by_name_patient_and_session(tmp_path):
