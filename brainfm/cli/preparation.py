@@ -15,6 +15,15 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.command("prep", context_settings=_HELP)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Gets a folder a scan.")
+@click.option(
+    "--contrast",
+    type=click.Choice(["T1w", "T2w", "FLAIR", "T1c"]),
+    default="T1w",
+    show_default=True,
+    help="Of the scans; others than T1w are registered to the prepared T1w scan of the same person in OUTPUT.",
+)
+@click.option("--t1w", type=click.Path(path_type=Path), metavar="DIR", help="That scan's folder, for one INPUT.")
+@click.option("--longitudinal", is_flag=True, help="Bring each person's visits to the template together.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Scans at once, a process each.")
 @click.option(
     "--registration",
@@ -54,7 +63,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
     metavar="FILE",
     help="What TurboPrep registers to: mni_icbm152_t1_tal_nlin_sym_09c.nii. Default: the packaged brain without skull.",
 )
-def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, **options: Any) -> None:
+def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, t1w: Path | None, **options: Any) -> None:
     """Prepare raw T1w scans of heads, once for every encoder: bias field off, brain found, registered to MNI152.
 
     INPUT is an image file (.nii, .nii.gz, .mgz, .nrrd) in any orientation and voxel size, a folder of such files, the
@@ -77,7 +86,11 @@ def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, **options: An
         for reason in _reasons(outcome):
             click.echo(f"  {reason}")
 
-    report = prepare_all(inputs, output, Settings(**options), jobs=jobs, said=said, progress=sys.stderr.isatty())
+    try:
+        settings = Settings(**options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    report = prepare_all(inputs, output, settings, t1w=t1w, jobs=jobs, said=said, progress=sys.stderr.isatty())
     verdicts = {name: verdict_of(output / name) for name in report.records}
     if verdicts:
         counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts.values()).most_common())

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,8 +20,11 @@ from typing import Any, TypeAlias
 
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import held, one_line, progress_bar, temporary_path
+from brainfm.prep.contrast import t1w_of, whose
+from brainfm.prep.longitudinal import align_all, is_aligned
 from brainfm.prep.pipeline import STEPS, Settings, is_done, prepare
-from brainfm.prep.source import Source, find_sources
+from brainfm.prep.source import find_sources
+from brainfm.scan.layout import RECORD
 from brainfm.scan.prepared import read_record
 from brainfm.system import available_cores
 
@@ -63,6 +67,7 @@ def prepare_all(
     output: str | os.PathLike[str],
     settings: Settings | None = None,
     *,
+    t1w: str | os.PathLike[str] | None = None,
     jobs: int = 1,
     said: Callable[[str, Outcome], None] | None = None,
     progress: bool = False,
@@ -76,6 +81,8 @@ def prepare_all(
         inputs: Image files, folders of images, of DICOM series, BIDS data sets, manifests; see `find_sources`.
         output: Holds the scans' folders.
         settings: What to prepare with.
+        t1w: Of other contrasts, the folder of the person's prepared T1w scan; without it, it is looked for in `output`
+            by the scan's name (`brainfm.prep.contrast.t1w_of`).
         jobs: Scans at once; they share the processor's cores.
         said: Called with a scan's name and its record, or why it failed, as each ends.
         progress: Show a bar of the steps, with an estimate of the time left.
@@ -93,7 +100,9 @@ def prepare_all(
         os._exit(_WITHOUT_GUARD)  # a scan's process runs the script again: what began it says so
     settings = settings or Settings()
     settings.tools()
-    sources = find_sources([Path(item) for item in inputs])
+    sources = find_sources([Path(item) for item in inputs], settings.contrast)
+    if t1w is not None and (settings.contrast == "T1w" or len(sources) != 1):
+        raise BrainfmError("t1w is of one scan of another contrast; name that alone, and its contrast")
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise BrainfmError(f"{folder}: a file, and the scans' folders are written to a folder; name another output")
@@ -107,20 +116,26 @@ def prepare_all(
             said(name, outcome)
 
     with held(folder):
-        todo: list[Source] = []
+        todo: list[_Task] = []
         for source in sources:
+            place = folder / source.name
             try:
-                if is_done(source, folder / source.name, settings):
-                    outcomes[source.name] = read_record(folder / source.name) or {}
+                onto = None
+                if settings.contrast != "T1w":
+                    onto = Path(t1w) if t1w is not None else t1w_of(source.name, settings.contrast, folder)
+                if is_done(source, place, settings, onto):
+                    outcomes[source.name] = read_record(place) or {}
                     report.found += 1
                 else:
-                    todo.append(source)
+                    todo.append(_Task(source.name, source.path, partial(prepare, source, place, settings, onto=onto)))
             except (BrainfmError, OSError) as error:
                 ended(source.name, one_line(error))
         # By the inputs, not by what is left of them: a run that goes on computes as the unbroken one would have.
         threads = max(1, available_cores() // max(1, min(jobs, len(sources))))
         with _Bar(len(sources), len(sources) - len(todo), progress) as bar:
-            _run(todo, folder, settings, jobs, threads, bar, ended)
+            _run(todo, folder, jobs, threads, bar, ended)
+        if settings.longitudinal:
+            _align_visits(folder, outcomes, settings, jobs, threads, progress)
     for source in sources:
         outcome = outcomes[source.name]
         if isinstance(outcome, str):
@@ -128,6 +143,38 @@ def prepare_all(
         else:
             report.records[source.name] = outcome
     return report
+
+
+def _align_visits(
+    output: Path, outcomes: dict[str, Outcome], settings: Settings, jobs: int, threads: int, progress: bool
+) -> None:
+    """Bring the visits of each person to the template together, where there are several and that is not done yet.
+
+    Those that were prepared before count too. The records of what was prepared now are put into `outcomes`.
+    """
+    visits: dict[str, list[str]] = {}
+    for path in sorted(output.rglob(RECORD)):
+        record = read_record(path.parent)
+        if record and record["settings"] == settings.to_dict():
+            name = path.parent.relative_to(output).as_posix()
+            visits.setdefault(whose(name)[0], []).append(name)
+    apart = {
+        patient: [output / name for name in names]
+        for patient, names in visits.items()
+        if len(names) > 1 and not is_aligned([output / name for name in names])
+    }
+    tasks = [
+        _Task(patient, output / patient, partial(align_all, folders, settings)) for patient, folders in apart.items()
+    ]
+
+    def ended(patient: str, outcome: Outcome) -> None:
+        for name in visits[patient]:
+            if name in outcomes:
+                why = f"its visits could not be brought together: {outcome}"
+                outcomes[name] = why if isinstance(outcome, str) else read_record(output / name) or why
+
+    with _Bar(len(tasks), 0, progress) as bar:
+        _run(tasks, output, jobs, threads, bar, ended)
 
 
 class _Bar:
@@ -170,10 +217,25 @@ class _Bar:
 
 
 @dataclass(frozen=True, eq=False)
-class _Running:
-    """A scan that is being prepared, its process, and a folder for what that and its programs put down meanwhile."""
+class _Task:
+    """What a process of its own does: a scan to prepare, or a person's visits to bring together.
 
-    source: Source
+    Attributes:
+        name: Of the scan, or the person.
+        path: What an error is said of.
+        run: Does it, given threads and a function that is told of each step, and returns its record.
+    """
+
+    name: str
+    path: Path
+    run: Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Running:
+    """A task that is being done, its process, and a folder for what that and its programs put down meanwhile."""
+
+    task: _Task
     process: Any
     scratch: Path
 
@@ -187,15 +249,14 @@ class _Running:
 
 
 def _run(
-    todo: list[Source],
+    todo: list[_Task],
     output: Path,
-    settings: Settings,
     jobs: int,
     threads: int,
     bar: _Bar,
     ended: Callable[[str, Outcome], None],
 ) -> None:
-    """Prepare scans, `jobs` at a time, and tell of each as it ends."""
+    """Do tasks, `jobs` at a time, and tell of each as it ends."""
     waiting = todo[::-1]
     running: dict[Any, _Running] = {}
     if waiting and _FORKS:
@@ -203,8 +264,7 @@ def _run(
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                source = waiting.pop()
-                connection, one = _started(source, output, settings, threads)
+                connection, one = _started(waiting.pop(), output, threads)
                 running[connection] = one
             ready: list[Any] = list(wait(list(running), timeout=0.5))
             for connection in ready:
@@ -215,32 +275,30 @@ def _run(
                     one.process.join()
                     if one.process.exitcode == _WITHOUT_GUARD:
                         raise BrainfmError(_guard_is_missing()) from None
-                    kind, content = "ended", f"{one.source.path}: {_death(one.process.exitcode)}"
+                    kind, content = "ended", f"{one.task.path}: {_death(one.process.exitcode)}"
                 if kind == "begun":
-                    bar.begun(one.source.name, content)
+                    bar.begun(one.task.name, content)
                     continue
                 del running[connection]
                 one.end()
-                bar.ended(one.source.name)
-                ended(one.source.name, content)
+                bar.ended(one.task.name)
+                ended(one.task.name, content)
             bar.tick()
     finally:
         for one in running.values():
             one.end()  # interrupted: their folders have no prep.json and are done again
 
 
-def _started(source: Source, output: Path, settings: Settings, threads: int) -> tuple[Connection, _Running]:
+def _started(task: _Task, output: Path, threads: int) -> tuple[Connection, _Running]:
     scratch = temporary_path(output / "scratch")  # which `held` sweeps away after us, if we are killed
     scratch.mkdir()
     context: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
     ours, theirs = context.Pipe(duplex=False)
     environment = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(threads))
-    process = context.Process(
-        target=_work, args=(source, output / source.name, settings, threads, scratch, environment, theirs), daemon=True
-    )
+    process = context.Process(target=_work, args=(task, threads, scratch, environment, theirs), daemon=True)
     process.start()
     theirs.close()
-    return ours, _Running(source, process, scratch)
+    return ours, _Running(task, process, scratch)
 
 
 def _start_server() -> None:
@@ -255,15 +313,7 @@ def _start_server() -> None:
         os.environ |= before
 
 
-def _work(
-    source: Source,
-    folder: Path,
-    settings: Settings,
-    threads: int,
-    scratch: Path,
-    environment: dict[str, str],
-    answer: Connection,
-) -> None:
+def _work(task: _Task, threads: int, scratch: Path, environment: dict[str, str], answer: Connection) -> None:
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)  # Ctrl-C is for the parent, which ends this process and its programs
     else:
@@ -273,15 +323,15 @@ def _work(
     os.environ.clear()  # the server's is that of when it was started
     os.environ |= environment
     try:
-        outcome: Outcome = prepare(source, folder, settings, threads, lambda step: answer.send(("begun", step)))
+        outcome: Outcome = task.run(threads=threads, begun=lambda step: answer.send(("begun", step)))
     except MemoryError:
-        outcome = f"{source.path}: there is too little memory; {_FEWER}"
+        outcome = f"{task.path}: there is too little memory; {_FEWER}"
     except BrainfmError as error:
         outcome = one_line(error)
     except OSError as error:
-        outcome = f"{source.path}: {one_line(error)}"
+        outcome = f"{task.path}: {one_line(error)}"
     except Exception as error:  # one failed scan never stops the rest
-        outcome = f"{source.path}: {type(error).__name__}: {one_line(error)}"
+        outcome = f"{task.path}: {type(error).__name__}: {one_line(error)}"
     answer.send(("ended", outcome))
 
 

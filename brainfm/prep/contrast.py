@@ -101,11 +101,11 @@ def t1w_of(name: str, contrast: Contrast, output: Path) -> Path | None:
     """
     if (alike := output / name.removesuffix(f"_{contrast}")) != output / name and (alike / RECORD).is_file():
         return alike
-    whose = _whose(name)
+    own = whose(name)
     found = [
         path.parent
         for path in sorted(output.rglob(RECORD))
-        if _whose(path.parent.relative_to(output).as_posix()) == whose
+        if whose(path.parent.relative_to(output).as_posix()) == own
         and (read_record(path.parent) or {}).get("contrast") == "T1w"
     ]
     if len(found) > 1:
@@ -115,7 +115,7 @@ def t1w_of(name: str, contrast: Contrast, output: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _whose(name: str) -> tuple[str, str]:
+def whose(name: str) -> tuple[str, str]:
     """The patient and session that the name of a scan's folder says."""
     patient, _ = bids_ids(Path(name))
     return (patient, entities(Path(name)).get("ses", "")) if patient else (name.partition("/")[0], "")

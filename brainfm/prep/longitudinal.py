@@ -8,10 +8,11 @@ the template, once for all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,18 @@ from brainfm.scan.prepared import PreparedScan, read_prepared, read_record
 from brainfm.scan.resample import resample
 
 _SHAPE = (193, 229, 193)  # of the mean, in voxels of 1 mm about its brain's centre
+
+
+def align_all(
+    folders: Sequence[Path], settings: Settings, threads: int = 1, begun: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """`align` in a process of its own; an empty record, since each visit has one."""
+    import torch
+
+    torch.set_num_threads(threads)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+    align(folders, settings, Clock(begun))
+    return {}
 
 
 def align(folders: Sequence[Path], settings: Settings, clock: Clock) -> None:

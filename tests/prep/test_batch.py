@@ -174,7 +174,7 @@ def prepared_as(two, monkeypatch):
     """A function (verdict of a scan by name) → the command's result; its scans are prepared in no time."""
 
     def run(**verdicts):
-        def prepared(todo, output, settings, jobs, threads, bar, ended):
+        def prepared(todo, output, jobs, threads, bar, ended):
             for source in todo:
                 shutil.rmtree(output / source.name, ignore_errors=True)
                 changed = {"fail": {"litres": 0.4}, "look": {"turn": DOUBTFUL_TURN}, "pass": {}}[verdicts[source.name]]
@@ -182,7 +182,7 @@ def prepared_as(two, monkeypatch):
                 ended(source.name, json.loads((output / source.name / "prep.json").read_text()))
 
         monkeypatch.setattr(batch, "_run", prepared)
-        monkeypatch.setattr(batch, "is_done", lambda source, folder, settings: (folder / "prep.json").exists())
+        monkeypatch.setattr(batch, "is_done", lambda source, folder, settings, onto: (folder / "prep.json").exists())
         return CliRunner().invoke(
             main, ["prep", *(str(two / f"{name}.nii.gz") for name in verdicts), "-o", str(two / "o")]
         )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from prepared_folders import moved_head, write
 from scipy.spatial.transform import Rotation
 
-from brainfm.prep.longitudinal import align, is_aligned, mean_rigid, to_midpoint
-from brainfm.prep.pipeline import Clock, Settings
+from brainfm.cli import main
+from brainfm.files import file_sha256
+from brainfm.prep.longitudinal import is_aligned, mean_rigid, to_midpoint
+from brainfm.prep.pipeline import Settings
 from brainfm.scan.prepared import read_prepared
 
 SHAPE, OWN = (66, 78, 66), np.diag([3.0, 3.0, 3.0, 1.0]) + np.pad([[-98.0], [-130.0], [-88.0], [0.0]], ((0, 0), (3, 0)))
@@ -63,22 +67,37 @@ def test_visits_meet_halfway_and_in_any_order(visits):
     assert np.linalg.norm((other_way[1] @ points - first)[:3], axis=0).max() < 0.01
 
 
-def test_visits_go_to_the_template_together(visits):
-    assert not is_aligned(visits)
-    align(visits, Settings(bias="none"), Clock(None))
-    records = [json.loads((folder / "prep.json").read_text()) for folder in visits]
+def test_visits_go_to_the_template_together_by_the_command(visits, tmp_path):
+    """Both are prepared already: what is left to do is to bring them together."""
+    output, command = tmp_path / "prep", ["prep", "-o", str(tmp_path / "prep"), "--bias", "none", "--longitudinal"]
+    settings = Settings(bias="none", longitudinal=True)
+    for number in (0, 1):
+        name = f"sub-1_ses-{number}"
+        (tmp_path / f"{name}_T1w.nii").write_bytes(b"visit %d" % number)
+        shutil.copytree(visits[number], output / name)
+        (output / name / "qc.png").touch()
+        record = json.loads((output / name / "prep.json").read_text())
+        record["input"] |= {"sha256": file_sha256(tmp_path / f"{name}_T1w.nii")}
+        (output / name / "prep.json").write_text(json.dumps(record | {"settings": settings.to_dict()}))
+        command.append(str(tmp_path / f"{name}_T1w.nii"))
+    folders = [output / f"sub-1_ses-{number}" for number in (0, 1)]
+    assert not is_aligned(folders)
+    result = CliRunner().invoke(main, command)
+    assert "2 scans prepared" in result.output
+    records = [json.loads((folder / "prep.json").read_text()) for folder in folders]
     places = [
         np.array(record["rigid"]) @ np.linalg.inv(true) @ brain_points()
-        for record, true in zip(records, TRUE, strict=True)
+        for record, true in zip(records, TRUE[:2], strict=True)
     ]
-    for place in places[1:]:
-        assert np.linalg.norm((place - places[0])[:3], axis=0).max() < 0.4
+    assert np.linalg.norm((places[1] - places[0])[:3], axis=0).max() < 0.4
     assert np.linalg.norm((places[0] - brain_points())[:3], axis=0).max() < 2.5  # where the template has the brain
-    assert all(record["longitudinal"]["visits"] == ["0", "1", "2"] for record in records)
     assert all(record["quality"] for record in records)
-    assert all((folder / "qc.png").is_file() for folder in visits)
-    assert is_aligned(visits)
-    assert not is_aligned(visits[:2])  # a visit is missing, or has come
+    assert all((folder / "qc.png").stat().st_size > 1000 for folder in folders)
+    assert is_aligned(folders)
+    assert not is_aligned([*folders, visits[2]])  # a visit has come
+    before = [(folder / "prep.json").read_bytes() for folder in folders]
+    CliRunner().invoke(main, command)
+    assert [(folder / "prep.json").read_bytes() for folder in folders] == before
 
 
 def test_mean_of_rigid_matrices_turns_with_them():
