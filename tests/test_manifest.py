@@ -384,7 +384,7 @@ def test_prepared_folder_names_the_patients_without_a_prepared_scan(tmp_path, ca
     touch(tmp_path / "p1" / "more" / "raw.nii.gz", tmp_path / "p2" / "prep.json", tmp_path / "p3" / "T1.nii")
     touch(tmp_path / "notes" / "a.txt")
     records = list_scans(tmp_path)
-    assert records.left_out == dict.fromkeys(map(str, (tmp_path / "p2", tmp_path / "p3")), "no normalized.nii.gz in it")
+    assert records.left_out == dict.fromkeys(map(str, (tmp_path / "p2", tmp_path / "p3")), "no prepared scan in it")
 
 
 def test_command_says_what_it_left_out_and_its_exit_code_is_one(small_sample, tmp_path):

@@ -175,6 +175,8 @@ def _read_prepared(image: Any) -> PreparedScan | None:
 def _of_channels(image: ScanLike, spec: InputSpec) -> list[ImageLike | None]:
     """The image of each channel of the contract, in its order; None where one is missing."""
     wanted = spec.channels
+    if image is None:
+        read_image(image)  # which says what it takes
     if not is_mapping(image):
         if len(wanted) == 1:
             return [image]
