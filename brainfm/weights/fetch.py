@@ -31,6 +31,7 @@ logger = logging.getLogger("brainfm")
 
 HUB_WEIGHTS = "model.safetensors"
 HUB_CONFIG = "config.json"
+_PIN = "sha256"  # beside weights from a URL of which no digest is published: that of the first file
 
 _PATIENCE_S = 15  # how long a fault of the Hub that may pass is given, beyond what its client does by itself
 
@@ -290,31 +291,39 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
         download(str(cfg.url), partial, by_hand)
         try:
             check_digest(partial, cfg)
-            _pin(partial, cfg, converted.parent)
+            pin = _seen_before(partial, cfg, converted.parent)
             _convert(partial, converted, cfg)
+            _keep(pin, cfg, converted.parent)
         finally:  # neither a wrong file nor a gigabyte of optimiser state is worth keeping
             partial.unlink(missing_ok=True)
     return converted
 
 
-def _pin(path: Path, cfg: PretrainedCfg, folder: Path) -> None:
-    """Of a file of which no digest was published, keep the one that is seen first, and hold later ones to it.
+def _seen_before(path: Path, cfg: PretrainedCfg, folder: Path) -> str:
+    """The sha256 of a file of which no digest was published, held to that of the first one; else an empty string.
 
     Raises:
         WeightsError: It is another file than the first time.
     """
     if cfg.sha256 or cfg.git_blob:
-        return
-    digest, pin = file_sha256(path), folder / "sha256"
-    seen = pin.read_text(encoding="utf-8").strip() if pin.is_file() else ""
-    if seen and seen != digest:
+        return ""
+    digest, pin = file_sha256(path), folder / _PIN
+    seen = pin.read_text(encoding="utf-8").strip() if pin.is_file() else digest
+    if seen != digest:
         raise WeightsError(
             f"{cfg.url}: its sha256 is {digest}, and was {seen} when it was first fetched: another file is there now; "
             f"if that is meant, delete {pin}"
         )
-    if not seen:
-        write_text(pin, f"{digest}\n")
-        logger.warning("%s: no digest of %s is published; its sha256 is %s, kept in %s", cfg.name, cfg.url, digest, pin)
+    return digest
+
+
+def _keep(digest: str, cfg: PretrainedCfg, folder: Path) -> None:
+    """Write down the digest of the first file that was fetched, and could be read."""
+    if digest and not (folder / _PIN).is_file():
+        write_text(folder / _PIN, f"{digest}\n")
+        logger.warning(
+            "%s: no digest of %s is published; its sha256 is %s, kept in %s", cfg.name, cfg.url, digest, folder
+        )
 
 
 @contextmanager
