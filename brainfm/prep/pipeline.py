@@ -49,7 +49,6 @@ from brainfm.scan.layout import (
     TURBOPREP_TRANSFORM,
 )
 from brainfm.scan.prepared import FORMAT, PreparedScan, for_contract, read_prepared, read_record
-from brainfm.scan.resample import resample
 from brainfm.schema import Checked
 from brainfm.system import expanded
 from brainfm.version import __version__
@@ -407,12 +406,18 @@ def _seen(head: NDArray[Any], to_head: NDArray[np.float64], shape: tuple[int, in
 
     Slices that hold one value only, at the edges of the scan, are padding and no image.
     """
-    covered = np.ones(head.shape, dtype=np.float32)
+    seen = np.ones(shape[::-1], dtype=np.bool_).T
+    numbers = np.ogrid[tuple(slice(n) for n in shape)]
     for axis in range(3):
-        lines = np.moveaxis(head, axis, 0).reshape(head.shape[axis], -1)
-        constant = lines.min(axis=1) == lines.max(axis=1)
-        np.moveaxis(covered, axis, 0)[constant] = 0
-    return np.asarray(resample(covered, to_head, shape) > 0.5)
+        others = tuple(other for other in range(3) if other != axis)
+        filled = np.flatnonzero(head.min(axis=others) != head.max(axis=others))
+        if len(filled) == 0:
+            return np.zeros(shape, dtype=np.bool_)
+        place = sum(
+            (np.float32(step) * each for step, each in zip(to_head[axis], numbers, strict=False)), to_head[axis, 3]
+        )
+        seen &= (place >= filled[0] - 0.5) & (place <= filled[-1] + 0.5)
+    return seen
 
 
 def _to_itk(to_scan: NDArray[np.float64]) -> sitk.AffineTransform:

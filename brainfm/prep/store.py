@@ -15,6 +15,7 @@ from brainfm.scan.stored import StoredImage
 MOST_BYTES = 8_000_000  # of a stored head, where steps of FINEST to COARSEST can reach it
 FINEST, COARSEST = 1 / 1024, 1 / 256  # of what the brain's brightest percent begins at: the size of a step
 _MOST_STEPS = 2**16 - 1
+_LEVEL = 1  # of gzip: half the time of 3, and 3 % more bytes
 
 
 def save_head(
@@ -70,7 +71,7 @@ def _save(
     nifti.set_sform(affine, code)
     nifti.set_qform(affine, code)
     nifti.header.set_slope_inter(slope, inter)
-    packed = gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0)
+    packed = gzip.compress(nifti.to_bytes(), compresslevel=_LEVEL, mtime=0)
     with atomic_path(path) as temporary:
         temporary.write_bytes(packed)
     return len(packed)

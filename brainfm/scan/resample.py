@@ -45,22 +45,26 @@ def resample(
 
     # torch's axes run the other way round, so that its coordinates (x, y, z) are (i, j, k) here.
     source = torch.from_numpy(np.ascontiguousarray(image.T, dtype=np.float64))[None, None]
+    # −1 and 1 are the centres of the first and last voxel; of an axis of one voxel, its centre is 0.
     size = np.asarray(image.shape)
-    steps = to_image[:3, :3].T  # [axis of the new grid, axis of the image]
-    points = list(_points_in_a_voxel(steps))
+    unit = 2 / np.maximum(size - 1, 1)
+    points = [point * unit for point in _points_in_a_voxel(to_image[:3, :3].T)]
+    steps = to_image[:3, :3].T * unit  # [axis of the new grid, axis of the image]
+    start = to_image[:3, 3] * unit - (size > 1)
     out = np.zeros(shape[::-1], dtype=np.float32)
     box = within or tuple(slice(0, n) for n in shape)
-    i, j = (np.arange(part.start, part.stop)[:, None] * step for part, step in zip(box[:2], steps[:2], strict=True))
-    for first in range(box[2].start, box[2].stop, _PLANES):
-        planes = slice(first, min(first + _PLANES, box[2].stop))
-        k = np.arange(planes.start, planes.stop)[:, None] * steps[2] + to_image[:3, 3]
-        places = k[:, None, None] + j[None, :, None] + i[None, None]
-        total = torch.zeros(places.shape[:3], dtype=torch.float64)
+    i, j, k = (
+        torch.from_numpy(np.arange(part.start, part.stop)[:, None] * step)
+        for part, step in zip(box, steps, strict=True)
+    )
+    for first in range(0, len(k), _PLANES):
+        planes = k[first : first + _PLANES, None, None] + (j[None, :, None] + i[None, None])
+        total = torch.zeros(planes.shape[:3], dtype=torch.float64)
         for point in points:
-            # −1 and 1 are the centres of the first and last voxel; of an axis of one voxel, its centre is 0.
-            relative = torch.from_numpy(2 * (places + point) / np.maximum(size - 1, 1) - (size > 1))
-            total += F.grid_sample(source, relative[None], padding_mode=beyond, align_corners=True)[0, 0]
-        out[planes, box[1], box[0]] = (total / len(points)).numpy()
+            places = planes + torch.from_numpy(start + point)
+            total += F.grid_sample(source, places[None], padding_mode=beyond, align_corners=True)[0, 0]
+        whole = box[2].start + first
+        out[whole : whole + len(planes), box[1], box[0]] = (total / len(points)).numpy()
     return out.T
 
 
