@@ -216,7 +216,7 @@ def card_of(cfg: PretrainedCfg, network: str, args: Mapping[str, Any]) -> Card:
     )
     return Card(
         publication=Publication(cfg.title, cfg.paper, cfg.repository, cfg.citation),
-        licence=Licence(cfg.code_licence, cfg.licence, cfg.gated, cfg.redistribute, cfg.accept, cfg.terms),
+        licence=Licence(cfg.code_licence, cfg.licence, cfg.gated, cfg.redistribute, cfg.accept or cfg.gated, cfg.terms),
         cohorts=cfg.cohorts,
         inputs={"input": cfg.input_spec.to_dict()} if cfg.input_spec else {},
         models={cfg.architecture: model},

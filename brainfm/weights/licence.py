@@ -29,7 +29,7 @@ def check_licence(cfg: PretrainedCfg, cache: Path, accept: bool = False) -> None
         cache: The cache's folder.
         accept: Whether whoever calls accepts it.
     """
-    if not cfg.accept:
+    if not (cfg.accept or cfg.gated):
         return
     asked = {"licence": cfg.licence or "not stated", "terms": cfg.terms}
     known = _accepted(cache / ACCEPTED)

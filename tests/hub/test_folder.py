@@ -947,7 +947,7 @@ def test_converted_release_is_taken_from_the_mirror_that_the_environment_names(
     folder = convert(released, tmp_path / "folder", "lab_resnet_3d.lab2025")
     hub.add("mirror/lab_resnet_3d.lab2025", content(folder))
     monkeypatch.setenv("BRAINFM_HUB_ORG", "mirror")
-    model = brainfm.create_model("lab_resnet_3d", pretrained=True, cache_dir=tmp_path / "cache")
+    model = brainfm.create_model("lab_resnet_3d", pretrained=True, cache_dir=tmp_path / "cache", accept_licence=True)
     assert torch.equal(embed(model), embed(load(folder)))
     assert_claims(model.pretrained_cfg)
     assert content(fetch("lab_resnet_3d", tmp_path / "copy", tmp_path / "cache")) == content(folder)
