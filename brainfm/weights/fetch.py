@@ -79,6 +79,15 @@ def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = 
         return _from_hub(cfg, cache_dir)
     if cfg.url:
         return _from_url(cfg, cache_dir)
+    if cfg.page:
+        raise WeightsNotFoundError(
+            f"the weights of {cfg.name} are at {cfg.page}, where a program cannot fetch them; download the file there, "
+            "then give it: checkpoint_path=FILE"
+        )
+    if cfg.is_drawn:
+        raise WeightsNotFoundError(
+            f"the weights of {cfg.name}, an untrained control, are no file: create_model({cfg.architecture!r}) draws them"
+        )
     from brainfm.registry import list_pretrained
 
     known = ", ".join(list_pretrained()) or "none"

@@ -53,11 +53,18 @@ class Licence(Checked):
 
 @dataclass(frozen=True)
 class Cohort(Checked):
-    """A data set that a weight was pretrained on: its name, its numbers of patients and scans, and their conditions."""
+    """A data set that a weight was pretrained on.
+
+    Attributes:
+        name: What it is called.
+        patients: In it; 0 where nobody says how many.
+        scans: The same.
+        conditions: Of the patients.
+    """
 
     name: str
-    patients: int
-    scans: int
+    patients: int = 0
+    scans: int = 0
     conditions: tuple[str, ...] = ()
 
 
@@ -83,6 +90,8 @@ class WeightsSource(Checked):
         revision: Its commit, branch or tag.
         filename: The file there.
         url: Where it can be downloaded.
+        page: Where a person can download it, and a program cannot: a shared drive, a form.
+        seed: Of an untrained control, whose weights are no file: the network's initial ones, drawn by this seed.
     """
 
     file: str | None = None
@@ -90,6 +99,13 @@ class WeightsSource(Checked):
     revision: str | None = None
     filename: str = "model.safetensors"
     url: str | None = None
+    page: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.page is not None and not self.page.startswith(("https://", "http://")):
+            raise ValueError(f"page is {self.page!r}, and must be the address of one: https://…")
 
     @property
     def words(self) -> str:
@@ -98,7 +114,9 @@ class WeightsSource(Checked):
             return "in this package" if Path(self.file).resolve().parent == ASSETS.resolve() else self.file
         if self.hub:
             return f"hf-hub:{self.hub}" + (f"@{self.revision}" if self.revision else "")
-        return self.url or ""
+        if self.url or self.page:
+            return self.url or f"by hand from {self.page}"
+        return "" if self.seed is None else f"drawn by seed {self.seed}"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,14 @@ def place_by_hand(server: Server, cfg: PretrainedCfg, cache: Path) -> Path:
     return Path(re.search(r"put the file at (.+?), or", str(refusal.value)).group(1))
 
 
+def test_weights_on_a_page_are_fetched_by_hand(tmp_path):
+    cfg = PretrainedCfg(architecture="my_net", tag="v1", page="https://drive.example/file")
+    assert cfg.has_weights
+    assert cfg.source == "by hand from https://drive.example/file"
+    with pytest.raises(WeightsNotFoundError, match=r"my_net\.v1 are at https://drive\.example/file, .*checkpoint_path"):
+        find_weights(cfg, tmp_path)
+
+
 def test_url_is_downloaded_once_checked_and_kept_as_safetensors(server, cfg, small_model, tmp_path):
     assert cached_weights(cfg, tmp_path) is None
     path = find_weights(cfg, tmp_path)

@@ -92,15 +92,15 @@ def test_model_builds_with_the_width_and_the_channels_that_its_card_says(card, n
     assert (model.num_features, model.in_chans) == (said.num_features, said.in_chans)
     assert model.pretrained_cfg == cfg_of(card, name)
     if said.input is not None:
-        assert len(model.pretrained_cfg.input_spec.channels) == said.in_chans
+        assert model.pretrained_cfg.input_spec.tensor_channels == said.in_chans
 
 
 @every_model
-def test_weights_that_are_fetched_are_known_by_a_digest_and_those_in_this_package_are_there(card, name):
+def test_weights_that_are_fetched_are_known_by_a_digest_or_so_marked_and_those_in_this_package_are_there(card, name):
     for weights in card.models[name].weights.values():
         source = weights.source
         assert source.words
-        assert weights.digest or not (source.url or source.hub)
+        assert weights.digest or weights.facts == "third-party" or not (source.url or source.hub)
         assert source.revision or not source.hub
         assert source.file is None or source.words == "in this package"
 
@@ -191,6 +191,10 @@ def test_numbers_of_a_card_are_numbers_however_they_are_written(tmp_path):
         (CARD.replace("num_features: 64", "num_features: 64\n    in_chans: 0"), "in_chans 0"),
         (CARD.replace("my.safetensors}", "my.safetensors}, facts: heard"), "facts is 'heard', and must be 'seen' or"),
         (CARD.replace("my.safetensors}", "my.safetensors}, keys: {drop: ['(']}"), r"no regular expression: '\('"),
+        (
+            CARD.replace("file: weights/my.safetensors", "page: drive"),
+            "page is 'drive', and must be the address of one",
+        ),
         ("[" * 50_000, "not YAML"),
     ],
 )
@@ -239,6 +243,7 @@ def test_digest_becomes_that_of_the_cfg(digest):
         (WeightsSource(hub="lab/a", url="https://b"), "hf-hub:lab/a"),
         (WeightsSource(hub="lab/a", revision="0123"), "hf-hub:lab/a@0123"),
         (WeightsSource(url="https://b"), "https://b"),
+        (WeightsSource(page="https://c"), "by hand from https://c"),
     ],
 )
 def test_source_is_said_in_words(source, words):
