@@ -86,7 +86,7 @@ def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = 
         )
     if cfg.is_drawn:
         raise WeightsNotFoundError(
-            f"the weights of {cfg.name}, an untrained control, are no file: create_model({cfg.architecture!r}) draws them"
+            f"the weights of {cfg.name} are no file: create_model({cfg.architecture!r}) draws them, as an untrained control"
         )
     from brainfm.registry import list_pretrained
 
