@@ -28,7 +28,7 @@ class PretrainedCfg(Checked):
         hub_revision: Its commit; a cfg shipped in this package pins one.
         hub_filename: The weight file there.
         url: Where the file can be downloaded otherwise.
-        page: Where a person can download it, and a program cannot.
+        page: The page from which people take it, where no program may.
         seed: Of an untrained control, whose weights are drawn.
         file: A file on this machine; comes before the Hub and the URL.
         sha256: Of the file at the source; checked where given. None switches the check off.
@@ -46,6 +46,7 @@ class PretrainedCfg(Checked):
         code_licence: Of the authors' code.
         gated: Whether the weights are given out only to those who asked.
         redistribute: Whether they may be passed on.
+        accept: Whether the licence has to be accepted before the first load.
         terms: What else the licence asks.
         title: Of the publication.
         paper: Where they were published.
@@ -81,6 +82,7 @@ class PretrainedCfg(Checked):
     code_licence: str | None = None
     gated: bool = False
     redistribute: bool = True
+    accept: bool = False
     terms: str = ""
     title: str = ""
     paper: str | None = None
@@ -187,6 +189,7 @@ def cfg_of(card: Card, architecture: str, tag: str = "") -> PretrainedCfg:
         code_licence=licence.code,
         gated=licence.gated,
         redistribute=licence.redistribute,
+        accept=licence.accept or licence.gated,
         terms=licence.terms,
         title=card.publication.title,
         paper=card.publication.paper,
@@ -223,7 +226,7 @@ def card_of(cfg: PretrainedCfg, network: str, args: Mapping[str, Any]) -> Card:
     )
     return Card(
         publication=Publication(cfg.title, cfg.paper, cfg.repository, cfg.citation),
-        licence=Licence(cfg.code_licence, cfg.licence, cfg.gated, cfg.redistribute, cfg.terms),
+        licence=Licence(cfg.code_licence, cfg.licence, cfg.gated, cfg.redistribute, cfg.accept, cfg.terms),
         cohorts=cfg.cohorts,
         inputs={"input": cfg.input_spec.to_dict()} if cfg.input_spec else {},
         models={cfg.architecture: model},

@@ -9,8 +9,8 @@ The channels of a scan are corrupted alike, by one draw, but for noise, of which
 
 Levels end where `brainfm.load_scan` begins to refuse: a head that is enlarged, turned or thickened further no longer
 lies where the template's does, or is no longer stripped. None of the levels is refused of the packaged scan, a large
-brain of 1.9 litres, at 4 mm. That is why `crop` stops at 6 % where pretraining, which crops tensors that have been
-accepted, goes to 80 %. A still larger brain in a shell of 4 mm, or one of an unusual shape turned by 10°, can be
+brain of 1.9 litres, at 4 mm. That is why `crop` stops at 4 % where pretraining, which crops tensors that have been
+accepted, goes to 80 %. A still larger brain in a shell of 4 mm, or one of an unusual shape turned by 6°, can be
 refused; `brainfm.embed` then lists it among its errors, and a curve must be drawn from the scans that all levels have.
 """
 
@@ -278,9 +278,7 @@ CORRUPTIONS: dict[str, Corruption] = {
     ),
     "blur": Corruption(blur, (0.0, 1.0, 2.0, 3.0, 4.0), "std, mm", f"to 2: {_TORCHIO}; the rest ours"),
     "residual_skull": Corruption(residual_skull, (0.0, 1.0, 2.0, 3.0, 4.0), "thickness, mm", "ours"),
-    "rotation": Corruption(
-        rotation, (0.0, 2.0, 4.0, 7.0, 10.0), "degrees", f"10: the end of {_TORCHIO}; the rest ours", limit=180.0
-    ),
+    "rotation": Corruption(rotation, (0.0, 1.0, 2.0, 4.0, 6.0), "degrees", "ours: what load_scan takes", limit=180.0),
     "intensity": Corruption(
         intensity,
         (0.0, 0.1, 0.2, 0.4, 0.7),
@@ -288,7 +286,7 @@ CORRUPTIONS: dict[str, Corruption] = {
         f"0.7: gamma 0.5 of the SimCLR views of {_PAPER}; the rest ours",
     ),
     "crop": Corruption(
-        crop, (0.0, 0.01, 0.02, 0.04, 0.06), "fraction cut off each axis", "ours: what load_scan takes", limit=0.9
+        crop, (0.0, 0.01, 0.02, 0.03, 0.04), "fraction cut off each axis", "ours: what load_scan takes", limit=0.9
     ),
     "flip": Corruption(
         flip, (0.0, 0.25, 0.5, 0.75, 1.0), "probability", f"0.5: the SimCLR views of {_PAPER}; the rest ours", limit=1.0

@@ -2,7 +2,8 @@
 
 The package deepbet is not imported: its two networks are TorchScript files, which the wheel drops in a top-level folder
 `data` that other packages might overwrite. They are found by the wheel's own list of files and checked by their hashes,
-which are those of the versions 1.0.1 and 1.0.2. Its GUI toolkit is installed with it and never loaded.
+which are those of the versions 1.0.1 and 1.0.2; only their weights are used (`linknet`). Its GUI toolkit is installed
+with it and never loaded.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from brainfm.errors import BrainfmError, MissingExtraError, ScanError
 from brainfm.files import file_sha256
 from brainfm.prep.image import largest_part, like, sitk, to_array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FILES = {
     "data/models/bbox_model.pt": "39a7b2b5f799faa1391ea97bfcdc0b9299f20d84f2316a4ff8918dc4685e40aa",
@@ -33,6 +34,11 @@ _CLIP = (0.005, 0.995)  # quantiles of the head
 _MEAN, _STD = 0.449, 0.226  # of what the networks were trained on
 
 
+def settings() -> dict[str, Any]:
+    """What the networks are given, for the record."""
+    return {"networks": {Path(name).name: sha256[:12] for name, sha256 in FILES.items()}, "voxels": [_COARSE, _FINE]}
+
+
 def brain_probability(head: sitk.Image) -> sitk.Image:
     """The probability that each voxel is brain: first where the brain is in the head, then its outline.
 
@@ -42,6 +48,11 @@ def brain_probability(head: sitk.Image) -> sitk.Image:
     Raises:
         ScanError: The first network finds no brain.
     """
+    import torch  # not where only ITK works
+    import torch.nn.functional as F
+
+    from brainfm.prep import linknet
+
     coarse, fine = _networks()
     voxels = torch.from_numpy(np.ascontiguousarray(to_array(head), dtype=np.float32))[None, None]
     with torch.inference_mode():
@@ -49,11 +60,11 @@ def brain_probability(head: sitk.Image) -> sitk.Image:
         low, high = (float(value) for value in small.flatten().quantile(torch.tensor(_CLIP)))
         if high <= low:
             raise ScanError("no brain was found: nearly every voxel has the same value")
-        found = coarse(_normalised(small, low, high))[0, 1] > 0.5
+        found = linknet.brain_probability(coarse, _normalised(small, low, high))[0, 0] > 0.5
         box = _box(found.numpy(), head)
         crop = voxels[(slice(None), slice(None), *box)]
         seen = F.interpolate(crop, (_FINE,) * 3, mode="trilinear")
-        outline = fine(_normalised(seen, low, high))[:, 1:]
+        outline = linknet.brain_probability(fine, _normalised(seen, low, high))
         inside = F.interpolate(outline, crop.shape[2:], mode="trilinear")[0, 0].numpy()
     probability = np.zeros(voxels.shape[2:], dtype=np.float32)
     probability[box] = inside
@@ -77,15 +88,21 @@ def _box(found: NDArray[np.bool_], head: sitk.Image) -> tuple[slice, ...]:
 
 
 def _normalised(image: Tensor, low: float, high: float) -> Tensor:
-    clipped = ((image - low) / (high - low)).clamp(0, 1)
-    return (clipped - clipped.mean()) / clipped.std() * _STD + _MEAN
+    """The image as the networks were trained on it, in its own memory."""
+    clipped = image.sub_(low).div_(high - low).clamp_(0, 1)
+    mean, std = clipped.mean(), clipped.std()
+    return clipped.sub_(mean).div_(std).mul_(_STD).add_(_MEAN)
 
 
 @cache
-def _networks() -> tuple[Any, Any]:
+def _networks() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of the network that finds the brain, and of that which draws its outline."""
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have another format than TorchScript
-        coarse, fine = (torch.jit.load(str(path), map_location="cpu").eval() for path in _files())  # type: ignore[no-untyped-call]
+        scripts: list[Any] = [torch.jit.load(str(path), map_location="cpu") for path in _files()]  # type: ignore[no-untyped-call]
+    coarse, fine = ({name: weight.detach() for name, weight in script.state_dict().items()} for script in scripts)
     return coarse, fine
 
 

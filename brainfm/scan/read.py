@@ -19,7 +19,7 @@ from brainfm.scan.layout import HEAD, is_prepared
 from brainfm.scan.memory import file_of, from_itk, from_pair, from_tensor, is_itk, is_tensor, split_channels
 from brainfm.scan.nrrd import is_nrrd, read_nrrd
 from brainfm.scan.packed import compression, open_packed, read_voxels
-from brainfm.scan.stored import MGH_FLAG, StoredImage, check_orientation, check_voxels, checked, damaged
+from brainfm.scan.stored import MGH_FLAG, StoredImage, check_orientation, check_voxels, checked, damaged, space_code
 
 __all__ = ["ImageLike", "StoredImage", "read_image", "split_channels"]
 
@@ -120,6 +120,7 @@ def _from_opened(file: Any, head: bytes, path: Path, mapped: bool) -> StoredImag
         str(path),
         1.0 if slope is None else float(slope),
         0.0 if inter is None else float(inter),
+        space_code(header),
     )
 
 
@@ -170,12 +171,12 @@ def _from_nibabel(image: Any, source: str) -> StoredImage:
     from nibabel.arrayproxy import ArrayProxy
 
     check_orientation(image.header, source, _head_of(image))
-    proxy = image.dataobj
+    proxy, code = image.dataobj, space_code(image.header)
     if hasattr(proxy, "shape"):  # what is no array yet, and does not say its shape, is judged when it is one
         check_voxels(proxy.shape, getattr(proxy, "dtype", np.dtype(np.float64)), source)
     try:
         if not isinstance(proxy, ArrayProxy):
-            return checked(np.asanyarray(proxy), image.affine, source)
+            return checked(np.asanyarray(proxy), image.affine, source, code=code)
         # Of a NIfTI file whose header leaves it out, nibabel would take the header for voxels.
         start = proxy.offset or (image.header.single_vox_offset if getattr(image.header, "is_single", False) else 0)
         stored = (proxy.shape, proxy.dtype, start)
@@ -183,7 +184,7 @@ def _from_nibabel(image: Any, source: str) -> StoredImage:
             array = np.asanyarray(ArrayProxy(proxy.file_like, stored, order=proxy.order))
         except OSError:  # a file system may map nothing
             array = np.asanyarray(ArrayProxy(proxy.file_like, stored, order=proxy.order, mmap=False))
-        return checked(array, image.affine, source, float(proxy.slope), float(proxy.inter))
+        return checked(array, image.affine, source, float(proxy.slope), float(proxy.inter), code)
     except ScanError:
         raise
     except (Exception, MemoryError) as error:

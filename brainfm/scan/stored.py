@@ -23,13 +23,18 @@ _GUESS = "left and right would be a guess: convert it again from DICOM, or pass 
 
 @dataclass(frozen=True, eq=False)
 class StoredImage:
-    """A 3-D image as it is stored: voxels before scaling, and the affine to RAS millimetres."""
+    """A 3-D image as it is stored: voxels before scaling, and the affine to RAS millimetres.
+
+    `code` is NIfTI-1's of the space that the affine leads to: 1 the scanner's, 2 another image's, 3 Talairach,
+    4 MNI152; 0 where nothing says it.
+    """
 
     array: NDArray[Any]
     affine: NDArray[np.float64]
     slope: float
     inter: float
     source: str
+    code: int = 0
 
 
 def check_orientation(header: Any, source: str, head: bytes = b"") -> None:
@@ -76,6 +81,14 @@ def check_codes(said: Mapping[str, Any], source: str) -> None:
         raise ScanError(f"{source}: the header does not say how the image lies (qform and sform codes are 0); {_GUESS}")
 
 
+def space_code(said: Any) -> int:
+    """NIfTI-1's code of the space that a header's affine leads to: the sform's or, where it is 0, the qform's."""
+    try:
+        return int(said["sform_code"]) or int(said["qform_code"])
+    except (KeyError, ValueError, TypeError):  # a header of another format
+        return 0
+
+
 def check_voxels(shape: Sequence[int], dtype: np.dtype[Any], source: str) -> None:
     """Refuse what is no 3-D image of numbers that a scan of a head can be, by what a header says of it."""
     shape = tuple(map(int, shape))
@@ -101,7 +114,12 @@ def check_voxels(shape: Sequence[int], dtype: np.dtype[Any], source: str) -> Non
 
 
 def checked(
-    array: NDArray[Any], affine: NDArray[np.float64], source: str, slope: float = 1.0, inter: float = 0.0
+    array: NDArray[Any],
+    affine: NDArray[np.float64],
+    source: str,
+    slope: float = 1.0,
+    inter: float = 0.0,
+    code: int = 0,
 ) -> StoredImage:
     """A stored image that can be one of a scan; what cannot is refused as a ScanError."""
     check_voxels(array.shape, array.dtype, source)
@@ -118,7 +136,7 @@ def checked(
         )
     if not (np.isfinite(slope) and np.isfinite(inter)) or slope == 0:
         slope, inter = 1.0, 0.0
-    return StoredImage(array, affine, slope, inter, source)
+    return StoredImage(array, affine, slope, inter, source, code)
 
 
 def damaged(source: str, error: BaseException) -> ScanError:

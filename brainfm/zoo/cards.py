@@ -41,6 +41,8 @@ class Licence(Checked):
         weights: The same of the weights.
         gated: Whether the weights are given out only to those who asked.
         redistribute: Whether they may be passed on.
+        accept: Whether it has to be accepted before the weights are taken: it is for research only, not for commerce,
+            not stated, or has terms of its own.
         terms: What else is asked, or where these facts are from.
     """
 
@@ -48,6 +50,7 @@ class Licence(Checked):
     weights: str | None = None
     gated: bool = False
     redistribute: bool = True
+    accept: bool = False
     terms: str = ""
 
 
@@ -90,7 +93,7 @@ class WeightsSource(Checked):
         revision: Its commit, branch or tag.
         filename: The file there.
         url: Where it can be downloaded.
-        page: Where a person can download it, and a program cannot: a shared drive, a form.
+        page: The page from which people take it, where no program may: it is named, and not fetched.
         seed: Of an untrained control, whose weights are no file: the network's initial ones, drawn by this seed.
     """
 
@@ -114,9 +117,8 @@ class WeightsSource(Checked):
             return "in this package" if Path(self.file).resolve().parent == ASSETS.resolve() else self.file
         if self.hub:
             return f"hf-hub:{self.hub}" + (f"@{self.revision}" if self.revision else "")
-        if self.url or self.page:
-            return self.url or f"by hand from {self.page}"
-        return "" if self.seed is None else f"drawn by seed {self.seed}"
+        drawn = "" if self.seed is None else f"drawn by seed {self.seed}"
+        return self.url or self.page or drawn
 
 
 @dataclass(frozen=True)

@@ -334,12 +334,12 @@ def test_the_fraction_of_flipped_scans_is_the_strength(scan):
 def test_corrupted_scans_are_embedded(small_sample, small_model, small_spec, scan):
     """As the arrays would be, with threads and without, each scan with its own chance."""
     records = [ScanRecord(*small_sample, "sub-01", f"ses-{n}", {"label": str(n)}) for n in range(3)]
-    scans = corrupted(records, "rotation", 7.0, spec=small_spec, seed=5)
+    scans = corrupted(records, "rotation", 4.0, spec=small_spec, seed=5)
     tables = [brainfm.embed(scans, small_model, num_workers=workers, batch_size=2) for workers in (2, 0)]
     assert not tables[0].errors
     np.testing.assert_array_equal(tables[0].vectors, tables[1].vectors)
     for n in range(3):
-        image, mask = CORRUPTIONS["rotation"](*scan, 7.0, np.random.default_rng((5, n)))
+        image, mask = CORRUPTIONS["rotation"](*scan, 4.0, np.random.default_rng((5, n)))
         alone = brainfm.embed([((image, scan[2]), mask)], small_model, batch_size=1)
         np.testing.assert_allclose(tables[0].vectors[n], alone.vectors[0], rtol=1e-4, atol=1e-5)
     assert len(np.unique(tables[0].vectors, axis=0)) == 3
@@ -423,7 +423,7 @@ def test_every_mask_policy_is_kept(policy, small_sample, scan):
 
 
 def test_a_mask_can_be_read_by_itself_and_again(small_sample, small_spec):
-    (record,) = corrupted([small_sample], "rotation", 10.0, spec=small_spec)
+    (record,) = corrupted([small_sample], "rotation", 6.0, spec=small_spec)
     alone = np.asarray(record.mask.dataobj)
     image = np.asarray(record.image.dataobj)
     np.testing.assert_array_equal(alone, np.asarray(record.mask.dataobj))

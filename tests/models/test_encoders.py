@@ -576,6 +576,7 @@ TOLERANCE = 0.1  # of a cell; all that was seen is below 0.04
 def smoothed(model: Encoder) -> Encoder:
     """With kernels that are means about their middles, and max-pools that are means: no cell looks to one side.
 
+    Norms over the volume, which look everywhere, are left out.
     Where a kernel looks does not depend on its weights; they stay random, but do not cancel each other.
     """
     for name, module in list(model.named_modules()):
@@ -589,6 +590,9 @@ def smoothed(model: Encoder) -> Encoder:
             mean = nn.AvgPool3d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, mean)
+        elif isinstance(module, (nn.InstanceNorm3d, nn.GroupNorm)):
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.Identity())
     return model
 
 

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 from click.testing import CliRunner
-from test_page import write_scan
+from test_page import DOUBTFUL_TURN, write_scan
 
 from brainfm.assets import SAMPLE_SCAN
 from brainfm.cli import main
@@ -22,6 +22,7 @@ from brainfm.prep import batch
 from brainfm.prep.batch import prepare_all
 from brainfm.prep.pipeline import Settings
 from brainfm.prep.report import decide_all
+from brainfm.system import available_cores
 
 TURBOPREP = Settings(backend="turboprep")
 COMMAND = [sys.executable, "-m", "brainfm", "prep", "-o", "out", "--backend", "turboprep"]
@@ -112,6 +113,32 @@ def test_killed_process_fails_its_scan_by_name_and_others_go_on(two, stand_in):
     assert report.records["b"]["verdict"] == "pass"
 
 
+def test_process_that_starts_the_scans_does_not_import_torch(two, stand_in):
+    stand_in()
+    lines = [
+        "import sys",
+        "from brainfm.prep.batch import prepare_all",
+        "from brainfm.prep.pipeline import Settings",
+        "if __name__ == '__main__':",
+        "    report = prepare_all(['a.nii.gz', 'b.nii.gz'], 'out', Settings(backend='turboprep'))",
+        "    print(len(report.records), 'torch' in sys.modules)",
+    ]
+    (two / "script.py").write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, "script.py"], cwd=two, capture_output=True, text=True, timeout=200)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+
+
+def test_scans_have_the_environment_of_their_own_call(two, stand_in, monkeypatch):
+    """Also where the processes of an earlier call were forked from the same server."""
+    stand_in(f'echo "$COLOUR $OMP_NUM_THREADS" >> {two / "colours"}')
+    for name, colour in (("a", "red"), ("b", "blue")):
+        monkeypatch.setenv("COLOUR", colour)
+        before = {**os.environ}
+        assert not prepare_all([two / f"{name}.nii.gz"], two / "out", TURBOPREP).failed
+    assert (two / "colours").read_text().splitlines() == [f"{c} {available_cores()}" for c in ("red", "blue")]
+    assert {**os.environ} == before  # ours is as it was
+
+
 def test_script_without_a_guard_is_told_so(two, stand_in):
     stand_in()
     lines = [
@@ -150,7 +177,7 @@ def prepared_as(two, monkeypatch):
         def prepared(todo, output, settings, jobs, threads, bar, ended):
             for source in todo:
                 shutil.rmtree(output / source.name, ignore_errors=True)
-                changed = {"fail": {"litres": 0.4}, "look": {"tilt": 10}, "pass": {}}[verdicts[source.name]]
+                changed = {"fail": {"litres": 0.4}, "look": {"turn": DOUBTFUL_TURN}, "pass": {}}[verdicts[source.name]]
                 write_scan(output / source.name, verdicts[source.name], **changed)
                 ended(source.name, json.loads((output / source.name / "prep.json").read_text()))
 
@@ -167,7 +194,7 @@ def test_failed_quality_is_exit_code_1_with_the_reason(prepared_as):
     result = prepared_as(a="fail", b="pass")
     assert result.exit_code == 1
     assert "1 of 2 scans failed:" in result.output
-    assert "  a: fail: brain volume, litres: 0.4 is below 0.7; brain is missing from the mask" in result.output
+    assert "  a: fail: brain volume, litres: 0.4 is below 0.6; brain is missing from the mask" in result.output
     assert "embed them:" in result.output
     assert "--strict-qc" in result.output
 

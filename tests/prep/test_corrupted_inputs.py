@@ -5,6 +5,7 @@ Left and right mirrored is not among them: no figure tells it, for the template 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import nibabel as nib
@@ -89,6 +90,11 @@ def _moved(prepared, degrees=(0, 0, 0), mm=(0, 0, 0)):
     move.SetCenter((0, 18, 8))
     move.SetRotation(*np.radians(degrees).tolist())
     move.SetTranslation([float(value) for value in mm])
+    return _through(prepared, move)
+
+
+def _through(prepared, move):
+    """Resampled by a transform."""
 
     def resampled(array, how):
         return to_array(sitk.Resample(like(array, template()), template(), move, how, 0.0))
@@ -152,46 +158,166 @@ def _padded(prepared):
     return replace(prepared, image=prepared.image * box, seen=box)
 
 
+def _boxed(prepared):
+    """A stripped brain stored in the box that just holds it: what is seen touches it on all sides."""
+    box = np.zeros_like(prepared.brain)
+    box[tuple(slice(hits.min(), hits.max() + 1) for hits in np.nonzero(prepared.brain))] = True
+    return replace(prepared, image=prepared.image * prepared.brain, seen=box, stripped=True)
+
+
+def _scaled(prepared, *sizes):
+    """A brain of another size and shape, as a rigid registration leaves it."""
+    move = sitk.AffineTransform(3)
+    move.SetCenter((0, 18, 8))
+    move.SetMatrix(np.diag(1 / np.array(sizes)).ravel().tolist())
+    return _through(prepared, move)
+
+
+def _swapped(*order):
+    """A header that names the axes in another order."""
+
+    def swap(prepared):
+        move = sitk.AffineTransform(3)
+        move.SetCenter((0, 18, 8))
+        move.SetMatrix(np.eye(3)[list(order)].ravel().tolist())
+        return _through(prepared, move)
+
+    return swap
+
+
+def _half_stripped(prepared):
+    """The skull is off on one side only."""
+    brain = _grown(prepared.brain, 13)
+    brain[:96] = prepared.brain[:96]
+    return replace(prepared, brain=brain)
+
+
+def _bitten(prepared):
+    """The mask lacks a bite of 3.5 cm at the front."""
+    grid = np.ogrid[tuple(slice(size) for size in prepared.brain.shape)]
+    front = int(np.flatnonzero(prepared.brain.any(axis=(0, 2)))[-1])
+    far = (grid[0] - 80) ** 2 + (grid[1] - front) ** 2 + (grid[2] - 90) ** 2 > 35**2
+    return replace(prepared, brain=prepared.brain & far)
+
+
+def _cut_by(fraction, axis):
+    """A field of view that leaves out a fraction of the brain."""
+
+    def cut(prepared):
+        kept = np.cumsum(prepared.brain.sum(axis=tuple(a for a in range(3) if a != axis))) / prepared.brain.sum()
+        seen = prepared.seen.copy()
+        np.moveaxis(seen, axis, 0)[kept > 1 - fraction] = False
+        return replace(prepared, image=prepared.image * seen, brain=prepared.brain & seen, seen=seen)
+
+    return cut
+
+
+def _mapped(*levels):
+    """Another contrast: what the darkest, …, brightest of the brain become."""
+
+    def mapped(prepared):
+        low, high = np.percentile(prepared.image[prepared.brain], (2, 98))
+        at = (prepared.image - low) / (high - low)
+        return replace(prepared, image=np.interp(at, np.linspace(0, 1, len(levels)), levels).astype(np.float32) * high)
+
+    return mapped
+
+
+def _bottle(prepared):
+    grid = np.ogrid[tuple(slice(-(size // 2), size - size // 2) for size in prepared.brain.shape)]
+    bottle = (grid[0] ** 2 + grid[1] ** 2 < 65**2) & (np.abs(grid[2]) < 65)
+    image = bottle * 100 + np.random.default_rng(0).normal(0, 3, bottle.shape)
+    return replace(prepared, image=image.astype(np.float32), brain=bottle)
+
+
+# What, the worst and the best verdict that it may get, and the figures of which one says so.
+BAD, DOUBTFUL, GOOD = ("fail",), ("fail", "look"), ("pass",)
 JUDGED = {
-    "in MNI space already": (lambda p: p, "pass", ""),
-    "without its skull already": (lambda p: replace(p, image=p.image * p.brain, stripped=True), "pass", ""),
-    "zeros at the edges": (_padded, "pass", ""),
-    "no skull strip possible": (lambda p: replace(p, brain=_grown(p.brain, 13)), "fail", "litres"),
-    "scalp and marrow in the mask": (lambda p: replace(p, brain=_grown(p.brain, 9)), "fail", "bright_rim"),
-    "a mask that cuts into the brain": (lambda p: replace(p, brain=_grown(p.brain, -6)), "fail", "cut_rim"),
-    "a mask without the top of one half": (_lopsided, "fail", "balance"),
-    "half a brain": (_half, "fail", "balance"),
-    "the top cut off": (_cut_off, "fail", "unseen"),
-    "upside-down header": (lambda p: _mirrored(p, 2), "fail", "upright"),
-    "back-to-front header": (lambda p: _mirrored(p, 1), "fail", "upright"),
-    "turned over about the ears": (lambda p: _mirrored(p, 1, 2), "fail", "upright"),
-    "registered 15 mm off": (lambda p: _moved(p, mm=(0, 15, 0)), "fail", "offset"),
-    "registered 6 mm off": (lambda p: _moved(p, mm=(0, 6, 0)), "look", "offset"),
-    "registered 20° off (nodding)": (lambda p: _moved(p, degrees=(20, 0, 0)), "fail", "tilt"),
-    "registered 15° off (ear to shoulder)": (lambda p: _moved(p, degrees=(0, 15, 0)), "fail", "symmetry"),
-    "another contrast": (_another_contrast, "fail", "similarity"),
-    "noise": (_noise, "fail", "similarity"),
-    "a very noisy scan": (_noisy, "fail", "noise"),
+    "in MNI space already": (lambda p: p, GOOD, ()),
+    "without its skull already": (lambda p: replace(p, image=p.image * p.brain, stripped=True), GOOD, ()),
+    "zeros at the edges": (_padded, GOOD, ()),
+    "stripped, in a box that just holds it": (_boxed, GOOD, ()),
+    "a small brain, stripped, in its box": (lambda p: _boxed(_scaled(p, 0.86, 0.86, 0.8)), GOOD, ()),
+    "a smaller brain of another shape": (lambda p: _scaled(p, 0.9, 0.95, 0.85), GOOD, ()),
+    "1 mm and 1° off": (lambda p: _moved(p, degrees=(1, 0, 0), mm=(0, 1, 0)), GOOD, ()),
+    "left and right mirrored": (lambda p: _mirrored(p, 0), GOOD, ()),
+    "no skull strip possible": (
+        lambda p: replace(p, brain=_grown(p.brain, 13)),
+        BAD,
+        ("litres", "bright_rim", "dark_rim"),
+    ),
+    "scalp and marrow in the mask": (lambda p: replace(p, brain=_grown(p.brain, 9)), BAD, ("bright_rim", "dark_rim")),
+    "half the skull left": (_half_stripped, BAD, ("dark_rim", "bright_rim", "litres")),
+    "a mask that cuts into the brain": (lambda p: replace(p, brain=_grown(p.brain, -6)), DOUBTFUL, ("cut_rim",)),
+    "a bite out of the mask": (_bitten, DOUBTFUL, ("missing",)),
+    "a mask without the top of one half": (_lopsided, BAD, ("missing",)),
+    "half a brain": (_half, BAD, ("missing",)),
+    "the top cut off": (_cut_off, BAD, ("cut",)),
+    "1.5 % of it cut off above": (_cut_by(0.015, 2), DOUBTFUL, ("cut",)),
+    "1.5 % of it cut off in front": (_cut_by(0.015, 1), DOUBTFUL, ("cut",)),
+    "10 % of it cut off at a side": (_cut_by(0.1, 0), BAD, ("cut",)),
+    "upside-down header": (lambda p: _mirrored(p, 2), BAD, ("upright",)),
+    "back-to-front header": (lambda p: _mirrored(p, 1), BAD, ("upright",)),
+    "turned over about the ears": (lambda p: _mirrored(p, 1, 2), BAD, ("upright",)),
+    "y and z swapped": (_swapped(0, 2, 1), BAD, ("upright",)),
+    "x and y swapped": (_swapped(1, 0, 2), BAD, ("upright",)),
+    "x, y, z in another order": (_swapped(1, 2, 0), BAD, ("upright",)),
+    "registered 15 mm off": (lambda p: _moved(p, mm=(0, 15, 0)), BAD, ("shift",)),
+    "registered 6 mm off": (lambda p: _moved(p, mm=(0, 6, 0)), DOUBTFUL, ("shift",)),
+    "registered 3.5 mm off": (lambda p: _moved(p, mm=(3.5, 0, 0)), DOUBTFUL, ("shift",)),
+    "registered 4° off (nodding)": (lambda p: _moved(p, degrees=(4, 0, 0)), DOUBTFUL, ("turn",)),
+    "registered 4° off (ear to shoulder)": (lambda p: _moved(p, degrees=(0, 4, 0)), DOUBTFUL, ("turn",)),
+    "registered 4° off (to a side)": (lambda p: _moved(p, degrees=(0, 0, 4)), DOUBTFUL, ("turn",)),
+    "registered 20° off (nodding)": (lambda p: _moved(p, degrees=(20, 0, 0)), BAD, ("turn",)),
+    "registered 15° off (ear to shoulder)": (lambda p: _moved(p, degrees=(0, 15, 0)), BAD, ("turn",)),
+    "registered 40° off": (lambda p: _moved(p, degrees=(0, 0, 40)), BAD, ("turn", "upright")),
+    "another contrast": (_another_contrast, BAD, ("contrast", "similarity")),
+    "like T2w": (_mapped(1.0, 0.6, 0.55, 0.35), BAD, ("contrast", "similarity")),
+    "like FLAIR": (_mapped(0.1, 0.7, 0.8, 0.6), BAD, ("contrast", "similarity")),
+    "noise": (_noise, BAD, ("similarity",)),
+    "a bottle": (_bottle, BAD, ("similarity", "contrast")),
+    "a very noisy scan": (_noisy, DOUBTFUL, ("noise",)),
 }
 
 
 @pytest.mark.parametrize("name", JUDGED)
 def test_prepared_scan_is_judged_as_it_should_be(name, prepared):
-    corrupt, expected, figure = JUDGED[name]
+    corrupt, expected, telling = JUDGED[name]
     figures, verdict = judge(corrupt(prepared))
-    doubts = {one.name: one.verdict for one in figures if one.verdict != "pass"}
-    assert verdict == expected, [one.reason for one in figures if one.reason]
-    assert figure in doubts or not figure
-    assert all(one.reason for one in figures if one.verdict != "pass")
+    doubts = {one.name: one.reason for one in figures if one.verdict != "pass"}
+    assert verdict in expected, doubts
+    assert not telling or set(telling) & doubts.keys(), doubts
+    assert all(doubts.values())
+
+
+def test_score_names_the_figure_that_decided_its_value_and_what_one_sees(prepared):
+    figures, _ = judge(_moved(prepared, mm=(0, 15, 0)))
+    score = figures[0]
+    shift = next(one for one in figures if one.name == "shift")
+    assert score.name == "score"
+    assert score.verdict == "fail"
+    assert re.search(
+        r"spoiled: \S+ is above \S+; mostly by shift: misplaced against the template by, mm: 1\d", score.reason
+    )
+    assert shift.value == pytest.approx(15, abs=1)
+    assert "the registration may have gone wrong" in score.reason
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_shift_and_turn_are_measured(axis, prepared):
+    figures, _ = judge(_moved(prepared, degrees=8 * np.eye(3)[axis], mm=4 * np.eye(3)[axis]))
+    values = {one.name: one.value for one in figures}
+    assert values["turn"] == pytest.approx(8, abs=0.5)
+    assert values["shift"] == pytest.approx(4, abs=1)
 
 
 def test_cut_field_of_view_is_the_reason_and_not_the_header(prepared):
     figures, _ = judge(_cut_off(prepared))
     reasons = {one.name: one.reason for one in figures if one.reason}
-    assert "unseen" in reasons
+    assert "cut" in reasons
     assert len(reasons) > 1
     assert all("header" not in reason and "registration" not in reason for reason in reasons.values())
-    assert "the field of view of the scan cuts off the brain" in reasons["unseen"]
+    assert "the field of view of the scan cuts off the brain" in reasons["cut"]
 
 
 def test_whole_brain_that_lies_wrong_is_not_called_cut(prepared):

@@ -42,7 +42,7 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
 def page(tmp_path):
     for name, litres in (("a", 1.5), ("b", 1.2), ("c", 1.9)):
         write_scan(tmp_path / "prep" / name, litres=litres)
-    write_scan(tmp_path / "prep" / "z", "fail", tilt=10, litres=0.4)
+    write_scan(tmp_path / "prep" / "z", "fail", turn=30, litres=0.4)
     write_page(tmp_path / "prep", tmp_path / "qc.html")
     return tmp_path / "qc.html"
 

@@ -29,12 +29,14 @@ def place_by_hand(server: Server, cfg: PretrainedCfg, cache: Path) -> Path:
     return Path(re.search(r"put the file at (.+?), or", str(refusal.value)).group(1))
 
 
-def test_weights_on_a_page_are_fetched_by_hand(tmp_path):
-    cfg = PretrainedCfg(architecture="my_net", tag="v1", page="https://drive.example/file")
+def test_weights_that_are_drawn_by_a_seed_are_no_file(tmp_path):
+    cfg = PretrainedCfg(architecture="my_net", seed=0)
     assert cfg.has_weights
-    assert cfg.source == "by hand from https://drive.example/file"
-    with pytest.raises(WeightsNotFoundError, match=r"my_net\.v1 are at https://drive\.example/file, .*checkpoint_path"):
+    assert cfg.source == "drawn by seed 0"
+    with pytest.raises(WeightsNotFoundError, match=r"my_net are no file, .*create_model draws them"):
         find_weights(cfg, tmp_path)
+    file = PretrainedCfg.overlay(cfg, {"file": "a.pt"})
+    assert not file.is_drawn
 
 
 def test_url_is_downloaded_once_checked_and_kept_as_safetensors(server, cfg, small_model, tmp_path):

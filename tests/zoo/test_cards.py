@@ -243,7 +243,8 @@ def test_digest_becomes_that_of_the_cfg(digest):
         (WeightsSource(hub="lab/a", url="https://b"), "hf-hub:lab/a"),
         (WeightsSource(hub="lab/a", revision="0123"), "hf-hub:lab/a@0123"),
         (WeightsSource(url="https://b"), "https://b"),
-        (WeightsSource(page="https://c"), "by hand from https://c"),
+        (WeightsSource(page="https://c"), "https://c"),
+        (WeightsSource(seed=0), "drawn by seed 0"),
     ],
 )
 def test_source_is_said_in_words(source, words):
