@@ -191,7 +191,7 @@ def test_a_cfg_with_an_unknown_field_is_refused_with_the_nearest(data, message):
 @every_cfg
 def test_every_registered_cfg_is_complete(cfg):
     assert cfg.input_spec is not None
-    assert cfg.in_chans == len(cfg.input_spec.channels)
+    assert cfg.in_chans == cfg.input_spec.tensor_channels
     assert cfg.input_spec.output_shape is None or cfg.input_spec.output_shape[0] == cfg.in_chans
     assert cfg.num_features > 0
     assert not cfg.has_weights or cfg.licence or cfg.terms  # where none is stated, it says so

@@ -66,11 +66,14 @@ def check_array(found: Any, numbers: dict[str, Any], names: Iterable[str] = ("me
         assert error(array.ravel()[np.linspace(0, array.size - 1, 16).astype(int)], numbers["samples"]) < 1e-5
 
 
-def check_tensor(found: Any, numbers: dict[str, Any], tolerance: float = 1e-5) -> None:
-    """Hold what a contract makes of a scan against an entry of `contracts.json`."""
+def check_tensor(found: Any, numbers: dict[str, Any], tolerance: float = 1e-5, dust: float = 0.0) -> None:
+    """Hold what a contract makes of a scan against an entry of `contracts.json`.
+
+    Of the voxels that are not 0, a fraction `dust` may be rounding of an interpolation that the authors' code has not.
+    """
     array = np.asarray(found)
     assert list(array.shape) == numbers["shape"]
-    assert np.count_nonzero(array) == numbers["nonzero"]
+    assert abs(np.count_nonzero(array) - numbers["nonzero"]) <= dust * numbers["nonzero"]
     array = array.astype(np.float64)
     for name in ("mean", "std", "min", "max"):
         assert abs(getattr(array, name)() - numbers[name]) <= tolerance * numbers["std"], name
