@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.models.encoder import Encoder, stage
+from brainfm.models.encoder import Encoder, Halved, stage
 
 
 class DenseNet(Encoder):
@@ -50,6 +50,9 @@ class DenseNet(Encoder):
         super().__init__(num_classes, in_chans, global_pool, drop_rate)
         network = MonaiDenseNet(3, in_chans, 1, init_features=stem, growth_rate=growth, block_config=tuple(layers))
         self.features = network.features
+        for number in range(1, len(layers)):
+            transition: Any = getattr(self.features, f"transition{number}")
+            transition.pool = Halved()
         self.class_layers = nn.Module()
         self.features.norm5 = network.features.norm5 if last_norm else nn.Identity()
         # The stem's kernels are odd and centred; a transition pools two cells, and its first looks between them.
