@@ -96,7 +96,8 @@ class UntrainedCNN(Encoder):
         return last, *cells, F.adaptive_avg_pool3d(wide, CELLS).to(last.dtype)
 
     def _as_map(self, x: Any, shape: Sequence[int]) -> Tensor:  # noqa: ARG002 - the contract's
-        return x[0] if isinstance(x, tuple) else x
+        last: Tensor = x[0] if isinstance(x, tuple) else x
+        return last
 
     def _finish(self, x: Any) -> Tensor:
         """[B, channels of all levels, 2, 2, 2]."""
@@ -108,7 +109,8 @@ class UntrainedCNN(Encoder):
 
     def for_inference(self, dtype: torch.dtype) -> Encoder:
         """As the contract says, but for the memory: of channels-last maps, PyTorch's GroupNorm is off by 6e-4."""
-        fast = super().for_inference(dtype).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        fast = super().for_inference(dtype)
+        fast.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         fast.optimizations = tuple(done for done in fast.optimizations if "memory" not in done)
         return fast
 
