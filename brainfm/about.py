@@ -64,9 +64,9 @@ def about_weight(cfg: PretrainedCfg, weights: str, parameters: int | None = None
         facts={label: value for label, value in _facts(cfg, weights, parameters).items() if value},
         notes=cfg.notes,
         contract=describe(cfg.input_spec) if cfg.input_spec else "",
-        cohorts=tuple((c.name, f"{c.patients:,}", f"{c.scans:,}", ", ".join(c.conditions)) for c in cfg.cohorts),
-        patients=f"{sum(c.patients for c in cfg.cohorts):,}",
-        scans=f"{sum(c.scans for c in cfg.cohorts):,}",
+        cohorts=tuple((c.name, _count([c.patients]), _count([c.scans]), ", ".join(c.conditions)) for c in cfg.cohorts),
+        patients=_count([c.patients for c in cfg.cohorts]),
+        scans=_count([c.scans for c in cfg.cohorts]),
         scores=tuple(
             (s.task, s.mode, f"{s.value:g}" + (f" ± {s.sd:g}" if s.sd is not None else ""), s.metric, s.source)
             for s in cfg.scores
@@ -88,7 +88,9 @@ def _facts(cfg: PretrainedCfg, weights: str, parameters: int | None) -> dict[str
         "digest": _digest(cfg) if weights else None,
         "container": cfg.container,
         "third-party facts": THIRD_PARTY if weights and cfg.facts == "third-party" else None,
-        "pretraining": wanted(cfg.ssl_method, "not stated: no self-supervised method is named"),
+        "pretraining": "none: an untrained control"
+        if cfg.is_drawn
+        else wanted(cfg.ssl_method, "not stated: no self-supervised method is named"),
         "licence of the weights": wanted(cfg.licence, "not stated: ask whoever made them"),
         "licence of the code": cfg.code_licence or ("not stated" if cfg.repository else None),
         "access": "gated: ask for it where the weights are" if cfg.gated else None,
@@ -101,10 +103,16 @@ def _facts(cfg: PretrainedCfg, weights: str, parameters: int | None) -> dict[str
     }
 
 
+def _count(numbers: Sequence[int]) -> str:
+    """How many there are together, in words; 0 is a number that nobody says."""
+    total = f"{sum(numbers):,}"
+    return total if all(numbers) else f"at least {total}" if any(numbers) else "?"
+
+
 def _digest(cfg: PretrainedCfg) -> str | None:
     if cfg.sha256 or cfg.git_blob:
         return f"sha256 {cfg.sha256}" if cfg.sha256 else f"git blob {cfg.git_blob}"
-    return None if cfg.file else "none is known: what is fetched is not checked"
+    return None if cfg.file or cfg.is_drawn else "none is known: what is fetched is not checked"
 
 
 def millions(parameters: int) -> str:

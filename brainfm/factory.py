@@ -62,7 +62,8 @@ def create_model(
     Args:
         name: `architecture` or `architecture.tag` of a registered model; `hf-hub:org/repo[@revision]`, a model on the
             Hugging Face Hub; `local-dir:path`, the same in a folder. The last two always come with their weights.
-        pretrained: Load the published weights. Where there are none it is an error.
+        pretrained: Load the published weights. Where there are none it is an error. Those of an untrained control, such
+            as `uncnn_doubleconv`, are drawn by their seed, with or without this.
         pretrained_cfg: Another cfg: a tag of the architecture, a `PretrainedCfg`, or its fields.
         pretrained_cfg_overlay: Fields of the cfg to replace, such as {"file": "mine.safetensors"} or {"sha256": None}.
         checkpoint_path: A weight file to load instead of the published ones.
@@ -105,7 +106,7 @@ def create_model(
     wanted: Path | None = None
     if checkpoint_path is not None:
         wanted = Path(checkpoint_path)
-    elif pretrained or resolved.is_place:
+    elif (pretrained or resolved.is_place) and not cfg.is_drawn:
         wanted = weights.find_weights(cfg, cache_dir, accept_licence)
 
     args = {**resolved.args, **kwargs}
@@ -121,7 +122,8 @@ def create_model(
     try:
         if resolved.config and wanted is not None:
             _check_size(resolved.network, {"in_chans": resolved.cfg.in_chans} | resolved.args, wanted)
-        model = build(resolved.network, num_classes=num_classes, in_chans=channels, **in_training, **args)
+        given = {"num_classes": num_classes, "in_chans": channels, **in_training, **args}
+        model = build(resolved.network, **given) if cfg.seed is None else _drawn(cfg.seed, resolved.network, given)
     except Exception as error:  # a config is somebody's word: its arguments may be anything
         if not resolved.config:
             raise
@@ -158,6 +160,16 @@ def build(name: str, /, *, adapter_reduction: int | None = None, **args: Any) ->
 
         add_adapters(model, adapter_reduction)
     return model
+
+
+def _drawn(seed: int, name: str, args: Mapping[str, Any]) -> Encoder:
+    """An encoder whose initial weights are drawn by a seed: on the processor, whatever the default device."""
+    place = torch.empty(0).device
+    if place.type == "meta":
+        return build(name, **args)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return build(name, **args).to(place)
 
 
 def _check_size(name: str, args: Mapping[str, Any], file: Path) -> None:

@@ -34,8 +34,9 @@ class Overlap:
     why: str
 
     def __str__(self) -> str:
-        numbers = f"{self.cohort.patients:,} patients, {self.cohort.scans:,} scans"
-        return f"{self.dataset}: in the pretraining data ({self.why}: {self.cohort.name}, {numbers})"
+        counts = {"patients": self.cohort.patients, "scans": self.cohort.scans}
+        said = ", ".join([self.cohort.name, *(f"{count:,} {what}" for what, count in counts.items() if count)])
+        return f"{self.dataset}: in the pretraining data ({self.why}: {said})"
 
 
 def pretraining_overlap(model: nn.Module | PretrainedCfg | str, datasets: str | Iterable[str]) -> list[Overlap]:

@@ -13,8 +13,8 @@ from brainfm.schema import Checked, check_keys
 from brainfm.zoo.cards import Card, Cohort, Keys, Licence, ModelCard, Publication, Score, WeightsCard, WeightsSource
 
 # The fields that say which file, and those of them that name one.
-_OF_THE_SOURCE = ("file", "hub_id", "hub_revision", "hub_filename", "url", "page", "sha256", "git_blob")
-_SOURCES = ("file", "hub_id", "url", "page")
+_OF_THE_SOURCE = ("file", "hub_id", "hub_revision", "hub_filename", "url", "page", "seed", "sha256", "git_blob")
+_SOURCES = ("file", "hub_id", "url", "page", "seed")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class PretrainedCfg(Checked):
         hub_filename: The weight file there.
         url: Where the file can be downloaded otherwise.
         page: The page from which people take it, where no program may.
+        seed: Of an untrained control, whose weights are drawn.
         file: A file on this machine; comes before the Hub and the URL.
         sha256: Of the file at the source; checked where given. None switches the check off.
         git_blob: The id that Git gives the file at the source, checked likewise.
@@ -64,6 +65,7 @@ class PretrainedCfg(Checked):
     hub_filename: str = "model.safetensors"
     url: str | None = None
     page: str | None = None
+    seed: int | None = None
     file: str | None = None
     sha256: str | None = None
     git_blob: str | None = None
@@ -106,9 +108,16 @@ class PretrainedCfg(Checked):
         return names_a_source(vars(self))
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether the weights are those of an untrained control: no file, but drawn by a seed."""
+        return self.seed is not None and not any((self.file, self.hub_id, self.url, self.page))
+
+    @property
     def source(self) -> str:
         """Where `create_model(..., pretrained=True)` takes the weights from, in words; empty where there are none."""
-        return WeightsSource(self.file, self.hub_id, self.hub_revision, self.hub_filename, self.url, self.page).words
+        return WeightsSource(
+            self.file, self.hub_id, self.hub_revision, self.hub_filename, self.url, self.page, self.seed
+        ).words
 
     def overlay(self, changes: Mapping[str, Any]) -> PretrainedCfg:
         """The same cfg with some fields replaced. Raises ValueError for a field that does not exist.
@@ -135,7 +144,7 @@ class PretrainedCfg(Checked):
 
 def names_a_source(cfg: Mapping[str, Any]) -> bool:
     """Whether the fields of a cfg say where weights are."""
-    return any(cfg.get(source) for source in _SOURCES)
+    return any(cfg.get(source) not in (None, "") for source in _SOURCES)
 
 
 def cfg_of(card: Card, architecture: str, tag: str = "") -> PretrainedCfg:
@@ -163,6 +172,7 @@ def cfg_of(card: Card, architecture: str, tag: str = "") -> PretrainedCfg:
         hub_filename=source.filename,
         url=source.url,
         page=source.page,
+        seed=source.seed,
         file=source.file,
         sha256=digest if kind == "sha256" else None,
         git_blob=digest if kind == "git-blob" else None,

@@ -97,8 +97,8 @@ class Reader:
         like = next(
             model.parameters(), x
         )  # an optimised copy's hooks cast what its `forward` is given, and nothing else
-        features = model.forward_features(x.to(like.dtype))
-        maps: Tensor = model._as_map(features, x.shape[2:]).float()
+        features, maps = model.features_and_map(x.to(like.dtype))
+        maps = maps.float()
         if self.readout.pool == "brain":
             return Features(torch.stack([_brain_mean(m, b, model) for m, b in zip(maps, brains, strict=True)]), maps)
         return Features(model.forward_head(features, pre_logits=True).float(), maps)

@@ -58,3 +58,12 @@ Published scores
 def test_notes_of_several_lines_stay_in_their_column():
     text = as_text(about_weight(CFG.overlay({"notes": "one\n\ntwo"}), ""))
     assert "notes      one two\n" in text
+
+
+def test_cohorts_whose_numbers_nobody_says_are_not_counted_as_0():
+    known = about_weight(CFG.overlay({"cohorts": (Cohort("A", 5, 1200), Cohort("B"))}), "a.pt")
+    assert known.cohorts[1] == ("B", "?", "?", "")
+    assert (known.patients, known.scans) == ("at least 5", "at least 1,200")
+    assert "Pretrained on ? patients, ? scans" in as_text(
+        about_weight(CFG.overlay({"cohorts": (Cohort("B"),)}), "a.pt")
+    )

@@ -110,6 +110,11 @@ def test_answer_says_what_was_asked_and_why_in_one_line():
     assert overlap.cohort == SIMCLR.cohorts[0]
 
 
+def test_answer_gives_no_numbers_that_nobody_says():
+    (overlap,) = pretraining_overlap(PretrainedCfg(cohorts=(Cohort("Lab", scans=12),)), "lab")
+    assert str(overlap).endswith(": Lab, 12 scans)")
+
+
 def test_name_that_may_mean_another_study_says_so():
     (overlap,) = pretraining_overlap(SIMCLR, "HABS")
     assert "Harvard Aging Brain Study is another" in overlap.why

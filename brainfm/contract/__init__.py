@@ -4,6 +4,7 @@ An `InputSpec` holds what a scan must be, and an ordered tuple of `Operation`s, 
 another. A `Readout` says how the encoder's features become one vector.
 """
 
+from brainfm.contract.filters import AddFiltered
 from brainfm.contract.geometry import (
     CropBox,
     CropCenter,
@@ -21,6 +22,7 @@ from brainfm.contract.spec import Grid, InputSpec, Readout, Window, describe
 from brainfm.contract.volume import Triple, Volume, with_image
 
 __all__ = [
+    "AddFiltered",
     "Clip",
     "CropBox",
     "CropCenter",

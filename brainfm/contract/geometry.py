@@ -196,19 +196,19 @@ class Resize(Operation):
     """Resize the whole array to `shape`, whatever that does to the spacing; the mask follows by nearest neighbour.
 
     The modes are those of `torch.nn.functional.interpolate`, which keep the edges of the volume in place; "nearest" is
-    its "nearest-exact". "nearest_corners" keeps the centres of the first and last voxels in place instead, as
-    `scipy.ndimage.zoom(order=0)` does.
+    its "nearest-exact". "nearest_corners" and "trilinear_corners" keep the centres of the first and last voxels in
+    place instead, as `scipy.ndimage.zoom` of order 0 and 1 does.
     """
 
     shape: Triple
-    mode: Literal["nearest", "nearest_corners", "trilinear", "area"] = "trilinear"
+    mode: Literal["nearest", "nearest_corners", "trilinear", "trilinear_corners", "area"] = "trilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shape(self.shape, "the shape to resize to")
 
     def __call__(self, volume: Volume) -> Volume:
-        if self.mode == "nearest_corners":
+        if self.mode.endswith("_corners"):
             return self._corners(volume)
         mode = "nearest-exact" if self.mode == "nearest" else self.mode
         return _regridded(volume, _interpolated(volume.image, self.shape, mode))
@@ -219,7 +219,10 @@ class Resize(Operation):
         affine = volume.affine.copy()
         affine[:3, :3] *= steps
         mask = None if volume.mask is None else volume.mask[picked]
-        return replace(volume, stored=volume.stored[(slice(None), *picked)], mask=mask, affine=affine)
+        if self.mode == "nearest_corners":
+            return replace(volume, stored=volume.stored[(slice(None), *picked)], mask=mask, affine=affine)
+        image = _interpolated(volume.image, self.shape, "trilinear", align_corners=True)
+        return replace(volume, stored=image, mask=mask, affine=affine, slope=1.0, inter=0.0)
 
     def __str__(self) -> str:
         return f"resize to {times(self.shape)} voxels ({self.mode})"
@@ -311,11 +314,13 @@ def _regridded(volume: Volume, image: NDArray[np.float32]) -> Volume:
     return replace(volume, stored=image, mask=mask, affine=affine, slope=1.0, inter=0.0)
 
 
-def _interpolated(image: NDArray[Any], shape: tuple[int, ...], mode: str) -> NDArray[Any]:
+def _interpolated(
+    image: NDArray[Any], shape: tuple[int, ...], mode: str, align_corners: bool | None = None
+) -> NDArray[Any]:
     """[C, *shape] of an image, by torch's interpolation; it takes no read-only memory."""
     import torch
     import torch.nn.functional as F
 
     source = torch.from_numpy(image if image.flags.writeable else image.copy())
-    resized: NDArray[Any] = F.interpolate(source[None], shape, mode=mode)[0].numpy()
+    resized: NDArray[Any] = F.interpolate(source[None], shape, mode=mode, align_corners=align_corners)[0].numpy()
     return resized

@@ -174,10 +174,17 @@ class DivideByMean(Operation):
 @register_operation
 @dataclass(frozen=True)
 class MinMax(Operation):
-    """Move the intensities of `region` linearly onto 0…1. A constant image is a ScanError."""
+    """Move the intensities of `region` linearly onto 0…1. A constant image is a ScanError.
+
+    Attributes:
+        region: Whose lowest and highest intensities become 0 and 1.
+        per_channel: Each channel by itself, or all together.
+        eps: Added to the range that is divided by, so that the highest stays below 1.
+    """
 
     region: Region = "all"
     per_channel: bool = True
+    eps: float = 0.0
 
     def __call__(self, volume: Volume) -> Volume:
         image = volume.image
@@ -187,10 +194,13 @@ class MinMax(Operation):
         high = np.max(image, axis=axes, keepdims=True, where=chosen, initial=-np.inf)
         if not (high > low).all():
             raise ScanError("the image has one intensity only: it cannot be scaled to 0…1")
-        return with_image(volume, (image - low) / (high - low))
+        return with_image(volume, (image - low) / (high - low + np.float32(self.eps)))
 
     def __str__(self) -> str:
-        return f"scale the {REGIONS[self.region]} to 0…1" + ("" if self.per_channel else ", all channels together")
+        small = f", {self.eps:.12g} added to the range" if self.eps else ""
+        return f"scale the {REGIONS[self.region]} to 0…1{small}" + (
+            "" if self.per_channel else ", all channels together"
+        )
 
 
 @register_operation

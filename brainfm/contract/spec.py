@@ -120,6 +120,11 @@ class InputSpec(Checked):
             raise ValueError(f"intensity_range is {self.intensity_range}, and must rise")
 
     @property
+    def tensor_channels(self) -> int:
+        """Channels of the tensor: one an image, where `output_shape` does not say that operations make others."""
+        return self.output_shape[0] if self.output_shape else len(self.channels)
+
+    @property
     def in_mni152(self) -> bool:
         """Whether scans must lie in the space of one of the MNI152 templates, which differ by a few millimetres."""
         return self.space is not None and self.space.startswith("MNI152")

@@ -118,7 +118,7 @@ def control_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
     """The same encoders untrained, and covariates alone."""
     if not plan.controls:
         return []
-    probed = {cfg.architecture for cfg in cfgs.values() if cfg.has_weights}
+    probed = {cfg.architecture for cfg in cfgs.values() if cfg.has_weights and not cfg.is_drawn}
     untrained = [Row(name, "untrained", f"{name}, untrained, linear probe") for name in sorted(probed)]
     return [*untrained, COVARIATES]
 

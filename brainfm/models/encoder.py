@@ -232,7 +232,12 @@ class Encoder(nn.Module, ABC):
         is in the type of x, whatever a copy of `for_inference` computes in.
         """
         kind = next(self.parameters(), x).dtype
-        return self._as_map(self.forward_features(x.to(kind)), x.shape[2:]).to(x.dtype)
+        return self.features_and_map(x.to(kind))[1].to(x.dtype)
+
+    def features_and_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward_features` gives, and the map [B, C, d, h, w] that it is or was made of."""
+        features = self.forward_features(x)
+        return features, self._as_map(features, x.shape[2:])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gives → [B, num_features], and through the classifier unless `pre_logits`."""
@@ -378,6 +383,16 @@ class Encoder(nn.Module, ABC):
         finally:
             for buffer, value in saved:
                 buffer.copy_(value)
+
+
+class Halved(nn.AvgPool3d):
+    """The mean of 2×2×2 voxels, in float32 at least: PyTorch has no such pooling of bfloat16 on a processor."""
+
+    def __init__(self) -> None:
+        super().__init__(kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
 def computing_in(model: M, dtype: torch.dtype, done: tuple[str, ...] = ()) -> M:

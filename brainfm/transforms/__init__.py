@@ -112,11 +112,13 @@ def check_channels(model_or_cfg: Any, spec: InputSpec) -> None:
 
     A module that does not say what it takes passes.
     """
-    wanted = getattr(model_or_cfg, "in_chans", len(spec.channels))
-    if wanted != len(spec.channels):
+    given = spec.tensor_channels
+    wanted = getattr(model_or_cfg, "in_chans", given)
+    if wanted != given:
+        names = ", ".join(spec.channels) if given == len(spec.channels) else given
         raise ModelNameError(
-            f"the model takes {wanted} channels, and its input contract gives {', '.join(spec.channels)}; "
-            f"create_model(…, in_chans={len(spec.channels)}) fits the weights to it"
+            f"the model takes {wanted} channels, and its input contract gives {names}; "
+            f"create_model(…, in_chans={given}) fits the weights to it"
         )
 
 

@@ -92,6 +92,10 @@ def find_weights(
             f"{cfg.name}: its weights are for people to take: get {cfg.hub_filename}{what} at {cfg.page}, then "
             f"create_model({cfg.name!r}, checkpoint_path=FILE) or 'brainfm convert FILE DIR --model {cfg.name}'"
         )
+    if cfg.is_drawn:
+        raise WeightsNotFoundError(
+            f"the weights of {cfg.name} are no file, but those of an untrained control: create_model draws them"
+        )
     from brainfm.registry import list_pretrained
 
     known = ", ".join(list_pretrained()) or "none"

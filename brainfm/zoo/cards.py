@@ -56,11 +56,18 @@ class Licence(Checked):
 
 @dataclass(frozen=True)
 class Cohort(Checked):
-    """A data set that a weight was pretrained on: its name, its numbers of patients and scans, and their conditions."""
+    """A data set that a weight was pretrained on.
+
+    Attributes:
+        name: What it is called.
+        patients: In it; 0 where nobody says how many.
+        scans: The same.
+        conditions: Of the patients.
+    """
 
     name: str
-    patients: int
-    scans: int
+    patients: int = 0
+    scans: int = 0
     conditions: tuple[str, ...] = ()
 
 
@@ -87,6 +94,7 @@ class WeightsSource(Checked):
         filename: The file there.
         url: Where it can be downloaded.
         page: The page from which people take it, where no program may: it is named, and not fetched.
+        seed: Of an untrained control, whose weights are no file: the network's initial ones, drawn by this seed.
     """
 
     file: str | None = None
@@ -95,6 +103,12 @@ class WeightsSource(Checked):
     filename: str = "model.safetensors"
     url: str | None = None
     page: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.page is not None and not self.page.startswith(("https://", "http://")):
+            raise ValueError(f"page is {self.page!r}, and must be the address of one: https://…")
 
     @property
     def words(self) -> str:
@@ -103,7 +117,8 @@ class WeightsSource(Checked):
             return "in this package" if Path(self.file).resolve().parent == ASSETS.resolve() else self.file
         if self.hub:
             return f"hf-hub:{self.hub}" + (f"@{self.revision}" if self.revision else "")
-        return self.url or self.page or ""
+        drawn = "" if self.seed is None else f"drawn by seed {self.seed}"
+        return self.url or self.page or drawn
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from brainfm.contract import (
+    AddFiltered,
     Clip,
     CropBox,
     CropCenter,
@@ -45,6 +46,7 @@ EVERY = [
     DivideByMean("positive"),
     MinMax("mask", per_channel=False),
     Standardize(0.3, 0.2),
+    AddFiltered(("median", "unsharp", "sobel")),
 ]
 
 

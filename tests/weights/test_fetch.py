@@ -29,6 +29,16 @@ def place_by_hand(server: Server, cfg: PretrainedCfg, cache: Path) -> Path:
     return Path(re.search(r"put the file at (.+?), or", str(refusal.value)).group(1))
 
 
+def test_weights_that_are_drawn_by_a_seed_are_no_file(tmp_path):
+    cfg = PretrainedCfg(architecture="my_net", seed=0)
+    assert cfg.has_weights
+    assert cfg.source == "drawn by seed 0"
+    with pytest.raises(WeightsNotFoundError, match=r"my_net are no file, .*create_model draws them"):
+        find_weights(cfg, tmp_path)
+    file = PretrainedCfg.overlay(cfg, {"file": "a.pt"})
+    assert not file.is_drawn
+
+
 def test_url_is_downloaded_once_checked_and_kept_as_safetensors(server, cfg, small_model, tmp_path):
     assert cached_weights(cfg, tmp_path) is None
     path = find_weights(cfg, tmp_path)

@@ -69,7 +69,7 @@ def test_every_contract_of_a_card_is_one_and_is_some_models(card):
 @every_card
 def test_what_a_card_says_of_whom_to_thank_and_ask_is_said(card):
     assert card.publication.title
-    if any(model.weights for model in card.models.values()):
+    if any(w.source.seed is None for model in card.models.values() for w in model.weights.values()):
         assert card.cohorts or all(w.cohorts for model in card.models.values() for w in model.weights.values())
         assert card.licence.weights or card.licence.terms
 
@@ -92,15 +92,15 @@ def test_model_builds_with_the_width_and_the_channels_that_its_card_says(card, n
     assert (model.num_features, model.in_chans) == (said.num_features, said.in_chans)
     assert model.pretrained_cfg == cfg_of(card, name)
     if said.input is not None:
-        assert len(model.pretrained_cfg.input_spec.channels) == said.in_chans
+        assert model.pretrained_cfg.input_spec.tensor_channels == said.in_chans
 
 
 @every_model
-def test_weights_that_are_fetched_are_known_by_a_digest_and_those_in_this_package_are_there(card, name):
+def test_weights_that_are_fetched_are_known_by_a_digest_or_so_marked_and_those_in_this_package_are_there(card, name):
     for weights in card.models[name].weights.values():
         source = weights.source
         assert source.words
-        assert weights.digest or not (source.url or source.hub)
+        assert weights.digest or weights.facts == "third-party" or not (source.url or source.hub)
         assert source.revision or not source.hub
         assert source.file is None or source.words == "in this package"
 
@@ -122,7 +122,7 @@ def test_cfg_goes_to_a_card_of_one_model_and_back(card, name):
     model = card.models[name]
     cfg = cfg_of(card, name)
     again = Card.from_dict(through_json(card_of(cfg, model.network, model.args).to_dict(sparse=True)))
-    beside = replace(cfg.with_source_of(brainfm.PretrainedCfg()), file="model.safetensors")
+    beside = replace(cfg.with_source_of(brainfm.PretrainedCfg()), file=cfg.hub_filename)
     digest = {"sha256": cfg.sha256, "git_blob": cfg.git_blob}
     assert cfg_of(again, name) == replace(beside, **digest)
     assert again.models[name].args == model.args
@@ -191,6 +191,10 @@ def test_numbers_of_a_card_are_numbers_however_they_are_written(tmp_path):
         (CARD.replace("num_features: 64", "num_features: 64\n    in_chans: 0"), "in_chans 0"),
         (CARD.replace("my.safetensors}", "my.safetensors}, facts: heard"), "facts is 'heard', and must be 'seen' or"),
         (CARD.replace("my.safetensors}", "my.safetensors}, keys: {drop: ['(']}"), r"no regular expression: '\('"),
+        (
+            CARD.replace("file: weights/my.safetensors", "page: drive"),
+            "page is 'drive', and must be the address of one",
+        ),
         ("[" * 50_000, "not YAML"),
     ],
 )
@@ -239,6 +243,8 @@ def test_digest_becomes_that_of_the_cfg(digest):
         (WeightsSource(hub="lab/a", url="https://b"), "hf-hub:lab/a"),
         (WeightsSource(hub="lab/a", revision="0123"), "hf-hub:lab/a@0123"),
         (WeightsSource(url="https://b"), "https://b"),
+        (WeightsSource(page="https://c"), "https://c"),
+        (WeightsSource(seed=0), "drawn by seed 0"),
     ],
 )
 def test_source_is_said_in_words(source, words):

@@ -1,7 +1,9 @@
 """3D ResNets on MONAI's own network, as Kaczmarek et al. 2025 (arXiv 2509.10620) pretrained them with SimCLR.
 
 MONAI's `ResNet` is built and its modules are taken over under the same names, so that a state dict of one loads
-strictly in the other. Ours is the encoder contract around them. MONAI is imported when a model is built, not before.
+strictly in the other. Ours is the encoder contract around them, and what other publications changed in the network:
+AnatCL's stem has a stride, and MedicalNet's last stages (Chen et al. 2019, arXiv 1904.00625) keep the size of the map
+and dilate their kernels. MONAI is imported when a model is built, not before.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -21,13 +24,33 @@ from brainfm.models.resnet.streamed import streamed_features
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
+class PaddedShortcut(nn.Module):
+    """Shortcut A of He et al. 2016: every `stride`-th voxel, and channels of zeros after those that are there.
+
+    It has no parameters. A gradient passes through it, as it does not in MedicalNet's code, which detaches it.
+    """
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, 0, 0, self.channels - x.shape[1]))
+
+
 class ResNet(Encoder):
-    """MONAI's 3D ResNet (stride-1 7×7×7 stem, shortcut type B with biased 1×1×1 convolutions) as an encoder.
+    """MONAI's 3D ResNet (7×7×7 stem, residual blocks in four stages) as an encoder.
 
     Args:
         block: "basic" (ResNet-18) or "bottleneck" (ResNet-50).
         layers: Blocks in each of the four stages.
         widths: Channels of each stage, before a bottleneck's expansion by 4.
+        stem_stride: Of the first convolution.
+        shortcut: Where a stage changes the map's size or width: "B", a 1×1×1 convolution and a norm, or "A", see
+            `PaddedShortcut`.
+        shortcut_bias: Whether the convolutions of shortcut B have a bias.
+        dilations: Of each stage's 3×3×3 kernels. A stage whose dilation is above 1 keeps the size of its map.
         num_classes: Outputs of the classifier `fc`; 0 for none.
         in_chans: Input channels.
         global_pool: "avg".
@@ -47,6 +70,10 @@ class ResNet(Encoder):
         block: Literal["basic", "bottleneck"] = "basic",
         layers: Sequence[int] = (2, 2, 2, 2),
         widths: Sequence[int] = (64, 128, 256, 512),
+        stem_stride: int = 1,
+        shortcut: Literal["A", "B"] = "B",
+        shortcut_bias: bool = True,
+        dilations: Sequence[int] = (1, 1, 1, 1),
         *,
         num_classes: int = 0,
         in_chans: int = 1,
@@ -62,20 +89,26 @@ class ResNet(Encoder):
             block_inplanes=list(widths),
             spatial_dims=3,
             n_input_channels=in_chans,
-            conv1_t_stride=1,
+            conv1_t_stride=stem_stride,
+            shortcut_type=shortcut,
             feed_forward=False,
-            bias_downsample=True,
+            bias_downsample=shortcut_bias,
         )
         for name, module in network.named_children():
             self.add_module(name, module)
+        for name, dilation in zip(_STAGES, dilations, strict=True):
+            _dilate(self._part(name), dilation)
         expansion = 4 if block == "bottleneck" else 1
         self.num_features = widths[-1] * expansion
         # Kernels are odd and padded to keep every voxel, so that cell 0 of every stage is centred on voxel 0.
-        self.feature_info = [stage("act", widths[0], (1, 1, 1))]
-        self.feature_info += [
-            stage(name, width * expansion, (2**n, 2**n, 2**n))
-            for n, (width, name) in enumerate(zip(widths, _STAGES, strict=True), start=1)
-        ]
+        step = stem_stride
+        stages = [stage("act", widths[0], (step, step, step))]
+        for n, (name, width, dilation) in enumerate(zip(_STAGES, widths, dilations, strict=True)):
+            step *= 2 if n == 0 or dilation == 1 else 1  # the first by the max-pool before it
+            stages.append(stage(name, width * expansion, (step, step, step)))
+        self.feature_info = stages
+        # The package's own tricks, by slabs, know the plain network alone.
+        self._plain = stem_stride == 1 and shortcut == "B" and set(dilations) == {1}
         self._streams = False  # whether the forward is that of `streamed`: its norms are folded
         self.reset_classifier(num_classes)
 
@@ -87,10 +120,13 @@ class ResNet(Encoder):
             if needed:
                 return self._run(self._stem, x)
             # What the first block takes, or where the stem's map is not to be kept, what that is made of.
-            return pooled_stem(x, self.conv1, self.bn1) if self.grad_checkpointing else (self.maxpool(self._stem(x)),)
+            if self.grad_checkpointing and self._plain:
+                return pooled_stem(x, self.conv1, self.bn1)
+            return (self._run(lambda x: self.maxpool(self._stem(x)), x),)
         inputs = x if isinstance(x, tuple) else (self.maxpool(x) if number == 1 else x,)
         for block in self._part(_STAGES[number - 1]).children():
-            inputs = (residual_block(block, *inputs) if self.grad_checkpointing else block(*inputs),)
+            by_hand = self.grad_checkpointing and self._plain
+            inputs = (residual_block(block, *inputs) if by_hand else self._run(block, *inputs),)
         return inputs[0]
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -100,7 +136,7 @@ class ResNet(Encoder):
         return super().forward_features(x)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As the contract says, and the stem goes by slabs, so that its full-size activation never exists.
+        """As the contract says, and the stem of a plain network goes by slabs: its full-size activation never exists.
 
         Hooks on the stem's modules, on blocks and on what is in them are not called then.
         """
@@ -114,7 +150,7 @@ class ResNet(Encoder):
 
         Where a gradient is asked for, or the network is traced, its forward is the plain one. Otherwise hooks on
         modules in the stem and the first three stages are not called. A subclass, whose forward may be another, is
-        not streamed, nor is what has adapters.
+        not streamed, nor is what has adapters, a stem of stride 2, shortcut A or dilated kernels.
         """
         # A weight that is folded is made anew, and need not be copied before.
         model = merged(self)
@@ -124,10 +160,25 @@ class ResNet(Encoder):
         assert isinstance(fast, ResNet)
         _fold_batch_norms(fast, dtype)
         done: tuple[str, ...] = ("BatchNorm folded",)
-        if type(self) is ResNet and not self.adapters:
+        if type(self) is ResNet and self._plain and not self.adapters:
             fast._streams = True
             done += ("stem and first three stages by slabs, without what is empty (unless traced)",)
         return computing_in(fast, dtype, done)
+
+
+def _dilate(blocks: nn.Module, dilation: int) -> None:
+    """Give the blocks of a stage of MONAI's their dilation, and shortcut A, which is a function there, as a module."""
+    for block in blocks.children():
+        shortcut: Any = getattr(block, "downsample", None)
+        if dilation > 1:
+            for conv in block.modules():
+                if isinstance(conv, nn.Conv3d):
+                    conv.stride = (1, 1, 1)
+                    if conv.kernel_size == (3, 3, 3):
+                        conv.dilation = conv.padding = (dilation,) * 3
+        if shortcut is not None and not isinstance(shortcut, nn.Module):
+            arguments = shortcut.keywords
+            block.downsample = PaddedShortcut(arguments["planes"], 1 if dilation > 1 else arguments["stride"])
 
 
 def _is_traced() -> bool:

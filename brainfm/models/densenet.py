@@ -1,0 +1,86 @@
+"""3D DenseNets (Huang et al. 2017) on MONAI's own network, as SynthBA and y-Aware contrastive learning use them.
+
+MONAI's `DenseNet` is built and its modules are taken over under the same names, so that a state dict of one loads
+strictly in the other; it computes the same in MONAI 1.3 to 1.6. MONAI is imported when a model is built, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brainfm.models.encoder import Encoder, Halved, stage
+
+
+class DenseNet(Encoder):
+    """MONAI's 3D DenseNet as an encoder: [B, in_chans, D, H, W] → the last map before its ReLU, whose mean is after it.
+
+    Args:
+        layers: In each of the dense blocks: (6, 12, 24, 16) is DenseNet-121, (6, 12, 48, 32) DenseNet-201.
+        growth: Channels that a layer adds.
+        stem: Channels of the first convolution.
+        last_norm: Whether a norm, `features.norm5`, comes after the last block. y-Aware's encoder has none, and weights
+            that were trained without it mean something else with it.
+        num_classes: Outputs of the classifier `class_layers.out`; 0 for none.
+        in_chans: Input channels.
+        global_pool: "avg", after a ReLU.
+        drop_rate: Dropout on the pooled embedding, in training.
+    """
+
+    classifier_name = "class_layers.out"
+    first_conv = "features.conv0"
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (6, 12, 24, 16),
+        growth: int = 32,
+        stem: int = 64,
+        last_norm: bool = True,
+        *,
+        num_classes: int = 0,
+        in_chans: int = 1,
+        global_pool: str | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        from monai.networks.nets.densenet import DenseNet as MonaiDenseNet
+
+        super().__init__(num_classes, in_chans, global_pool, drop_rate)
+        network = MonaiDenseNet(3, in_chans, 1, init_features=stem, growth_rate=growth, block_config=tuple(layers))
+        self.features = network.features
+        for number in range(1, len(layers)):
+            transition: Any = getattr(self.features, f"transition{number}")
+            transition.pool = Halved()
+        self.class_layers = nn.Module()
+        self.features.norm5 = network.features.norm5 if last_norm else nn.Identity()
+        # The stem's kernels are odd and centred; a transition pools two cells, and its first looks between them.
+        stages, width, step, offset = [stage("features.relu0", stem, (2, 2, 2))], stem, 4, 0.0
+        for number, count in enumerate(layers, start=1):
+            width += count * growth
+            stages.append(stage(f"features.denseblock{number}", width, (step,) * 3, (offset,) * 3))
+            if number < len(layers):
+                width, step, offset = width // 2, step * 2, offset + step / 2
+        self.feature_info, self.num_features = stages, width
+        self.reset_classifier(num_classes)
+
+    def _stage(self, number: int, x: Any, needed: bool) -> Tensor:  # noqa: ARG002 - the contract's
+        part = self.features
+        if number == 0:
+            return self._run(lambda x: part.relu0(part.norm0(part.conv0(x))), x)
+        before: Any = getattr(part, f"transition{number - 1}") if number > 1 else part.pool0
+        block: Any = getattr(part, f"denseblock{number}")
+        return self._run(lambda x: block(before(x)), x)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return self.features.norm5(x)  # type: ignore[no-any-return]
+
+    def pool(self, features: Tensor) -> Tensor:
+        return F.relu(features).mean(dim=(2, 3, 4))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - a block is a group
+        last = len(self.feature_info) - 1
+        ends = {number: f"transition{number - 1}" if number > 1 else "pool0" for number in range(1, last + 1)}
+        blocks = [(rf"^features\.(denseblock{number}|{end})\.", (number,)) for number, end in ends.items()]
+        return {"stem": r"^features\.(conv0|norm0)\.", "blocks": [*blocks, (r"^features\.norm5\.", (last,))]}
