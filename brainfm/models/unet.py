@@ -28,7 +28,7 @@ class UNet(Encoder):
     Args:
         width: Channels of the first level, and of the map; each further level has twice those before it.
         levels: Of the way down; one less lead back.
-        groups: Of the norms; a layer with fewer channels has one.
+        groups: Of the norms; a layer whose channels they do not divide has one.
         unit_length: Whether the channels of each voxel of the map have the length 1.
         num_classes: Outputs of the classifier `head`; 0 for none.
         in_chans: Input channels.
@@ -131,7 +131,7 @@ def _two_convolutions(before: int, between: int, after: int, groups: int) -> nn.
 def _convolution(before: int, after: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
         OrderedDict(
-            groupnorm=nn.GroupNorm(groups if before >= groups else 1, before),
+            groupnorm=nn.GroupNorm(1 if before % groups else groups, before),
             conv=nn.Conv3d(before, after, 3, padding=1, bias=False),
             LeakyReLU=nn.LeakyReLU(inplace=True),
         )

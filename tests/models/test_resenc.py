@@ -14,7 +14,7 @@ import brainfm
 
 BOTH = ["openmind_resencl", "fomo26_resenc_b"]
 SMALL = {"widths": [4, 8, 8], "depths": [1, 2, 1]}
-STATISTICS = ("mean", "std", "max", "l2")
+STATISTICS = ("mean", "std", "l2")
 # The authors' float32 lies a few parts in 100,000 from the exact numbers of single voxels, as this does.
 SINGLE_VOXELS = 1e-4
 
@@ -177,7 +177,7 @@ def held(model, numbers) -> None:
     figures = numbers["feature_map"]
     check_array(features, {key: value for key, value in figures.items() if key != "samples"}, STATISTICS)
     samples = features.flatten()[np.linspace(0, features.numel() - 1, 16).astype(int)]
-    assert error(samples, figures["samples"]) < SINGLE_VOXELS
+    assert error([*samples, features.max()], [*figures["samples"], figures["max"]]) < SINGLE_VOXELS
     assert error(embedding, numbers["embedding"]) < 1e-5
     if "stage_means" in numbers:
         np.testing.assert_allclose([float(each.mean()) for each in maps], numbers["stage_means"], rtol=1e-5)
