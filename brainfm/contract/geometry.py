@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -237,10 +238,14 @@ class Resample(Operation):
         spacing: Millimetres a voxel.
         order: Of the splines; values beyond the edge repeat it.
         anti_alias: Smooth axes that get coarser first (Gaussian, σ = (ratio − 1) / 2 voxels, scikit-image's rule).
+        half_width: With `anti_alias`, another rule: σ = ln(half_width) / π · ratio voxels, the kernel cut at 2.5 σ, and
+            zeros beyond the edge (BrainFM: 5).
         keep: "edges": the edges of the volume stay in place and the size is size × old / new spacing, rounded, so that
             the new spacing is met only nearly (nnU-Net, scikit-image). "first_voxel": the centre of the first voxel
             stays, and the spacing is exact (MONAI's `Spacing`).
         clip: Clip to the range of the input, since cubic splines overshoot (scikit-image's default).
+        slices_above: Where one axis alone has the coarsest spacing, and that is more than so many times the finest,
+            it is resampled by nearest neighbour, after its slices, each clipped by itself (nnU-Net: 3). None never.
     """
 
     spacing: tuple[float, float, float]
@@ -248,11 +253,15 @@ class Resample(Operation):
     anti_alias: bool = False
     keep: Literal["edges", "first_voxel"] = "edges"
     clip: bool = False
+    slices_above: float | None = None
+    half_width: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.spacing) <= 0:
             raise ValueError(f"a spacing is above 0 mm, not {self.spacing}")
+        if self.half_width is not None and self.half_width <= 1:
+            raise ValueError(f"half_width is {self.half_width}, and must be above 1")
 
     def __call__(self, volume: Volume) -> Volume:
         try:
@@ -270,32 +279,67 @@ class Resample(Operation):
         step = ratio if self.keep == "first_voxel" else have / size
         start = (step - 1) / 2 if self.keep == "edges" else np.zeros(3)
 
-        def moved(channel: NDArray[Any], order: int) -> NDArray[Any]:
+        def moved(channel: NDArray[Any], order: int, axes: Sequence[int] = (0, 1, 2)) -> NDArray[Any]:
+            along = np.isin(np.arange(3), axes)
+            to = tuple(np.where(along, shape, channel.shape))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The behavior of affine_transform")  # of a vector, SciPy before 1.16
-                out: NDArray[Any] = ndimage.affine_transform(channel, step, start, shape, order=order, mode="nearest")
+                out: NDArray[Any] = ndimage.affine_transform(
+                    channel, np.where(along, step, 1.0), np.where(along, start, 0.0), to, order=order, mode="nearest"
+                )
             return out
 
-        channels = []
-        for channel in volume.image:
-            low, high = channel.min(), channel.max()
+        def new(channel: NDArray[Any]) -> NDArray[Any]:
             if self.anti_alias:
-                channel = ndimage.gaussian_filter(channel, np.maximum(0, (step - 1) / 2), mode="nearest")
-            new = moved(channel, self.order)
-            channels.append(np.clip(new, low, high) if self.clip else new)
+                channel = self._smoothed(channel, step)
+            thick = self._slices(volume.spacing)
+            if thick is None:
+                out = moved(channel, self.order)
+                return np.clip(out, channel.min(), channel.max()) if self.clip else out
+            within = tuple(axis for axis in range(3) if axis != thick)
+            out = moved(channel, self.order, within)
+            if self.clip:
+                out = np.clip(out, channel.min(axis=within, keepdims=True), channel.max(axis=within, keepdims=True))
+            return moved(out, 0, (thick,))
+
+        channels = [new(channel) for channel in volume.image]
         affine = volume.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ start
         affine[:3, :3] *= step
         mask = None if volume.mask is None else moved(volume.mask.astype(np.uint8), 0).astype(np.bool_)
         return replace(volume, stored=np.stack(channels), mask=mask, affine=affine, slope=1.0, inter=0.0)
 
+    def _slices(self, spacing: NDArray[np.float64]) -> int | None:
+        """The axis that is resampled by itself, if any."""
+        if self.slices_above is None:
+            return None
+        for each in (spacing, np.asarray(self.spacing)):  # the scan's, or else the one it is brought to
+            if each.max() > self.slices_above * each.min():
+                coarsest = np.flatnonzero(each.max() / each < 1 + 1e-6)
+                return int(coarsest[0]) if len(coarsest) == 1 else None
+        return None
+
+    def _smoothed(self, channel: NDArray[Any], ratio: NDArray[np.float64]) -> NDArray[Any]:
+        from scipy import ndimage
+
+        smooth: NDArray[Any]
+        if self.half_width is None:
+            smooth = ndimage.gaussian_filter(channel, np.maximum(0, (ratio - 1) / 2), mode="nearest")
+            return smooth
+        sigma = np.where(ratio > 1, math.log(self.half_width) / math.pi * ratio, 0)
+        reach = [int(n) for n in np.ceil(2.5 * sigma)]
+        smooth = ndimage.gaussian_filter(channel, sigma, mode="constant", radius=reach)
+        return smooth
+
     def __str__(self) -> str:
         smooth = ", smoothed first where it gets coarser" if self.anti_alias else ""
+        if self.anti_alias and self.half_width is not None:
+            smooth += f" by ln({self.half_width:g})/π voxels of the new grid"
         clipped = ", clipped to the range of the input" if self.clip else ""
         place = "edges" if self.keep == "edges" else "first voxel"
-        return (
-            f"resample to {times(self.spacing)} mm (spline order {self.order}, {place} kept in place{smooth}{clipped})"
-        )
+        slices = f", slices {self.slices_above:g} times thicker by nearest neighbour" if self.slices_above else ""
+        how = f"spline order {self.order}, {place} kept in place{smooth}{clipped}{slices}"
+        return f"resample to {times(self.spacing)} mm ({how})"
 
 
 # --- Shared -----------------------------------------------------------------------------------------

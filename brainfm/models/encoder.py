@@ -398,13 +398,18 @@ class Halved(nn.AvgPool3d):
 def computing_in(model: M, dtype: torch.dtype, done: tuple[str, ...] = ()) -> M:
     """The module itself, channels-last, computing in a type, while it takes and returns float32.
 
-    Its `optimizations` become what was `done` to it before, and this.
+    Its `optimizations` become what was `done` to it before, and this. With a GroupNorm it stays in plain memory: in the
+    other torch (2.13) adds up in float32, which on a head is off by percents.
     """
-    model = model.to(dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    plain = any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    layout = torch.contiguous_format if plain else torch.channels_last_3d
+    model = model.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
     if dtype is not torch.float32:
         model.register_forward_pre_hook(_cast_input, with_kwargs=True)
         model.register_forward_hook(_cast_output)
-    optimizations: Any = (*done, "channels-last memory", str(dtype).removeprefix("torch."))
+    if not plain:
+        done = (*done, "channels-last memory")
+    optimizations: Any = (*done, str(dtype).removeprefix("torch."))
     model.optimizations = optimizations
     return model
 

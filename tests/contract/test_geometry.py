@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from dataclasses import replace
@@ -254,6 +255,44 @@ def test_anti_alias_smooths_only_the_axes_that_get_coarser():
         volume.image[0].astype(np.float64), sigma=(12 / 4 - 1) / 2, axis=0, mode="nearest"
     )
     np.testing.assert_allclose(resampled.image[0], interpolated(smooth, (4, 20, 10), order=1), atol=1e-3)
+
+
+def test_anti_alias_by_half_width_is_brainfms_filter_with_zeros_beyond_the_edge():
+    volume = replace(scan((12, 10, 10), channels=1), affine=np.eye(4))
+    resampled = Resample((3.0, 0.5, 1.0), order=1, anti_alias=True, half_width=5)(volume)
+    sigma = math.log(5) / math.pi * 3  # its `torch_resize`, run: equal to 1e-6
+    at = np.arange(-math.ceil(2.5 * sigma), math.ceil(2.5 * sigma) + 1)
+    kernel = np.exp(-((at / sigma) ** 2) / 2)
+    smooth = ndimage.convolve1d(volume.image[0].astype(np.float64), kernel / kernel.sum(), axis=0, mode="constant")
+    np.testing.assert_allclose(resampled.image[0], interpolated(smooth, (4, 20, 10), order=1), atol=1e-3)
+    with pytest.raises(ValueError, match="half_width is 1"):
+        Resample((1.0, 1.0, 1.0), half_width=1)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_thick_slices_are_resampled_by_themselves_then_along_their_axis_by_nearest_neighbour(axis):
+    spacing = [1.5, 1.5, 1.5]
+    spacing[axis] = 5.0
+    shape = [10, 12, 8]
+    volume = replace(scan(tuple(shape), channels=1), affine=np.diag([*spacing, 1.0]))
+    operation = Resample((1.0, 1.0, 1.0), order=3, clip=True, slices_above=3)
+    slices = []
+    for each in np.moveaxis(volume.image[0].astype(np.float64), axis, 0):
+        size = [round(n * 1.5) for n in each.shape]
+        slices.append(interpolated(each, tuple(size), order=3).clip(each.min(), each.max()))
+    nearest = np.minimum(np.floor((np.arange(shape[axis] * 5) + 0.5) / 5), shape[axis] - 1).astype(int)
+    expected = np.moveaxis(np.stack(slices)[nearest], 0, axis)
+    np.testing.assert_allclose(operation(volume).image[0], expected, atol=1e-3)
+    within_limit = replace(operation, slices_above=4)
+    assert np.abs(within_limit(volume).image[0] - expected).max() > 1
+
+
+def test_slices_are_thick_only_where_one_axis_alone_is_the_coarsest():
+    operation = Resample((1.0, 1.0, 1.0), order=1, slices_above=3)
+    plain = replace(operation, slices_above=None)
+    for spacing in ([5.0, 5.0, 1.0], [2.0, 1.0, 1.0]):
+        volume = replace(scan((6, 7, 8), channels=1), affine=np.diag([*spacing, 1.0]))
+        np.testing.assert_array_equal(operation(volume).image, plain(volume).image)
 
 
 def test_a_scan_of_the_right_spacing_is_not_resampled():

@@ -84,7 +84,10 @@ CHANNELS = ("T1w", "T2w", "FLAIR")
 CONTRASTS = InputSpec(channels=CHANNELS, operations=(ZScore(region="all"),), output_shape=(3, 16, 24, 32))
 ANY_SHAPE = InputSpec(representation="any contrast", channels=("any",), operations=(ZScore(region="all"),))
 CARD = {
-    "inputs": {"box": InputSpec(operations=(ZScore(region="all"),), output_shape=(1, 16, 16, 24)).to_dict()},
+    "inputs": {
+        "box": InputSpec(operations=(ZScore(region="all"),), output_shape=(1, 16, 16, 24)).to_dict(),
+        "any": ANY_SHAPE.to_dict(),
+    },
     "models": {
         "toy_vit_3d": {
             "network": "vit",
@@ -92,10 +95,25 @@ CARD = {
             "input": "box",
             "readout": {"pool": "avg"},
             "num_features": 24,
-        }
+        },
+        # Networks that are published too large to be run here.
+        "toy_resenc_3d": {
+            "network": "resenc",
+            "args": {"widths": [8, 12, 16], "depths": [1, 2, 2]},
+            "input": "any",
+            "readout": {"pool": "avg"},
+            "num_features": 16,
+        },
+        "toy_unet_3d": {
+            "network": "unet",
+            "args": {"width": 8, "levels": 2, "groups": 2, "unit_length": False},
+            "input": "any",
+            "readout": {"pool": "brain"},
+            "num_features": 8,
+        },
     },
 }
-TOYS = ["toy_pooled_3d", "toy_unpadded_3d", "toy_vit_3d"]
+TOYS = ["toy_pooled_3d", "toy_unpadded_3d", *CARD["models"]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,10 +156,19 @@ def outline(name: str, size: tuple[int, ...] | None = None, **kwargs) -> Encoder
 def size_of(name: str, cells: int = 2) -> tuple[int, int, int]:
     """The smallest of some inputs that give a last map of so many cells along each axis, or more.
 
-    Where the network takes it, one that its strides do not divide.
+    Where the network takes it, one that its strides do not divide; where it leads back to finer maps, so many cells of
+    its deepest one, that each of them has whole cells of all others.
     """
-    steps = outline(name).feature_info[-1]["reduction"]
-    for count, beyond in [(cells - 1, (1, 2, 3)), (cells, (1, 2, 3)), (cells, (0, 0, 0)), (cells + 1, (1, 2, 3))]:
+    reductions = outline(name).feature_info.reduction()
+    steps = tuple(map(max, zip(*reductions, strict=True)))
+    tries = [
+        (cells - 1, (1, 2, 3)),
+        (cells, (1, 2, 3)),
+        (cells, (0, 0, 0)),
+        (cells + 1, (1, 2, 3)),
+        (cells + 1, (0, 0, 0)),
+    ]
+    for count, beyond in tries if steps == tuple(reductions[-1]) else [(cells, (0, 0, 0))]:
         if count == 0:
             continue
         size = tuple(count * step + more for step, more in zip(steps, beyond, strict=True))
@@ -220,7 +247,7 @@ def test_is_built_in_eval_mode_with_its_cfg(name):
     cfg = get_pretrained_cfg(name)
     assert model.pretrained_cfg.num_features == model.num_features == cfg.num_features
     assert model.in_chans == cfg.in_chans == cfg.input_spec.tensor_channels
-    assert model.global_pool == (cfg.readout.pool or model.pools[0])
+    assert model.global_pool == (cfg.readout.pool if cfg.readout.pool in model.pools else model.pools[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -533,8 +560,13 @@ def test_computes_in_bfloat16_on_the_cpu(name):
 
 
 def fewest_cells(name: str) -> int:
-    """Along an axis, of a volume that the encoder takes: a processor without bfloat16 is slow with it."""
-    return 1 if getattr(shared(name), "dynamic_img_size", True) else 2
+    """Along an axis, of a volume that the encoder takes: a processor without bfloat16 is slow with it.
+
+    A norm over the volume wants several.
+    """
+    model = shared(name)
+    over_volume = any(isinstance(module, nn.InstanceNorm3d) for module in model.modules())
+    return 1 if getattr(model, "dynamic_img_size", True) and not over_volume else 2
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -576,15 +608,17 @@ TOLERANCE = 0.1  # of a cell; all that was seen is below 0.04
 def smoothed(model: Encoder) -> Encoder:
     """With kernels that are means about their middles, and max-pools that are means: no cell looks to one side.
 
-    Norms over the volume, which look everywhere, are left out.
+    Norms over the volume, which look everywhere, are left out, as are those of a cell's channels.
     Where a kernel looks does not depend on its weights; they stay random, but do not cancel each other.
     """
+    if hasattr(model, "unit_length"):
+        model.unit_length = False
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv3d):
             weight = module.weight.detach().abs()
             for axis, (size, step) in enumerate(zip(module.kernel_size, module.stride, strict=True)):
                 from_middle = (torch.arange(size) - (size - 1) / 2) / step
-                weight *= torch.exp(-2 * from_middle**2).view(-1, *[1] * (2 - axis))
+                weight *= torch.exp(-4 * from_middle**2).view(-1, *[1] * (2 - axis))
             module.weight.data = weight / weight.sum(dim=(1, 2, 3, 4), keepdim=True)
         elif isinstance(module, nn.MaxPool3d):
             mean = nn.AvgPool3d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
@@ -618,7 +652,12 @@ def misplaced(model: Encoder, size: tuple[int, ...]) -> np.ndarray:
     return np.array(found)
 
 
-LARGE = {name for name in NETWORKS if name not in TOYS and parameters(name) > 2e8}
+LARGE = {  # or of many parameters and wide cells, so that an input of three of them is large too
+    name
+    for name in NETWORKS
+    if name not in TOYS
+    and parameters(name) > (2e8 if max(map(max, outline(name).feature_info.reduction())) < 32 else 6e7)
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in NETWORKS])
