@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from brainfm.contract import register_operation as register_operation
     from brainfm.embed import embed as embed
     from brainfm.errors import BrainfmError as BrainfmError
+    from brainfm.errors import LicenceError as LicenceError
     from brainfm.errors import MissingExtraError as MissingExtraError
     from brainfm.errors import ModelNameError as ModelNameError
     from brainfm.errors import RecipeError as RecipeError
@@ -60,6 +61,7 @@ _MODULES = {
     "embed": ("embed",),
     "errors": (
         *("BrainfmError", "MissingExtraError", "ModelNameError", "RecipeError", "ScanError", "WeightsError"),
+        "LicenceError",
         "WeightsNotFoundError",
     ),
     "factory": ("create_model",),

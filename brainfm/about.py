@@ -92,6 +92,7 @@ def _facts(cfg: PretrainedCfg, weights: str, parameters: int | None) -> dict[str
         "licence of the weights": wanted(cfg.licence, "not stated: ask whoever made them"),
         "licence of the code": cfg.code_licence or ("not stated" if cfg.repository else None),
         "access": "gated: ask for it where the weights are" if cfg.gated else None,
+        "acceptance": "needed once: accept_licence=True" if cfg.accept else None,
         "redistribution": None if cfg.redistribute else "not allowed",
         "terms": cfg.terms,
         "publication": cfg.title,

@@ -45,6 +45,10 @@ class WeightsNotFoundError(WeightsError):
     """Weights that do not exist, or cannot be reached from here."""
 
 
+class LicenceError(WeightsError):
+    """Weights whose licence asks something first, or does not let them be passed on."""
+
+
 class RecipeError(BrainfmError):
     """A training recipe with an unknown field or a value that cannot be."""
 

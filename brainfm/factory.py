@@ -43,6 +43,7 @@ def create_model(
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     checkpoint_path: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    accept_licence: bool = False,
     num_classes: int = 0,
     in_chans: int | None = None,
     global_pool: str | None = None,
@@ -66,6 +67,7 @@ def create_model(
         pretrained_cfg_overlay: Fields of the cfg to replace, such as {"file": "mine.safetensors"} or {"sha256": None}.
         checkpoint_path: A weight file to load instead of the published ones.
         cache_dir: Where fetched weights are kept; by default the Hub's cache, and `$BRAINFM_CACHE` for URLs.
+        accept_licence: Accept the licence of weights that ask for it, once: it is kept in the cache.
         num_classes: Outputs of a new classifier; 0 gives the embedding.
         in_chans: Input channels; pretrained weights are summed or repeated to fit, by timm's rule. None is what the
             cfg says: 1 for every model of this package.
@@ -84,6 +86,7 @@ def create_model(
     Raises:
         ModelNameError: The name is unknown or ambiguous (a ValueError).
         WeightsNotFoundError: The weights do not exist, or cannot be reached.
+        LicenceError: Their licence asks something that nobody has accepted yet.
         WeightsError: They are not what they should be.
         ValueError: An argument is none that the network takes, such as a `global_pool` of "".
 
@@ -103,7 +106,7 @@ def create_model(
     if checkpoint_path is not None:
         wanted = Path(checkpoint_path)
     elif pretrained or resolved.is_place:
-        wanted = weights.find_weights(cfg, cache_dir)
+        wanted = weights.find_weights(cfg, cache_dir, accept_licence)
 
     args = {**resolved.args, **kwargs}
     if global_pool is not None:

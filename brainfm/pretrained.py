@@ -13,8 +13,8 @@ from brainfm.schema import Checked, check_keys
 from brainfm.zoo.cards import Card, Cohort, Keys, Licence, ModelCard, Publication, Score, WeightsCard, WeightsSource
 
 # The fields that say which file, and those of them that name one.
-_OF_THE_SOURCE = ("file", "hub_id", "hub_revision", "hub_filename", "url", "sha256", "git_blob")
-_SOURCES = ("file", "hub_id", "url")
+_OF_THE_SOURCE = ("file", "hub_id", "hub_revision", "hub_filename", "url", "page", "sha256", "git_blob")
+_SOURCES = ("file", "hub_id", "url", "page")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class PretrainedCfg(Checked):
         hub_revision: Its commit; a cfg shipped in this package pins one.
         hub_filename: The weight file there.
         url: Where the file can be downloaded otherwise.
+        page: The page from which people take it, where no program may.
         file: A file on this machine; comes before the Hub and the URL.
         sha256: Of the file at the source; checked where given. None switches the check off.
         git_blob: The id that Git gives the file at the source, checked likewise.
@@ -44,6 +45,7 @@ class PretrainedCfg(Checked):
         code_licence: Of the authors' code.
         gated: Whether the weights are given out only to those who asked.
         redistribute: Whether they may be passed on.
+        accept: Whether the licence has to be accepted before the first load.
         terms: What else the licence asks.
         title: Of the publication.
         paper: Where they were published.
@@ -61,6 +63,7 @@ class PretrainedCfg(Checked):
     hub_revision: str | None = None
     hub_filename: str = "model.safetensors"
     url: str | None = None
+    page: str | None = None
     file: str | None = None
     sha256: str | None = None
     git_blob: str | None = None
@@ -77,6 +80,7 @@ class PretrainedCfg(Checked):
     code_licence: str | None = None
     gated: bool = False
     redistribute: bool = True
+    accept: bool = False
     terms: str = ""
     title: str = ""
     paper: str | None = None
@@ -104,7 +108,7 @@ class PretrainedCfg(Checked):
     @property
     def source(self) -> str:
         """Where `create_model(..., pretrained=True)` takes the weights from, in words; empty where there are none."""
-        return WeightsSource(self.file, self.hub_id, self.hub_revision, self.hub_filename, self.url).words
+        return WeightsSource(self.file, self.hub_id, self.hub_revision, self.hub_filename, self.url, self.page).words
 
     def overlay(self, changes: Mapping[str, Any]) -> PretrainedCfg:
         """The same cfg with some fields replaced. Raises ValueError for a field that does not exist.
@@ -158,6 +162,7 @@ def cfg_of(card: Card, architecture: str, tag: str = "") -> PretrainedCfg:
         hub_revision=source.revision,
         hub_filename=source.filename,
         url=source.url,
+        page=source.page,
         file=source.file,
         sha256=digest if kind == "sha256" else None,
         git_blob=digest if kind == "git-blob" else None,
@@ -174,6 +179,7 @@ def cfg_of(card: Card, architecture: str, tag: str = "") -> PretrainedCfg:
         code_licence=licence.code,
         gated=licence.gated,
         redistribute=licence.redistribute,
+        accept=licence.accept or licence.gated,
         terms=licence.terms,
         title=card.publication.title,
         paper=card.publication.paper,
@@ -210,7 +216,7 @@ def card_of(cfg: PretrainedCfg, network: str, args: Mapping[str, Any]) -> Card:
     )
     return Card(
         publication=Publication(cfg.title, cfg.paper, cfg.repository, cfg.citation),
-        licence=Licence(cfg.code_licence, cfg.licence, cfg.gated, cfg.redistribute, cfg.terms),
+        licence=Licence(cfg.code_licence, cfg.licence, cfg.gated, cfg.redistribute, cfg.accept, cfg.terms),
         cohorts=cfg.cohorts,
         inputs={"input": cfg.input_spec.to_dict()} if cfg.input_spec else {},
         models={cfg.architecture: model},

@@ -86,15 +86,21 @@ def _say_overlap(cfg: PretrainedCfg, datasets: tuple[str, ...], as_json: bool) -
             click.echo(f"{dataset}: {none if cfg.cohorts else f'{cfg.name} records no pretraining cohorts'}")
 
 
+_SHARE = click.option(
+    "--share", is_flag=True, help="It will be passed on: refuse where the licence of the weights does not allow that."
+)
+
+
 @click.command("fetch")
 @click.argument("model")
 @click.option("--to", metavar="DIR", help="A folder for a machine without a network: 'local-dir:DIR' loads it there.")
 @click.option("--cache-dir", help="Where to keep the weights instead of the usual cache.")
-def fetch_command(model: str, to: str | None, cache_dir: str | None) -> None:
+@click.option("--accept-licence", is_flag=True, help="Accept the licence of weights that ask for it; it is kept.")
+def fetch_command(model: str, to: str | None, cache_dir: str | None, accept_licence: bool) -> None:
     """Bring the weights of MODEL to this machine ahead of time; afterwards no network is needed."""
     from brainfm import hub
 
-    path = hub.fetch(model, to, cache_dir)
+    path = hub.fetch(model, to, cache_dir, accept_licence)
     click.echo(f"{model} → {path}" + (f" (load it as local-dir:{path})" if to else ""))
 
 
@@ -105,7 +111,8 @@ def fetch_command(model: str, to: str | None, cache_dir: str | None) -> None:
 @click.option(
     "--cfg", "cfg_file", type=click.File(), help="JSON with fields of the cfg to set: licence, cohorts, notes…"
 )
-def convert_command(source: str, folder: str, model: str, cfg_file: Any) -> None:
+@_SHARE
+def convert_command(source: str, folder: str, model: str, cfg_file: Any, share: bool) -> None:
     """Turn SOURCE, a checkpoint of any kind, into a model's folder, ready for local-dir: and 'brainfm push'.
 
     SOURCE is the authors' file, a SimCLR or MAE checkpoint, a state dict, or a folder with one of them. With
@@ -116,9 +123,12 @@ def convert_command(source: str, folder: str, model: str, cfg_file: Any) -> None
     import brainfm
     from brainfm import hub
     from brainfm.names import resolve
+    from brainfm.weights.licence import check_passing_on
 
     try:
         overlay = json.load(cfg_file) if cfg_file else {}
+        if share:
+            check_passing_on(resolve(model, overlay=overlay).cfg, f"{folder}: not written")
         path = hub.convert(source, folder, model, pretrained_cfg_overlay=overlay)
     except (ValueError, TypeError) as error:
         if not cfg_file or isinstance(error, brainfm.BrainfmError):
@@ -192,11 +202,16 @@ def verify_command(model: str, dtypes: tuple[Any, ...], device: str, as_json: bo
     help="ONNX, or a program of torch.export; without it, what the ending of OUTPUT says.",
 )
 @click.option("--checkpoint", help="A weight file to use instead of the published weights.")
-def export_command(model: str, output: Path, kind: Any, checkpoint: str | None) -> None:
+@_SHARE
+def export_command(model: str, output: Path, kind: Any, checkpoint: str | None, share: bool) -> None:
     """Write MODEL as a file that runs without brainfm, for a batch of any size, and check it against the model."""
     import brainfm
     from brainfm.export import export
+    from brainfm.names import resolve
+    from brainfm.weights.licence import check_passing_on
 
+    if share:
+        check_passing_on(resolve(model).cfg, f"{output}: not written")
     encoder = brainfm.create_model(model, pretrained=checkpoint is None, checkpoint_path=checkpoint)
     report = export(encoder, output, kind or ("torch-export" if output.suffix == ".pt2" else "onnx"))
     click.echo(f"{model} → {report.path}, checked: relative error {report.error:.1e} on {report.sample}")

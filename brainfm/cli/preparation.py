@@ -58,10 +58,11 @@ def prep_command(inputs: tuple[str, ...], output: Path, jobs: int, **options: An
     """Prepare raw T1w scans of heads, once for every encoder: bias field off, brain found, registered to MNI152.
 
     INPUT is an image file (.nii, .nii.gz, .mgz, .nrrd) in any orientation and voxel size, a folder of such files, the
-    folder of a DICOM series, a folder of such folders, a BIDS data set, or a manifest (.csv with image_path). Each scan
-    gets a folder in OUTPUT that 'brainfm embed OUTPUT' takes for any encoder of T1w scans: the head in its own space,
-    its brain mask, qc.png, and prep.json with the matrices to MNI152. The same command goes on where it stopped. Scans
-    that fail, by an error or by their quality, are listed, and the exit code is 1.
+    folder of DICOM files, an enhanced DICOM file, a folder of such folders, a BIDS data set, or a manifest (a table
+    with image_path). Of several DICOM images the one is taken that alone can be T1w, else none. Each scan gets a folder
+    in OUTPUT that 'brainfm embed OUTPUT' takes for any encoder of T1w scans: the head in its own space, its brain mask,
+    qc.png, and prep.json with the matrices to MNI152. The same command goes on where it stopped. Scans that fail, by an
+    error or by their quality, are listed, and the exit code is 1.
     """
     from brainfm.prep.batch import prepare_all
     from brainfm.prep.pipeline import Settings

@@ -180,13 +180,19 @@ def _convert_folder(
     return save_for_hub(model, folder, pretrained_cfg_overlay=overlay)
 
 
-def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def fetch(
+    name: str,
+    to: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    accept_licence: bool = False,
+) -> Path:
     """Bring a model's weights to this machine ahead of time, to the cache or to a folder that `local-dir:` reads.
 
     Args:
         name: A model with weights, by any name that `create_model` takes.
         to: A folder to write, for a machine without a network; see `save_for_hub`. None fills the cache.
         cache_dir: As for `create_model`.
+        accept_licence: Likewise.
 
     Returns:
         The weight file in the cache, or the folder.
@@ -195,7 +201,7 @@ def fetch(name: str, to: str | os.PathLike[str] | None = None, cache_dir: str | 
         ModelNameError, WeightsNotFoundError, WeightsError: As `create_model`.
     """
     source = resolve(name, cache_dir=cache_dir, mirror=hub_mirror())
-    weights = find_weights(source.cfg, cache_dir)
+    weights = find_weights(source.cfg, cache_dir, accept_licence)
     if to is None:
         return weights
     if not source.config:  # no folder yet: a file in this package or at a URL

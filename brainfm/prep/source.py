@@ -1,6 +1,6 @@
 """What is to be prepared: files, folders, DICOM series, BIDS data sets, manifests; read, or refused by content.
 
-Nothing of a DICOM header but its geometry and its modality is looked at, and nothing of it is ever written or shown.
+Nothing of a DICOM header but geometry and words of the standard is ever written or shown; see `brainfm.prep.dicom`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,25 +22,38 @@ from brainfm.errors import ScanError
 from brainfm.files import file_sha256
 from brainfm.manifest import ScanRecord, list_scans
 from brainfm.paths import walk_folder
-from brainfm.prep.dicom import read_series
+from brainfm.prep.extent import why_no_head
 from brainfm.prep.image import largest_part, sitk, to_array, to_itk
 from brainfm.scan.kinds import first_bytes, is_dicom
 from brainfm.scan.read import read_image
 
 logger = logging.getLogger("brainfm")
 
-MIN_EXTENT_MM = 100.0  # along every axis; adults' brains are 110 mm or more
-MAX_VOXEL_MM = 6.0
 AIR_IN_HOUNSFIELD = -500.0  # below it there is nothing in an MR image
 STRIPPED_LITRES = (0.6, 2.4)  # of voxels that are not background; a head has 3 or more
 
 # What is taken from a folder; MINC, MetaImage and Analyze are taken to be refused by name.
 _IMAGE = re.compile(r"\.((nii|mgz|mgh|hdr|mnc)(\.(gz|bz2|xz|zst))?|nrrd|nhdr|mha|mhd)$", re.IGNORECASE)
-_MANIFEST = (".csv", ".tsv", ".xlsx")
+_MANIFEST = (".csv", ".tsv", ".txt", ".xlsx", ".parquet")
+# How the names of scans of other contrasts end, and what a manifest's columns call them.
+_ENDINGS = {
+    "T2w": re.compile(r"(^|_)(T2w|T2)$", re.IGNORECASE),
+    "FLAIR": re.compile(r"(^|_)(T2w?_?)?FLAIR$", re.IGNORECASE),
+    "T1c": re.compile(r"(^|_)(T1c|T1ce|T1gd|T1post)$|(^|_)ce-[a-z0-9]+_(.*_)?T1w$", re.IGNORECASE),
+}
+_CHANNELS = {
+    "T1w": ("t1w", "t1"),
+    "T2w": ("t2w", "t2"),
+    "FLAIR": ("flair",),
+    "T1c": ("t1c", "t1ce", "t1gd", "t1post"),
+}
 # By BIDS' suffix, or a mask's usual name, no T1w scan of a head.
 _OTHER = re.compile(
     r"(^|_)(T2w|T2star|T2starw|PDw|PDT2|FLAIR|bold|sbref|dwi|epi|asl|dseg|probseg|mask)$", re.IGNORECASE
 )
+
+
+Contrast: TypeAlias = Literal["T1w", "T2w", "FLAIR", "T1c"]  # T1c is T1w after contrast agent
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Source:
     """One scan to be prepared.
 
     Attributes:
-        path: Its image file, or the folder of its DICOM series.
+        path: Its image file, an enhanced DICOM file, or the folder of its DICOM files.
         name: Of its folder in the output; with a "/" where a patient has a folder for each scan.
     """
 
@@ -74,7 +88,7 @@ class Head:
     Attributes:
         image: float32, its axes turned nearly R, A, S; not resampled.
         stripped: Whether the skull was removed already.
-        found: What the file holds, in words: size, voxels.
+        found: What the file holds, in words: size, voxels, and how it was chosen from several DICOM images.
     """
 
     image: sitk.Image
@@ -82,13 +96,14 @@ class Head:
     found: str
 
 
-def find_sources(inputs: Iterable[str | Path]) -> Sources:
-    """The scans that paths name.
+def find_sources(inputs: Iterable[str | Path], contrast: Contrast = "T1w") -> Sources:
+    """The scans of one contrast that paths name.
 
-    A manifest stands for its images, a BIDS folder for its T1w images, another folder for every image and DICOM series
-    in it, at any depth. Images whose names say another contrast, masks, and what is prepared already are not taken from
-    folders. A scan is called by its file's or folder's name, and where two would have one name by the folders above it
-    too; of a manifest by its patient and scan.
+    A manifest stands for its images, a BIDS folder for its T1w images, another folder for every image and every folder
+    of DICOM files in it, at any depth. Images whose names say another contrast, masks, and what is prepared already are
+    not taken from folders; of another contrast than T1w those are taken whose names end as its do (`_T2w`, `_FLAIR`,
+    `_T1c`, `ce-…_T1w`), and of a manifest its column. A scan is called by its file's or folder's name, and where two
+    would have one name by the folders above it too; of a manifest by its patient and scan.
 
     Raises:
         ScanError: A BIDS folder without a T1w image, a folder of prepared scans only, a manifest that is wrong, or two
@@ -97,7 +112,7 @@ def find_sources(inputs: Iterable[str | Path]) -> Sources:
     left_out: dict[str, str] = {}
     found: dict[Path, tuple[str, str]] = {}
     for item in inputs:
-        for path, short, long in _expanded(Path(item).expanduser(), left_out):
+        for path, short, long in _expanded(Path(item).expanduser(), left_out, contrast):
             found.setdefault(path.absolute(), (short, long))  # a link keeps its name: DataLad's have none
     often = Counter(short for short, _ in found.values())
     names = {path: short if often[short] == 1 else long for path, (short, long) in found.items()}
@@ -119,39 +134,47 @@ def source_sha256(path: Path) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def read_source(path: Path) -> Head:
-    """Read a scan and check that it can be a T1w image of a head.
+def read_source(path: Path, contrast: Contrast = "T1w") -> Head:
+    """Read a scan and check that it can be an image of a head; DICOM is of T1w scans only.
 
     Raises:
-        ScanError: It cannot be read, is 4-D, CT, a slab, coarse, constant or not finite, or a folder with several DICOM
-            series or none. The message says what was found.
+        ScanError: It cannot be read, is 4-D, CT, a slab, coarse, constant or not finite, or DICOM of which no image or
+            more than one can be T1w. The message says what was found.
     """
-    array, affine = _read_folder(path) if path.is_dir() else _read_file(path)
+    array, affine, chosen = _read(path, contrast)
     _check(array, affine, str(path))
     volume = Reorient("RAS")(Volume(array[None], None, affine))
     spacing = "×".join(f"{mm:.3g}" for mm in volume.spacing)
     found = f"{'×'.join(map(str, volume.shape))} voxels of {spacing} mm (right, anterior, superior)"
+    found += f"; {chosen}" if chosen else ""
     return Head(to_itk(volume.image[0], volume.affine), _is_stripped(volume), found)
 
 
 _Named = tuple[Path, str, str]  # a scan's path, its name, and a longer one for where that is another's too
 
 
-def _expanded(path: Path, left_out: dict[str, str]) -> Iterator[_Named]:
+def _expanded(path: Path, left_out: dict[str, str], contrast: Contrast) -> Iterator[_Named]:
     if path.suffix.lower() in _MANIFEST and not path.is_dir():
         for record in list_scans(path):
-            image = _t1w(record)
+            image = _image_of(record, contrast)
+            if image is None:
+                left_out[record.name] = f"no {contrast} image"
+                continue
             inside = "/".join(_clean(part) for part in (record.patient_id, record.scan_id) if part)
+            inside += "" if contrast == "T1w" else f"_{contrast}"
             short = inside if record.patient_id else _name(image)
             yield image, short, f"{short}/{_name(image)}" if record.patient_id else _longer(image)
-    elif path.is_dir() and not any(map(is_dicom, path.iterdir())):
-        yield from _in_folder(path, left_out)
+    elif path.is_dir() and not _holds_dicom(path.iterdir()):
+        yield from _in_folder(path, left_out, contrast)
     else:
         yield path, _name(path), _longer(path)
 
 
-def _in_folder(folder: Path, left_out: dict[str, str]) -> Iterator[_Named]:
-    """The T1w images of a BIDS data set, or of another folder every image and DICOM series; the rest is named."""
+def _in_folder(folder: Path, left_out: dict[str, str], contrast: Contrast) -> Iterator[_Named]:
+    """The T1w images of a BIDS data set, or of another folder every image and DICOM series; the rest is named.
+
+    Of another contrast, all images whose names end as its do.
+    """
     files, folders, closed = walk_folder(folder)
     left_out |= closed
     if closed:
@@ -159,6 +182,12 @@ def _in_folder(folder: Path, left_out: dict[str, str]) -> Iterator[_Named]:
     files = [path for path in files if not path.name.startswith(".")]
     subjects = [place for place in folders if place.parent == folder and place.name.startswith("sub-")]
     images = [path for path in files if _IMAGE.search(path.name)]
+    if contrast != "T1w":
+        named = [path for path in images if _ENDINGS[contrast].search(_stem(path))]
+        if not named:
+            raise ScanError(f"{folder}: no {contrast} image, by the ends of the names; name the files, or list them")
+        yield from ((path, _name(path), _longer(path)) for path in named)
+        return
     t1w = [path for path in images if _stem(path).endswith("_T1w") and {*path.parents} & {*subjects}]
     described = folder / "dataset_description.json" in files
     if t1w:
@@ -189,21 +218,29 @@ def _images_and_series(folder: Path, files: list[Path], folders: list[Path], pre
     for path in files:
         if not _IMAGE.search(path.name) and len(first.setdefault(path.parent, [])) < 5:
             first[path.parent].append(path)
-    series = [place for place in folders if any(map(is_dicom, first.get(place, [])))]
+    series = [place for place in folders if _holds_dicom(first.get(place, []))]
     return sorted({*images} - {*others} | {*series})
 
 
-def _t1w(record: ScanRecord) -> Path:
-    """The T1w image of a manifest's row: its only one, or that of the channel of this name."""
+def _holds_dicom(files: Iterable[Path]) -> bool:
+    """Whether there is a DICOM file among a folder's, other than the table of contents of an exported examination."""
+    return any(is_dicom(file) for file in files if file.name.upper() != "DICOMDIR")
+
+
+def _image_of(record: ScanRecord, contrast: Contrast) -> Path | None:
+    """The image of a contrast in a manifest's row, by its channel's name; of T1w also the only one that there is."""
     images = {channel.casefold(): image for channel, image in record.images.items()}
-    named = [images[channel] for channel in ("t1w", "t1", "") if channel in images] or list(images.values())
-    if len(images) > 1 and not {"t1w", "t1"} & images.keys():
+    named = [images[channel] for channel in _CHANNELS[contrast] if images.get(channel) is not None]
+    if named or contrast != "T1w":
+        only = [images[""]] if set(images) == {""} else []
+        return next((Path(str(image)) for image in named or only), None)
+    if len(images) > 1:
         raise ScanError(f"{record.name}: none of the channels {', '.join(images)} is called t1w; name it t1w_path")
-    return Path(str(named[0]))
+    return Path(str(next(iter(images.values()))))
 
 
 def _stem(path: Path) -> str:
-    return re.sub(r"\.img(\.gz)?$", "", _IMAGE.sub("", path.name), flags=re.IGNORECASE)
+    return re.sub(r"\.(img(\.gz)?|dcm|ima)$", "", _IMAGE.sub("", path.name), flags=re.IGNORECASE)
 
 
 def _name(path: Path) -> str:
@@ -218,17 +255,19 @@ def _clean(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "scan"
 
 
-def _read_file(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    if is_dicom(path):
-        raise ScanError(f"{path}: a file of a DICOM series; name the folder that holds the series")
+def _read(path: Path, contrast: Contrast) -> tuple[NDArray[np.float32], NDArray[np.float64], str]:
+    """Voxels [x, y, z], scaled, their affine to RAS mm, and how they were chosen, where there was a choice."""
+    if path.is_dir() and not _holds_dicom(path.iterdir()):
+        raise ScanError(f"{path}: a folder that holds neither a DICOM series nor a BIDS data set")
+    if path.is_dir() or is_dicom(path):
+        if contrast != "T1w":
+            raise ScanError(f"{path}: DICOM, which is read of T1w scans only; convert it first, such as with dcm2niix")
+        from brainfm.prep.dicom import read_dicom  # imports pydicom, which takes long and is needed here alone
+
+        return read_dicom(path)
     stored = read_image(path)
-    return Volume(stored.array[None], None, stored.affine, stored.slope, stored.inter).image[0], stored.affine
-
-
-def _read_folder(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    if not any(map(is_dicom, folder.iterdir())):
-        raise ScanError(f"{folder}: a folder that holds neither a DICOM series nor a BIDS data set")
-    return read_series(folder)
+    image = Volume(stored.array[None], None, stored.affine, stored.slope, stored.inter).image[0]
+    return image, stored.affine, ""
 
 
 # --- What it holds --------------------------------------------------------------------------------
@@ -239,18 +278,9 @@ def _check(array: NDArray[np.float32], affine: NDArray[np.float64], source: str)
         raise ScanError(f"{source}: the image holds NaN or infinite values; replace them (0 outside the head)")
     if array.min() == array.max():
         raise ScanError(f"{source}: every voxel has the same value: there is no image; check the file")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    for size, mm in zip(array.shape, spacing, strict=True):
-        if size * mm < MIN_EXTENT_MM:
-            raise ScanError(
-                f"{source}: a slab: {size} slices of {mm:.3g} mm cover {size * mm:.0f} mm, and a brain needs "
-                f"{MIN_EXTENT_MM:.0f} or more along each axis; give the T1w scan of the whole head"
-            )
-    if spacing.max() > MAX_VOXEL_MM:
-        raise ScanError(
-            f"{source}: voxels of up to {spacing.max():.3g} mm are too coarse for a contract of 1 mm "
-            f"(at most {MAX_VOXEL_MM:g}); give the T1w scan with the thinnest slices"
-        )
+    why = why_no_head(array.shape, np.linalg.norm(affine[:3, :3], axis=0).tolist())
+    if why:
+        raise ScanError(f"{source}: {why}; give the T1w scan of the whole head with the thinnest slices")
     air = float((array < AIR_IN_HOUNSFIELD).mean())
     if air > 0.05:
         raise ScanError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import gzip
 import hashlib
@@ -17,7 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -30,6 +29,7 @@ from brainfm.errors import WeightsError, WeightsNotFoundError
 from brainfm.files import atomic_path, one_line
 from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
+from brainfm.weights import foreign, keras
 from brainfm.zoo.cards import Keys
 
 logger = logging.getLogger("brainfm")
@@ -79,7 +79,7 @@ class WeightsReport:
 
 
 def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Checkpoint:
-    """Read a safetensors file, a `torch.save` checkpoint, or a tar archive that holds one such file.
+    """Read a safetensors file, a `torch.save` checkpoint, Keras weights (.h5), or a tar archive with one checkpoint.
 
     Args:
         path: The file.
@@ -107,6 +107,8 @@ def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Ch
         return _unwrap(_torch_load(path, str(path), _most_bytes(path)), str(path), take)
     with path.open("rb") as file:
         head = file.read(64)
+    if head.startswith(keras.MAGIC):
+        return Checkpoint(keras.read_keras(path, _most_bytes(path)))
     if head[:1] == b"\x80":  # a pickle: torch.save's format before 1.6
         return _unwrap(_torch_load(path, str(path), _most_bytes(path)), str(path), take)
     if head.startswith(b"PK\x03\x04"):
@@ -116,7 +118,9 @@ def read_checkpoint(path: str | os.PathLike[str], take: str | None = None) -> Ch
         found = "is a web page: the download went to a login or an error page"
     elif head.startswith(b"version https://git-lfs"):
         found = "is a Git LFS pointer; run 'git lfs pull'"
-    raise WeightsError(f"{path}: not a weight file (safetensors, PyTorch checkpoint, or a tar of one): it {found}")
+    raise WeightsError(
+        f"{path}: not a weight file (safetensors, PyTorch checkpoint or a tar of one, Keras .h5): it {found}"
+    )
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -278,8 +282,12 @@ def _read_tar(path: Path, take: str | None) -> Checkpoint:
         raise WeightsError(f"{path}: damaged tar archive ({one_line(error)}); fetch it again") from error
 
 
-def _torch_load(file: Path | IO[bytes], name: str, most: int) -> Any:
-    """`torch.load(weights_only=True)`, after the checksums that it does not look at, its long answers made one line."""
+def _torch_load(file: Path | IO[bytes], name: str, most: int) -> tuple[Any, tuple[str, ...]]:
+    """`torch.load(weights_only=True)`, after the checksums that it does not look at, its long answers made one line.
+
+    Returns:
+        What it holds, and the names of other programs in it, which are bound to nothing.
+    """
     try:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
@@ -289,17 +297,21 @@ def _torch_load(file: Path | IO[bytes], name: str, most: int) -> Any:
         if not isinstance(file, Path):
             file.seek(0)
         mmap = isinstance(file, Path) and zipfile.is_zipfile(file)
-        with _plain_namespaces(), _named_otherwise(file) as (source, mappable):
-            if mmap and mappable:
-                with suppress(RuntimeError, OSError):  # a file system may map nothing
-                    return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-            return torch.load(source, map_location="cpu", weights_only=True)
+        with _named_otherwise(file) as (source, mappable):
+
+            def read() -> Any:
+                if mmap and mappable:
+                    with suppress(RuntimeError, OSError):  # a file system may map nothing
+                        return torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+                if not isinstance(source, Path):
+                    source.seek(0)
+                return torch.load(source, map_location="cpu", weights_only=True)
+
+            return foreign.load(read)
     except WeightsError:
         raise
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)[: ]+(?:GLOBAL )?([\w.]+)", str(error))
-        if asked:
-            wanted = asked.group(1) or asked.group(2)
+        if wanted := foreign.asked_for(error):
             raise WeightsError(
                 f"{name}: refused: beside tensors the file asks to run {wanted}; "
                 "ask its authors for safetensors or a plain state dict"
@@ -333,14 +345,9 @@ def _named_otherwise(file: Path | IO[bytes]) -> Iterator[tuple[Path | IO[bytes],
         yield file, True
 
 
-def _plain_namespaces() -> AbstractContextManager[None]:
-    """Let argparse.Namespace through, a bag of values in which the MAE family keeps its options."""
-    return torch.serialization.safe_globals([argparse.Namespace])
-
-
-def _unwrap(content: Any, name: str, take: str | None) -> Checkpoint:
-    """The network's tensors out of a checkpoint's dictionary."""
-    dropped: tuple[str, ...] = ()
+def _unwrap(loaded: tuple[Any, tuple[str, ...]], name: str, take: str | None) -> Checkpoint:
+    """The network's tensors out of a checkpoint's dictionary; names of other programs are among what is dropped."""
+    content, dropped = loaded
     for key in take.split(".") if take else ():
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             dropped += tuple(str(other) for other in content if other != key)

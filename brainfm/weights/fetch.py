@@ -21,9 +21,10 @@ from functools import cache
 from pathlib import Path
 
 from brainfm.errors import WeightsError, WeightsNotFoundError
-from brainfm.files import file_git_blob, file_sha256, one_line
+from brainfm.files import file_git_blob, file_sha256, one_line, write_text
 from brainfm.pretrained import PretrainedCfg
 from brainfm.system import expanded
+from brainfm.weights.licence import check_licence
 from brainfm.weights.url import download
 
 logger = logging.getLogger("brainfm")
@@ -62,10 +63,13 @@ def _passing_cache() -> Path:
     return folder
 
 
-def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def find_weights(
+    cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = None, accept_licence: bool = False
+) -> Path:
     """The local file of a cfg's weights, fetched first where it is not here yet.
 
     Raises:
+        LicenceError: Their licence asks something that nobody has accepted yet.
         WeightsNotFoundError: The cfg names no source, or the source cannot be reached; the message says what to do.
         WeightsError: The file at the source is not the one the cfg describes.
     """
@@ -75,10 +79,18 @@ def find_weights(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None = 
             raise WeightsNotFoundError(f"{cfg.name}: its weight file {path} is not there")
         check_digest(path, cfg)
         return path
+    if cfg.has_weights:
+        check_licence(cfg, expanded(cache_dir) if cache_dir else default_cache_dir(), accept_licence)
     if cfg.hub_id:
         return _from_hub(cfg, cache_dir)
     if cfg.url:
         return _from_url(cfg, cache_dir)
+    if cfg.page:
+        what = f" ({cfg.container})" if cfg.container else ""
+        raise WeightsNotFoundError(
+            f"{cfg.name}: its weights are for people to take: get {cfg.hub_filename}{what} at {cfg.page}, then "
+            f"create_model({cfg.name!r}, checkpoint_path=FILE) or 'brainfm convert FILE DIR --model {cfg.name}'"
+        )
     from brainfm.registry import list_pretrained
 
     known = ", ".join(list_pretrained()) or "none"
@@ -278,10 +290,31 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
         download(str(cfg.url), partial, by_hand)
         try:
             check_digest(partial, cfg)
+            _pin(partial, cfg, converted.parent)
             _convert(partial, converted, cfg)
         finally:  # neither a wrong file nor a gigabyte of optimiser state is worth keeping
             partial.unlink(missing_ok=True)
     return converted
+
+
+def _pin(path: Path, cfg: PretrainedCfg, folder: Path) -> None:
+    """Of a file of which no digest was published, keep the one that is seen first, and hold later ones to it.
+
+    Raises:
+        WeightsError: It is another file than the first time.
+    """
+    if cfg.sha256 or cfg.git_blob:
+        return
+    digest, pin = file_sha256(path), folder / "sha256"
+    seen = pin.read_text(encoding="utf-8").strip() if pin.is_file() else ""
+    if seen and seen != digest:
+        raise WeightsError(
+            f"{cfg.url}: its sha256 is {digest}, and was {seen} when it was first fetched: another file is there now; "
+            f"if that is meant, delete {pin}"
+        )
+    if not seen:
+        write_text(pin, f"{digest}\n")
+        logger.warning("%s: no digest of %s is published; its sha256 is %s, kept in %s", cfg.name, cfg.url, digest, pin)
 
 
 @contextmanager

@@ -41,6 +41,8 @@ class Licence(Checked):
         weights: The same of the weights.
         gated: Whether the weights are given out only to those who asked.
         redistribute: Whether they may be passed on.
+        accept: Whether it has to be accepted before the weights are taken: it is for research only, not for commerce,
+            not stated, or has terms of its own.
         terms: What else is asked, or where these facts are from.
     """
 
@@ -48,6 +50,7 @@ class Licence(Checked):
     weights: str | None = None
     gated: bool = False
     redistribute: bool = True
+    accept: bool = False
     terms: str = ""
 
 
@@ -83,6 +86,7 @@ class WeightsSource(Checked):
         revision: Its commit, branch or tag.
         filename: The file there.
         url: Where it can be downloaded.
+        page: The page from which people take it, where no program may: it is named, and not fetched.
     """
 
     file: str | None = None
@@ -90,6 +94,7 @@ class WeightsSource(Checked):
     revision: str | None = None
     filename: str = "model.safetensors"
     url: str | None = None
+    page: str | None = None
 
     @property
     def words(self) -> str:
@@ -98,7 +103,7 @@ class WeightsSource(Checked):
             return "in this package" if Path(self.file).resolve().parent == ASSETS.resolve() else self.file
         if self.hub:
             return f"hf-hub:{self.hub}" + (f"@{self.revision}" if self.revision else "")
-        return self.url or ""
+        return self.url or self.page or ""
 
 
 @dataclass(frozen=True)

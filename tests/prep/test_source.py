@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import locale
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 
+from brainfm.cli import main
 from brainfm.errors import ScanError
+from brainfm.prep import batch
 from brainfm.prep.image import affine_of, sitk, to_array, to_itk
 from brainfm.prep.source import find_sources, read_source
 
@@ -28,7 +33,7 @@ def small(tmp_path):
 AXIAL, SAGITTAL = (1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1)
 
 
-def write_series(folder, array, *, modality="MR", series="1", skip=(), along=AXIAL, step=4.0, **changed):
+def write_series(folder, array, *, modality="MR", series="1", skip=(), along=AXIAL, step=4.0, compressor="", **changed):
     """A DICOM series of slices [columns, rows, slice] of 4 mm, with a patient's name in every header.
 
     Args:
@@ -39,11 +44,15 @@ def write_series(folder, array, *, modality="MR", series="1", skip=(), along=AXI
         skip: Slices that are not written.
         along: Directions of a row and of a column, LPS.
         step: From a slice to the next along their cross product, mm.
+        compressor: As GDCM knows it.
         changed: By the number of a slice as "n5", tags and values of its header.
     """
     folder.mkdir(exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    if compressor:
+        writer.UseCompressionOn()
+        writer.SetCompressor(compressor)
     normal = np.cross(along[:3], along[3:])
     for z in range(array.shape[2]):
         if z in skip:
@@ -157,7 +166,9 @@ def test_dicom_of_several_series_is_refused_with_their_sizes(small, tmp_path):
     _, array, _ = small
     write_series(tmp_path / "two", array)
     write_series(tmp_path / "two", array[:, :, :30], series="2")
-    with pytest.raises(ScanError, match="2 DICOM series, of 40, 30 files") as refusal:
+    with pytest.raises(
+        ScanError, match="40 files of 40×48×40 voxels of 4×4×4 mm; 30 files of 40×48×30 voxels"
+    ) as refusal:
         read_source(tmp_path / "two")
     assert NAME not in str(refusal.value)
 
@@ -238,15 +249,6 @@ def test_one_file_of_a_series_is_refused_with_what_to_name(small, tmp_path):
         read_source(tmp_path / "series" / "1-000.dcm")
 
 
-def test_dicom_of_many_frames_in_a_file_is_named(tmp_path):
-    image = sitk.GetImageFromArray(np.random.default_rng(0).integers(0, 200, (8, 48, 40)).astype(np.int16))
-    image.SetMetaData("0008|0060", "MR")
-    (tmp_path / "frames").mkdir()
-    sitk.WriteImage(image, str(tmp_path / "frames" / "1.dcm"))
-    with pytest.raises(ScanError, match=r"many frames|does not say where"):
-        read_source(tmp_path / "frames")
-
-
 # --- Folders and manifests ------------------------------------------------------------------------
 
 
@@ -281,6 +283,15 @@ def test_folder_stands_for_its_images_and_series(small, tmp_path, caplog):
     assert "2 left out as no T1w images by name" in caplog.text
 
 
+def test_exported_examination_stands_for_its_series_and_not_for_its_table_of_contents(small, tmp_path):
+    write_series(tmp_path / "cd", small[1][:, :, :1], series="7").joinpath("7-000.dcm").rename(
+        tmp_path / "cd" / "DICOMDIR"
+    )
+    for name in ("S1", "S2"):
+        write_series(tmp_path / "cd" / name, small[1][:, :, :2])
+    assert sorted(source.name for source in find_sources([tmp_path / "cd"])) == ["S1", "S2"]
+
+
 def test_same_names_deep_in_a_folder_are_told_apart(tmp_path):
     folder = touched(tmp_path / "all", "p1/ses-a/T1.nii", "p2/ses-a/T1.nii")
     assert [source.name for source in find_sources([folder])] == ["p1_ses-a_T1", "p2_ses-a_T1"]
@@ -313,6 +324,20 @@ def test_manifest_stands_for_its_images_by_patient_and_scan(tmp_path):
     assert [source.path.name for source in find_sources([tmp_path / "c.csv"])] == ["x.nii"]
 
 
+@pytest.mark.parametrize("ending", [".tsv", ".txt", ".xlsx", ".parquet"])
+def test_every_kind_of_manifest_goes_in(ending, tmp_path):
+    touched(tmp_path, "x.nii", "y.nii")
+    rows = pd.DataFrame({"image_path": ["x.nii", "y.nii"], "patient_id": ["p1", "p2"]})
+    path = tmp_path / f"m{ending}"
+    if ending == ".xlsx":
+        rows.to_excel(path, index=False)
+    elif ending == ".parquet":
+        rows.to_parquet(path)
+    else:
+        rows.to_csv(path, sep="\t", index=False)
+    assert [source.path.name for source in find_sources([path])] == ["x.nii", "y.nii"]
+
+
 def test_other_formats_are_named(tmp_path):
     (tmp_path / "a.mnc").write_bytes(b"CDF\x01" + bytes(1000))
     (tmp_path / "b.hdr").write_bytes(b"\x5c\x01\0\0" + bytes(344))
@@ -339,3 +364,44 @@ def test_nrrd_is_read_as_the_nifti_is(name, small, tmp_path):
     assert np.array_equal(to_array(head.image), to_array(usual.image))
     assert np.allclose(affine_of(head.image), affine_of(usual.image))
     assert [source.name for source in find_sources([tmp_path / name])] == ["scan"]
+
+
+# --- Through the command --------------------------------------------------------------------------
+
+
+def test_all_that_goes_in_goes_in_at_once_and_one_bad_scan_is_exit_code_1(small, tmp_path, monkeypatch):
+    from test_dicom import stack, write_enhanced
+    from test_page import write_scan
+
+    scan, array, affine = small
+    write_series(tmp_path / "series", array)
+    write_enhanced(tmp_path / "enhanced.dcm", stack(array))
+    names = ["bids/sub-01/anat/sub-01_T1w.nii.gz", "plain/a.nii.gz", "plain/deep/b.nii.gz", "listed.nii.gz"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(scan.read_bytes())
+    (tmp_path / "m.csv").write_text("image_path,patient_id\nlisted.nii.gz,p1\nseries,p2\n")
+    nib.Nifti1Image(array[:, :, :9], affine).to_filename(tmp_path / "bad.nii.gz")
+
+    def read_only(todo, output, *rest):
+        for source in todo:
+            try:
+                read_source(source.path)
+                write_scan(output / source.name)
+                rest[-1](source.name, json.loads((output / source.name / "prep.json").read_text()))
+            except ScanError as error:
+                rest[-1](source.name, str(error))
+
+    monkeypatch.setattr(batch, "_run", read_only)
+    inputs = ["bad.nii.gz", "enhanced.dcm", "bids", "plain", "m.csv"]
+    command = ["prep", *(str(tmp_path / name) for name in inputs), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1
+    assert "1 of 7 scans failed:" in result.output
+    assert "bad: could not be prepared" in result.output
+    assert "a slab: 9 slices" in result.output
+    made = {path.parent.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("prep.json")}
+    assert made == {"enhanced", "sub-01", "a", "b", "p1", "p2"}
+    command[-1] = str(tmp_path / "again")
+    command.remove(str(tmp_path / "bad.nii.gz"))
+    assert CliRunner().invoke(main, command).exit_code == 0

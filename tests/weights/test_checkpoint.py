@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import gzip
+import importlib
 import io
 import json
 import os
 import pickle
 import struct
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -362,3 +368,84 @@ def test_half_precision_weights_are_loaded_as_the_model_computes(tmp_path):
     assert model.weight.dtype == torch.float32
     assert torch.equal(model.weight.half(), linear().weight.half())
     assert report.source == report.file == str(tmp_path / "w.safetensors")
+
+
+# --- Names of other programs ----------------------------------------------------------------------
+
+
+class Options:
+    """What a program keeps its options in. Its methods must not run."""
+
+    ran: ClassVar[list[str]] = []
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+    def __setstate__(self, state):
+        Options.ran.append("setstate")
+
+    def __reduce__(self):
+        return make_options, (), {"lr": 0.1}
+
+
+def make_options():
+    Options.ran.append("made")
+    return Options()
+
+
+class Bag(dict):
+    """A dictionary of another program's kind."""
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "tar"])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        Options(lr=0.1),
+        Bag(lr=0.1, nested=Bag(a=1)),
+        argparse.Namespace(lr=0.1),
+        np.float64(0.5),
+        Path("x"),
+        datetime.datetime(2026, 1, 1),
+        [Options(), np.arange(3), {Options: 1}],
+    ],
+    ids=["object", "mapping", "namespace", "numpy", "path", "date", "list"],
+)
+def test_options_of_another_program_are_left_out_and_do_not_run(foreign, kind, state, tmp_path):
+    content = saved({"state_dict": state, "opts": foreign}, _use_new_zipfile_serialization=kind != "legacy")
+    Options.ran.clear()
+    path = tmp_path / "w.pt"
+    if kind == "tar":
+        write_tar(path, {"w.pt": content})
+    else:
+        path.write_bytes(content)
+    found = read_checkpoint(path)
+    assert found.state.keys() == state.keys()
+    assert all(torch.equal(found.state[name], state[name]) for name in state)
+    assert "opts" in found.dropped
+    assert Options.ran == []
+    if isinstance(foreign, Options | Bag):
+        assert any(name.endswith((".make_options", ".Bag")) for name in found.dropped)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        (eval, ("1",)),
+        (os.getcwd, ()),
+        (getattr, ({}, "keys")),
+        (subprocess.run, (["true"],)),
+        (importlib.import_module, ("this",)),
+        (pickle.loads, (b"",)),
+        (nn.Linear, (2, 2)),
+    ],
+    ids=lambda call: getattr(call[0], "__name__", ""),
+)
+def test_what_acts_is_refused_by_name_and_not_bound(call, state, tmp_path):
+    class Acts:
+        def __reduce__(self):
+            return call
+
+    torch.save({"state_dict": state, "opts": Acts()}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=r"refused: beside tensors the file asks to run"):
+        read_checkpoint(tmp_path / "w.pt")
