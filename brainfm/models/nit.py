@@ -65,7 +65,11 @@ class NiT(VisionTransformer):
         self.norm = nn.Identity()
 
     def _new_head(self, num_classes: int) -> nn.Module:
-        return NormedHead(self.num_features, num_classes) if num_classes == self.classes else super()._new_head(num_classes)
+        return (
+            NormedHead(self.num_features, num_classes)
+            if num_classes == self.classes
+            else super()._new_head(num_classes)
+        )
 
     def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The authors' patches are flattened, and weighed by a matrix; then as `VisionTransformer` does."""
