@@ -40,8 +40,8 @@ class MiNiT(Encoder):
         depth: Layers.
         num_heads: Attention heads.
         mlp_dim: Width of the layers' MLPs.
-        skipped: Layers that have weights but are not run. Upstream's evaluation leaves out the second of every four (its
-            `drophead` of 0.25); () runs them all, which is another embedding.
+        skipped: Layers that have weights but are not run. Upstream's evaluation leaves out the second of every four
+            (its `drophead` of 0.25); () runs them all, which is another embedding.
         classes: Outputs of the authors' classifier: with so many, the head is theirs; with another number it is linear.
         img_size: Voxels of the volumes.
         block_size: Voxels of a block.

@@ -16,10 +16,10 @@ from brainfm.models.vit import Attention, Block, Mlp, VisionTransformer, rotated
 def rotation(grid: Triple, width: int) -> Tensor:
     """Sines and cosines of rotary positions for a grid of patches and heads of a width, [2, patches, width].
 
-    As released, where two things are not as one would do them anew, and weights are used to them: a pair of neighbouring
-    channels has two frequencies, since V-JEPA repeats their list and not each; and patches are counted as if the first
-    axis were crossed by layers of first × second patches and rows of the second, though layers are second × third and
-    rows the third. What is left of a head after three equal parts is not turned.
+    As released, where two things are not as one would do them anew, and the weights are used to them: a pair of
+    neighbouring channels has two frequencies, since V-JEPA repeats their list and not each; and patches are counted as
+    if a layer of them held first × second and a row second, though a layer holds second × third and a row third. What
+    is left of a head after three equal parts is not turned.
     """
     part = 2 * (width // 3 // 2)
     frequencies = 10000.0 ** (-torch.arange(part // 2, dtype=torch.float32) / (part / 2))

@@ -19,7 +19,7 @@ from brainfm.models.vit import DropPath, VisionTransformer, rotated
 def rotation(grid: Triple, width: int) -> Tensor:
     """Sines and cosines of rotary positions for a grid of patches and heads of a width, [2, patches, width].
 
-    A third of a head's pairs of channels turns by the place along each axis, in C order, at 10000^(−i/n), i = 0 … n − 1.
+    By the place along each axis, in C order, turns a third of a head's n pairs of channels, at 10000^(−3i/n).
     """
     pairs = width // 6
     frequencies = 10000.0 ** (-torch.arange(pairs, dtype=torch.float32) / pairs)

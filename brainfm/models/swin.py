@@ -1,4 +1,4 @@
-"""3D Swin transformers (Liu et al. 2021, arXiv 2103.14030; of video 2106.13230): torchvision's, and MONAI's old and new.
+"""3D Swin transformers (Liu et al. 2021, arXiv 2103.14030; of video 2106.13230): torchvision's, MONAI's old and new.
 
 They differ in what a stage merges, and where. MONAI up to 1.4 merged eight slices of which two are there twice and two
 are missing; since 1.5 its Swin computes something else with the same weights, which still load strictly. Weights
@@ -30,7 +30,7 @@ MERGES: dict[str, list[Triple]] = {
 
 
 def _padded(x: Tensor, multiples: Sequence[int], first: int) -> Tensor:
-    """x with zeros after the end of its axes `first`, `first` + 1 and + 2, so that `multiples` divide them."""
+    """A tensor with zeros after the end of its axes `first`, `first` + 1 and + 2, so that `multiples` divide them."""
     extra = [-size % multiple for size, multiple in zip(x.shape[first : first + 3], multiples, strict=True)]
     if not any(extra):
         return x
@@ -82,16 +82,17 @@ class WindowAttention(nn.Module):
         if moved:
             x = x.roll([-n for n in shift], dims=(1, 2, 3))
         counts = [size // n for size, n in zip(x.shape[1:4], window, strict=True)]
-        tokens = _in_windows(x, counts, window)  # [B, windows, tokens, C]
-        batch, windows, n, dim = tokens.shape
-        q, k, v = self.qkv(tokens).reshape(batch, windows, n, 3, self.num_heads, -1).permute(3, 0, 1, 4, 2, 5)
+        tokens = _in_windows(x, counts, window).flatten(0, 1)  # [B · windows, tokens, C]
+        windows, n, dim = tokens.shape
+        q, k, v = self.qkv(tokens).reshape(windows, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.relative_position_index[:n, :n].flatten()]
         bias = bias.view(n, n, -1).permute(2, 0, 1)[None]
         if moved:
             bias = bias + _strangers(counts, window, shift, x.device)[:, None].to(bias.dtype)
+            bias = bias.repeat(len(x), 1, 1, 1)  # of four axes, which is what runs fast
         tokens = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        tokens = self.proj(tokens.transpose(2, 3).reshape(batch, windows, n, dim))
-        x = tokens.view(batch, *counts, *window, dim).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
+        tokens = self.proj(tokens.transpose(1, 2).reshape(windows, n, dim))
+        x = tokens.view(len(x), *counts, *window, dim).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
         if moved:
             x = x.roll(shift, dims=(1, 2, 3))
         return x[:, : sizes[0], : sizes[1], : sizes[2]]

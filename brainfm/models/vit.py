@@ -38,7 +38,7 @@ def interpolate_positions(positions: Tensor, old: Triple, new: Triple) -> Tensor
     """A learned position embedding moved from one grid of patches to another, trilinearly.
 
     Args:
-        positions: [1, rows before + patches, dim]; the rows before the patches', such as a CLS token's, stay as they are.
+        positions: [1, rows before + patches, dim]; those before the patches', such as a CLS token's, stay as they are.
         old: The grid that they are of.
         new: The grid to move them to.
     """
@@ -161,8 +161,8 @@ class VisionTransformer(Encoder):
     """A ViT on 3D patches. It takes volumes of `img_size`; with `dynamic_img_size` any that the patch divides.
 
     `forward_features` gives all tokens after the final norm, the CLS token first where there is one; before the norm
-    where the pooling is "fc_norm". The position embedding is fixed sin-cos, computed anew for another input size; one that was learned, or
-    loaded with other values, is interpolated.
+    where the pooling is "fc_norm". The position embedding is fixed sin-cos, computed anew for another input size; one
+    that was learned, or loaded with other values, is interpolated.
 
     Args:
         dim: Width of the tokens, and of the embedding.
@@ -173,7 +173,8 @@ class VisionTransformer(Encoder):
         num_classes: Outputs of the classifier `head`; 0 for none.
         in_chans: Input channels.
         global_pool: "token" (the first token: the CLS token, as linear probing in `facebookresearch/mae`, or without
-            one that of the corner patch, as BrainIAC reads its ViT), "avg" (the patch tokens' mean after the norm), or "fc_norm" (their mean before it, then a norm of its own, as fine-tuning in `mae`).
+            one that of the corner patch, as BrainIAC reads its ViT), "avg" (the patch tokens' mean after the norm), or
+            "fc_norm" (their mean before it, then a norm of its own, as fine-tuning in `mae`).
         drop_rate: Dropout on the pooled embedding, in training.
         drop_path_rate: Stochastic depth, in training: the last block's; it rises evenly from 0 in the first.
         dynamic_img_size: Take volumes of other sizes too.
@@ -341,6 +342,7 @@ class VisionTransformer(Encoder):
 
 
 def init_linear(module: nn.Module) -> None:
+    """Xavier's uniform weights and no bias, as `facebookresearch/mae` begins, where a module is a linear layer."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
