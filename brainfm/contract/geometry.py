@@ -274,13 +274,13 @@ class Resample(Operation):
             raise ValueError(f"a spacing is above 0 mm, not {self.spacing}")
 
     def __call__(self, volume: Volume) -> Volume:
+        ratio = np.asarray(self.spacing) / volume.spacing
+        if np.allclose(ratio, 1, rtol=1e-6):
+            return volume
         try:
             from scipy import ndimage
         except ModuleNotFoundError as error:
             raise MissingExtraError("scipy", "eval") from error
-        ratio = np.asarray(self.spacing) / volume.spacing
-        if np.allclose(ratio, 1, rtol=1e-6):
-            return volume
         have = np.asarray(volume.shape)
         size = np.rint((have - 1) / ratio + 1) if self.keep == "first_voxel" else np.maximum(1, np.rint(have / ratio))
         if math.prod(size) > MOST_VOXELS:

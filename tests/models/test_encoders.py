@@ -214,7 +214,9 @@ def test_is_built_in_eval_mode_with_its_cfg(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_takes_the_tensor_of_its_contract(name):
     model = outline(name)
-    shape = get_pretrained_cfg(name).input_spec.output_shape or (model.in_chans, *size_of(name))
+    cfg = get_pretrained_cfg(name)
+    window = cfg.readout.window
+    shape = cfg.input_spec.output_shape or (model.in_chans, *(window.shape if window else size_of(name)))
     assert model(torch.empty(1, *shape, device="meta")).shape == (1, model.num_features)
 
 
