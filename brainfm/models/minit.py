@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,9 +106,9 @@ class MiNiT(Encoder):
 
     def _begin(self, x: Tensor) -> Tensor:
         (a, b, c), (d, e, f) = self.grid, self.block_size
-        parts = x.view(len(x), self.in_chans, a, d, b, e, c, f).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        parts = x.reshape(-1, self.in_chans, a, d, b, e, c, f).permute(0, 2, 4, 6, 1, 3, 5, 7)
         patches = self.patch_embed(parts.reshape(-1, self.in_chans, d, e, f))
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
         return (tokens.unflatten(0, (-1, a * b * c)) + self.block_embeddings).flatten(0, 1)
 
     def _finish(self, x: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class MiNiT(Encoder):
             return super().forward_head(x, pre_logits)
         return self.head(self.head_drop(x[:, :, 0]))  # type: ignore[no-any-return]
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, object]:  # noqa: ARG002 - the contract's
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - the contract's
         return {
             "stem": r"^cls_token|^pos_embed|^block_embeddings|^patch_embed",
             "blocks": [(r"^blocks\.(\d+)", None)],

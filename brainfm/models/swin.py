@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -257,7 +257,7 @@ class SwinTransformer(Encoder):
         self.reset_classifier(num_classes)
 
     @staticmethod
-    def _described(module: str, width: int, reduction: Sequence[int]) -> dict[str, object]:
+    def _described(module: str, width: int, reduction: Sequence[int]) -> dict[str, Any]:
         a, b, c = reduction
         return stage(module, width, (a, b, c), ((a - 1) / 2, (b - 1) / 2, (c - 1) / 2))
 
@@ -277,6 +277,12 @@ class SwinTransformer(Encoder):
     def dense(self, x: Tensor) -> Tensor:
         """As `Encoder.dense`: the final features, which are a map already."""
         return self.forward_features(x.to(self.patch_embed.proj.weight.dtype)).to(x.dtype)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - the contract's
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [(r"^stages\.(\d+)", None), (r"^(norm|bottleneck)\.", (math.inf,))],
+        }
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}

@@ -166,7 +166,9 @@ def distinct(names: list[str]) -> list[str]:
 
 NAMES = [*list_models(), *TOYS]
 NETWORKS = [*distinct(list_models()), *TOYS]
-RUN = [name for name in NETWORKS if name in TOYS or parameters(name) < 60e6]  # the others only in outline
+SWINS = {name for name in list_models() if registry.network_of(name)[0] == "swin"}
+# The others only in outline: they are large, or cut into many windows, of which networks one is run.
+RUN = [n for n in NETWORKS if n in TOYS or (parameters(n) < 60e6 and n not in SWINS - {"swin3d_t"})]
 TINY = [name for name in NETWORKS if name in TOYS or parameters(name) < 5e6]
 
 
@@ -264,7 +266,8 @@ def test_intermediates_have_the_shapes_of_feature_info(name):
             size_of(name), found.shape[2:], info["reduction"], info["offset"], strict=True
         ):
             beyond = n - 1 - (margin + step * (cells - 1))  # the last cell's centre, and the end of the volume
-            assert 0 <= beyond < margin + step, info  # it looks into it, and no further cell would
+            # It begins in the volume, which may end before its centre where a network pads; and no further cell would.
+            assert -margin <= beyond < margin + step, info
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -607,7 +610,10 @@ def misplaced(model: Encoder, size: tuple[int, ...]) -> np.ndarray:
 LARGE = {name for name in NETWORKS if name not in TOYS and parameters(name) > 2e8}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in NETWORKS])
+@pytest.mark.parametrize(
+    "name",  # of a Swin, whose merges are no convolutions that can be made smooth, test_swin.py says so exactly
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in NETWORKS if n not in SWINS],
+)
 def test_cells_look_where_feature_info_says(name):
     size = size_of(name, cells=3)
     model = smoothed(created(name, size)).requires_grad_(False)

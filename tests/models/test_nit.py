@@ -32,7 +32,9 @@ def test_every_tensor_of_the_authors_file_finds_its_place_but_those_that_nothing
     numbers, state, file = published(name)
     model = brainfm.create_model(name, checkpoint_path=file, num_classes=2)
     unused = sum(value.numel() for key, value in state.items() if key.startswith("distill"))
-    assert sum(value.numel() for value in model.state_dict().values()) == sum(v.numel() for v in state.values()) - unused
+    assert (
+        sum(value.numel() for value in model.state_dict().values()) == sum(v.numel() for v in state.values()) - unused
+    )
     assert (unused > 0) == (name == "nit_3d")
     assert "optimizer_state_dict" in model.weights_report.dropped
 

@@ -15,7 +15,9 @@ SIZE = {"img_size": (64, 64, 64)}
 def saved(state, file, prefix=""):
     """A file as nnssl writes it, with the decoder's tensors beside those of the encoder."""
     decoder = {"up_projection.weight": torch.ones(4), "decoder.blocks.0.norm1.weight": torch.ones(4)}
-    inside = {prefix + key: value for key, value in state.items()} | ({} if prefix else decoder | {"mask_token": torch.ones(4)})
+    inside = {prefix + key: value for key, value in state.items()} | (
+        {} if prefix else decoder | {"mask_token": torch.ones(4)}
+    )
     torch.save({"network_weights": inside, "optimizer_state": None, "current_epoch": 9, "_best_ema": 0.5}, file)
     return file
 
@@ -59,7 +61,9 @@ def test_order_of_tokens_says_which_patch_gets_which_position():
         assert torch.equal(cells[0, :, 1, 0, 2], tokens[0, wanted])
 
 
-@pytest.mark.parametrize(("wrong", "reason"), [({"token_order": (0, 1, 1)}, "token_order"), ({"num_heads": 5}, "heads")])
+@pytest.mark.parametrize(
+    ("wrong", "reason"), [({"token_order": (0, 1, 1)}, "token_order"), ({"num_heads": 5}, "heads")]
+)
 def test_arguments_that_make_no_network_are_refused(wrong, reason):
     with pytest.raises(ValueError, match=reason):
         brainfm.create_model(NAME, depth=1, **SIZE, **wrong)

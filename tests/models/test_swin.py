@@ -162,6 +162,25 @@ def test_brainsegfounders_file_of_two_channels_loads_where_two_are_asked_for(tmp
 
 
 @every
+def test_cells_look_where_feature_info_says(name):
+    model = brainfm.create_model(name, bottleneck=False, depths=(1, 1, 1, 1))
+    for part, module in model.named_modules():
+        if part.endswith(("attn.proj", "mlp.fc2")):  # each cell by itself
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    step = model.feature_info[-1]["reduction"]
+    x = torch.randn(1, model.in_chans, 2 * step[0], step[1], 2 * step[2], requires_grad=True)
+    for cells, info in zip(model.forward_intermediates(x)[1], model.feature_info, strict=True):
+        last = [n - 1 for n in cells.shape[2:]]
+        for cell in ([0, 0, 0], last):
+            shown = (cells[(0, slice(None), *cell)] * torch.randn(cells.shape[1])).sum()
+            (gradient,) = torch.autograd.grad(shown, x, retain_graph=True)
+            looks = np.argwhere(gradient[0].abs().sum(dim=0).numpy())
+            middle = (looks.min(axis=0) + looks.max(axis=0)) / 2
+            assert np.array_equal(middle, info["offset"] + np.array(cell) * info["reduction"]), info
+
+
+@every
 @pytest.mark.parametrize("size", [(33, 40, 61), (16, 64, 20)])
 def test_any_size_runs(name, size):
     model = brainfm.create_model(name)
