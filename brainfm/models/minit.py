@@ -109,14 +109,15 @@ class MiNiT(Encoder):
         parts = x.reshape(-1, self.in_chans, a, d, b, e, c, f).permute(0, 2, 4, 6, 1, 3, 5, 7)
         patches = self.patch_embed(parts.reshape(-1, self.in_chans, d, e, f))
         tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
-        return (tokens.unflatten(0, (-1, a * b * c)) + self.block_embeddings).flatten(0, 1)
+        of_blocks = tokens.reshape(-1, a * b * c, *tokens.shape[1:]) + self.block_embeddings
+        return of_blocks.flatten(0, 1)  # type: ignore[no-any-return]
 
     def _finish(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, math.prod(self.grid)))
+        return x.reshape(-1, math.prod(self.grid), *x.shape[1:])
 
     def _as_map(self, x: Tensor, shape: Sequence[int]) -> Tensor:  # noqa: ARG002 - the contract's
         latents = x.reshape(-1, math.prod(self.grid), *x.shape[-2:])[:, :, 0]
-        return latents.transpose(1, 2).unflatten(2, self.grid)
+        return latents.transpose(1, 2).reshape(len(latents), -1, *self.grid)
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         if size != self.img_size:

@@ -67,7 +67,7 @@ class Gate(nn.Module):
         scores = self.gate(x).softmax(dim=-1, dtype=torch.float32)
         chosen = (scores + self.bias).topk(self.active, dim=-1).indices
         kept = torch.zeros_like(scores).scatter(-1, chosen, 1.0)
-        return (scores * kept * self.scale).to(x.dtype)
+        return (scores * kept * self.scale).to(x.dtype)  # type: ignore[no-any-return]
 
 
 class Mixture(nn.Module):

@@ -62,7 +62,7 @@ class NiT(VisionTransformer):
             block=lambda _: Block(dim, num_heads, mlp_dim / dim, qkv_bias=False, norm_eps=1e-5),
             **others,  # type: ignore[arg-type]
         )
-        self.norm = nn.Identity()
+        self.norm = nn.Identity()  # type: ignore[assignment]
 
     def _new_head(self, num_classes: int) -> nn.Module:
         return (

@@ -139,5 +139,5 @@ class Primus(VisionTransformer):
 
     def _as_map(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         grid = self.patch_embed.grid(shape)
-        cells = x.unflatten(1, [grid[axis] for axis in self.token_order])
+        cells = x.reshape(len(x), *(grid[axis] for axis in self.token_order), -1)
         return cells.permute(0, 4, *(1 + self.token_order.index(axis) for axis in range(3)))

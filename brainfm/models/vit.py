@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """
     sine, cosine = rotation
     across = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-    return x * cosine + across * sine
+    return x * cosine + across * sine  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -184,7 +184,7 @@ class VisionTransformer(Encoder):
         block: Makes a block of another kind by its number, for networks that are built on this one.
     """
 
-    pools = ("token", "avg", "fc_norm")
+    pools: ClassVar[tuple[str, ...]] = ("token", "avg", "fc_norm")
     classifier_name = "head"
     first_conv = "patch_embed.proj"
 
@@ -279,7 +279,7 @@ class VisionTransformer(Encoder):
     def _stage(self, number: int, x: Tensor, needed: bool) -> Tensor:
         if self.rotation is None:
             return super()._stage(number, x, needed)  # type: ignore[no-any-return]
-        return self._run(lambda tokens: self.blocks[number](tokens, self.rotation), x)
+        return self._run(lambda tokens: self.blocks[number](tokens, self.rotation), x)  # type: ignore[no-any-return]
 
     def _finish(self, x: Tensor) -> Tensor:
         return x if self.global_pool == "fc_norm" else self.norm(x)

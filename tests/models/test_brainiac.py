@@ -99,5 +99,5 @@ def test_packaged_scan_gives_the_authors_embedding(sample, anywhere, published):
 
 
 def test_scan_that_is_not_on_the_authors_template_is_refused(sample):
-    with pytest.raises(brainfm.ScanError, match="BrainIAC head template|grid"):
+    with pytest.raises(brainfm.ScanError, match=r"BrainIAC head template|grid"):
         brainfm.load_scan(sample[0], spec=brainfm.get_pretrained_cfg(NAME).input_spec)

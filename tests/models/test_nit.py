@@ -29,7 +29,7 @@ def published(tmp_path_factory, recipe_state):
 
 @both
 def test_every_tensor_of_the_authors_file_finds_its_place_but_those_that_nothing_uses(name, published):
-    numbers, state, file = published(name)
+    _, state, file = published(name)
     model = brainfm.create_model(name, checkpoint_path=file, num_classes=2)
     unused = sum(value.numel() for key, value in state.items() if key.startswith("distill"))
     assert (
