@@ -110,7 +110,7 @@ class MiNiT(Encoder):
         patches = self.patch_embed(parts.reshape(-1, self.in_chans, d, e, f))
         tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
         of_blocks = tokens.reshape(-1, a * b * c, *tokens.shape[1:]) + self.block_embeddings
-        return of_blocks.flatten(0, 1)  # type: ignore[no-any-return]
+        return of_blocks.flatten(0, 1)
 
     def _finish(self, x: Tensor) -> Tensor:
         return x.reshape(-1, math.prod(self.grid), *x.shape[1:])

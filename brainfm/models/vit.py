@@ -272,14 +272,14 @@ class VisionTransformer(Encoder):
         positions = self.positions(self.patch_embed.grid(x.shape[2:]))
         patches = self.patch_embed(x) + positions[:, self.prefix :]
         if not self.prefix:
-            return patches
+            return patches  # type: ignore[no-any-return]
         cls_token = (self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token, patches], dim=1)
 
     def _stage(self, number: int, x: Tensor, needed: bool) -> Tensor:
         if self.rotation is None:
             return super()._stage(number, x, needed)  # type: ignore[no-any-return]
-        return self._run(lambda tokens: self.blocks[number](tokens, self.rotation), x)  # type: ignore[no-any-return]
+        return self._run(lambda tokens: self.blocks[number](tokens, self.rotation), x)
 
     def _finish(self, x: Tensor) -> Tensor:
         return x if self.global_pool == "fc_norm" else self.norm(x)

@@ -122,7 +122,7 @@ def test_cfg_goes_to_a_card_of_one_model_and_back(card, name):
     model = card.models[name]
     cfg = cfg_of(card, name)
     again = Card.from_dict(through_json(card_of(cfg, model.network, model.args).to_dict(sparse=True)))
-    beside = replace(cfg.with_source_of(brainfm.PretrainedCfg()), file="model.safetensors")
+    beside = replace(cfg.with_source_of(brainfm.PretrainedCfg()), file=cfg.hub_filename)
     digest = {"sha256": cfg.sha256, "git_blob": cfg.git_blob}
     assert cfg_of(again, name) == replace(beside, **digest)
     assert again.models[name].args == model.args
