@@ -153,11 +153,20 @@ def upstream_state(parity, recipe_state):
     return lambda name: recipe_state(parity["models"][name]["keys"], parity["salt"])
 
 
+# He's scaling makes tables of positions so small that a wrong order of tokens goes unnoticed.
+POSITIONS = {
+    *("pos_embed", "pos_embedding", "position_embeddings", "block_embeddings"),
+    *("cls_token", "distill_token", "mask_token"),
+}
+
+
 def _filled(key: str, shape: list[int], salt: int) -> np.ndarray:
     draw = np.random.RandomState((zlib.crc32(key.encode()) ^ salt) & 0xFFFFFFFF)
-    if key.endswith("num_batches_tracked"):
+    if key.endswith(("num_batches_tracked", "counts")):
         return np.zeros(shape, dtype=np.int64)
-    if len(shape) >= 2:
+    if key.rpartition(".")[2] in POSITIONS:
+        values = 0.5 * draw.standard_normal(shape)
+    elif len(shape) >= 2:
         values = draw.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
     elif key.endswith("running_var"):
         values = 1 + 0.1 * draw.random_sample(shape)

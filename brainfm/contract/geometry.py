@@ -115,20 +115,32 @@ class CropCenter(Operation):
 @register_operation
 @dataclass(frozen=True)
 class CropForeground(Operation):
-    """Crop to the smallest box that holds every voxel of `region`, in any channel."""
+    """Crop to the smallest box that holds every voxel of `region`, in any channel.
+
+    Attributes:
+        region: What the box holds.
+        margin: Voxels that it is longer at each end, as far as the volume goes.
+    """
 
     region: Region = "nonzero"
+    margin: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.margin < 0:
+            raise ValueError(f"the margin of a box is 0 or more, not {self.margin}")
 
     def __call__(self, volume: Volume) -> Volume:
         found: NDArray[np.bool_] = np.asarray(volume.region(self.region).any(axis=0))
         box = []
         for axis in range(3):
             hits = np.flatnonzero(np.moveaxis(found, axis, 0).reshape(found.shape[axis], -1).any(axis=1))
-            box.append(slice(int(hits[0]), int(hits[-1]) + 1))
+            box.append(slice(max(0, int(hits[0]) - self.margin), int(hits[-1]) + 1 + self.margin))
         return pick(volume, tuple(box))
 
     def __str__(self) -> str:
-        return f"crop to the bounding box of the {REGIONS[self.region]}"
+        wider = f", {self.margin} voxels wider at each end" if self.margin else ""
+        return f"crop to the bounding box of the {REGIONS[self.region]}{wider}"
 
 
 @register_operation
@@ -155,10 +167,15 @@ class CropToMultiple(Operation):
 @register_operation
 @dataclass(frozen=True)
 class Pad(Operation):
-    """Pad the centre out to at least `shape`, with a number or with each channel's minimum; the odd voxel goes last."""
+    """Pad the centre out to at least `shape`; the odd voxel goes last.
+
+    Attributes:
+        shape: Voxels afterwards, at least.
+        value: A number, each channel's "minimum", or what stands at the nearest "edge".
+    """
 
     shape: Triple
-    value: float | Literal["minimum"] = 0.0
+    value: float | Literal["minimum", "edge"] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,10 +189,14 @@ class Pad(Operation):
         image = volume.image
         size = tuple(have + n for have, n in zip(volume.shape, extra, strict=True))
         inner = tuple(slice(a, a + have) for a, have in zip(before, volume.shape, strict=True))
-        fill = image.min(axis=(1, 2, 3), keepdims=True) if self.value == "minimum" else np.float32(self.value)
-        padded = np.empty((len(image), *size), dtype=np.float32)
-        padded[...] = fill
-        padded[(slice(None), *inner)] = image
+        if self.value == "edge":
+            ends = [(0, 0), *((a, n - a) for a, n in zip(before, extra, strict=True))]
+            padded = np.pad(image, ends, mode="edge")
+        else:
+            fill = image.min(axis=(1, 2, 3), keepdims=True) if self.value == "minimum" else np.float32(self.value)
+            padded = np.empty((len(image), *size), dtype=np.float32)
+            padded[...] = fill
+            padded[(slice(None), *inner)] = image
         mask = None
         if volume.mask is not None:
             mask = np.zeros(size, dtype=np.bool_)
@@ -185,7 +206,8 @@ class Pad(Operation):
         return replace(volume, stored=padded, mask=mask, affine=affine, slope=1.0, inter=0.0)
 
     def __str__(self) -> str:
-        return f"pad the centre to at least {times(self.shape)} voxels with {self.value}"
+        value = "what stands at the edge" if self.value == "edge" else self.value
+        return f"pad the centre to at least {times(self.shape)} voxels with {value}"
 
 
 # --- Geometry that interpolates -------------------------------------------------------------------
@@ -264,13 +286,13 @@ class Resample(Operation):
             raise ValueError(f"half_width is {self.half_width}, and must be above 1")
 
     def __call__(self, volume: Volume) -> Volume:
+        ratio = np.asarray(self.spacing) / volume.spacing
+        if np.allclose(ratio, 1, rtol=1e-6):
+            return volume
         try:
             from scipy import ndimage
         except ModuleNotFoundError as error:
             raise MissingExtraError("scipy", "eval") from error
-        ratio = np.asarray(self.spacing) / volume.spacing
-        if np.allclose(ratio, 1, rtol=1e-6):
-            return volume
         have = np.asarray(volume.shape)
         size = np.rint((have - 1) / ratio + 1) if self.keep == "first_voxel" else np.maximum(1, np.rint(have / ratio))
         if math.prod(size) > MOST_VOXELS:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +35,20 @@ def sincos_positions(dim: int, grid: Triple) -> Tensor:
 
 
 def interpolate_positions(positions: Tensor, old: Triple, new: Triple) -> Tensor:
-    """A learned position embedding [1, 1 + patches, dim] moved from one grid of patches to another, trilinearly."""
+    """A learned position embedding moved from one grid of patches to another, trilinearly.
+
+    Args:
+        positions: [1, rows before + patches, dim]; those before the patches', such as a CLS token's, stay as they are.
+        old: The grid that they are of.
+        new: The grid to move them to.
+    """
     if old == new:
         return positions
-    cls_row, patches = positions[:, :1], positions[:, 1:]
+    before = positions.shape[1] - math.prod(old)
+    first_rows, patches = positions[:, :before], positions[:, before:]
     volume = patches.reshape(1, *old, -1).permute(0, 4, 1, 2, 3)
     moved = F.interpolate(volume.float(), size=new, mode="trilinear", align_corners=False)
-    return torch.cat([cls_row, moved.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+    return torch.cat([first_rows, moved.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
 
 class PatchEmbed(nn.Module):
@@ -63,20 +70,34 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one biased projection for queries, keys and values."""
+def rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """Queries or keys [B, heads, N, C], whose neighbouring channels are pairs, turned by angles: rotary positions.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    Args:
+        x: What is turned.
+        rotation: The angles' sines and cosines, [2, N, C].
+    """
+    sine, cosine = rotation
+    across = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return x * cosine + across * sine  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one projection for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"a width of {dim} cannot be divided among {num_heads} heads")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         batch, tokens, dim = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))  # type: ignore[no-any-return]
 
@@ -115,25 +136,33 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block, each of whose two branches may be left out in training (`DropPath`)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), rotation))
         return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
 
 class VisionTransformer(Encoder):
     """A ViT on 3D patches. It takes volumes of `img_size`; with `dynamic_img_size` any that the patch divides.
 
-    `forward_features` gives all tokens after the final norm, the CLS token first; before it where the pooling is
-    "fc_norm". The position embedding is fixed sin-cos, computed anew for another input size; one that was learned, or
-    loaded with other values, is interpolated.
+    `forward_features` gives all tokens after the final norm, the CLS token first where there is one; before the norm
+    where the pooling is "fc_norm". The position embedding is fixed sin-cos, computed anew for another input size; one
+    that was learned, or loaded with other values, is interpolated.
 
     Args:
         dim: Width of the tokens, and of the embedding.
@@ -143,16 +172,23 @@ class VisionTransformer(Encoder):
         patch_size: Voxels of a patch.
         num_classes: Outputs of the classifier `head`; 0 for none.
         in_chans: Input channels.
-        global_pool: "token" (the CLS token, as linear probing in `facebookresearch/mae`), "avg" (the patch tokens' mean
-            after the norm), or "fc_norm" (their mean before it, then a norm of its own, as fine-tuning in `mae`).
+        global_pool: "token" (the first token: the CLS token, as linear probing in `facebookresearch/mae`, or without
+            one that of the corner patch, as BrainIAC reads its ViT), "avg" (the patch tokens' mean after the norm), or
+            "fc_norm" (their mean before it, then a norm of its own, as fine-tuning in `mae`).
         drop_rate: Dropout on the pooled embedding, in training.
         drop_path_rate: Stochastic depth, in training: the last block's; it rises evenly from 0 in the first.
         dynamic_img_size: Take volumes of other sizes too.
+        class_token: Have a CLS token before those of the patches.
+        qkv_bias: Whether the projection to queries, keys and values has a bias; MONAI's ViT has none.
+        norm_eps: Of the norms; 1e-5 in MONAI's ViT.
+        block: Makes a block of another kind by its number, for networks that are built on this one.
     """
 
-    pools = ("token", "avg", "fc_norm")
+    pools: ClassVar[tuple[str, ...]] = ("token", "avg", "fc_norm")
     classifier_name = "head"
     first_conv = "patch_embed.proj"
+
+    rotation: Tensor | None  # of rotary positions, see `rotated`, for networks that are built on this one
 
     def __init__(
         self,
@@ -168,23 +204,33 @@ class VisionTransformer(Encoder):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         dynamic_img_size: bool = False,
+        class_token: bool = True,
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
+        block: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__(num_classes, in_chans, global_pool, drop_rate)
         self.num_features = dim
         self.img_size, self.dynamic_img_size = tuple(img_size), dynamic_img_size
         self.patch_embed = PatchEmbed(patch_size, in_chans, dim)
         self.grid = self.patch_embed.grid(img_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_positions(dim, self.grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))  # a config may ask for a billion
+        self.register_buffer("rotation", None, persistent=False)
+        self.prefix = int(class_token)  # tokens before those of the patches
+        if class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(self._sincos(self.grid), requires_grad=False)
+        self.blocks = nn.ModuleList(  # a config may ask for a billion
+            block(n) if block else Block(dim, num_heads, qkv_bias=qkv_bias, norm_eps=norm_eps) for n in range(depth)
+        )
         self.set_drop_path(drop_path_rate)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
         z, y, x = ((size - 1) / 2 for size in patch_size)
         self.feature_info = [stage(f"blocks.{n}", dim, patch_size, (z, y, x)) for n in range(depth)]
         self.cam_layer = f"blocks.{depth - 1}.norm1"  # after the block, the CLS token may be all that counts
-        self.apply(_init_linear)
+        self.apply(init_linear)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
-        nn.init.normal_(self.cls_token, std=0.02)
+        if class_token:
+            nn.init.normal_(self.cls_token, std=0.02)
         self.reset_classifier(num_classes)
 
     def set_drop_path(self, rate: float) -> None:
@@ -208,28 +254,38 @@ class VisionTransformer(Encoder):
             self.norm.requires_grad_(not self._frozen)
 
     def positions(self, grid: Triple) -> Tensor:
-        """The position embedding [1, 1 + patches, dim] for a grid of patches."""
+        """The position embedding [1, prefix + patches, dim] for a grid of patches."""
         if grid == self.grid:
             return self.pos_embed
         if self._is_sincos(self.pos_embed, self.grid):
-            return sincos_positions(self.num_features, grid).to(self.pos_embed)
+            return self._sincos(grid).to(self.pos_embed)
         return interpolate_positions(self.pos_embed, self.grid, grid)
 
     def _is_sincos(self, positions: Tensor, grid: Triple) -> bool:
         """Whether positions are the fixed ones, as closely as bfloat16 can hold them."""
-        return torch.allclose(positions.float().cpu(), sincos_positions(self.num_features, grid), atol=2.5e-3)
+        return torch.allclose(positions.float().cpu(), self._sincos(grid), atol=2.5e-3)
+
+    def _sincos(self, grid: Triple) -> Tensor:
+        return sincos_positions(self.num_features, grid)[:, 1 - self.prefix :]
 
     def _begin(self, x: Tensor) -> Tensor:
         positions = self.positions(self.patch_embed.grid(x.shape[2:]))
-        patches = self.patch_embed(x) + positions[:, 1:]
+        patches = self.patch_embed(x) + positions[:, self.prefix :]
+        if not self.prefix:
+            return patches  # type: ignore[no-any-return]
         cls_token = (self.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token, patches], dim=1)
+
+    def _stage(self, number: int, x: Tensor, needed: bool) -> Tensor:
+        if self.rotation is None:
+            return super()._stage(number, x, needed)  # type: ignore[no-any-return]
+        return self._run(lambda tokens: self.blocks[number](tokens, self.rotation), x)
 
     def _finish(self, x: Tensor) -> Tensor:
         return x if self.global_pool == "fc_norm" else self.norm(x)
 
     def _as_map(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        return x[:, 1:].transpose(1, 2).reshape(len(x), -1, *self.patch_embed.grid(shape))
+        return x[:, self.prefix :].transpose(1, 2).reshape(len(x), -1, *self.patch_embed.grid(shape))
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         if size != self.img_size and not self.dynamic_img_size:
@@ -242,7 +298,7 @@ class VisionTransformer(Encoder):
     def pool(self, features: Tensor) -> Tensor:
         if self.global_pool == "token":
             return features[:, 0]
-        mean = features[:, 1:].mean(dim=1)
+        mean = features[:, self.prefix :].mean(dim=1)
         return self.fc_norm(mean) if self.global_pool == "fc_norm" else mean
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - the contract's
@@ -252,7 +308,7 @@ class VisionTransformer(Encoder):
         }
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
+        return {"pos_embed", "cls_token"} if self.prefix else {"pos_embed"}
 
     def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop an MAE's decoder, move positions stored for another input size, then as every family does.
@@ -268,7 +324,7 @@ class VisionTransformer(Encoder):
             norms = {key: value for key, value in self.state_dict().items() if key.startswith(("norm.", "fc_norm."))}
             state = norms | state
         stored, grid = state.get("pos_embed"), self._stored_grid()
-        tokens = 1 + math.prod(grid or self.grid)
+        tokens = self.prefix + math.prod(grid or self.grid)
         if grid is not None and grid != self.grid and stored is not None and stored.shape[:2] == (1, tokens):
             fixed = self._is_sincos(stored, grid)
             moved = self.pos_embed.data if fixed else interpolate_positions(stored, grid, self.grid)
@@ -285,7 +341,9 @@ class VisionTransformer(Encoder):
         return z, y, x
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
+    """Xavier's uniform weights and no bias, as `facebookresearch/mae` begins, where a module is a linear layer."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -154,6 +154,26 @@ def test_crop_foreground_keeps_the_smallest_box_over_all_channels(region, start,
     np.testing.assert_array_equal(cropped.affine[:3, 3], start)
 
 
+def test_crop_foreground_leaves_a_margin_as_far_as_the_volume_goes():
+    image = np.zeros((9, 7, 8))
+    image[4:6, 1, 3:8] = 1
+    volume = image_of(image)
+    cropped, expected = CropForeground(margin=2)(volume), CropBox((2, 0, 1), (8, 4, 8))(volume)
+    np.testing.assert_array_equal(cropped.stored, expected.stored)
+    np.testing.assert_array_equal(cropped.affine, expected.affine)
+    with pytest.raises(ValueError, match="margin"):
+        CropForeground(margin=-1)
+
+
+def test_pad_by_the_edge_repeats_it_in_each_channel():
+    volume = scan((6, 7, 8))
+    padded = Pad((9, 7, 11), "edge")(volume)
+    wanted = np.pad(volume.image, [(0, 0), (1, 2), (0, 0), (1, 2)], mode="edge")
+    np.testing.assert_array_equal(padded.image, wanted)
+    assert not padded.mask[0].any()
+    assert not padded.mask[..., -1].any()
+
+
 def test_crop_foreground_of_an_empty_scan_is_refused():
     with pytest.raises(ScanError, match="no voxel"):
         CropForeground()(image_of(np.zeros((2, 2, 2))))

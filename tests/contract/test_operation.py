@@ -72,7 +72,7 @@ def test_an_unknown_parameter_is_refused_by_name():
         ({"op": "ZScore", "region": ["mask"]}, "mask"),
         ({"op": "Resize", "shape": [4, 4, 4], "mode": "bicubic"}, "area"),
         ({"op": "Resample", "spacing": [1, 1, 1], "order": 4}, "3"),
-        ({"op": "Pad", "shape": [4, 4, 4], "value": "edge"}, "minimum"),
+        ({"op": "Pad", "shape": [4, 4, 4], "value": "mirror"}, "minimum"),
     ],
     ids=str,
 )
