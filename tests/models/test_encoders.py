@@ -200,7 +200,7 @@ NARROW = {
 
 
 def narrow(name: str) -> dict[str, tuple[int, ...] | int]:
-    return NARROW.get(registry.network_of(name)[0], {}) if parameters(name) > 2e6 else {}
+    return NARROW.get(registry.network_of(name)[0], {}) if parameters(name) > 4e5 else {}
 
 
 NAMES = [*list_models(), *TOYS]
