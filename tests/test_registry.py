@@ -330,8 +330,7 @@ def test_a_card_with_a_network_that_is_not_here_is_refused_with_those_that_are(l
     path, _ = lab
     brainfm.register_model(constructor("lab_network"))
     path.write_text(CARD.replace("network: resnet,", "network: resnt,"))
-    known = r"my_bare_resnet: there is no network 'resnt'; known: lab_network, .*\bresnet\b"
-    with pytest.raises(ModelNameError, match=known):
+    with pytest.raises(ModelNameError, match=r"there is no network 'resnt'; known: .*lab_network, .*resnet"):
         brainfm.register_card(path)
     assert not brainfm.is_model("my_resnet")
 
