@@ -28,7 +28,7 @@ PUSH_DEG, PUSH_MM = 5.0, 5.0  # what the result is moved by for the second look
 STEADY_DEG = 0.5  # and within which it has to come back
 # Voxels: of the last steps of the rigid one. Larger ones leap over the ruts that its similarity has in a brain of
 # another size, to wherever.
-SMALL_STEP = 0.5
+SMALL_STEP = 0.3
 MOST_STRETCH = 1.5  # of a head against the template, either way
 SEED = 1  # of the points at which scan and template are compared
 _COARSEST, _COARSE, _MIDDLE, _FINE = range(4)  # levels of `Similarity`
@@ -147,8 +147,7 @@ def _registered(similarity: Similarity) -> Registered:
     reason = astray(_transform(affine))
     if not reason:
         rigid = _nearest_rigid(affine)
-    for level in (_COARSE, _MIDDLE, _FINE):
-        rigid, of_rigid = similarity.climbed(rigid, level, voxels=SMALL_STEP)
+    rigid, of_rigid = similarity.climbed(rigid, _FINE, voxels=SMALL_STEP)
     return Registered(
         _transform(rigid),
         None if reason else _transform(affine),
