@@ -30,6 +30,7 @@ from brainfm.prep.batch import prepare_all
 from brainfm.prep.image import affine_of, like, sitk, template, to_array, to_itk
 from brainfm.prep.source import read_source
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION
+from brainfm.scan.layout import BRAIN
 
 MOVES = 20
 DEGREES, MILLIMETRES = 20, 30
@@ -124,9 +125,7 @@ def mask_dice(folder: Path, true: sitk.Image, move: sitk.Transform) -> float:
     """Overlap of the mask with the true one, where the registration has put the brain."""
     found = found_transform(folder)
     there = sitk.Resample(true, template(), sitk.CompositeTransform([move, found]), sitk.sitkLinear, 0.0)
-    image = read(folder / "mask.nii.gz")
-    if image.GetSize() != template().GetSize():  # the scan's own voxels
-        image = sitk.Resample(image, template(), found, sitk.sitkLinear, 0.0)
+    image = sitk.Resample(read(folder / BRAIN), template(), found, sitk.sitkLinear, 0.0)
     truth, mask = to_array(there) > 0.5, to_array(image) > 0.5
     return float(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
 

@@ -85,6 +85,7 @@ def settings() -> dict[str, Any]:
         "levels_mm": [mm for mm, _ in LEVELS],
         "points": [points for _, points in LEVELS],
         "starts": [f"±{most:g}° by {step:g}°, {followed} followed" for most, step, followed in ROUNDS],
+        "rigid": f"from the nearest to the affine one, in steps of {SMALL_STEP:g} voxels at most",
         "seed": SEED,
     }
 
