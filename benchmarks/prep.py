@@ -30,6 +30,7 @@ from brainfm.prep.batch import prepare_all
 from brainfm.prep.image import affine_of, like, sitk, template, to_array, to_itk
 from brainfm.prep.source import read_source
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION
+from brainfm.scan.layout import BRAIN
 
 MOVES = 20
 DEGREES, MILLIMETRES = 20, 30
@@ -121,9 +122,10 @@ def error_mm(folder: Path, move: sitk.Transform) -> float:
 
 
 def mask_dice(folder: Path, true: sitk.Image, move: sitk.Transform) -> float:
-    """Overlap of the mask with the true one, on the scan's own voxels."""
-    image = read(folder / "brain_mask.nii.gz")
-    there = sitk.Resample(true, image, move, sitk.sitkLinear, 0.0)
+    """Overlap of the mask with the true one, where the registration has put the brain."""
+    found = found_transform(folder)
+    there = sitk.Resample(true, template(), sitk.CompositeTransform([move, found]), sitk.sitkLinear, 0.0)
+    image = sitk.Resample(read(folder / BRAIN), template(), found, sitk.sitkLinear, 0.0)
     truth, mask = to_array(there) > 0.5, to_array(image) > 0.5
     return float(2 * (mask & truth).sum() / (mask.sum() + truth.sum()))
 

@@ -16,6 +16,7 @@ import argparse
 import csv
 import datetime
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from brainfm.files import write_json
 from brainfm.prep.image import like, sitk, template, to_array
 from brainfm.prep.quality import MEANINGS, Prepared, Scale, Score, judged, measured, read_score
 from brainfm.scan.alignment import rotation
+from brainfm.scan.prepared import read_prepared
 
 Spoil = Callable[[Prepared, np.random.Generator], Prepared]
 
@@ -348,13 +350,15 @@ NOT_FITTED = {"mask 3 mm too small"}
 
 
 def prepared_scan(path: Path, cache: Path) -> Prepared:
-    """A scan as `brainfm prep` leaves it before its brightness is normalised."""
+    """A scan as `brainfm prep` judges it: on the template's grid, with all that surrounds the brain."""
     kept = cache / f"{path.name.split('.')[0]}.npz"
     if not kept.exists():
-        from brainfm.prep.pipeline import Settings, _Clock, _run
-        from brainfm.prep.source import read_source
+        from brainfm.prep.pipeline import Settings, on_the_template, prepare
+        from brainfm.prep.source import Source
 
-        made, _ = _run(read_source(path), Settings(), 1, _Clock(None))
+        with tempfile.TemporaryDirectory() as folder:
+            record = prepare(Source(path, ""), Path(folder), Settings())
+            made = on_the_template(read_prepared(folder), "rigid", record["input"]["stripped"])
         np.savez(kept, image=made.image, brain=made.brain, seen=made.seen, stripped=made.stripped)
     with np.load(kept) as file:
         image, brain, seen = (np.asfortranarray(file[name]) for name in ("image", "brain", "seen"))

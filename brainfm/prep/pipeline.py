@@ -311,7 +311,7 @@ def _alone(
 def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Clock) -> dict[str, Any]:
     """Look at a prepared scan on the template's grid: write its picture and TurboPrep's files, return the verdict."""
     with clock("resampling"):
-        prepared = _on_the_template(scan, settings.registration, stripped)
+        prepared = on_the_template(scan, settings.registration, stripped)
     if settings.turboprep_files:
         with clock("write"):
             image = prepared.image * prepared.brain
@@ -323,7 +323,7 @@ def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Cloc
         return _judged(prepared, scan.folder, clock)
     with clock("quality"):
         onto = scan.record["registration"].get("onto")
-        t1w = None if onto is None else _on_the_template(read_prepared(onto), settings.registration, stripped).image
+        t1w = None if onto is None else on_the_template(read_prepared(onto), settings.registration, stripped).image
         figure = judge_contrast(prepared.image, prepared.brain, t1w)
     with clock("write"):
         draw(prepared, scan.folder / PICTURE)
@@ -344,7 +344,7 @@ def _given(head: Head) -> sitk.Image:
     return sitk.Cast(head.image != background, sitk.sitkFloat32)
 
 
-def _on_the_template(scan: PreparedScan, registration: TransformType, stripped: bool) -> Prepared:
+def on_the_template(scan: PreparedScan, registration: TransformType, stripped: bool) -> Prepared:
     """A prepared scan on the template's grid, resampled as for a contract, with all that surrounds the brain."""
     spec = replace(_template_spec(), registration=registration, skull_strip="any")
     volume, _ = for_contract(scan, spec, "any contrast", scan)

@@ -26,6 +26,9 @@ APART_DEG = 20.0  # what is followed differs by as much
 AGREE_DEG, AGREE_MM = 2.0, 2.0  # ends that are one and the same
 PUSH_DEG, PUSH_MM = 5.0, 5.0  # what the result is moved by for the second look
 STEADY_DEG = 0.5  # and within which it has to come back
+# Voxels: of the last steps of the rigid one. Larger ones leap over the ruts that its similarity has in a brain of
+# another size, to wherever.
+SMALL_STEP = 0.3
 MOST_STRETCH = 1.5  # of a head against the template, either way
 SEED = 1  # of the points at which scan and template are compared
 _COARSEST, _COARSE, _MIDDLE, _FINE = range(4)  # levels of `Similarity`
@@ -82,6 +85,7 @@ def settings() -> dict[str, Any]:
         "levels_mm": [mm for mm, _ in LEVELS],
         "points": [points for _, points in LEVELS],
         "starts": [f"±{most:g}° by {step:g}°, {followed} followed" for most, step, followed in ROUNDS],
+        "rigid": f"from the nearest to the affine one, in steps of {SMALL_STEP:g} voxels at most",
         "seed": SEED,
     }
 
@@ -92,7 +96,9 @@ def register(brain: sitk.Image) -> Registered:
     The brain's centre of mass is put on the template's. Turns of up to 45° about each axis are looked at on voxels of
     8 mm; the best that differ are followed to 4 mm, and the best of these to 2 mm. Then the second look: moved by
     5° and 5 mm, the result has to come back to within 0.5°, or a second round begins from more turns. The affine one
-    begins where the rigid one ends. The same brain gives the same transforms, to the bit: one thread does it.
+    begins there. The rigid one is climbed to, in small steps, from the rigid motion that is nearest to the affine one
+    over the template's brain: alone it ends in another place from each header, where the brain is of another size and
+    rigid fits are nearly as good in several. The same brain gives the same transforms, to the bit: one thread does it.
 
     No header that mirrors the brain is put right: left and right look alike, so it would be the other way round.
 
@@ -136,11 +142,13 @@ def _registered(similarity: Similarity) -> Registered:
             f"the brain fits the template only when it is turned by more than {MOST_TURN_DEG:g}° against its header, "
             "which may have axes swapped or reversed; correct it, or convert the scan from its DICOM files again"
         )
-    rigid, of_rigid = similarity.climbed(rigid, _FINE)
     affine, of_affine = rigid, of_rigid
     for level in (_COARSE, _MIDDLE, _FINE):
         affine, of_affine = similarity.climbed(affine, level, affine=True)
     reason = astray(_transform(affine))
+    if not reason:
+        rigid = _nearest_rigid(affine)
+    rigid, of_rigid = similarity.climbed(rigid, _FINE, voxels=SMALL_STEP)
     return Registered(
         _transform(rigid),
         None if reason else _transform(affine),
@@ -225,6 +233,16 @@ def _push() -> Position:
     push[:3, :3] = _about(0, part) @ _about(1, part) @ _about(2, part)
     push[:3, 3] = PUSH_MM / np.sqrt(3)
     return push
+
+
+def _nearest_rigid(affine: Position) -> Position:
+    """The rigid position that puts the template's brain nearest to where an affine one does, by least squares."""
+    from brainfm.prep.similarity import spread
+
+    left, _, right = np.linalg.svd(affine[:3, :3] @ spread())
+    nearest = affine.copy()  # the centre stays where it is put: distances are from the brain's
+    nearest[:3, :3] = left @ np.diag((1.0, 1.0, np.linalg.det(left @ right))) @ right
+    return nearest
 
 
 def _difference(one: Position, other: Position) -> tuple[float, float]:

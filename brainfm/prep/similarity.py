@@ -6,6 +6,7 @@ or two of looks at each level are enough where descent by fixed steps takes a hu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -76,10 +77,12 @@ class Similarity:
             parts = [self._information(torch.from_numpy(part), level) for part in _parts(positions)]
         return torch.cat(parts).numpy()
 
-    def climbed(self, position: Position, level: int, *, affine: bool = False) -> tuple[Position, float]:
+    def climbed(
+        self, position: Position, level: int, *, affine: bool = False, voxels: float = math.inf
+    ) -> tuple[Position, float]:
         """The position of the best similarity near one, by BFGS at one level, and its mutual information, nats.
 
-        Rigid motions of the template's points are tried, or affine ones.
+        Rigid motions of the template's points are tried, or affine ones, in steps of so many `voxels` at most.
         """
         start = torch.from_numpy(position)
         motion = _affine if affine else _rigid
@@ -90,7 +93,8 @@ class Similarity:
             (slope,) = torch.autograd.grad(loss, parameters)
             return float(loss.detach()), slope.numpy()
 
-        found, least = _lowest(cost, 12 if affine else 6, _LEAST_STEP * LEVELS[level][0])
+        mm = LEVELS[level][0]
+        found, least = _lowest(cost, 12 if affine else 6, _LEAST_STEP * mm, min(_MOST_MM, voxels * mm))
         return motion(start, torch.from_numpy(found)).numpy(), -least / _SCALE
 
     def _information(self, positions: Tensor, level: int) -> Tensor:
@@ -115,7 +119,7 @@ class Similarity:
         return information * (covered > _LEAST_SEEN * len(points))
 
 
-def _lowest(cost: Cost, size: int, least_step: float) -> tuple[NDArray[np.float64], float]:
+def _lowest(cost: Cost, size: int, least_step: float, most_step: float) -> tuple[NDArray[np.float64], float]:
     """The lowest place near 0 of a function that gives its value and slope, by BFGS with backtracking; and its value.
 
     Neither torch's, which imports torch's compiler, nor SciPy's: either would take longer to import than all of this.
@@ -127,7 +131,7 @@ def _lowest(cost: Cost, size: int, least_step: float) -> tuple[NDArray[np.float6
     )  # the inverse of it; the first step is 1 mm at most
     for look in range(_LOOKS):
         step = -curvature @ slope
-        step *= min(1.0, _MOST_MM / max(float(np.linalg.norm(step)), 1e-12))
+        step *= min(1.0, most_step / max(float(np.linalg.norm(step)), 1e-12))
         expected = float(slope @ step)
         if np.linalg.norm(step) < least_step or expected > -_LEAST_GAIN:
             break
@@ -172,6 +176,13 @@ def _moved(start: Tensor, change: Tensor, shift: Tensor) -> Tensor:
 def centre() -> NDArray[np.float64]:
     """The template's centre of mass, LPS mm."""
     return centre_of_mass(_shrunk(template(), _CELL_MM))
+
+
+def spread() -> NDArray[np.float64]:
+    """Second moments of the points in and near the template's brain about its centre, mm² [3, 3]."""
+    points = _points(0)[0][:, :3].double().numpy()
+    moments: NDArray[np.float64] = points.T @ points / len(points)
+    return moments
 
 
 def centre_of_mass(image: sitk.Image) -> NDArray[np.float64]:

@@ -160,8 +160,8 @@ def for_contract(
 
 
 def _takes(channel: str, contrast: str) -> bool:
-    words = channel.casefold().replace("t1ce", "t1c")
-    return words.startswith("any") or contrast.casefold() in re.split(r"[^a-z0-9]+", words)
+    words = re.split(r"[^a-z0-9]+", channel.casefold().replace("t1ce", "t1c"))
+    return words[0] == "any" or not {"mr", "mri", contrast.casefold()}.isdisjoint(words)
 
 
 def _place(

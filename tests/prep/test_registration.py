@@ -110,7 +110,7 @@ def test_affine_that_went_astray_leaves_the_rigid_one_and_a_reason(brain, found,
     without = register(brain)
     assert without.affine is None
     assert "went astray" in without.to_dict()["no_affine"]
-    assert matrix(without.wanted("rigid")).tolist() == matrix(found.rigid).tolist()
+    assert millimetres(matrix(without.wanted("rigid")), matrix(found.rigid)) < 0.5
     with pytest.raises(ScanError, match=r"would stretch the brain by .*; use the rigid one"):
         without.wanted("affine")
 

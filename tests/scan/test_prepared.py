@@ -171,8 +171,10 @@ def test_what_a_prepared_scan_cannot_be_is_refused_by_name(prepared, contract, c
     assert str(prepared) in str(refusal.value)
 
 
-def test_any_contrast_takes_a_prepared_t1w_scan(prepared, contract):
-    assert brainfm.load_scan(prepared, spec=replace(contract, representation="any contrast")).shape == GRID.shape
+@pytest.mark.parametrize("words", ["any contrast", "CT or MR"])
+def test_any_contrast_or_any_mr_takes_a_prepared_t1w_scan(words, prepared, contract):
+    spec = replace(contract, representation=words, channels=(words,))
+    assert brainfm.load_scan(prepared, spec=spec).shape == GRID.shape
 
 
 def test_second_mask_is_refused(prepared, contract):
