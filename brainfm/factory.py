@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -122,8 +123,8 @@ def create_model(
     try:
         if resolved.config and wanted is not None:
             _check_size(resolved.network, {"in_chans": resolved.cfg.in_chans} | resolved.args, wanted)
-        given = {"num_classes": num_classes, "in_chans": channels, **in_training, **args}
-        model = build(resolved.network, **given) if cfg.seed is None else _drawn(cfg.seed, resolved.network, given)
+        make = build if cfg.seed is None else partial(_drawn, cfg.seed)
+        model = make(resolved.network, num_classes=num_classes, in_chans=channels, **in_training, **args)
     except Exception as error:  # a config is somebody's word: its arguments may be anything
         if not resolved.config:
             raise
@@ -162,7 +163,7 @@ def build(name: str, /, *, adapter_reduction: int | None = None, **args: Any) ->
     return model
 
 
-def _drawn(seed: int, name: str, args: Mapping[str, Any]) -> Encoder:
+def _drawn(seed: int, name: str, **args: Any) -> Encoder:
     """An encoder whose initial weights are drawn by a seed: on the processor, whatever the default device."""
     place = torch.empty(0).device
     if place.type == "meta":

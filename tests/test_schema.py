@@ -197,7 +197,7 @@ def test_operations_go_by_their_names_in_plain_data():
 @pytest.mark.parametrize(
     ("operations", "message"),
     [
-        ([{"op": "Blur"}], "unknown operation 'Blur' in an input contract; known: Clip, CropBox"),
+        ([{"op": "Blur"}], "unknown operation 'Blur' in an input contract; known: AddFiltered, Clip, CropBox"),
         ([{"axes": [0, 1, 2]}], "unknown operation"),
         ([{"op": ["ZScore"]}], "unknown operation"),
         ([{"op": "ZScore", "sigma": 1}], "ZScore has no field sigma"),

@@ -138,7 +138,7 @@ def test_consistent_header_of_any_type_scaling_and_axes_gives_the_same_tensor(he
         flips = data.draw(st.tuples(*[st.sampled_from([1, -1])] * 3))
         dtype = data.draw(st.sampled_from(["u1", "i2", "i4", "f4", "f8", "u2", "i8"]))
         kind = data.draw(st.sampled_from([nib.Nifti1Image, nib.Nifti2Image]))
-        code = data.draw(st.integers(1, 5))
+        code = data.draw(st.sampled_from([1, 2, 4, 5]))  # 3, Talairach, is refused
         forms = data.draw(st.sampled_from(["sform", "qform", "both"]))
         turn = np.zeros((4, 4))
         turn[3, 3] = 1
