@@ -93,7 +93,7 @@ def test_contract_of_fsls_template_is_reached_through_its_matrix_and_says_so(tmp
     spec = replace(contract, space="MNI152NLin6Asym", registration="affine", skull_strip="any", mask="none")
     scan = read_prepared(folder)
     volume, notes = for_contract(scan, spec, "T1w", scan)
-    fsl_to_2009 = np.array(  # ../shared/data/mni152_spaces.json, as handed over
+    fsl_to_2009 = np.array(
         [
             [1.01303, 0.00029, -0.00079, -0.54005],
             [-0.01575, 1.0117, 0.00852, 0.35138],
