@@ -112,7 +112,7 @@ def _count(numbers: Sequence[int]) -> str:
 def _digest(cfg: PretrainedCfg) -> str | None:
     if cfg.sha256 or cfg.git_blob:
         return f"sha256 {cfg.sha256}" if cfg.sha256 else f"git blob {cfg.git_blob}"
-    return None if cfg.file or cfg.is_drawn else "none is known: what is fetched is not checked"
+    return None if cfg.file or cfg.is_drawn else "none is known: later downloads are held to the first"
 
 
 def millions(parameters: int) -> str:

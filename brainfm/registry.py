@@ -40,6 +40,7 @@ class Listing(Checked):
         licence: Of the weights, or None where none is stated.
         gated: Whether they are given out only to those who asked.
         redistribute: Whether they may be passed on.
+        accept: Whether their licence has to be accepted before the first load.
         source: Where the weights are; "" where there are none.
         facts: "seen", or "third-party" where nobody here could check what is said of the file.
     """
@@ -54,6 +55,7 @@ class Listing(Checked):
     licence: str | None = None
     gated: bool = False
     redistribute: bool = True
+    accept: bool = False
     source: str = ""
     facts: str = "seen"
 
@@ -90,6 +92,7 @@ class _Coded:
             licence=cfg.licence,
             gated=cfg.gated,
             redistribute=cfg.redistribute,
+            accept=cfg.accept,
             source=cfg.source,
             facts=cfg.facts,
         )
@@ -148,6 +151,7 @@ class _Carded:
             licence=licence.weights,
             gated=licence.gated,
             redistribute=licence.redistribute,
+            accept=licence.accept or licence.gated,
             source=weights.source.words if weights else "",
             facts=weights.facts if weights else "seen",
         )

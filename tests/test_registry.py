@@ -245,6 +245,7 @@ def test_what_a_third_party_registers_is_listed_as_its_cfg_says(small_spec):
         "licence": "MIT",
         "gated": False,
         "redistribute": True,
+        "accept": False,
         "source": "w.pt",
         "facts": "third-party",
     }

@@ -37,7 +37,7 @@ def check_licence(cfg: PretrainedCfg, cache: Path, accept: bool = False) -> None
         return
     named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
     if not accept and not {cfg.name, cfg.architecture} & {*named}:
-        terms = f": {cfg.terms}" if cfg.terms else ""
+        terms = f": {cfg.terms.rstrip('.')}" if cfg.terms else ""
         raise LicenceError(
             f"{cfg.name}: the licence of its weights is {asked['licence']}{terms}; read "
             f"it ({cfg.repository or cfg.paper or cfg.source}), and to accept it once pass accept_licence=True, run "
@@ -55,7 +55,7 @@ def check_licence(cfg: PretrainedCfg, cache: Path, accept: bool = False) -> None
 def check_passing_on(cfg: PretrainedCfg, what: str) -> None:
     """Raise LicenceError where a weight's licence does not let it be passed on; `what` is what would pass it on."""
     if not cfg.redistribute:
-        terms = f": {cfg.terms}" if cfg.terms else ""
+        terms = f": {cfg.terms.rstrip('.')}" if cfg.terms else ""
         raise LicenceError(
             f"{what}: the licence of the weights of {cfg.name} ({cfg.licence or 'not stated'}) does not let them be "
             f"passed on{terms}; let others take them from {cfg.source or 'their authors'}"
