@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,6 @@ from numpy.typing import NDArray
 
 from brainfm.assets import TEMPLATE
 from brainfm.errors import MissingExtraError
-from brainfm.files import atomic_path
 from brainfm.registry import get_pretrained_cfg
 from brainfm.scan.nrrd import locale_kept
 
@@ -27,8 +24,6 @@ __all__ = [
     "largest_part",
     "like",
     "locale_kept",
-    "on_template",
-    "save",
     "sitk",
     "template",
     "to_array",
@@ -85,28 +80,7 @@ def template() -> sitk.Image:
     return to_itk(np.asanyarray(stored.dataobj).astype(np.float32), grid.affine("RAS"))
 
 
-def on_template(image: sitk.Image, transform: sitk.Transform) -> sitk.Image:
-    """An image in the scanner's space on the contract's grid, by linear interpolation; 0 beyond its edge.
-
-    `transform` takes points of the template to points of the scan, as ITK and ANTs have it.
-    """
-    return sitk.Resample(image, template(), transform, sitk.sitkLinear, 0.0, sitk.sitkFloat32)
-
-
 def largest_part(mask: sitk.Image) -> sitk.Image:
     """The largest connected part of a mask, its holes filled; an empty mask stays empty."""
     parts = sitk.RelabelComponent(sitk.ConnectedComponent(mask), sortByObjectSize=True)
     return sitk.BinaryFillhole(sitk.Cast(parts == 1, sitk.sitkUInt8))
-
-
-def save(image: NDArray[Any], path: Path) -> None:
-    """Write an array [x, y, z] on the contract's grid as NIfTI, whole or not at all; same voxels, same bytes."""
-    import nibabel as nib
-
-    affine = affine_of(template())
-    nifti = nib.Nifti1Image(image, affine)
-    nifti.header.set_xyzt_units("mm")
-    nifti.set_sform(affine, "mni")
-    nifti.set_qform(affine, "mni")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0))

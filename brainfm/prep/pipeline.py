@@ -29,6 +29,7 @@ from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs
 from brainfm.prep.contrast import AGREEMENT, judge_contrast, onto_t1w
+from brainfm.prep.coregister import SETTINGS
 from brainfm.prep.image import TEMPLATE, affine_of, largest_part, like, locale_kept, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
@@ -105,6 +106,8 @@ class Settings(Checked):
             )
         if self.longitudinal and (self.contrast != "T1w" or self.backend == "turboprep"):
             raise ValueError("visits are brought together by their T1w scans, with backend pip")
+        if self.normalization == "none" and not self.turboprep_files:
+            raise ValueError("normalization is of TurboPrep's files; it needs turboprep_files")
         if self.template and self.backend != "turboprep":
             raise ValueError("template is what TurboPrep registers to; it needs backend turboprep")
 
@@ -206,7 +209,10 @@ def prepare(
 
     torch.set_num_threads(threads)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-    tools, target = settings.tools(), _target(settings)
+    tools, steps, target = settings.tools(), settings.steps(), _target(settings)
+    if onto is not None:  # the T1w scan's brain, and SimpleITK's registration to it
+        tools = {"bias": tools["bias"], "registration": f"SimpleITK {version('SimpleITK')}"}
+        steps = {"bias": steps["bias"], "registration": SETTINGS}
     clock = Clock(begun)
     for name in (RECORD, *_OWN, FIELD, *_TURBOPREP):  # what is in the folder from here on is not finished
         (folder / name).unlink(missing_ok=True)
@@ -224,7 +230,7 @@ def prepare(
         "input": {"path": str(source.path), "sha256": sha256, "found": head.found, "stripped": head.stripped},
         "settings": settings.to_dict(),
         "tools": tools,
-        "steps": settings.steps(),
+        "steps": steps,
         "brainfm": __version__,
         "versions": {name: version(name) for name in ("SimpleITK", "torch", "numpy")}
         | {"python": platform.python_version(), "machine": platform.machine()},
@@ -298,6 +304,7 @@ def _alone(
     with clock("registration"):
         brain_only = corrected * sitk.Cast(inside, sitk.sitkFloat32)
         found = REGISTRATION[settings.registered_by].run(brain_only)
+        found.wanted(settings.registration)  # or says why there is none
     if settings.mask == "synthseg":
         with clock("mask"):
             inside = largest_part(sitk.Cast(programs.synthseg(brain_only, threads) > 0.5, sitk.sitkUInt8))

@@ -40,14 +40,14 @@ def synthstrip(head: sitk.Image) -> sitk.Image:
         return sitk.Resample(brain > 0.5, head, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkFloat32)
 
 
-def synthseg(registered: sitk.Image, threads: int) -> sitk.Image:
-    """The brain of a scan on the contract's grid by SynthSeg (Billot et al. 2023): whatever is segmented, 0 or 1."""
+def synthseg(scan: sitk.Image, threads: int) -> sitk.Image:
+    """The brain of a scan, on its own voxels, by SynthSeg (Billot et al. 2023): whatever is segmented, 0 or 1."""
     with tempfile.TemporaryDirectory(prefix="brainfm-prep-") as folder:
-        image, labels = Path(folder, "registered.nii.gz"), Path(folder, "segm.nii.gz")
-        sitk.WriteImage(registered, str(image))
+        image, labels = Path(folder, "scan.nii.gz"), Path(folder, "segm.nii.gz")
+        sitk.WriteImage(scan, str(image))
         _run("mri_synthseg", "--i", str(image), "--o", str(labels), "--fast", "--threads", str(threads), "--cpu")
         brain = sitk.ReadImage(str(labels), sitk.sitkFloat32) > 0.5
-        return sitk.Resample(brain, template(), sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkFloat32)
+        return sitk.Resample(brain, scan, sitk.Transform(), sitk.sitkNearestNeighbor, 0, sitk.sitkFloat32)
 
 
 def turboprep(

@@ -46,14 +46,12 @@ class Prepared:
         brain: [x, y, z] booleans, the brain mask.
         seen: [x, y, z] booleans: what the scan's field of view covers.
         stripped: Whether the scan came without its skull.
-        normalized: The image as another program normalised it, where one did: what is written then.
     """
 
     image: NDArray[np.float32]
     brain: NDArray[np.bool_]
     seen: NDArray[np.bool_]
     stripped: bool = False
-    normalized: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

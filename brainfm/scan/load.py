@@ -19,7 +19,7 @@ from brainfm.scan.content import check_content
 from brainfm.scan.grid import corner_distance, on_grid
 from brainfm.scan.layout import is_prepared, turboprep_files
 from brainfm.scan.memory import is_mapping
-from brainfm.scan.prepared import PreparedScan, for_contract, read_prepared
+from brainfm.scan.prepared import PreparedScan, for_contract, read_prepared, registered_before
 from brainfm.scan.read import ImageLike, StoredImage, read_image, split_channels
 
 logger = logging.getLogger("brainfm.scan")
@@ -145,6 +145,9 @@ def _prepared(images: list[ImageLike | None], mask: ImageLike | None, spec: Inpu
         raise ScanError(f"{name_of(images[0])}: a prepared scan, which holds its own brain mask; pass no other")
     scans = [_read_prepared(image) for image in images]
     first = next(scan for scan in scans if scan is not None)
+    for scan in scans:
+        if scan is not None and (fault := registered_before(scan, first)):
+            raise ScanError(fault)
     kinds = spec.channels if len(spec.channels) > 1 else (spec.representation,)
     found = [
         None if scan is None else for_contract(scan, spec, kind, first) for scan, kind in zip(scans, kinds, strict=True)

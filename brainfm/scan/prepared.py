@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from brainfm.contract.spec import InputSpec
 from brainfm.contract.volume import Triple, Volume
 from brainfm.errors import ScanError
+from brainfm.files import file_sha256
 from brainfm.scan.layout import BRAIN, FIELD, HEAD, RECORD
 from brainfm.scan.read import read_image
 from brainfm.scan.resample import box_of, reach, resample
@@ -121,6 +122,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             f"{path}: not a record of 'brainfm prep' ({error}); delete the folder and run it again"
         ) from error
     return dict(record)
+
+
+def registered_before(scan: PreparedScan, t1w: PreparedScan) -> str:
+    """Why a scan of another contrast no longer lies on its T1w scan, which was prepared again; empty where it does."""
+    onto = scan.record.get("registration", {}).get("onto_sha256")
+    if onto is None or t1w.record.get("contrast") != "T1w" or onto == file_sha256(t1w.folder / RECORD):
+        return ""
+    return f"{scan.folder}: registered to another preparation of its T1w scan than {t1w.folder}; {_again()}"
 
 
 def for_contract(

@@ -81,6 +81,10 @@ def test_t2w_scan_is_registered_to_the_t1w_scan_and_gets_its_mask(output, spec):
     record = json.loads((onto / "prep.json").read_text())
     (onto / "prep.json").write_text(json.dumps(record | {"again": True}))
     assert not is_done(source, folder, settings, onto)
+    with pytest.raises(
+        ScanError, match=r"_T2w: registered to another preparation of its T1w scan than .*prepare the scan"
+    ):
+        brainfm.load_scan({"t1w": onto, "t2w": folder}, spec=both)
 
 
 def test_scan_that_lies_elsewhere_does_not_pass_and_one_without_a_t1w_scan_is_looked_at(spec):

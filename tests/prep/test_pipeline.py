@@ -188,6 +188,17 @@ def test_tensor_of_the_folder_is_that_of_turboprep_files(head_image, spec, tmp_p
     assert np.allclose(lps @ transform.TransformPoint((lps @ corner).tolist()), scan_point[:3], atol=1e-4)
 
 
+def test_synthsegs_mask_is_on_the_heads_own_voxels(program, small_sample, small_spec, tmp_path, monkeypatch):
+    registered_already(monkeypatch)
+    program("mri_synthseg", f'cp {small_sample[1]} "$4"')
+    prepare(Source(small_sample[0], "s"), tmp_path / "prep", Settings(bias="none", mask="synthseg"))
+    brain = np.asanyarray(nib.load(tmp_path / "prep" / "brain_mask.nii.gz").dataobj) > 0
+    given = nib.as_closest_canonical(nib.load(small_sample[1]))
+    assert brain.shape == given.shape
+    assert (brain ^ (np.asanyarray(given.dataobj) > 0)).mean() < 0.001  # the largest part, its holes filled
+    assert brainfm.load_scan(tmp_path / "prep", spec=small_spec).mask.any()
+
+
 def test_folder_of_before_is_read_and_made_anew(stand_in, small_model, tmp_path):
     stand_in()
     prepare(Source(SAMPLE_SCAN, "sample"), tmp_path / "out" / "sub-01", Settings(backend="turboprep"))
