@@ -41,17 +41,18 @@ def render(template: str, **values: Any) -> str:
     return _environment(Path(template).suffix == ".tex").get_template(template).render(values)
 
 
-def render_page(template: str, styles: Sequence[str] = (), **values: Any) -> str:
+def render_page(template: str, styles: Sequence[str] = (), scripts: Sequence[str] = (), **values: Any) -> str:
     """A page of HTML, from a template that extends page.html.
 
     Args:
         template: Its name.
         styles: Names of style sheets to put after page.css.
+        scripts: Names of scripts to put after page.js.
         values: As of `render`; page.html asks for `title`.
     """
     style, script = (
         "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
-        for names in (["page.css", *styles], ["page.js"])
+        for names in (["page.css", *styles], ["page.js", *scripts])
     )
     return render(template, style=style, script=script, **values)
 

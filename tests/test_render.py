@@ -10,7 +10,7 @@ import pytest
 
 from brainfm.render import content_hash, latex, markdown, render, render_page
 
-QC = {"all_pass": True, "summary": "", "scans": [], "ranges": {}, "making": {}}
+QC = {"all_pass": True, "summary": "", "scans": [], "ranges": {}, "making": {}, "folder": "prep"}
 
 
 def test_html_is_escaped_wherever_a_value_stands():

@@ -131,25 +131,39 @@ def _reasons(record: dict[str, Any], *verdicts: str) -> list[str]:
 @click.option("--reject", multiple=True, metavar="ID", help="Leave this scan out whatever its verdict; likewise.")
 @click.option("--by", metavar="NAME", help="Who accepts or rejects.")
 @click.option("--why", metavar="TEXT", help="And why.")
+@click.option(
+    "--decisions",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Take the decisions that were made on the page and saved from it.",
+)
 def qc_command(
-    folder: Path, output: Path | None, accept: tuple[str, ...], reject: tuple[str, ...], by: str | None, why: str | None
+    folder: Path,
+    output: Path | None,
+    accept: tuple[str, ...],
+    reject: tuple[str, ...],
+    by: str | None,
+    why: str | None,
+    decisions: Path | None,
 ) -> None:
     """Write one page of the prepared scans in DIR: pictures, figures and verdicts, the doubtful ones first.
 
-    With --accept or --reject, and --by and --why, a person's own decision is kept beside the scan (decisions.json),
-    shown on the page, and followed by 'brainfm embed --strict-qc'. ID is the scan's name on the page. The last decision
-    counts, until the scan is prepared anew.
+    With --accept or --reject, and --by and --why, or with the file that the page's own buttons save (--decisions), a
+    person's own decision is kept beside the scan (decisions.json), shown on the page, and followed by 'brainfm embed
+    --strict-qc'. ID is the scan's name on the page. The last decision counts, until the scan is prepared anew.
     """
-    from brainfm.prep.report import decide_all, write_page
+    from brainfm.prep.report import decide_all, take_decisions, write_page
 
     decided = bool(accept or reject)
-    if not decided and output is None:
-        raise click.UsageError("name the page (-o qc.html), or decide (--accept, --reject)")
+    if not decided and output is None and decisions is None:
+        raise click.UsageError("name the page (-o qc.html), or decide (--accept, --reject, --decisions)")
     if decided != bool(by and why) or bool(by) != bool(why):
         raise click.UsageError("--accept and --reject go with --by NAME and --why TEXT: who decides, and why")
+    said = take_decisions(folder, decisions) if decisions is not None else {}
     if by and why:
-        for name, said in decide_all(folder, accept, reject, by, why).items():
-            click.echo(f"{name}: {said}")
+        said |= decide_all(folder, accept, reject, by, why)
+    for name, verdict in said.items():
+        click.echo(f"{name}: {verdict}")
     if output is not None:
         verdicts = write_page(folder, output)
         counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))

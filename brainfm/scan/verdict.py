@@ -36,15 +36,22 @@ class Decision:
     record: str
 
 
-def decide(folder: Path, decision: Choice, by: str, why: str) -> Decision:
+def decide(folder: Path, decision: Choice, by: str, why: str, date: str | None = None) -> Decision:
     """Write a decision beside a scan's `prep.json`, after those that are there: the last one counts.
+
+    Args:
+        folder: The prepared scan's.
+        decision: "accept" or "reject".
+        by: Who decides.
+        why: And why.
+        date: When, ISO 8601; None is now.
 
     Raises:
         ScanError: What is there is damaged.
         BrainfmError: Another command is writing it.
     """
-    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    made = Decision(decision, by, why, now, file_sha256(folder / RECORD))
+    date = date or datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    made = Decision(decision, by, why, date, file_sha256(folder / RECORD))
     with held(folder / DECISIONS):
         write_json(folder / DECISIONS, [asdict(one) for one in (*_decisions(folder), made)])
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import html
 import json
 import re
@@ -173,6 +174,40 @@ def test_last_decision_counts_until_the_scan_is_prepared_anew(folder):
 def test_half_a_decision_is_refused_and_nothing_is_written(options, code, words, folder):
     said = decide(folder, *options)
     assert said.exit_code == code
+    assert words in said.output
+    assert not [*folder.rglob("decisions.json")]
+
+
+def saved(folder, **changed):
+    record = hashlib.sha256((folder / "bad" / "prep.json").read_bytes()).hexdigest()
+    one = {"scan": "bad", "decision": "accept", "by": "Ann", "why": "seen", "date": "2026-01-02T03:04:05+00:00"}
+    return [one | {"record": record} | changed]
+
+
+def test_decisions_saved_from_the_page_are_taken(folder, tmp_path):
+    (tmp_path / "saved.json").write_text(json.dumps(saved(folder)))
+    said = decide(folder, "--decisions", str(tmp_path / "saved.json"), "-o", str(tmp_path / "qc.html"))
+    assert said.output.startswith("bad: accepted by Ann\n")
+    assert "<b>accepted</b> by Ann, 2026-01-02: seen" in (tmp_path / "qc.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"record": "0" * 64}, "bad was prepared anew since the page was written"),
+        ({"scan": "bda"}, "no prepared scan is called 'bda'"),
+        ({"why": ""}, "not what the page of prepared scans saves"),
+        ({"why": 3}, "not what the page of prepared scans saves"),
+        ({"decision": "perhaps"}, "not what the page of prepared scans saves"),
+        (None, "not what the page of prepared scans saves"),
+    ],
+)
+def test_decisions_that_cannot_be_taken_are_refused_all_of_them(changed, words, folder, tmp_path):
+    good = {"scan": "sub-0", "record": hashlib.sha256((folder / "sub-0" / "prep.json").read_bytes()).hexdigest()}
+    content = [*saved(folder, **good), *saved(folder, **changed)] if changed else {"scan": "bad"}
+    (tmp_path / "saved.json").write_text(json.dumps(content))
+    said = decide(folder, "--decisions", str(tmp_path / "saved.json"))
+    assert said.exit_code == 1
     assert words in said.output
     assert not [*folder.rglob("decisions.json")]
 

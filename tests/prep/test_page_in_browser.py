@@ -2,13 +2,17 @@
 
 import base64
 import hashlib
+import html
 import re
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from test_page import write_scan
 
+from brainfm.cli import main
 from brainfm.prep.report import write_page
+from brainfm.scan.verdict import decision_of, verdict_of
 
 pytestmark = pytest.mark.browser
 
@@ -71,3 +75,45 @@ def test_page_is_not_blank(page, chromium, tmp_path):
     chromium("--window-size=1200,900", f"--screenshot={tmp_path / 'page.png'}", f"file://{page}")
     with Image.open(tmp_path / "page.png") as image:
         assert len(image.convert("L").getcolors()) > 50
+
+
+DECIDE = """
+{
+  const click = (group, value) => group.querySelector(`[value=${value}]`).click();
+  const write = (input, text) => { input.value = text; input.dispatchEvent(new Event("input", { bubbles: true })); };
+  const [first, second, third] = [...document.querySelectorAll(".decide")];
+  const save = document.querySelector(".save");
+  document.body.dataset.before = save.hidden;
+  URL.createObjectURL = (blob) => { blob.text().then((text) => { document.body.dataset.saved = text; }); return "#"; };
+  click(first, "accept");
+  click(second, "accept");
+  click(second, "reject");
+  click(third, "reject");
+  click(third, "reject");
+  write(first.querySelector("input"), "seen, and it's whole");
+  document.body.dataset.missing = save.textContent;
+  write(second.querySelector("input"), "blurred");
+  write(save.querySelector("input"), "Ann <a>");
+  document.body.dataset.ready = !save.querySelector("button").disabled;
+  save.querySelector("button").click();
+}
+"""
+
+
+def test_decisions_made_on_the_page_are_saved_and_taken(page, chromium, tmp_path):
+    digest = base64.b64encode(hashlib.sha256(DECIDE.encode()).digest()).decode()
+    copy = page.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
+    (tmp_path / "copy.html").write_text(copy.replace("</body>", f"<script>{DECIDE}</script></body>"), encoding="utf-8")
+    body = re.search("<body.*?>", chromium("--dump-dom", f"file://{tmp_path}/copy.html"), re.DOTALL)[0]
+    said = {name: html.unescape(value) for name, value in re.findall(r'data-(\w+)="(.*?)"', body, re.DOTALL)}
+    assert (said["before"], said["ready"]) == ("true", "true")
+    assert "2 decided; say why of " in said["missing"]
+    (tmp_path / "decisions.json").write_text(said["saved"], encoding="utf-8")
+    shown = re.findall(r'data-scan="(\w+)"', page.read_text(encoding="utf-8"))
+    command = ["qc", str(tmp_path / "prep"), "--decisions", str(tmp_path / "decisions.json")]
+    result = CliRunner().invoke(main, command)
+    assert result.output == f"{shown[0]}: accepted by Ann <a>\n{shown[1]}: rejected by Ann <a>\n"
+    assert [verdict_of(tmp_path / "prep" / name) for name in shown[:3]] == ["accepted", "rejected", "pass"]
+    kept = decision_of(tmp_path / "prep" / shown[0])
+    assert kept.why == "seen, and it's whole"
+    assert kept.date.startswith("20")
