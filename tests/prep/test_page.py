@@ -98,6 +98,16 @@ def test_page_that_is_no_html_is_refused(folder, tmp_path):
         write_page(folder, tmp_path / "qc.pdf")
 
 
+def test_figure_that_an_earlier_version_did_not_measure_is_a_dash(folder, tmp_path):
+    path = folder / "sub-1" / "prep.json"
+    record = json.loads(path.read_text())
+    record["quality"] = [figure for figure in record["quality"] if figure["name"] != "turn"]
+    path.write_text(json.dumps(record))
+    assert decide(folder, "-o", str(tmp_path / "qc.html")).exit_code == 0
+    page = (tmp_path / "qc.html").read_text(encoding="utf-8")
+    assert re.findall(r'data-name="turn">([^<]*)<', page).count("–") == 1
+
+
 def test_damaged_record_is_named(folder, tmp_path):
     (folder / "sub-1" / "prep.json").write_text("{")
     with pytest.raises(ScanError, match=r"sub-1/prep\.json"):
