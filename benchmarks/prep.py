@@ -162,9 +162,9 @@ def step_times(path: Path) -> dict[str, tuple[float, float]]:
 
     head = timed("read", lambda: read_source(path))
     corrected, _ = timed("bias", lambda: BIAS["n4"].run(head.image))
-    probability = timed("extraction", lambda: EXTRACTION["deepbet"].run(corrected))
+    probability = timed("extraction", lambda: EXTRACTION["deepbet"].run(corrected, "cpu"))
     brain = corrected * like((to_array(probability) > 0.5).astype(np.float32), corrected)
-    timed("registration", lambda: REGISTRATION["torch"].run(brain))
+    timed("registration", lambda: REGISTRATION["torch"].run(brain, "cpu"))
     return seconds
 
 

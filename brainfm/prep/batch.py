@@ -69,6 +69,7 @@ def prepare_all(
     *,
     t1w: str | os.PathLike[str] | None = None,
     jobs: int = 1,
+    device: str = "cpu",
     said: Callable[[str, Outcome], None] | None = None,
     progress: bool = False,
 ) -> Report:
@@ -83,7 +84,9 @@ def prepare_all(
         settings: What to prepare with.
         t1w: Of other contrasts, the folder of the person's prepared T1w scan; without it, it is looked for in `output`
             by the scan's name (`brainfm.prep.contrast.t1w_of`).
-        jobs: Scans at once; they share the processor's cores.
+        jobs: Scans at once; they share the processor's cores, and the GPU where they use one.
+        device: Of torch, for extraction and registration: "cpu", "cuda", or "auto", which is a GPU where there is one.
+            On "cpu" the same scan gives the same files to the bit.
         said: Called with a scan's name and its record, or why it failed, as each ends.
         progress: Show a bar of the steps, with an estimate of the time left.
 
@@ -100,6 +103,7 @@ def prepare_all(
         os._exit(_WITHOUT_GUARD)  # a scan's process runs the script again: what began it says so
     settings = settings or Settings()
     settings.tools()
+    device = _checked(device)
     sources = find_sources([Path(item) for item in inputs], settings.contrast)
     if t1w is not None and (settings.contrast == "T1w" or len(sources) != 1):
         raise BrainfmError("t1w is of one scan of another contrast; name that alone, and its contrast")
@@ -127,7 +131,13 @@ def prepare_all(
                     outcomes[source.name] = read_record(place) or {}
                     report.found += 1
                 else:
-                    todo.append(_Task(source.name, source.path, partial(prepare, source, place, settings, onto=onto)))
+                    todo.append(
+                        _Task(
+                            source.name,
+                            source.path,
+                            partial(prepare, source, place, settings, onto=onto, device=device),
+                        )
+                    )
             except (BrainfmError, OSError) as error:
                 ended(source.name, one_line(error))
         # By the inputs, not by what is left of them: a run that goes on computes as the unbroken one would have.
@@ -287,6 +297,15 @@ def _run(
     finally:
         for one in running.values():
             one.end()  # interrupted: their folders have no prep.json and are done again
+
+
+def _checked(device: str) -> str:
+    """A device that can be used here. Raises BrainfmError for another; torch is not imported for the processor."""
+    if device == "cpu":
+        return device
+    from brainfm.inference import resolve_device
+
+    return str(resolve_device(device))
 
 
 def _started(task: _Task, output: Path, threads: int) -> tuple[Connection, _Running]:

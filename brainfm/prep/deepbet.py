@@ -39,11 +39,12 @@ def settings() -> dict[str, Any]:
     return {"networks": {Path(name).name: sha256[:12] for name, sha256 in FILES.items()}, "voxels": [_COARSE, _FINE]}
 
 
-def brain_probability(head: sitk.Image) -> sitk.Image:
+def brain_probability(head: sitk.Image, device: str = "cpu") -> sitk.Image:
     """The probability that each voxel is brain: first where the brain is in the head, then its outline.
 
     Args:
         head: Its axes nearly R, A, S.
+        device: Torch's.
 
     Raises:
         ScanError: The first network finds no brain.
@@ -53,19 +54,19 @@ def brain_probability(head: sitk.Image) -> sitk.Image:
 
     from brainfm.prep import linknet
 
-    coarse, fine = _networks()
-    voxels = torch.from_numpy(np.ascontiguousarray(to_array(head), dtype=np.float32))[None, None]
+    coarse, fine = _networks(device)
+    voxels = torch.from_numpy(np.ascontiguousarray(to_array(head), dtype=np.float32)).to(device)[None, None]
     with torch.inference_mode():
         small = F.interpolate(voxels, (_COARSE,) * 3, mode="trilinear")
-        low, high = (float(value) for value in small.flatten().quantile(torch.tensor(_CLIP)))
+        low, high = (float(value) for value in small.flatten().quantile(small.new_tensor(_CLIP)))
         if high <= low:
             raise ScanError("no brain was found: nearly every voxel has the same value")
         found = linknet.brain_probability(coarse, _normalised(small, low, high))[0, 0] > 0.5
-        box = _box(found.numpy(), head)
+        box = _box(found.cpu().numpy(), head)
         crop = voxels[(slice(None), slice(None), *box)]
         seen = F.interpolate(crop, (_FINE,) * 3, mode="trilinear")
         outline = linknet.brain_probability(fine, _normalised(seen, low, high))
-        inside = F.interpolate(outline, crop.shape[2:], mode="trilinear")[0, 0].numpy()
+        inside = F.interpolate(outline, crop.shape[2:], mode="trilinear")[0, 0].cpu().numpy()
     probability = np.zeros(voxels.shape[2:], dtype=np.float32)
     probability[box] = inside
     return like(probability, head)
@@ -95,13 +96,13 @@ def _normalised(image: Tensor, low: float, high: float) -> Tensor:
 
 
 @cache
-def _networks() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _networks(device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights of the network that finds the brain, and of that which draws its outline."""
     import torch
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch would rather have another format than TorchScript
-        scripts: list[Any] = [torch.jit.load(str(path), map_location="cpu") for path in _files()]  # type: ignore[no-untyped-call]
+        scripts: list[Any] = [torch.jit.load(str(path), map_location=device) for path in _files()]  # type: ignore[no-untyped-call]
     coarse, fine = ({name: weight.detach() for name, weight in script.state_dict().items()} for script in scripts)
     return coarse, fine
 

@@ -187,6 +187,7 @@ def prepare(
     threads: int = 1,
     begun: Callable[[str], None] | None = None,
     onto: Path | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Prepare one scan, write its folder, and return its record.
 
@@ -200,6 +201,7 @@ def prepare(
         begun: Called with the name of each step as it begins.
         onto: Of another contrast, the folder of the person's prepared T1w scan, to which it is registered and whose
             brain mask it gets. Without one it is registered to the template by itself.
+        device: Of torch, for extraction and registration; on a GPU the last digits differ from run to run.
 
     Raises:
         ScanError: The scan is no T1w image of a head, or a step failed on it.
@@ -223,7 +225,7 @@ def prepare(
         if settings.backend == "turboprep":
             made = _by_turboprep(head, folder, settings, threads, clock)
         else:
-            made = _by_steps(head, folder, settings, threads, clock, onto)
+            made = _by_steps(head, folder, settings, threads, clock, onto, device)
     except RuntimeError as error:
         raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
     record = {
@@ -241,6 +243,7 @@ def prepare(
         "seconds": clock.seconds,
         "peak_memory_gb": _peak_memory_gb(),
         "threads": threads,
+        "device": device,
     }
     write_json(folder / RECORD, record)
     return record
@@ -270,14 +273,14 @@ def _target(settings: Settings) -> Path:
 
 
 def _by_steps(
-    head: Head, folder: Path, settings: Settings, threads: int, clock: Clock, onto: Path | None
+    head: Head, folder: Path, settings: Settings, threads: int, clock: Clock, onto: Path | None, device: str
 ) -> dict[str, Any]:
     """Prepare a head, write its images, and return what its record says of them."""
     with clock("bias"):
         corrected, log_field = BIAS[settings.bias].run(head.image)
     affine = affine_of(corrected)
     if onto is None:
-        brain, found = _alone(corrected, head, settings, threads, clock)
+        brain, found = _alone(corrected, head, settings, threads, clock, device)
     else:
         with clock("registration"):
             brain, found = onto_t1w(corrected, read_prepared(onto))
@@ -293,17 +296,17 @@ def _by_steps(
 
 
 def _alone(
-    corrected: sitk.Image, head: Head, settings: Settings, threads: int, clock: Clock
+    corrected: sitk.Image, head: Head, settings: Settings, threads: int, clock: Clock, device: str
 ) -> tuple[NDArray[np.bool_], dict[str, Any]]:
     """The brain [i, j, k] of a head, and how it lies against the template."""
     with clock("extraction"):
-        probability = _given(head) if head.stripped else EXTRACTION[settings.extraction].run(corrected)
+        probability = _given(head) if head.stripped else EXTRACTION[settings.extraction].run(corrected, device)
         inside = largest_part(sitk.Cast(probability > 0.5, sitk.sitkUInt8))
         if not sitk.GetArrayViewFromImage(inside).any():
             raise ScanError("the brain extraction found no brain; is this a T1w scan of a head?")
     with clock("registration"):
         brain_only = corrected * sitk.Cast(inside, sitk.sitkFloat32)
-        found = REGISTRATION[settings.registered_by].run(brain_only)
+        found = REGISTRATION[settings.registered_by].run(brain_only, device)
         found.wanted(settings.registration)  # or says why there is none
     if settings.mask == "synthseg":
         with clock("mask"):

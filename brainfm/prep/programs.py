@@ -30,7 +30,7 @@ def where(program: str) -> str:
     return path
 
 
-def synthstrip(head: sitk.Image) -> sitk.Image:
+def synthstrip(head: sitk.Image, _device: str) -> sitk.Image:
     """The brain of a head by SynthStrip (Hoopes et al. 2022), 0 or 1."""
     with tempfile.TemporaryDirectory(prefix="brainfm-prep-") as folder:
         image, mask = Path(folder, "head.nii.gz"), Path(folder, "mask.nii.gz")

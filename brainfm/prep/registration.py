@@ -90,7 +90,7 @@ def settings() -> dict[str, Any]:
     }
 
 
-def register(brain: sitk.Image) -> Registered:
+def register(brain: sitk.Image, device: str = "cpu") -> Registered:
     """The rigid and the affine transform from points of the template to points of the scan.
 
     The brain's centre of mass is put on the template's. Turns of up to 45° about each axis are looked at on voxels of
@@ -98,12 +98,14 @@ def register(brain: sitk.Image) -> Registered:
     5° and 5 mm, the result has to come back to within 0.5°, or a second round begins from more turns. The affine one
     begins there. The rigid one is climbed to, in small steps, from the rigid motion that is nearest to the affine one
     over the template's brain: alone it ends in another place from each header, where the brain is of another size and
-    rigid fits are nearly as good in several. The same brain gives the same transforms, to the bit: one thread does it.
+    rigid fits are nearly as good in several. The same brain gives the same transforms, to the bit: one thread does it
+    on the processor.
 
     No header that mirrors the brain is put right: left and right look alike, so it would be the other way round.
 
     Args:
         brain: The scan, 0 outside the brain.
+        device: Torch's. On a GPU sums are added up in another order each time, and the last digits differ.
 
     Raises:
         ScanError: There is no brain in it, or it fits only when turned by more than 70°.
@@ -113,7 +115,7 @@ def register(brain: sitk.Image) -> Registered:
     if not np.max(sitk.GetArrayViewFromImage(brain)) > 0:
         raise ScanError("there is no brain to register: every voxel is 0; is it a T1w scan of a head?")
     with one_thread():
-        return _registered(Similarity(brain))
+        return _registered(Similarity(brain, device))
 
 
 def _registered(similarity: Similarity) -> Registered:

@@ -59,15 +59,17 @@ class Similarity:
 
     Args:
         brain: The scan, 0 outside the brain.
+        device: Where it is computed; positions and results are the processor's.
     """
 
-    def __init__(self, brain: sitk.Image) -> None:
+    def __init__(self, brain: sitk.Image, device: str = "cpu") -> None:
         images = [_shrunk(brain, mm) for mm, _ in LEVELS]
         inside = sitk.GetArrayViewFromImage(images[2])
         bright = float(np.percentile(inside[inside > 0], 99.5)) if (inside > 0).any() else 1.0
         self.centre = centre_of_mass(images[1])  # LPS mm
+        self._device = device
         self._levels = [
-            (_smooth(image, mm) * ((BINS - 1) / bright), _to_grid(image))
+            ((_smooth(image, mm) * ((BINS - 1) / bright)).to(device), _to_grid(image))
             for image, (mm, _) in zip(images, LEVELS, strict=True)
         ]
 
@@ -99,16 +101,16 @@ class Similarity:
 
     def _information(self, positions: Tensor, level: int) -> Tensor:
         volume, to_grid = self._levels[level]
-        points, fixed = _points(level)
-        grid = points @ (to_grid @ positions)[:, :3].transpose(1, 2).float()  # [n, points, 3]
+        points, fixed = _points(level, self._device)
+        grid = points @ (to_grid @ positions)[:, :3].transpose(1, 2).float().to(self._device)  # [n, points, 3]
         many = len(positions)
         values = F.grid_sample(volume.expand(many, -1, -1, -1, -1), grid[:, None, None], align_corners=True)
         values = values.reshape(many, -1).clamp(0, BINS - 1)
         seen = (grid.detach().abs() <= 1).all(-1).float()
         low = values.detach().floor().clamp(max=BINS - 2)
         upper = (values - low) * seen
-        cells = fixed + low.long() + torch.arange(many)[:, None] * BINS**2
-        counts = torch.zeros(many * BINS**2)
+        cells = fixed + low.long() + torch.arange(many, device=self._device)[:, None] * BINS**2
+        counts = torch.zeros(many * BINS**2, device=self._device)
         counts = counts.index_add(0, cells.flatten(), (seen - upper).flatten())
         counts = counts.index_add(0, cells.flatten() + 1, upper.flatten())
         joint = counts.double().reshape(many, BINS, BINS)
@@ -116,7 +118,7 @@ class Similarity:
         joint = joint / covered.clamp(min=1)[:, None, None]
         apart = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
         information = (joint * ((joint + 1e-12) / (apart + 1e-12)).log()).sum((1, 2))
-        return information * (covered > _LEAST_SEEN * len(points))
+        return (information * (covered > _LEAST_SEEN * len(points))).cpu()
 
 
 def _lowest(cost: Cost, size: int, least_step: float, most_step: float) -> tuple[NDArray[np.float64], float]:
@@ -196,7 +198,7 @@ def centre_of_mass(image: sitk.Image) -> NDArray[np.float64]:
 
 
 @cache
-def _points(level: int) -> tuple[Tensor, Tensor]:
+def _points(level: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Points in and near the template's brain about its centre [n, 4], and BINS times the bin of each's brightness."""
     mm, wanted = LEVELS[level]
     cells = _shrunk(template(), _CELL_MM)
@@ -213,7 +215,7 @@ def _points(level: int) -> tuple[Tensor, Tensor]:
     values = F.grid_sample(_smooth(image, mm), grid[None, None, None], align_corners=True).flatten()
     bins = (values / 256 * BINS).long().clamp(0, BINS - 1)
     points[:3] -= torch.from_numpy(centre())[:, None]
-    return points.T.float().contiguous(), bins * BINS
+    return points.T.float().contiguous().to(device), (bins * BINS).to(device)
 
 
 def _shrunk(image: sitk.Image, mm: float) -> sitk.Image:

