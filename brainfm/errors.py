@@ -77,6 +77,16 @@ def _lacking(package: str, extra: str) -> list[str]:
 
     Not `brainfm[extra]`: on PyPI that name is another package's.
     """
+    wanted = lacking(extra) or {}
+    named = wanted.pop(package.lower(), package)
+    return [package if named.lower() == package.lower() else named, *wanted.values()]
+
+
+def lacking(extra: str = "") -> dict[str, str] | None:
+    """What is not installed here, or in another version, of what an extra or brainfm itself needs, as pip takes it.
+
+    By the names of the packages in small letters; None where brainfm runs from a folder, and nobody says what it needs.
+    """
     from importlib.metadata import PackageNotFoundError, requires, version
 
     from packaging.requirements import Requirement
@@ -89,11 +99,13 @@ def _lacking(package: str, extra: str) -> list[str]:
 
     try:
         needs = [Requirement(line) for line in requires("brainfm") or ()]
-    except PackageNotFoundError:  # run from a folder, and not installed
-        return [package]
+    except PackageNotFoundError:
+        return None
     wanted = {}
     for need in needs:
-        if need.marker is None or "extra" not in str(need.marker) or not need.marker.evaluate({"extra": extra}):
+        if extra and (need.marker is None or "extra" not in str(need.marker)):
+            continue
+        if need.marker is not None and not need.marker.evaluate({"extra": extra}):
             continue
         have = installed(need)
         if have is not None and need.specifier.contains(have, prereleases=True):
@@ -101,5 +113,4 @@ def _lacking(package: str, extra: str) -> list[str]:
         # Of what is not here pip takes the newest; only what says otherwise needs its bounds, and quotes for the shell.
         newest = have is None and all(bound.operator in (">", ">=") for bound in need.specifier)
         wanted[need.name.lower()] = need.name if newest else f'"{need.name}{need.specifier}"'
-    named = wanted.pop(package.lower(), package)
-    return [package if named.lower() == package.lower() else named, *wanted.values()]
+    return wanted

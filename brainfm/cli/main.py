@@ -16,6 +16,7 @@ from brainfm.cli.evaluation import (
     predict_command,
     probe_command,
 )
+from brainfm.cli.machine import doctor_command
 from brainfm.cli.models import (
     convert_command,
     export_command,
@@ -69,7 +70,7 @@ def main(context: click.Context) -> None:
 
 
 for _command in (
-    *(list_command, info_command, demo_command, embed_command),
+    *(list_command, info_command, demo_command, doctor_command, embed_command),
     *(fetch_command, convert_command, verify_command, push_command, export_command),
     *(phantom_command, cache_group, prep_command, qc_command),
     *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command, compare_command),
