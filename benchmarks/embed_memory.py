@@ -1,8 +1,8 @@
 """What `embed` keeps of each scan: the peak memory of a run over many tiny images, against one over 1,000.
 
 Each run is a process of its own. Images are a few files of 12×12×12 voxels under many names (hard links), vectors have
-512 numbers, and the table is written as CSV, with its journal. `--interrupted` measures the run that goes on from a
-journal of nearly all scans.
+512 numbers, and the table is written as CSV, from its parts. `--interrupted` measures the run that goes on from the
+parts of nearly all scans.
 
 python benchmarks/embed_memory.py [--scans 100000] [--interrupted]
 """

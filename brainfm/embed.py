@@ -7,7 +7,7 @@ import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
@@ -23,15 +23,15 @@ from brainfm.errors import ScanError
 from brainfm.factory import create_model
 from brainfm.files import held, one_line, progress_bar, sweep, write_json
 from brainfm.inference import DTypeName, optimize, resolve_device, resolve_dtype
-from brainfm.journal import Journal
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.encoder import Encoder
 from brainfm.models.features import FeatureMaps
 from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans
+from brainfm.parts import About, Parts, Shard, Vectors
 from brainfm.readout import Reader
 from brainfm.system import expanded, give_back_memory, joined, launched, own_cores
-from brainfm.table import Embeddings, Origin, check_output, files_of, write
+from brainfm.table import Embeddings, Origin, check_folder, check_output, files_of, write
 from brainfm.transforms import check_channels, create_transform
 from brainfm.version import __version__
 from brainfm.weights import weights_digest
@@ -43,17 +43,18 @@ logger = logging.getLogger("brainfm")
 
 
 @dataclass(frozen=True)
-class _Options:
+class Options:
     """What `embed` is told beside scans, models and places; see there."""
 
-    batch_size: int | Literal["auto"]
-    device: str | torch.device
-    dtype: DTypeName | torch.dtype
-    num_workers: int
-    dense_dtype: DenseDType
-    on_error: Literal["skip", "raise"]
-    strict_qc: bool
-    progress: bool
+    batch_size: int | Literal["auto"] = "auto"
+    device: str | torch.device = "auto"
+    dtype: DTypeName | torch.dtype = "auto"
+    num_workers: int = 2
+    dense_dtype: DenseDType = "float16"
+    on_error: Literal["skip", "raise"] = "skip"
+    strict_qc: bool = False
+    progress: bool = False
+    shard: Shard | None = None
     optimised: bool = True  # or by the network itself, whose numbers are those of model(tensor)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,7 @@ class _Keywords(TypedDict, total=False):
     report: str | os.PathLike[str] | None
     on_error: Literal["skip", "raise"]
     strict_qc: bool
+    shard: Shard | str | None
     progress: bool
 
 
@@ -106,14 +108,18 @@ def embed(
     report: str | os.PathLike[str] | None = None,
     on_error: Literal["skip", "raise"] = "skip",
     strict_qc: bool = False,
+    shard: Shard | str | None = None,
     progress: bool = False,
 ) -> Embeddings | list[Embeddings]:
     """Embed every scan of a list, each prepared as the model's input contract says and read out as its readout says.
 
-    With `output`, finished rows are kept in a journal beside it as they come, and the table is written at the end; a
-    run that was interrupted goes on where it stopped when it is started again with the same model and dtype. Scans
-    whose file changed in between are done again. A second run with the same `output` is refused while the first lasts.
-    Under torchrun each process takes its share, and rank 0 writes and returns all.
+    With `output`, finished rows are kept in parts beside it as they come, and the table is written at the end; a run
+    that was interrupted goes on where it stopped when it is started again with the same model and dtype. Scans whose
+    file changed in between are done again. A second run with the same `output` is refused while the first lasts. Under
+    torchrun each process takes its share, and rank 0 writes and returns all.
+
+    With `shard` the parts are what is written, to a folder that any number of shards share without waiting for one
+    another; `brainfm.parts.merge`, or 'brainfm merge', makes the table of them.
 
     Args:
         scans: A path (image, manifest, TurboPrep or BIDS-derivatives folder), a DataFrame with a manifest's columns, or
@@ -125,7 +131,7 @@ def embed(
         dtype: See `brainfm.optimize`; "auto" is float32.
         num_workers: Threads that read and prepare scans ahead of the encoder; 0 reads in turn.
         output: Where to write the table: .csv, .parquet or .npz. Failed scans are listed in `<name>.errors.csv`. Of
-            several models, each has its table: `<name>.<model>.csv`.
+            several models, each has its table: `<name>.<model>.csv`. With `shard`, a folder of parts.
         dense: A folder for dense features: the last feature map of each scan as NIfTI [x, y, z, C], whose affine puts
             every cell where it looks. The table's column `dense_path` names the files.
         dense_dtype: Of the dense features; see `brainfm.dense.write_dense`.
@@ -134,10 +140,11 @@ def embed(
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
         strict_qc: Refuse scans that `brainfm prep` judged to have failed and nobody accepted by `brainfm qc`, and those
             that somebody rejected; without it, the column `qc` says so.
+        shard: Which part of the scans to embed, such as "3/8", the third of eight.
         progress: Show a progress bar.
 
     Returns:
-        The table, in the order of the scans; of several models a list of tables.
+        The table, in the order of the scans; of several models a list of tables; of a shard its own scans.
 
     Raises:
         ScanError: The list itself is wrong, as where none of its files is there, or with on_error="raise" a scan.
@@ -150,7 +157,26 @@ def embed(
         >>> table.vectors.shape
         (24, 512)
     """
-    options = _Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress)
+    part = Shard.of(shard) if isinstance(shard, str) else shard
+    options = Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress, part)
+    tables = embed_files(scans, model, options, output=output, dense=dense, report=report, in_memory=True)
+    return tables[0] if isinstance(model, nn.Module | str) else tables
+
+
+def embed_files(
+    scans: ScansLike,
+    model: nn.Module | str | list[Any],
+    options: Options,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    dense: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
+    in_memory: bool = False,
+) -> list[Embeddings]:
+    """As `embed`, a table each model. Without `in_memory` only their files have vectors, and memory stays flat."""
+    shard = options.shard
+    if shard is not None and output is None:
+        raise ValueError("a shard's rows are written to a folder; name it as output")
     records = list_scans(scans)
     give_back_memory()  # what reading a table of many left
     several = not isinstance(model, nn.Module | str)
@@ -158,17 +184,17 @@ def embed(
     names = [_file_name(each) for each in models]
     if len(set(names)) != len(names):
         raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
-    jobs = [_job(each, several, records, output, dense, report) for each in models]
+    jobs = [_job(each, several, records, output, dense, report, shard) for each in models]
     check_found(records)
     with ExitStack() as outputs:
         for job in jobs:
-            if job.output is not None:
+            if job.output is not None and shard is None:
                 outputs.enter_context(held(job.output))
-            if job.dense is not None and job.dense.is_dir():
-                sweep(job.dense)
+            for folder in (job.dense, job.output if shard else None):
+                if folder is not None and folder.is_dir():
+                    sweep(folder)
         outputs.enter_context(joined())
-        tables = [_embed(records, job, options) for job in jobs]
-    return tables if several else tables[0]
+        return [_embed(records, job, options, in_memory) for job in jobs]
 
 
 def embed_for(
@@ -187,18 +213,24 @@ def embed_for(
 ) -> Embeddings:
     """As `embed` of one model, but that `write` makes the file `output` of the table: for what is made of embeddings.
 
-    The same journal, lock, shares of torchrun and errors. `optimised` is whether the copy of `brainfm.optimize`
+    The same parts, lock, shares of torchrun and errors. `optimised` is whether the copy of `brainfm.optimize`
     computes, or the network itself.
     """
-    options = _Options(
-        batch_size, device, "auto", num_workers, "float16", on_error, strict_qc, progress, optimised=optimised
+    options = Options(
+        batch_size=batch_size,
+        device=device,
+        num_workers=num_workers,
+        on_error=on_error,
+        strict_qc=strict_qc,
+        progress=progress,
+        optimised=optimised,
     )
     check_found(records)
     with ExitStack() as outputs:
         if output is not None:
             outputs.enter_context(held(output))
         outputs.enter_context(joined())
-        return _embed(records, _Job(model, output, None, None, write), options)
+        return _embed(records, _Job(model, output, None, None, write), options, in_memory=True)
 
 
 def path_of(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> Path:
@@ -219,7 +251,7 @@ class _Job:
 
     Attributes:
         model: The encoder, or its name.
-        output: The table's path, or None.
+        output: The path of the table, or of a shard the folder of parts; or None.
         dense: The folder for dense features, or None.
         report: The report's path, or None.
         write: What makes the file of the table.
@@ -239,6 +271,7 @@ def _job(
     output: str | os.PathLike[str] | None,
     dense: str | os.PathLike[str] | None,
     report: str | os.PathLike[str] | None,
+    shard: Shard | None,
 ) -> _Job:
     """A job with its own paths, checked as far as can be before hours of work for others."""
     own = model if one_of_several else None
@@ -249,7 +282,9 @@ def _job(
         folder,
         None if report is None else path_of(report, own),
     )
-    if job.output is not None:
+    if job.output is not None and shard is not None:
+        check_folder(job.output, records)
+    elif job.output is not None:
         check_output(job.output, records)
         if job.report is not None and job.report.resolve() in [path.resolve() for path in files_of(job.output)]:
             raise ScanError(f"{job.report}: is written with the table {job.output.name}; give the report another name")
@@ -266,7 +301,7 @@ def _job(
     return job
 
 
-def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
+def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Embeddings:
     """One model's table."""
     started = time.monotonic()
     encoder = create_model(job.model, pretrained=True) if isinstance(job.model, str) else job.model
@@ -281,7 +316,7 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     reader = Reader(network.to(place), dense=job.dense is not None)
     del encoder  # where a name was given, its weights are not kept twice
 
-    mine = range(rank, len(records), world)
+    mine = (options.shard or Shard()).numbers(len(records))[rank::world]
     failed = {n: reason for n in mine if (reason := _failed_qc(records[n]))} if options.strict_qc else {}
     if failed and options.on_error == "raise":
         raise ScanError(failed[min(failed)])
@@ -289,12 +324,12 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
     # A row goes with its map: of a run with other maps, or none, no row is taken.
     made_by = origin.digest if job.dense is None else f"{origin.digest} {options.dense_dtype} {job.dense.resolve()}"
     made_by += "" if options.optimised else " not optimised"
-    journal = Journal(job.output, rank, made_by) if job.output else None
-    done = _Rows(mine)
-    if journal is not None:
-        for n in (n for n in mine if n not in failed and (not maps or maps[n].is_file())):
-            if (vector := journal.find(records[n])) is not None:
-                done[n] = vector
+    done: _Rows | Parts = _Rows(mine)
+    if job.output is not None:
+        about = About(made_by, replace(origin, scans=len(records)).to_dict(), str(options.shard or Shard(rank, world)))
+        done = Parts(job.output if options.shard else parts_path(job.output), about, mine)
+        there = (n for n in mine if n not in failed and (not maps or maps[n].is_file()))
+        done.resume(((n, records[n]) for n in there), alone=options.shard is not None)
         if len(done):
             logger.info("%s: %d scans were done by an earlier run", job.output, len(done))
     resumed = len(done)
@@ -311,27 +346,49 @@ def _embed(records: Listing, job: _Job, options: _Options) -> Embeddings:
                     if options.on_error == "raise":
                         raise outcome
                     failed[n] = str(outcome)
+                    if options.shard is not None:
+                        done.fail(n, records[n], failed[n])
                 else:
-                    done[n] = outcome.vector
                     if outcome.cells is not None:
                         write_dense(outcome.cells, outcome.affine, maps[n], options.dense_dtype)
-                    if journal is not None:
-                        journal.add(records[n], outcome.vector)
+                    done.add(n, records[n], outcome.vector)
                 bar.update()
-    finally:
-        if journal is not None:
-            journal.close()
-    if world > 1:
-        done, failed = _gathered(done, failed, world, len(records))
-    table = _table(records, maps, done, failed, width, replace(origin, scans=len(records), failed=len(failed)))
-    if rank == 0:
-        if job.output is not None and journal is not None:
+        together = world > 1 and options.shard is None
+        if together or options.shard is not None:
+            done.flush()
+        numbers, vectors = done.taken()
+        if together:
+            numbers, vectors, failed = _gathered(numbers, vectors, failed)
+        origin = replace(origin, scans=len(records), failed=len(failed))
+        table = _table(records, maps, numbers, vectors, failed, width, origin)
+        if in_memory:
+            table = replace(table, vectors=np.asarray(table.vectors))
+        if rank == 0 and job.output is not None and options.shard is None:
             job.write(table, job.output)
-            journal.remove()
-        if job.report is not None:
-            report = _report(table, job.output, resumed, time.monotonic() - started)
-            write_json(job.report, report | {"left_out": records.left_out})
+    except BaseException:
+        with suppress(OSError):
+            done.flush()
+        raise
+    if isinstance(done, Parts) and options.shard is None:
+        _wait_for_all(world)  # each has read what it returns
+        if rank == 0:
+            done.remove()
+    if rank == 0 and job.report is not None:
+        report = _report(table, job.output, resumed, time.monotonic() - started)
+        write_json(job.report, report | {"left_out": records.left_out})
     return table
+
+
+def _wait_for_all(world: int) -> None:
+    if world > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def parts_path(output: Path) -> Path:
+    """Where the finished rows of a table are kept until it is written: a hidden folder beside it."""
+    return output.with_name(f".{output.name}.parts")
 
 
 def origin_of(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> Origin:
@@ -392,12 +449,18 @@ class _Rows:
         self._there = np.zeros(len(numbers), dtype=bool)
         self._vectors = np.empty((0, 0), dtype=np.float32)
 
-    def __setitem__(self, n: int, vector: NDArray[np.float32]) -> None:
+    def add(self, n: int, _record: ScanRecord, vector: NDArray[np.float32]) -> None:
         if not self._vectors.size:
             self._vectors = np.empty((len(self._numbers), len(vector)), dtype=np.float32)
         place = self._numbers.index(n)
         self._vectors[place] = vector
         self._there[place] = True
+
+    def fail(self, n: int, record: ScanRecord, reason: str) -> None:
+        """Nothing is kept of a scan that failed."""
+
+    def flush(self) -> None:
+        """Nothing is written."""
 
     def __contains__(self, n: int) -> bool:
         return bool(self._there[self._numbers.index(n)])
@@ -470,30 +533,35 @@ def _forward(reader: Reader, scans: Sequence[PreparedScan], device: torch.device
 def _table(
     records: list[ScanRecord],
     maps: Sequence[Path],
-    done: _Rows,
+    numbers: NDArray[np.int64],
+    vectors: NDArray[np.float32] | Vectors,
     failed: dict[int, str],
     width: int,
     origin: Origin,
 ) -> Embeddings:
-    order, vectors = done.taken()
-    if not len(order):
-        vectors = np.empty((0, width), dtype=np.float32)
-    rows = [records[n] for n in order]
+    rows = [records[n] for n in numbers]
     if maps:
         rows = [
-            replace(row, extra=row.extra | {"dense_path": str(maps[n])}) for row, n in zip(rows, order, strict=True)
+            replace(row, extra=row.extra | {"dense_path": str(maps[n])}) for row, n in zip(rows, numbers, strict=True)
         ]
-    return Embeddings(vectors, rows, [(records[n], failed[n]) for n in sorted(failed)], origin)
+    there: Any = vectors if len(rows) else np.empty((0, width), dtype=np.float32)
+    return Embeddings(there, rows, [(records[n], failed[n]) for n in sorted(failed)], origin)
 
 
-def _gathered(done: _Rows, failed: dict[int, str], world: int, scans: int) -> tuple[_Rows, dict[int, str]]:
-    """What all processes have, on each of them."""
+def _gathered(
+    numbers: NDArray[np.int64], vectors: NDArray[np.float32] | Vectors, failed: dict[int, str]
+) -> tuple[NDArray[np.int64], NDArray[np.float32] | Vectors, dict[int, str]]:
+    """What all processes have, on each of them; of vectors in parts, where they are."""
     import torch.distributed as dist
 
-    parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, (*done.taken(), failed))
-    rows = _Rows(range(scans))
-    for numbers, vectors, _ in parts:
-        for n, vector in zip(numbers, vectors, strict=True):
-            rows[n] = vector
-    return rows, {n: message for *_, part in parts for n, message in part.items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    in_parts = isinstance(vectors, Vectors)
+    dist.all_gather_object(everyone, (numbers, vectors.where if isinstance(vectors, Vectors) else vectors, failed))
+    joined_numbers = np.concatenate([theirs for theirs, _, _ in everyone])
+    order = np.argsort(joined_numbers, kind="stable")
+    rows = [theirs for _, theirs, _ in everyone]
+    all_failed = {n: reason for *_, theirs in everyone for n, reason in theirs.items()}
+    joined_rows = (
+        Vectors.of(rows, order) if in_parts else np.concatenate([row for row in rows if len(row)] or rows)[order]
+    )
+    return joined_numbers[order], joined_rows, all_failed

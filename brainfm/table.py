@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -141,7 +142,8 @@ class Embeddings:
                 if origin:
                     arrays[_KEY] = np.array(origin)
                 with temporary.open("wb") as file:
-                    np.savez(file, embeddings=self.vectors, **arrays)
+                    np.savez(file, **arrays)
+                self._add_vectors(temporary)
             elif path.suffix == ".parquet":
                 self._write_parquet(self.columns(), origin, temporary)
             else:
@@ -149,7 +151,8 @@ class Embeddings:
                     writer = csv.writer(file)
                     names = list(dict.fromkeys(name for record in self.records for name in record.columns()))
                     writer.writerow([*names, *(f"e{n}" for n in range(self.vectors.shape[1]))])
-                    for record, vector in zip(self.records, self.vectors, strict=True):
+                    vectors = (vector for part in self._parts() for vector in self.vectors[part])
+                    for record, vector in zip(self.records, vectors, strict=True):
                         row = record.columns()
                         writer.writerow([*(row.get(name, "") for name in names), *(f"{v:.9g}" for v in vector)])
         if path.suffix == ".csv":
@@ -158,14 +161,25 @@ class Embeddings:
             else:  # one that is there is another table's
                 origin_path(path).unlink(missing_ok=True)
 
+    def _parts(self) -> list[slice]:
+        """The rows in parts that are written one after the other: vectors may be read as they are asked for."""
+        return [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(self), _ROWS_AT_ONCE)]
+
+    def _add_vectors(self, path: Path) -> None:
+        """Add the vectors to an .npz, part by part, as `embeddings`."""
+        header = {"descr": "<f4", "fortran_order": False, "shape": self.vectors.shape}
+        with zipfile.ZipFile(path, "a") as archive, archive.open("embeddings.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in self._parts():
+                file.write(np.ascontiguousarray(self.vectors[part], dtype="<f4").tobytes())
+
     def _write_parquet(self, texts: dict[str, list[str]], origin: str, path: Path) -> None:
         pyarrow, parquet = _pyarrow()
         numbers = [f"e{n}" for n in range(self.vectors.shape[1])]
         fields = [(name, pyarrow.string()) for name in texts] + [(name, pyarrow.float32()) for name in numbers]
         schema = pyarrow.schema(fields, metadata={_KEY: origin} if origin else None)
         with parquet.ParquetWriter(path, schema) as writer:
-            for start in range(0, max(len(self), 1), _ROWS_AT_ONCE):
-                part = slice(start, start + _ROWS_AT_ONCE)
+            for part in self._parts() or [slice(0)]:
                 columns = {name: values[part] for name, values in texts.items()}
                 columns |= dict(zip(numbers, np.ascontiguousarray(self.vectors[part].T), strict=True))
                 writer.write_table(pyarrow.table(columns, schema))
@@ -263,10 +277,10 @@ def files_of(output: Path) -> list[Path]:
 
 def check_output(path: Path, records: Sequence[ScanRecord] = ()) -> None:
     """Raise ScanError for a table that could not be written, before any work is done for it."""
+    if path.is_dir():
+        raise ScanError(f"{path}: a folder; name the table in it, or give --shard i/n for a folder of parts")
     if path.suffix not in FORMATS:
         raise ScanError(f"{path}: a table is written as {', '.join(FORMATS)}, by the ending of its name")
-    if path.is_dir():
-        raise ScanError(f"{path}: a folder; name the table in it")
     if path.suffix == ".parquet":
         _pyarrow()
     if path.suffix == ".csv" and origin_path(path).exists() and not _is_origin(origin_path(path)):
@@ -274,6 +288,13 @@ def check_output(path: Path, records: Sequence[ScanRecord] = ()) -> None:
             f"{origin_path(path)} is something else, and the origin of {path.name} would be written there; name the "
             "table otherwise, or move that file"
         )
+    check_columns(records)
+
+
+def check_folder(path: Path, records: Sequence[ScanRecord] = ()) -> None:
+    """Raise ScanError for a folder of parts that could not be written, before any work is done for it."""
+    if path.suffix in FORMATS or path.is_file():
+        raise ScanError(f"{path}: a shard's rows go to a folder, from which 'brainfm merge' makes the table; name one")
     check_columns(records)
 
 

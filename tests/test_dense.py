@@ -275,7 +275,7 @@ class Stopped(Exception):
 
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch):
-    """Three scans, of which a run with a journal did two."""
+    """Three scans, of which an interrupted run did two."""
     paths = [scan(tmp_path, f"scan{n}", (9 + n, 9, 9)) for n in range(3)]
     write = brainfm.embed.__globals__["write_dense"]
     written = []

@@ -161,7 +161,7 @@ def test_sweep_removes_what_ended_processes_left_of_this_output_only(tmp_path):
     output = tmp_path / "out.csv"
     dead = dead_process()
     gone = [left_by(dead, tmp_path / name) for name in ("out.csv", "out.json", "out.errors.csv")]
-    others = tmp_path / ".out-1234abcd.csv", tmp_path / ".out.csv.rank0.journal", tmp_path / "out.csv"
+    others = tmp_path / ".out-1234abcd.csv", tmp_path / ".out.csv.parts", tmp_path / "out.csv"
     stay = [left_by(dead, tmp_path / "outer.csv"), left_by(os.getpid(), output), left_by(os.getppid(), output)]
     for path in others:
         path.write_text("another's")

@@ -38,7 +38,13 @@ def demo_command(model: str | None, output: str) -> None:
 
 @click.command("embed")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
-@click.option("-o", "--output", required=True, help="The table: .csv, .parquet or .npz.")
+@click.option("-o", "--output", required=True, help="The table: .csv, .parquet or .npz; of a shard a folder.")
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Embed the I-th of N equal parts of the scans, into a folder that all of them share, for 'brainfm merge'. In "
+    "a Slurm array, where OUTPUT is a folder, it is the array's task.",
+)
 @click.option(
     "--model",
     "models",
@@ -69,6 +75,9 @@ def embed_command(
     batch_size: int | None,
     workers: int,
     strict: bool,
+    shard: str | None,
+    dense: str | None,
+    report: str | None,
     **options: Any,
 ) -> None:
     """Embed scans into a table, a row a scan.
@@ -79,11 +88,17 @@ def embed_command(
     its own files, NAME.MODEL.csv and so on.
     """
     import brainfm
-    from brainfm.embed import path_of
+    from brainfm.embed import Options, embed_files, path_of
     from brainfm.manifest import Listing, ScanRecord, list_scans
-    from brainfm.table import check_output, errors_path
+    from brainfm.parts import Shard
+    from brainfm.table import FORMATS, check_folder, check_output, errors_path
 
-    check_output(Path(output))
+    is_folder = Path(output).suffix not in FORMATS
+    part = Shard.of(shard) if shard else Shard.of_slurm() if is_folder else None
+    if part is None:
+        check_output(Path(output))
+    else:
+        check_folder(Path(output))
     if mask is not None:
         if len(inputs) != 1:
             raise brainfm.ScanError("--mask goes with one scan; list several with their masks in a manifest")
@@ -97,28 +112,55 @@ def embed_command(
             raise brainfm.BrainfmError("--checkpoint goes with one model; embed with the others in runs of their own")
         encoders = [brainfm.create_model(models[0], checkpoint_path=checkpoint)]
     several = len(models) > 1
-    made: Any = brainfm.embed(
-        records,
-        encoders if several else encoders[0],
+    choices = Options(
         batch_size=batch_size or "auto",
         num_workers=workers,
-        output=output,
         on_error="raise" if strict else "skip",
         progress=True,
+        shard=part,
         **options,
     )
-    tables = made if several else [made]
+    encoder = encoders if several else encoders[0]
+    tables = embed_files(records, encoder, choices, output=output, dense=dense, report=report)
     for model, table in zip(models, tables, strict=True):
         path = path_of(output, model if several else None)
         for _, message in table.errors[:10]:
             click.echo(f"ScanError: {message}", err=True)
+        many = len(records) if part is None else len(part.numbers(len(records)))
         if len(table):
-            click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each)")
-        if table.errors and len(records) > 1:
-            click.echo(f"{len(table.errors)} of {len(records)} scans failed; see {errors_path(path)}", err=True)
+            of_all = f" (shard {part} of {len(records)} scans)" if part else ""
+            click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each){of_all}")
+        if table.errors and many > 1:
+            listed = f"; see {errors_path(path)}" if part is None else ""
+            click.echo(f"{len(table.errors)} of {many} scans failed{listed}", err=True)
     if records.left_out:
         click.echo(f"{len(records.left_out)} folders were left out, such as {next(iter(records.left_out))}", err=True)
     if records.left_out or any(table.errors for table in tables):
+        sys.exit(1)
+
+
+@click.command("merge")
+@click.argument("folders", nargs=-1, required=True, metavar="PARTS...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The table: .csv, .parquet, .npz.")
+def merge_command(folders: tuple[str, ...], output: Path) -> None:
+    """Make one table of the parts that shards of 'brainfm embed --shard' wrote to the folders PARTS.
+
+    Rows are in the order of the list of scans, each scan once. Exit code 1: scans are missing, or failed; the table of
+    the others is written. PARTS are left as they are.
+    """
+    from brainfm.parts import merge
+    from brainfm.table import check_output, errors_path, write
+
+    check_output(output)
+    merged = merge(folders)
+    write(merged.table, output)
+    click.echo(f"{len(merged.table)} scans → {output} ({merged.table.vectors.shape[1]} numbers each)")
+    if merged.table.errors:
+        click.echo(f"{len(merged.table.errors)} scans failed; see {errors_path(output)}", err=True)
+    if merged.missing:
+        shards = ", ".join(merged.shards)
+        click.echo(f"{merged.missing} scans are in no part: run the shards {shards} again, then merge again", err=True)
+    if merged.missing or merged.table.errors:
         sys.exit(1)
 
 

@@ -215,7 +215,7 @@ def test_one_bad_scan_is_listed_and_an_interrupted_run_goes_on(results, tests_pa
     monkeypatch.setattr(module, "_outcomes", stops)
     assert brainfm_(*whole)[0] == 130
     assert not output.exists()
-    assert list(tmp_path.glob(".p.csv.rank0.journal"))
+    assert list(tmp_path.glob(".p.csv.parts/*"))
     again = []
     monkeypatch.setattr(module, "_outcomes", lambda *a: again.append(1) or real(*a))
     code, said = brainfm_(*whole)
@@ -224,7 +224,7 @@ def test_one_bad_scan_is_listed_and_an_interrupted_run_goes_on(results, tests_pa
     assert len(again) == 4 - 3
     assert len(rows_of(output)) == 4
     assert [row["patient_id"] for row in rows_of(tmp_path / "p.errors.csv")] == ["sub-bad"]
-    assert not list(tmp_path.glob(".p.csv*journal"))
+    assert not list(tmp_path.glob(".p.csv*"))
 
 
 def test_same_command_keeps_what_is_there_and_makes_a_model_that_is_lost(results, manifest, monkeypatch):
