@@ -28,8 +28,9 @@ from brainfm.models.encoder import Encoder
 from brainfm.models.features import FeatureMaps
 from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans
-from brainfm.parts import About, Parts, Shard, Vectors
+from brainfm.parts import About, Parts, Vectors
 from brainfm.readout import Reader
+from brainfm.shards import Shard
 from brainfm.system import expanded, give_back_memory, joined, launched, own_cores
 from brainfm.table import Embeddings, Origin, check_folder, check_output, files_of, write
 from brainfm.transforms import check_channels, create_transform

@@ -26,6 +26,12 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.option("--longitudinal", is_flag=True, help="Bring each person's visits to the template together.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Scans at once, a process each.")
 @click.option(
+    "--shard",
+    metavar="I/N",
+    help="Prepare the I-th of N equal parts of the scans, beside others that prepare theirs; slurm is the task of its "
+    "array.",
+)
+@click.option(
     "--device",
     default="cpu",
     show_default=True,
@@ -70,7 +76,13 @@ _HELP = {"help_option_names": ["-h", "--help"]}
     help="What TurboPrep registers to: mni_icbm152_t1_tal_nlin_sym_09c.nii. Default: the packaged brain without skull.",
 )
 def prep_command(
-    inputs: tuple[str, ...], output: Path, jobs: int, device: str, t1w: Path | None, **options: Any
+    inputs: tuple[str, ...],
+    output: Path,
+    jobs: int,
+    device: str,
+    shard: str | None,
+    t1w: Path | None,
+    **options: Any,
 ) -> None:
     """Prepare raw T1w scans of heads, once for every encoder: bias field off, brain found, registered to MNI152.
 
@@ -84,6 +96,7 @@ def prep_command(
     from brainfm.prep.batch import prepare_all
     from brainfm.prep.pipeline import Settings
     from brainfm.scan.verdict import verdict_of
+    from brainfm.shards import Shard
 
     def said(name: str, outcome: dict[str, Any] | str) -> None:
         if isinstance(outcome, str):
@@ -98,8 +111,17 @@ def prep_command(
         settings = Settings(**options)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    shown = sys.stderr.isatty()
-    report = prepare_all(inputs, output, settings, t1w=t1w, jobs=jobs, device=device, said=said, progress=shown)
+    report = prepare_all(
+        inputs,
+        output,
+        settings,
+        t1w=t1w,
+        jobs=jobs,
+        device=device,
+        shard=Shard.of(shard) if shard else None,
+        said=said,
+        progress=sys.stderr.isatty(),
+    )
     verdicts = {name: verdict_of(output / name) for name in report.records}
     if verdicts:
         counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts.values()).most_common())

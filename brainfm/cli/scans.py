@@ -42,8 +42,8 @@ def demo_command(model: str | None, output: str) -> None:
 @click.option(
     "--shard",
     metavar="I/N",
-    help="Embed the I-th of N equal parts of the scans, into a folder that all of them share, for 'brainfm merge'. In "
-    "a Slurm array, where OUTPUT is a folder, it is the array's task.",
+    help="Embed the I-th of N equal parts of the scans, into a folder that all of them share, for 'brainfm merge'; "
+    "slurm is the task of its array, and need not be said where OUTPUT is a folder.",
 )
 @click.option(
     "--model",
@@ -90,7 +90,7 @@ def embed_command(
     import brainfm
     from brainfm.embed import Options, embed_files, path_of
     from brainfm.manifest import Listing, ScanRecord, list_scans
-    from brainfm.parts import Shard
+    from brainfm.shards import Shard
     from brainfm.table import FORMATS, check_folder, check_output, errors_path
 
     is_folder = Path(output).suffix not in FORMATS

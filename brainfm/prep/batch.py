@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import forkserver
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from brainfm.errors import BrainfmError, ScanError
-from brainfm.files import held, one_line, progress_bar, temporary_path
+from brainfm.files import held, one_line, progress_bar, sweep, temporary_path
 from brainfm.prep.contrast import t1w_of, whose
 from brainfm.prep.longitudinal import align_all, is_aligned
 from brainfm.prep.pipeline import STEPS, Settings, is_done, prepare
 from brainfm.prep.source import find_sources
 from brainfm.scan.layout import RECORD
 from brainfm.scan.prepared import read_record
+from brainfm.shards import Shard
 from brainfm.system import available_cores
 
 Outcome: TypeAlias = dict[str, Any] | str  # a scan's record, or why there is none
@@ -70,6 +71,7 @@ def prepare_all(
     t1w: str | os.PathLike[str] | None = None,
     jobs: int = 1,
     device: str = "cpu",
+    shard: Shard | None = None,
     said: Callable[[str, Outcome], None] | None = None,
     progress: bool = False,
 ) -> Report:
@@ -87,6 +89,8 @@ def prepare_all(
         jobs: Scans at once; they share the processor's cores, and the GPU where they use one.
         device: Of torch, for extraction and registration: "cpu", "cuda", or "auto", which is a GPU where there is one.
             On "cpu" the same scan gives the same files to the bit.
+        shard: Which of several equal parts of the scans to prepare. Shards share `output`, and none locks it: they may
+            run at once, on several machines, and one that runs twice finds what is done.
         said: Called with a scan's name and its record, or why it failed, as each ends.
         progress: Show a bar of the steps, with an estimate of the time left.
 
@@ -105,6 +109,15 @@ def prepare_all(
     settings.tools()
     device = _checked(device)
     sources = find_sources([Path(item) for item in inputs], settings.contrast)
+    # By the inputs, not by what is left of them: a run that goes on, and a shard, compute as the unbroken one would.
+    threads = max(1, available_cores() // max(1, min(jobs, len(sources))))
+    if shard is not None:
+        if settings.longitudinal:
+            raise BrainfmError(
+                "the visits of a person may be in different shards: prepare these, then run it with --longitudinal and "
+                "without --shard"
+            )
+        sources = sources.of(shard)
     if t1w is not None and (settings.contrast == "T1w" or len(sources) != 1):
         raise BrainfmError("t1w is of one scan of another contrast; name that alone, and its contrast")
     folder = Path(output).expanduser()
@@ -119,7 +132,9 @@ def prepare_all(
         if said:
             said(name, outcome)
 
-    with held(folder):
+    with held(folder) if shard is None else nullcontext():
+        if shard is not None:
+            sweep(folder)
         todo: list[_Task] = []
         for source in sources:
             place = folder / source.name
@@ -140,8 +155,6 @@ def prepare_all(
                     )
             except (BrainfmError, OSError) as error:
                 ended(source.name, one_line(error))
-        # By the inputs, not by what is left of them: a run that goes on computes as the unbroken one would have.
-        threads = max(1, available_cores() // max(1, min(jobs, len(sources))))
         with _Bar(len(sources), len(sources) - len(todo), progress) as bar:
             _run(todo, folder, jobs, threads, bar, ended)
         if settings.longitudinal:

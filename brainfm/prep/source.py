@@ -26,6 +26,7 @@ from brainfm.prep.extent import why_no_head
 from brainfm.prep.image import largest_part, sitk, to_array, to_itk
 from brainfm.scan.kinds import first_bytes, is_dicom
 from brainfm.scan.read import read_image
+from brainfm.shards import Shard
 
 logger = logging.getLogger("brainfm")
 
@@ -79,6 +80,10 @@ class Sources(list[Source]):
     def __init__(self, sources: Iterable[Source], left_out: dict[str, str]) -> None:
         super().__init__(sources)
         self.left_out = left_out
+
+    def of(self, shard: Shard) -> Sources:
+        """Those of one shard."""
+        return Sources([self[n] for n in shard.numbers(len(self))], self.left_out)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from brainfm.prep import batch
 from brainfm.prep.batch import prepare_all
 from brainfm.prep.pipeline import Settings
 from brainfm.prep.report import decide_all
+from brainfm.shards import Shard
 from brainfm.system import available_cores
 
 TURBOPREP = Settings(backend="turboprep")
@@ -102,6 +103,28 @@ def test_second_command_on_an_output_is_refused_and_a_killed_one_makes_way(begun
     stand_in()
     assert prepare_all([two / "b.nii.gz"], two / "out", TURBOPREP).records["b"]["verdict"] == "pass"
     assert not leftovers(two / "out")
+
+
+def test_shards_prepare_everything_once_side_by_side_and_again_nothing(two, stand_in):
+    for name in ("c", "d", "e"):
+        shutil.copy(SAMPLE_SCAN, two / f"{name}.nii.gz")
+    stand_in("")
+    scans = [str(two / f"{name}.nii.gz") for name in "abcde"]
+    both = [subprocess.Popen([*COMMAND, *scans, "--shard", f"{n}/2"], cwd=two) for n in (1, 2)]
+    for one in both:
+        one.wait(timeout=200)
+    assert sorted(path.parent.name for path in (two / "out").glob("*/prep.json")) == list("abcde")
+    times = {path: path.stat().st_mtime_ns for path in (two / "out").rglob("*")}
+    report = prepare_all(scans, two / "out", TURBOPREP, shard=Shard.of("2/2"))
+    assert (sorted(report.records), report.found) == (["b", "d"], 2)
+    assert prepare_all(scans, two / "out", TURBOPREP).found == 5
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert not leftovers(two)
+
+
+def test_visits_are_not_brought_together_by_a_shard(two):
+    with pytest.raises(BrainfmError, match="may be in different shards"):
+        prepare_all([two], two / "out", Settings(longitudinal=True), shard=Shard.of("1/2"))
 
 
 def test_killed_process_fails_its_scan_by_name_and_others_go_on(two, stand_in):
