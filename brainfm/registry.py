@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import importlib
 import os
 import pkgutil
 import re
@@ -262,6 +263,24 @@ def register_card(card: str | os.PathLike[str] | Card) -> list[str]:
             model.cfg(tag)  # reads its contract and readout
     _registered.update(models)
     return list(models)
+
+
+def additions() -> tuple[list[str], list[Card | Path]]:
+    """What was registered beside this package's own cards, for another process: modules, and cards or their files."""
+    coded = {model.module for model in _registered.values() if isinstance(model, _Coded)} - {"__main__"}
+    cards: dict[int, Card | Path] = {
+        id(model.card): model.file or model.card for model in _registered.values() if isinstance(model, _Carded)
+    }
+    return sorted(coded), list(cards.values())
+
+
+def register_additions(added: tuple[list[str], list[Card | Path]]) -> None:
+    """Register what `additions` gave, where it is not registered yet."""
+    modules, cards = added
+    for module in modules:
+        importlib.import_module(module)
+    for card in cards:
+        register_card(card)
 
 
 def _check_name(name: str) -> None:

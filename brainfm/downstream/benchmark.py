@@ -14,7 +14,7 @@ from brainfm.downstream.grid import Job, control_rows, list_jobs, model_rows, ta
 from brainfm.downstream.outcome import keep_splits, write_results
 from brainfm.downstream.plan import TRAINED, WITHOUT_TRAINING, Plan
 from brainfm.downstream.preflight import check_model, check_output, check_packages, check_splits, missing_files
-from brainfm.downstream.results import Evaluation, read_evaluation
+from brainfm.downstream.results import Candidate, Evaluation, read_evaluation
 from brainfm.downstream.runs import (
     digest_of,
     digest_of_data,
@@ -47,6 +47,7 @@ def benchmark(
     plan: Plan,
     output: str | os.PathLike[str],
     *,
+    candidates: Sequence[Candidate] = (),
     on_overlap: Literal["mark", "refuse"] = "mark",
     replace_all: bool = False,
     progress: bool = False,
@@ -64,6 +65,8 @@ def benchmark(
         plan: What is run.
         output: Where `results.csv`, `predictions.csv`, `table.md`, `table.tex`, `index.html`, `figures/` are written,
             and `embeddings/`, `splits/`, `runs/` and, where the plan says so, `models/` kept.
+        candidates: Of a comparison of encoders (`compare_encoders`), those whose embeddings the tasks' data hold, and
+            those that are left out.
         on_overlap: What is done with a model whose pretraining data hold a task's: "mark" its cells, or "refuse".
         replace_all: Remove another evaluation that the output holds; else it is an error, but that tasks, rows, seeds
             and fractions may be added.
@@ -84,8 +87,9 @@ def benchmark(
         raise TaskError(f"the task {', '.join(twice)} is given twice")
     tables = {name for one in data for name in one.embeddings}
     cfgs = {model: resolve(model).cfg for model in plan.models if model not in tables}
-    rows, controls = [*model_rows(cfgs, plan), *table_rows(data, plan)], control_rows(cfgs, plan)
-    if not rows:
+    rows = [*model_rows(cfgs, plan), *table_rows(data, plan, candidates)]
+    controls = control_rows(cfgs, plan, candidates)
+    if not rows and not candidates:
         raise BrainfmError(f"nothing to run: none of {', '.join(plan.models)} is run in {', '.join(plan.modes)}")
     notes = find_overlaps(data, plan.models, on_overlap)
     output.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,7 @@ def benchmark(
                 "only training uses several processes: under torchrun give --modes finetune scratch --no-controls, and "
                 "then the same command without torchrun and --no-controls, for the probes"
             )
-        evaluation = describe(data, rows, controls, notes, plan, cfgs, len(jobs))
+        evaluation = describe(data, rows, controls, notes, plan, cfgs, len(jobs), candidates)
         made_of = {one.task.name: digest_of_data(one) for one in data}
         digests = {job: digest_of(job, made_of[job.data.task.name], plan, cfgs) for job in jobs}
         if everyone.is_first:
@@ -154,6 +158,8 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
     models: dict[tuple[str, bool], list[Job]] = {}
     for job in todo:
         cfg = cfgs.get(job.row.model)
+        if job.row.model in job.data.embeddings:
+            continue
         if job.row.mode == "untrained" or (job.row.mode == "scratch" and cfg):
             models.setdefault((cfg.architecture if cfg else job.row.model, False), []).append(job)
         elif cfg:

@@ -263,6 +263,28 @@ def dots(
     return figure
 
 
+@_style()
+def costs(points: Sequence[tuple[Look, float, float, float]], title: str, metric: str) -> Figure:
+    """Score against seconds a volume.
+
+    Args:
+        points: For each encoder its look, its seconds, its gigabytes (the area of its mark), and its score.
+        title: Above the figure.
+        metric: Beside the axis.
+    """
+    figure, axes = _figure(title, height=4.2 + 0.11 * len(points))
+    for look, seconds, gigabytes, score in points:
+        face = "none" if look.colour in _GREYS else look.colour
+        name = f"{look.title} ({gigabytes:.3g} GB)"
+        size = 24 + 16 * gigabytes
+        axes.scatter(seconds, score, s=size, marker=look.marker, facecolors=face, edgecolors=look.colour, label=name)
+    axes.set(xscale="log", xlabel="seconds a volume", ylabel=metric)
+    _legend(figure, axes)
+    for handle in figure.legends[0].legend_handles:
+        handle.set_sizes([36])  # type: ignore[union-attr]
+    return figure
+
+
 def _figure(title: str, height: float = 4.6) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, height), layout="constrained")
     figure.suptitle(textwrap.fill(title, 70))

@@ -58,12 +58,12 @@ def check_model(name: str, data: Sequence[TaskData], settings: Sequence[Finetuni
     transform = create_transform(encoder)
     check_channels(encoder, transform.spec)
     for one in data:
-        _check_scans(one.records, transform, f"{one.task.name} and {name}")
+        check_scans(one.records, transform, f"{one.task.name} and {name}")
     for values in settings:
         put_head(encoder, 1, values)
 
 
-def _check_scans(records: Sequence[ScanRecord], transform: InputTransform, of: str) -> None:
+def check_scans(records: Sequence[ScanRecord], transform: InputTransform, of: str) -> None:
     """Raise ScanError where there is no scan that the transform takes; as a rule one is looked at."""
     reason = ""
     for record in records:
