@@ -115,9 +115,7 @@ def table_rows(data: Sequence[TaskData], plan: Plan, candidates: Sequence[Candid
     ]
 
 
-def control_rows(
-    cfgs: Mapping[str, PretrainedCfg], plan: Plan, candidates: Sequence[Candidate] = ()
-) -> list[Row]:
+def control_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan, candidates: Sequence[Candidate] = ()) -> list[Row]:
     """The same encoders untrained, or those of a comparison that are, and covariates alone."""
     words = {"random": "random weights", "control": "untrained"}
     compared = [

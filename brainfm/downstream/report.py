@@ -45,7 +45,15 @@ _READING = (
     "Mean ± standard deviation (n − 1) over the seeds; n=… where they are not {seeds}. "
     "Bold: the best row, where it is better than every control and there are patients enough to say so."
 )
-_FIGURES = {"scores", "cost", "efficiency", "robustness", "roc", "calibration", "agreement"}  # the last words of their names
+_FIGURES = {
+    "scores",
+    "cost",
+    "efficiency",
+    "robustness",
+    "roc",
+    "calibration",
+    "agreement",
+}  # the last words of their names
 _COSTS = ("Width", "Seconds a volume", "GB")
 _MOST_SHOWN = 20  # of what is left out
 
@@ -195,9 +203,7 @@ def _costs(run: Run, row: Row) -> list[Cell]:
 
 def _encoder_table(run: Run) -> Table | None:
     """The encoders of a comparison that are left out, and why; None where none is."""
-    lines = [
-        [Cell(one.model), Cell(one.reason), Cell(one.why)] for one in run.evaluation.candidates if not one.weights
-    ]
+    lines = [[Cell(one.model), Cell(one.reason), Cell(one.why)] for one in run.evaluation.candidates if not one.weights]
     head = [(name, "") for name in ("Encoder", "For", "Why")]
     return Table(f"Encoders left out: {len(lines)}", head, [("", lines)]) if lines else None
 
