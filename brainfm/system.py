@@ -237,6 +237,7 @@ def end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
+        assert parent is not None
         parent.join()
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""Every encoder of the registry on the same scans: what each costs, what it says of a label, and which cannot be had."""
+"""Every encoder of the registry on the same scans: what each costs, what it says of a label, and what is left out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from brainfm.downstream.outcome import write_left_out
 from brainfm.downstream.plan import Plan
 from brainfm.downstream.precomputed import label_scans
 from brainfm.downstream.preflight import check_output, check_packages, check_scans
-from brainfm.downstream.results import Candidate
+from brainfm.downstream.results import Candidate, Reason
 from brainfm.downstream.statistics import Kind
 from brainfm.downstream.task import TaskData, kind_of, make_task, task_data
 from brainfm.errors import BrainfmError, LicenceError, ModelNameError, ScanError, TaskError, WeightsNotFoundError
@@ -35,6 +35,7 @@ from brainfm.files import atomic_path, held, one_line, progress_bar, write_csv
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.encoder import Encoder
 from brainfm.names import resolve
+from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import additions, list_models, list_pretrained, register_additions
 from brainfm.system import end_with_the_parent
 from brainfm.transforms import check_channels, create_transform
@@ -168,7 +169,10 @@ def _names(patterns: Sequence[str], controls: bool) -> list[str]:
     drawn = [name for name in known if resolve(name).cfg.is_drawn]
     chosen = [name for name in known if any(_fits(name, pattern) for pattern in wanted) and name not in drawn]
     chosen = [name for name in chosen if not is_test_model(resolve(name).cfg) or _is_named(name, wanted)]
-    return [*dict.fromkeys(places), *chosen, *(drawn if controls else [])]
+    found = [*dict.fromkeys(places), *chosen, *(drawn if controls else [])]
+    if not found:
+        raise ModelNameError(f"{', '.join(patterns)}: untrained controls alone, and without controls nothing is left")
+    return found
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -185,7 +189,7 @@ def _is_named(name: str, patterns: Sequence[str]) -> bool:
 def _each(
     names: Sequence[str], records: Listing, folder: Path, untrained: bool, device: str, progress: bool
 ) -> Iterator[tuple[Candidate, NDArray[np.float32]]]:
-    """What becomes of each encoder, with its embeddings; a contract that one set of weights does not meet is not tried by the next."""
+    """What becomes of each encoder, with its embeddings. A contract that the scans do not meet is tried once."""
     unmet: dict[Any, Candidate] = {}
     random = set[str]()
     with progress_bar(total=len(names), unit="encoder", doing="comparing", shown=progress) as bar:
@@ -240,7 +244,7 @@ def _alone(
         answer.unlink(missing_ok=True)
 
 
-def _death(code: int) -> tuple[str, str]:
+def _death(code: int) -> tuple[Reason, str]:
     """Why a process that gave no answer ended, and what to do."""
     if code == -signal.SIGKILL:
         return (
@@ -274,6 +278,8 @@ def _work(
     try:
         register_additions(added)
         found, vectors = _embedded(name, Listing(records), folder, untrained, device)
+    except _LeftOutError as error:
+        found = _left_out(name, error.reason, str(error))
     except MemoryError:
         found = _left_out(name, "memory", "there is too little memory here; compare it on a machine with more")
     except BrainfmError as error:
@@ -285,45 +291,37 @@ def _work(
         np.savez(file, found=json.dumps(found.to_dict()), vectors=vectors)
 
 
+class _LeftOutError(Exception):
+    """Why an encoder cannot be had here."""
+
+    def __init__(self, reason: Reason, why: object) -> None:
+        super().__init__(one_line(why) if isinstance(why, Exception) else why)
+        self.reason = reason
+
+
+def _left_out(name: str, reason: Reason, why: str) -> Candidate:
+    return Candidate(model=name, reason=reason, why=why)
+
+
 def _embedded(
     name: str, records: Listing, folder: Path, untrained: bool, device: str
 ) -> tuple[Candidate, NDArray[np.float32]]:
-    """An encoder's embeddings of the scans; the contract is tried before the weights."""
+    """An encoder's embeddings of the scans; its contract is tried before its weights are fetched."""
     cfg = resolve(name).cfg
-
-    def left_out(reason: str, why: str) -> tuple[Candidate, NDArray[np.float32]]:
-        return _left_out(name, reason, why), _NOTHING
-
-    if cfg.input_spec is None:
-        return left_out("contract", "nothing is known of its input, so no scan can be prepared for it")
-    try:
-        transform = create_transform(name)
-        check_channels(cfg, transform.spec)
-        check_scans(records[:_TRIED], transform, name)
-    except (ScanError, ModelNameError) as error:
-        return left_out("contract", one_line(error))
-    weights, why, seen = "control" if cfg.is_drawn else "trained", "", name
-    try:
-        model = create_model(name, pretrained=True)
-    except WeightsNotFoundError as error:
-        model, why = _random(cfg.architecture) if untrained else None, one_line(error)
-        reason = "weights"
-    except LicenceError as error:
-        model, why = _random(cfg.architecture) if untrained else None, one_line(error)
-        reason = "licence"
+    _check_contract(cfg, name, records)
+    model, why = _model(name, cfg, untrained)
     if why:
-        if model is None:
-            return left_out(reason, why)
-        weights, name, seen = "random", cfg.architecture, f"{cfg.architecture}.untrained0"
+        name = cfg.architecture
+    seen = f"{name}.untrained0" if why else name  # a benchmark's name for it
     cost = folder / f"{_plain(seen)}.cost.json"
     features = read_features(records, model, folder, seen, device=device, report=cost)
     if len(features.failed) == len(records):
-        return left_out("error", f"no scan can be embedded; the first: {next(iter(features.failed.values()))}")
+        raise _LeftOutError("error", f"no scan can be embedded; the first: {next(iter(features.failed.values()))}")
     said = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
     memory = said.get("peak_gpu_memory") or said.get("peak_memory")
     found = Candidate(
         model=name,
-        weights=weights,
+        weights="random" if why else "control" if cfg.is_drawn else "trained",
         width=model.num_features,
         scans=len(records) - len(features.failed),
         failed=len(features.failed),
@@ -335,14 +333,28 @@ def _embedded(
     return found, features.vectors
 
 
-def _random(architecture: str) -> Encoder:
-    """An encoder with initial weights, those that a benchmark's untrained control has by the first seed."""
-    torch.manual_seed(0)
-    return create_model(architecture)
+def _check_contract(cfg: PretrainedCfg, name: str, records: Listing) -> None:
+    if cfg.input_spec is None:
+        raise _LeftOutError("contract", "nothing is known of its input, so no scan can be prepared for it")
+    try:
+        transform = create_transform(cfg)
+        check_channels(cfg, transform.spec)
+        check_scans(records[:_TRIED], transform, "its contract")
+    except (ScanError, ModelNameError) as error:
+        raise _LeftOutError("contract", error) from error
 
 
-def _left_out(name: str, reason: str, why: str) -> Candidate:
-    return Candidate(model=name, reason=reason, why=why)
+def _model(name: str, cfg: PretrainedCfg, untrained: bool) -> tuple[Encoder, str]:
+    """An encoder with its weights and "", or with random ones and why its own cannot be had."""
+    try:
+        return create_model(name, pretrained=True), ""
+    except (WeightsNotFoundError, LicenceError) as error:
+        if not untrained:
+            raise _LeftOutError("licence" if isinstance(error, LicenceError) else "weights", error) from error
+        torch.manual_seed(0)  # as a benchmark's untrained control has them by the first seed
+        model = create_model(cfg.architecture)
+        model.pretrained_cfg = replace(cfg, tag="untrained", cohorts=())  # in the table of its embeddings too
+        return model, one_line(error)
 
 
 def _plain(name: str) -> str:

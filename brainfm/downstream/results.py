@@ -8,7 +8,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "pandas", "eval") from error
 
 P = TypeVar("P", bound="_Part")
+Reason: TypeAlias = Literal["contract", "weights", "licence", "memory", "error"]  # why an encoder is left out
 
 
 # --- What was planned -----------------------------------------------------------------------------
@@ -199,7 +200,7 @@ class Candidate(_Part):
     seconds: float | None = None
     gigabytes: float | None = None
     device: str = ""
-    reason: Literal["contract", "weights", "licence", "memory", "error", ""] = ""
+    reason: Reason | Literal[""] = ""
     why: str = ""
 
 

@@ -1,4 +1,4 @@
-"""Attacks in every container that the zoo's authors used: nothing runs, nothing is left behind, the refusal is a line."""
+"""Attacks in every container that the zoo's authors used: nothing runs, nothing is left, the refusal is one line."""
 
 from __future__ import annotations
 
