@@ -42,6 +42,7 @@ from brainfm.transforms import check_channels, create_transform
 
 logger = logging.getLogger("brainfm")
 
+_LETTERS = 1000  # of a reason
 _TRIED = 10  # scans, before a contract is said to be met by none
 _NOTHING = np.empty((0, 0), np.float32)
 _WITHOUT_GUARD = 78  # exit code of an encoder's process that found itself in the script that had started it
@@ -283,7 +284,7 @@ def _work(
     except MemoryError:
         found = _left_out(name, "memory", "there is too little memory here; compare it on a machine with more")
     except BrainfmError as error:
-        found = _left_out(name, "error", one_line(error))
+        found = _left_out(name, "error", one_line(error, _LETTERS))
     except Exception as error:  # one encoder never stops the rest
         memory = "memory" in str(error) and isinstance(error, RuntimeError)
         found = _left_out(name, "memory" if memory else "error", f"{type(error).__name__}: {one_line(error)}")
@@ -295,7 +296,7 @@ class _LeftOutError(Exception):
     """Why an encoder cannot be had here."""
 
     def __init__(self, reason: Reason, why: object) -> None:
-        super().__init__(one_line(why) if isinstance(why, Exception) else why)
+        super().__init__(one_line(why, _LETTERS) if isinstance(why, Exception) else why)
         self.reason = reason
 
 
@@ -308,7 +309,7 @@ def _embedded(
 ) -> tuple[Candidate, NDArray[np.float32]]:
     """An encoder's embeddings of the scans; its contract is tried before its weights are fetched."""
     cfg = resolve(name).cfg
-    _check_contract(cfg, name, records)
+    _check_contract(cfg, records)
     model, why = _model(name, cfg, untrained)
     if why:
         name = cfg.architecture
@@ -333,7 +334,7 @@ def _embedded(
     return found, features.vectors
 
 
-def _check_contract(cfg: PretrainedCfg, name: str, records: Listing) -> None:
+def _check_contract(cfg: PretrainedCfg, records: Listing) -> None:
     if cfg.input_spec is None:
         raise _LeftOutError("contract", "nothing is known of its input, so no scan can be prepared for it")
     try:
@@ -354,7 +355,7 @@ def _model(name: str, cfg: PretrainedCfg, untrained: bool) -> tuple[Encoder, str
         torch.manual_seed(0)  # as a benchmark's untrained control has them by the first seed
         model = create_model(cfg.architecture)
         model.pretrained_cfg = replace(cfg, tag="untrained", cohorts=())  # in the table of its embeddings too
-        return model, one_line(error)
+        return model, one_line(error, _LETTERS)
 
 
 def _plain(name: str) -> str:
