@@ -37,6 +37,8 @@ class Listing(Checked):
         modality: What the voxels of its input are.
         channels: Its input's channels.
         space: The template whose space a scan must be in, or None.
+        contract: The input contract by its name on the card, or None, as of a model in code; `brainfm info` says what is
+            in it.
         ssl_method: How it was pretrained, or None.
         licence: Of the weights, or None where none is stated.
         gated: Whether they are given out only to those who asked.
@@ -52,6 +54,7 @@ class Listing(Checked):
     modality: str | None = None
     channels: tuple[str, ...] = ()
     space: str | None = None
+    contract: str | None = None
     ssl_method: str | None = None
     licence: str | None = None
     gated: bool = False
@@ -148,6 +151,7 @@ class _Carded:
             modality=contract.get("representation", "T1w") if contract is not None else None,
             channels=tuple(contract.get("channels", ("T1w",))) if contract is not None else (),
             space=contract.get("space") if contract is not None else None,
+            contract=model.input,
             ssl_method=model.ssl_method,
             licence=licence.weights,
             gated=licence.gated,

@@ -25,11 +25,11 @@ from brainfm.downstream.features import read_features
 from brainfm.downstream.outcome import write_left_out
 from brainfm.downstream.plan import Plan
 from brainfm.downstream.precomputed import label_scans
-from brainfm.downstream.preflight import check_output, check_packages, check_scans
+from brainfm.downstream.preflight import check_output, check_packages, refusal
 from brainfm.downstream.results import Candidate, Reason
 from brainfm.downstream.statistics import Kind
 from brainfm.downstream.task import TaskData, kind_of, make_task, task_data
-from brainfm.errors import BrainfmError, LicenceError, ModelNameError, ScanError, TaskError, WeightsNotFoundError
+from brainfm.errors import BrainfmError, LicenceError, ModelNameError, TaskError, WeightsNotFoundError
 from brainfm.factory import create_model
 from brainfm.files import atomic_path, held, one_line, progress_bar, write_csv
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
@@ -340,9 +340,10 @@ def _check_contract(cfg: PretrainedCfg, records: Listing) -> None:
     try:
         transform = create_transform(cfg)
         check_channels(cfg, transform.spec)
-        check_scans(records[:_TRIED], transform, "its contract")
-    except (ScanError, ModelNameError) as error:
+    except ModelNameError as error:
         raise _LeftOutError("contract", error) from error
+    if reason := refusal(records[:_TRIED], transform):
+        raise _LeftOutError("contract", reason)
 
 
 def _model(name: str, cfg: PretrainedCfg, untrained: bool) -> tuple[Encoder, str]:
