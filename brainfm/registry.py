@@ -37,8 +37,7 @@ class Listing(Checked):
         modality: What the voxels of its input are.
         channels: Its input's channels.
         space: The template whose space a scan must be in, or None.
-        contract: The input contract by its name on the card, or None, as of a model in code; `brainfm info` says what is
-            in it.
+        contract: The input contract by its name on the card, or None; `brainfm info` says all of it.
         ssl_method: How it was pretrained, or None.
         licence: Of the weights, or None where none is stated.
         gated: Whether they are given out only to those who asked.
