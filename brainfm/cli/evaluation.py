@@ -258,7 +258,7 @@ def compare_command(first: Path, second: Path, labels: Path | None, label: str, 
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Splits, each with its own probe.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--replace", "replace_all", is_flag=True, help="Replace another comparison that the output holds.")
-@click.option("--refuse-overlap", is_flag=True, help="Refuse models that were pretrained on a task's data.")
+@click.option("--refuse-overlap", is_flag=True, help="Leave out encoders that were pretrained on these data.")
 def compare_encoders_command(
     scans: tuple[str, ...], output: Path, labels: Path | None, no_controls: bool, **options: Any
 ) -> None:

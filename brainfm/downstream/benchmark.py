@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -131,14 +131,25 @@ def _meet_earlier(output: Path, evaluation: Evaluation, replace_all: bool) -> No
             logger.warning("%s: the evaluation in it is replaced, all of it", output)
         for path in (output / name for name in _WRITTEN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    keys = {row.key for row in evaluation.everything}
+    check_earlier(output, [task.name for task in evaluation.tasks], evaluation.seeds, evaluation.fractions, keys)
+
+
+def check_earlier(
+    output: Path,
+    tasks: Sequence[str],
+    seeds: int,
+    fractions: Sequence[float] = (1.0,),
+    rows: Collection[str] | None = None,
+) -> None:
+    """Raise BrainfmError where an evaluation in `output` has more than is planned; `rows` may not be known yet."""
     if not (output / "grid.json").exists():
         return
     earlier = read_evaluation(output / "grid.json")
-    names, keys = {task.name for task in evaluation.tasks}, {row.key for row in evaluation.everything}
-    lost = [task.title for task in earlier.tasks if task.name not in names]
-    lost += [row.title for row in earlier.everything if row.key not in keys]
-    lost += [f"seeds {evaluation.seeds} to {earlier.seeds - 1}"] if earlier.seeds > evaluation.seeds else []
-    lost += [f"fraction {part:g}" for part in earlier.fractions if part not in evaluation.fractions]
+    lost = [task.title for task in earlier.tasks if task.name not in tasks]
+    lost += [row.title for row in earlier.everything if rows is not None and row.key not in rows]
+    lost += [f"seeds {seeds} to {earlier.seeds - 1}"] if earlier.seeds > seeds else []
+    lost += [f"fraction {part:g}" for part in earlier.fractions if part not in fractions]
     if lost:
         raise BrainfmError(
             f"{output} holds another evaluation, of which {few(lost)} would be lost; name another output, or replace "

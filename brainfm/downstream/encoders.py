@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from brainfm.downstream.account import is_test_model
-from brainfm.downstream.benchmark import benchmark
+from brainfm.downstream.benchmark import benchmark, check_earlier
 from brainfm.downstream.features import read_features
 from brainfm.downstream.outcome import write_left_out
 from brainfm.downstream.plan import Plan
@@ -35,6 +35,7 @@ from brainfm.files import atomic_path, held, one_line, progress_bar, write_csv
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.encoder import Encoder
 from brainfm.names import resolve
+from brainfm.overlap import overlap_of_scans
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import additions, list_models, list_pretrained, register_additions
 from brainfm.system import end_with_the_parent
@@ -88,7 +89,8 @@ def compare_encoders(
         controls: Add `uncnn_doubleconv` and `uncnn_dwsep`, which were never trained, and covariates alone.
         seeds: Splits, each with a probe of its own.
         device: See `brainfm.embed`.
-        refuse_overlap: Refuse encoders that were pretrained on these data, by the names of their cohorts.
+        refuse_overlap: Leave out encoders that were pretrained on these data, by the names of their cohorts; else their
+            rows are marked.
         replace_all: Replace another comparison that the output holds.
         progress: Show a progress bar.
 
@@ -115,8 +117,10 @@ def compare_encoders(
     check_output(folder)
     if data:
         check_packages()
+        if not replace_all:
+            check_earlier(folder, [data.task.name], seeds)
     with held(folder / "embeddings"):
-        vectors = dict(_each(names, wanted, folder / "embeddings", untrained, device, progress))
+        vectors = dict(_each(names, wanted, folder / "embeddings", untrained, device, refuse_overlap, progress))
     found = list(vectors)
     embedded = [one for one in found if one.weights]
     _write(found, folder)
@@ -129,10 +133,7 @@ def compare_encoders(
             made_by={one.model: one.model for one in embedded if one.weights == "trained"},
         )
         plan = Plan(models=tuple(data.embeddings), modes=("probe",), seeds=seeds, controls=controls)
-        on_overlap: Any = "refuse" if refuse_overlap else "mark"
-        benchmark(
-            [data], plan, folder, candidates=found, on_overlap=on_overlap, replace_all=replace_all, progress=progress
-        )
+        benchmark([data], plan, folder, candidates=found, replace_all=replace_all, progress=progress)
     return found
 
 
@@ -188,7 +189,13 @@ def _is_named(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _each(
-    names: Sequence[str], records: Listing, folder: Path, untrained: bool, device: str, progress: bool
+    names: Sequence[str],
+    records: Listing,
+    folder: Path,
+    untrained: bool,
+    device: str,
+    refuse_overlap: bool,
+    progress: bool,
 ) -> Iterator[tuple[Candidate, NDArray[np.float32]]]:
     """What becomes of each encoder, with its embeddings. A contract that the scans do not meet is tried once."""
     unmet: dict[Any, Candidate] = {}
@@ -198,7 +205,9 @@ def _each(
             bar.set_postfix_str(name)
             cfg = resolve(name).cfg
             contract = json.dumps(cfg.input_spec.to_dict() if cfg.input_spec else None)
-            if contract in unmet:
+            if refuse_overlap and (overlaps := overlap_of_scans(cfg, records)):
+                found, vectors = _left_out(name, "overlap", str(overlaps[0])), _NOTHING
+            elif contract in unmet:
                 found, vectors = replace(unmet[contract], model=name), _NOTHING
             else:
                 may_be_random = untrained and cfg.architecture not in random
@@ -247,7 +256,7 @@ def _alone(
 
 def _death(code: int) -> tuple[Reason, str]:
     """Why a process that gave no answer ended, and what to do."""
-    if code == -signal.SIGKILL:
+    if code == -9:
         return (
             "memory",
             "its process was killed (signal 9), as systems do that run out of memory: compare it on a machine with "

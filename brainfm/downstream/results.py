@@ -22,7 +22,9 @@ except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "pandas", "eval") from error
 
 P = TypeVar("P", bound="_Part")
-Reason: TypeAlias = Literal["contract", "weights", "licence", "memory", "error"]  # why an encoder is left out
+Reason: TypeAlias = Literal[
+    "contract", "weights", "licence", "memory", "overlap", "error"
+]  # why an encoder is left out
 
 
 # --- What was planned -----------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class Candidate(_Part):
         seconds: A volume, read, prepared and embedded.
         gigabytes: The most memory that its process held; on a GPU, that of the GPU.
         device: Where that was measured.
-        reason: Why it is left out: "contract", "weights", "licence", "memory" or "error".
+        reason: Why it is left out: "contract", "weights", "licence", "memory", "overlap" or "error".
         why: That in words; of random weights, why it has no others.
     """
 

@@ -182,6 +182,26 @@ def test_scans_without_a_label_are_joined_with_a_table_by_patient(phantoms, tmp_
     assert any("joined by patient and scan: 20 of 20 rows" in one for one in evaluation["statements"])
 
 
+def test_another_comparison_is_not_replaced_and_that_is_said_before_any_work(compared, phantoms, lab):
+    output, _ = compared
+    forwards = (lab / "forwards").stat().st_size
+    for other, words in (({"label": "disease"}, "of which sex would be lost"), ({"seeds": 1}, "of which seeds 1 to 1")):
+        with pytest.raises(BrainfmError, match=words):
+            compare_encoders(phantoms, output, **{**ASKED, "models": ("lab_unpublished",), "untrained": True, **other})
+    assert (lab / "forwards").stat().st_size == forwards
+
+
+def test_encoder_that_was_pretrained_on_the_scans_is_left_out_where_that_is_asked(small_sample, tmp_path):
+    folder = tmp_path / "IXI" / "sub-01"
+    folder.mkdir(parents=True)
+    scans = [(shutil.copy(small_sample[0], folder), shutil.copy(small_sample[1], folder))]
+    asked = {"models": ("test_resnet_3d", "yaware_densenet121"), "controls": False, "refuse_overlap": True}
+    found = {one.model: one for one in compare_encoders(scans, tmp_path / "out", **asked)}
+    assert found["yaware_densenet121.bhb10k"].reason == "overlap"
+    assert "IXI" in found["yaware_densenet121.bhb10k"].why
+    assert found["test_resnet_3d.phantoms"].weights == "trained"
+
+
 @pytest.mark.parametrize(
     ("asked", "error", "words"),
     [
