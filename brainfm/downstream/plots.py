@@ -24,6 +24,7 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
     from sklearn.calibration import calibration_curve  # type: ignore[import-untyped, unused-ignore]
     from sklearn.metrics import roc_auc_score, roc_curve  # type: ignore[import-untyped, unused-ignore]
 except ModuleNotFoundError as error:
@@ -279,6 +280,9 @@ def costs(points: Sequence[tuple[Look, float, float, float]], title: str, metric
         size = 24 + 16 * gigabytes
         axes.scatter(seconds, score, s=size, marker=look.marker, facecolors=face, edgecolors=look.colour, label=name)
     axes.set(xscale="log", xlabel="seconds a volume", ylabel=metric)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")  # a logarithm's own are formulas, which are not set here
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _legend(figure, axes)
     for handle in figure.legends[0].legend_handles:
         handle.set_sizes([36])  # type: ignore[union-attr]

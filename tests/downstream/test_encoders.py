@@ -13,7 +13,8 @@ import pytest
 from prepared_folders import moved_head, write
 
 import brainfm
-from brainfm.downstream import compare_encoders, encoders, outcome, probe, runs
+from brainfm.downstream import compare_encoders, encoders, outcome, plots, probe, report, runs
+from brainfm.downstream.figures import drawings
 from brainfm.downstream.results import read_evaluation
 from brainfm.errors import BrainfmError, ModelNameError, TaskError
 from brainfm.registry import _registered
@@ -86,6 +87,7 @@ def compared(phantoms, lab, tmp_path_factory):
         patch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
         patch.setattr(runs, "RESAMPLES", 20)
         patch.setattr(outcome, "RESAMPLES", 20)
+        patch.setattr(report, "drawings", lambda run: [one for one in drawings(run) if one.name == "sex_cost"])
         return output, compare_encoders(phantoms, output, untrained=True, **ASKED)
 
 
@@ -147,6 +149,20 @@ def test_page_has_cost_beside_score_and_says_what_is_left_out(compared):
     assert "Score and cost: test_resnet_3d.phantoms, linear probe" in page
     assert (output / "figures" / "sex_cost.png").stat().st_size > 5000
     assert "a fault of its own" in page
+
+
+def test_figure_of_cost_has_seconds_under_its_axis_and_controls_without_a_face():
+    looks = plots.looks(["one"], ["control"])
+    figure = plots.costs([(looks[0], 0.7, 1.0, 0.8), (looks[1], 31.0, 9.0, 0.6)], "sex", "AUC")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    shown = {tick.get_text() for tick in axes.get_xticklabels()}
+    assert {"1", "2", "5", "10", "20"} <= shown
+    assert not any("$" in text for text in shown)
+    one, control = axes.collections
+    assert len(one.get_facecolor()) == 1
+    assert len(control.get_facecolor()) == 0
+    assert control.get_sizes()[0] > one.get_sizes()[0]
 
 
 def test_same_call_goes_on_and_embeds_no_scan_again(compared, phantoms, lab, tmp_path):
