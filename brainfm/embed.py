@@ -31,7 +31,7 @@ from brainfm.overlap import overlap_of_scans
 from brainfm.parts import About, Parts, Vectors
 from brainfm.readout import Reader
 from brainfm.shards import Shard
-from brainfm.system import expanded, give_back_memory, joined, launched, own_cores
+from brainfm.system import expanded, give_back_memory, joined, launched, own_cores, peak_memory
 from brainfm.table import Embeddings, Origin, check_folder, check_output, files_of, write
 from brainfm.transforms import check_channels, create_transform
 from brainfm.version import __version__
@@ -136,8 +136,9 @@ def embed(
         dense: A folder for dense features: the last feature map of each scan as NIfTI [x, y, z, C], whose affine puts
             every cell where it looks. The table's column `dense_path` names the files.
         dense_dtype: Of the dense features; see `brainfm.dense.write_dense`.
-        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, the scans that failed, and
-            what of a folder was left out; of several models, `<name>.<model>.json`.
+        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, those a scan (read,
+            prepared and embedded, without the weights' loading), the most bytes that the process has held, the scans
+            that failed, and what of a folder was left out; of several models, `<name>.<model>.json`.
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
         strict_qc: Refuse scans that `brainfm prep` judged to have failed and nobody accepted by `brainfm qc`, and those
             that somebody rejected; without it, the column `qc` says so.
@@ -340,6 +341,7 @@ def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Em
     batches = Batches(prepared_scans(records, todo, transform, workers, workers + most), size, place)
     shown = options.progress and rank == 0
     bar = progress_bar(total=len(mine), unit="scan", doing="embedding", shown=shown, done=len(mine) - len(todo))
+    begun = time.monotonic()
     try:
         with own_cores(place), bar:
             for n, outcome in _embedded(reader, batches, place):
@@ -354,6 +356,7 @@ def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Em
                         write_dense(outcome.cells, outcome.affine, maps[n], options.dense_dtype)
                     done.add(n, records[n], outcome.vector)
                 bar.update()
+        per_scan = (time.monotonic() - begun) / len(todo) if todo else None
         together = world > 1 and options.shard is None
         if together or options.shard is not None:
             done.flush()
@@ -376,7 +379,8 @@ def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Em
             done.remove()
     if rank == 0 and job.report is not None:
         report = _report(table, job.output, resumed, time.monotonic() - started)
-        write_json(job.report, report | {"left_out": records.left_out})
+        cost = {"seconds_per_scan": per_scan, **_memory(place), "device": _named(place)}
+        write_json(job.report, report | cost | {"left_out": records.left_out})
     return table
 
 
@@ -436,6 +440,16 @@ def _failed_qc(record: ScanRecord) -> str:
         f"{record.name}: its preparation did not pass quality control (prep.json beside it: {quality}); look at its "
         "qc.png, accept it by 'brainfm qc', prepare it in another way, or embed without --strict-qc"
     )
+
+
+def _memory(place: torch.device) -> dict[str, int | None]:
+    """The most bytes that this process has held, and on a GPU those of torch there."""
+    on_gpu = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
+    return {"peak_memory": peak_memory(), "peak_gpu_memory": on_gpu}
+
+
+def _named(place: torch.device) -> str:
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else f"{place}, {torch.get_num_threads()} threads"
 
 
 class _Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import importlib
 import os
 import pkgutil
 import re
@@ -36,6 +37,7 @@ class Listing(Checked):
         modality: What the voxels of its input are.
         channels: Its input's channels.
         space: The template whose space a scan must be in, or None.
+        contract: The input contract by its name on the card, or None; `brainfm info` says all of it.
         ssl_method: How it was pretrained, or None.
         licence: Of the weights, or None where none is stated.
         gated: Whether they are given out only to those who asked.
@@ -51,6 +53,7 @@ class Listing(Checked):
     modality: str | None = None
     channels: tuple[str, ...] = ()
     space: str | None = None
+    contract: str | None = None
     ssl_method: str | None = None
     licence: str | None = None
     gated: bool = False
@@ -147,6 +150,7 @@ class _Carded:
             modality=contract.get("representation", "T1w") if contract is not None else None,
             channels=tuple(contract.get("channels", ("T1w",))) if contract is not None else (),
             space=contract.get("space") if contract is not None else None,
+            contract=model.input,
             ssl_method=model.ssl_method,
             licence=licence.weights,
             gated=licence.gated,
@@ -262,6 +266,24 @@ def register_card(card: str | os.PathLike[str] | Card) -> list[str]:
             model.cfg(tag)  # reads its contract and readout
     _registered.update(models)
     return list(models)
+
+
+def additions() -> tuple[list[str], list[Card | Path]]:
+    """What was registered beside this package's own cards, for another process: modules, and cards or their files."""
+    coded = {model.module for model in _registered.values() if isinstance(model, _Coded)} - {"__main__"}
+    cards: dict[int, Card | Path] = {
+        id(model.card): model.file or model.card for model in _registered.values() if isinstance(model, _Carded)
+    }
+    return sorted(coded), list(cards.values())
+
+
+def register_additions(added: tuple[list[str], list[Card | Path]]) -> None:
+    """Register what `additions` gave, where it is not registered yet."""
+    modules, cards = added
+    for module in modules:
+        importlib.import_module(module)
+    for card in cards:
+        register_card(card)
 
 
 def _check_name(name: str) -> None:

@@ -229,6 +229,22 @@ def joined(backend: str = "gloo") -> Iterator[Launch]:
         dist.destroy_process_group()
 
 
+def end_with_the_parent() -> None:
+    """Let this process of `multiprocessing` end when the one that started it does, however that ends."""
+    import multiprocessing
+    import threading
+
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def says(line: str) -> bool:
     """Whether this process is the one to say a line that each process of its group may have: the first that asks."""
     launch = launched()

@@ -498,7 +498,9 @@ def test_report_says_what_was_done(pairs, bad, tmp_path):
     table = brainfm.embed([*pairs, bad[1]], model, output=output, report=report)
     said = json.loads(report.read_text())
     assert brainfm.table.Origin.from_dict(said.pop("origin")) == table.origin
-    assert 0 <= said.pop("seconds") < 600
+    assert 0 < said.pop("seconds_per_scan") < said.pop("seconds") < 600
+    assert said.pop("peak_memory") > 1e7
+    assert said.pop("device").startswith("cpu, ")
     assert said == {
         "output": str(output),
         "scans": 7,
@@ -506,6 +508,7 @@ def test_report_says_what_was_done(pairs, bad, tmp_path):
         "of_an_earlier_run": 3,
         "failed": [{"scan": str(bad[1]), "error": table.errors[0][1]}],
         "left_out": {},
+        "peak_gpu_memory": None,
     }
 
 

@@ -241,6 +241,7 @@ def test_what_a_third_party_registers_is_listed_as_its_cfg_says(small_spec):
         "modality": "T1w",
         "channels": ["T1w"],
         "space": "MNI152NLin2009cSym",
+        "contract": None,
         "ssl_method": None,
         "licence": "MIT",
         "gated": False,

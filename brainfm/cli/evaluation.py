@@ -247,6 +247,54 @@ def compare_command(first: Path, second: Path, labels: Path | None, label: str, 
         click.echo(f"{output}: a row a scan")
 
 
+@click.command("compare-encoders", cls=_ManyValues, context_settings=_HELP)
+@click.argument("scans", nargs=-1, required=True, metavar="SCANS...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--labels", type=click.Path(path_type=Path), help="A table with the label; by default SCANS, a manifest.")
+@_own
+@click.option("--models", multiple=True, default=("*",), show_default="all", metavar="PATTERN", help="Such as 'open*'.")
+@click.option("--untrained", is_flag=True, help="Random weights, said to be, for encoders whose own cannot be had.")
+@click.option("--no-controls", is_flag=True, help="Without untrained encoders and covariates.")
+@click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Splits, each with its own probe.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--replace", "replace_all", is_flag=True, help="Replace another comparison that the output holds.")
+@click.option("--refuse-overlap", is_flag=True, help="Leave out encoders that were pretrained on these data.")
+def compare_encoders_command(
+    scans: tuple[str, ...], output: Path, labels: Path | None, no_controls: bool, **options: Any
+) -> None:
+    """Embed SCANS by every encoder whose contract they meet, and probe all of them alike.
+
+    SCANS are what 'brainfm embed' takes: a folder of 'brainfm prep', a manifest, images. Each scan is embedded once an
+    encoder, and its seconds and memory are measured. With --label, OUTPUT has a page with scores beside cost; without,
+    the cost alone. Encoders whose contract the scans do not meet, or whose weights cannot be had here, are left out,
+    each with its reason: on the page, and in left_out.csv. The same command goes on with a run that was killed.
+    """
+    from brainfm.downstream.encoders import compare_encoders
+    from brainfm.downstream.wording import NONE, cost_text
+
+    found = compare_encoders(
+        scans[0] if len(scans) == 1 else list(scans),
+        output,
+        labels=labels,
+        controls=not no_controls,
+        progress=True,
+        **options,
+    )
+    if options["label"]:
+        click.echo((output / "table.md").read_text(encoding="utf-8"))
+    else:
+        click.echo(f"{'encoder':34} {'weights':8} {'width':>5} {'seconds':>8} {'GB':>5}")
+        for one in (each for each in found if each.weights):
+            costs = f"{cost_text(one.seconds):>8} {cost_text(one.gigabytes):>5}"
+            click.echo(f"{one.model:34} {one.weights or NONE:8} {one.width:5} {costs}")
+    if left_out := [one for one in found if not one.weights]:
+        click.echo(f"{len(left_out)} encoders were left out; see {output / 'left_out.csv'}", err=True)
+    click.echo(f"{output / ('index.html' if options['label'] else 'encoders.csv')}: all of it")
+    if any(one.failed for one in found):
+        click.echo(f"scans failed; see {output / 'encoders.csv'}", err=True)
+        sys.exit(1)
+
+
 @click.command("finetune", cls=_ManyValues, context_settings=_HELP)
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")

@@ -12,6 +12,7 @@ import click
 from brainfm.cli.evaluation import (
     benchmark_command,
     compare_command,
+    compare_encoders_command,
     finetune_command,
     predict_command,
     probe_command,
@@ -73,7 +74,8 @@ for _command in (
     *(list_command, info_command, demo_command, doctor_command, embed_command, merge_command),
     *(fetch_command, convert_command, verify_command, push_command, export_command),
     *(phantom_command, cache_group, prep_command, qc_command),
-    *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command, compare_command),
+    *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command),
+    *(compare_command, compare_encoders_command),
 ):
     main.add_command(_command)
 takes_verbosity(main)

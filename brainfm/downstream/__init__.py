@@ -8,4 +8,4 @@ from brainfm.lazy import found_in
 
 
 def __getattr__(name: str) -> Any:
-    return found_in(__name__, name, {"predict": "predicting"})
+    return found_in(__name__, name, {"predict": "predicting", "compare_encoders": "encoders"})

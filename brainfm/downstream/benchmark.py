@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from brainfm.downstream.grid import Job, control_rows, list_jobs, model_rows, ta
 from brainfm.downstream.outcome import keep_splits, write_results
 from brainfm.downstream.plan import TRAINED, WITHOUT_TRAINING, Plan
 from brainfm.downstream.preflight import check_model, check_output, check_packages, check_splits, missing_files
-from brainfm.downstream.results import Evaluation, read_evaluation
+from brainfm.downstream.results import Candidate, Evaluation, read_evaluation
 from brainfm.downstream.runs import (
     digest_of,
     digest_of_data,
@@ -47,6 +47,7 @@ def benchmark(
     plan: Plan,
     output: str | os.PathLike[str],
     *,
+    candidates: Sequence[Candidate] = (),
     on_overlap: Literal["mark", "refuse"] = "mark",
     replace_all: bool = False,
     progress: bool = False,
@@ -64,6 +65,8 @@ def benchmark(
         plan: What is run.
         output: Where `results.csv`, `predictions.csv`, `table.md`, `table.tex`, `index.html`, `figures/` are written,
             and `embeddings/`, `splits/`, `runs/` and, where the plan says so, `models/` kept.
+        candidates: Of a comparison of encoders (`compare_encoders`), those whose embeddings the tasks' data hold, and
+            those that are left out.
         on_overlap: What is done with a model whose pretraining data hold a task's: "mark" its cells, or "refuse".
         replace_all: Remove another evaluation that the output holds; else it is an error, but that tasks, rows, seeds
             and fractions may be added.
@@ -84,8 +87,9 @@ def benchmark(
         raise TaskError(f"the task {', '.join(twice)} is given twice")
     tables = {name for one in data for name in one.embeddings}
     cfgs = {model: resolve(model).cfg for model in plan.models if model not in tables}
-    rows, controls = [*model_rows(cfgs, plan), *table_rows(data, plan)], control_rows(cfgs, plan)
-    if not rows:
+    rows = [*model_rows(cfgs, plan), *table_rows(data, plan, candidates)]
+    controls = control_rows(cfgs, plan, candidates)
+    if not rows and not candidates:
         raise BrainfmError(f"nothing to run: none of {', '.join(plan.models)} is run in {', '.join(plan.modes)}")
     notes = find_overlaps(data, plan.models, on_overlap)
     output.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,7 @@ def benchmark(
                 "only training uses several processes: under torchrun give --modes finetune scratch --no-controls, and "
                 "then the same command without torchrun and --no-controls, for the probes"
             )
-        evaluation = describe(data, rows, controls, notes, plan, cfgs, len(jobs))
+        evaluation = describe(data, rows, controls, notes, plan, cfgs, len(jobs), candidates)
         made_of = {one.task.name: digest_of_data(one) for one in data}
         digests = {job: digest_of(job, made_of[job.data.task.name], plan, cfgs) for job in jobs}
         if everyone.is_first:
@@ -127,14 +131,25 @@ def _meet_earlier(output: Path, evaluation: Evaluation, replace_all: bool) -> No
             logger.warning("%s: the evaluation in it is replaced, all of it", output)
         for path in (output / name for name in _WRITTEN):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    keys = {row.key for row in evaluation.everything}
+    check_earlier(output, [task.name for task in evaluation.tasks], evaluation.seeds, evaluation.fractions, keys)
+
+
+def check_earlier(
+    output: Path,
+    tasks: Sequence[str],
+    seeds: int,
+    fractions: Sequence[float] = (1.0,),
+    rows: Collection[str] | None = None,
+) -> None:
+    """Raise BrainfmError where an evaluation in `output` has more than is planned; `rows` may not be known yet."""
     if not (output / "grid.json").exists():
         return
     earlier = read_evaluation(output / "grid.json")
-    names, keys = {task.name for task in evaluation.tasks}, {row.key for row in evaluation.everything}
-    lost = [task.title for task in earlier.tasks if task.name not in names]
-    lost += [row.title for row in earlier.everything if row.key not in keys]
-    lost += [f"seeds {evaluation.seeds} to {earlier.seeds - 1}"] if earlier.seeds > evaluation.seeds else []
-    lost += [f"fraction {part:g}" for part in earlier.fractions if part not in evaluation.fractions]
+    lost = [task.title for task in earlier.tasks if task.name not in tasks]
+    lost += [row.title for row in earlier.everything if rows is not None and row.key not in rows]
+    lost += [f"seeds {seeds} to {earlier.seeds - 1}"] if earlier.seeds > seeds else []
+    lost += [f"fraction {part:g}" for part in earlier.fractions if part not in fractions]
     if lost:
         raise BrainfmError(
             f"{output} holds another evaluation, of which {few(lost)} would be lost; name another output, or replace "
@@ -154,6 +169,8 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
     models: dict[tuple[str, bool], list[Job]] = {}
     for job in todo:
         cfg = cfgs.get(job.row.model)
+        if job.row.model in job.data.embeddings:
+            continue
         if job.row.mode == "untrained" or (job.row.mode == "scratch" and cfg):
             models.setdefault((cfg.architecture if cfg else job.row.model, False), []).append(job)
         elif cfg:

@@ -42,6 +42,7 @@ def read_features(
     *,
     device: str = "auto",
     batch_size: int = 1,
+    report: str | os.PathLike[str] | None = None,
 ) -> Features:
     """Embeddings of scans: those that are in a folder from before, and the others computed and added.
 
@@ -52,6 +53,7 @@ def read_features(
         name: Of the model, for the table's name.
         device: See `brainfm.embed`.
         batch_size: See `brainfm.embed`.
+        report: See `brainfm.embed`; of the scans that are not there from before, where there are any.
 
     Returns:
         The embeddings, in the order of the scans.
@@ -69,7 +71,7 @@ def read_features(
     todo = [record for record in records if name_of(record) not in vectors]
     if todo:
         part = path.with_name(f"new.{path.name}")
-        new = embed(todo, model, output=part, device=device, batch_size=batch_size)
+        new = embed(todo, model, output=part, device=device, batch_size=batch_size, report=report)
         reasons = {name_of(record): reason for record, reason in new.errors}
         rows = [replace(record, extra={_STATE: name_of(record)}) for record in new.records]
         new = replace(new, records=rows, errors=[])

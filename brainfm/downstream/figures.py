@@ -10,7 +10,7 @@ import numpy as np
 
 from brainfm.downstream import plots
 from brainfm.downstream.results import Column, Row, Run, sign
-from brainfm.downstream.wording import arrow, decimals_of, metric_name, number
+from brainfm.downstream.wording import arrow, cost_text, decimals_of, metric_name, number
 from brainfm.errors import MissingExtraError
 
 try:
@@ -44,9 +44,9 @@ def drawings(run: Run) -> Iterator[Drawing]:
     styles = plots.looks([row.title for row in run.evaluation.rows], [row.title for row in run.evaluation.controls])
     looks = dict(zip((row.key for row in run.evaluation.everything), styles, strict=True))
     kinds: dict[str, tuple[Callable[..., Drawing | None], ...]] = {
-        "binary": (_draw_dots, _draw_label_efficiency, _draw_roc, _draw_calibration, _draw_robustness),
-        "regression": (_draw_dots, _draw_label_efficiency, _draw_agreement, _draw_robustness),
-        "multiclass": (_draw_dots, _draw_label_efficiency, _draw_robustness),
+        "binary": (_draw_dots, _draw_cost, _draw_label_efficiency, _draw_roc, _draw_calibration, _draw_robustness),
+        "regression": (_draw_dots, _draw_cost, _draw_label_efficiency, _draw_agreement, _draw_robustness),
+        "multiclass": (_draw_dots, _draw_cost, _draw_label_efficiency, _draw_robustness),
     }
     for task in run.evaluation.tasks:
         for draw in kinds[task.kind]:
@@ -73,6 +73,24 @@ def _draw_dots(run: Run, task: Column, looks: _Looks) -> Drawing | None:
         "Points: mean over the seeds. Bars: the runs' intervals, ends averaged. Open diamonds: published."
     )
     return Drawing(task, f"{task.name}_scores", caption, f"{metric_name(task, task.metric)}: {alt}", figure)
+
+
+def _draw_cost(run: Run, task: Column, looks: _Looks) -> Drawing | None:
+    points, said = [], []
+    for row in run.evaluation.everything:
+        summary, one = run.summary(task, row), run.evaluation.cost(row)
+        if summary and one and one.seconds and one.gigabytes:
+            points.append((looks[row.key], one.seconds, one.gigabytes, summary.mean))
+            cost = f"{cost_text(one.seconds)} s, {cost_text(one.gigabytes)} GB"
+            said.append(f"{row.title} {number(summary.mean, decimals_of(run, task, task.metric))} ({cost})")
+    if not points:
+        return None
+    figure = plots.costs(points, task.title, metric_name(task, task.metric) + arrow(task.metric))
+    caption = (
+        f"{task.title}: {metric_name(task, task.metric)} beside what a volume costs. A mark's area is the most memory "
+        "that the encoder's process held; grey and hollow: encoders that were never trained, controls."
+    )
+    return Drawing(task, f"{task.name}_cost", caption, f"Score and cost: {'; '.join(said)}", figure)
 
 
 def _draw_label_efficiency(run: Run, task: Column, looks: _Looks) -> Drawing | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brainfm.downstream.plan import MODES, TRAINED, Plan
-from brainfm.downstream.results import Row
+from brainfm.downstream.results import Candidate, Row
 from brainfm.downstream.task import TaskData
 from brainfm.errors import BrainfmError, WeightsNotFoundError
 from brainfm.pretrained import PretrainedCfg
@@ -101,12 +101,13 @@ def not_run(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> Iterator[str]:
             yield f"{model} is not trained from scratch: {', '.join(baselines)} stands for that."
 
 
-def table_rows(data: Sequence[TaskData], plan: Plan) -> list[Row]:
-    """The rows of embeddings that were made before; they are probed."""
-    tables = [model for model in plan.models if any(model in one.embeddings for one in data)]
+def table_rows(data: Sequence[TaskData], plan: Plan, candidates: Sequence[Candidate] = ()) -> list[Row]:
+    """The rows of embeddings that were made before; they are probed. Those of untrained encoders are controls."""
+    untrained = {one.model for one in candidates if one.weights != "trained"}
+    tables = [model for model in plan.models if any(model in one.embeddings for one in data) and model not in untrained]
     titles = short_names(tables)
     modes = [mode for mode in dict.fromkeys(plan.modes) if mode not in TRAINED]
-    made_by = {name: f" ({model})" for one in data for name, model in one.made_by.items()}
+    made_by = {name: f" ({model})" for one in data for name, model in one.made_by.items() if model != name}
     return [
         Row(model, mode, f"{titles[model]}{made_by.get(model, '')}, {MODES[mode]}")
         for model in tables
@@ -114,13 +115,19 @@ def table_rows(data: Sequence[TaskData], plan: Plan) -> list[Row]:
     ]
 
 
-def control_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
-    """The same encoders untrained, and covariates alone."""
+def control_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan, candidates: Sequence[Candidate] = ()) -> list[Row]:
+    """The same encoders untrained, or those of a comparison that are, and covariates alone."""
+    words = {"random": "random weights", "control": "untrained"}
+    compared = [
+        Row(one.model, "untrained", f"{one.model}, {words[one.weights]}, linear probe")
+        for one in candidates
+        if one.weights in words
+    ]
     if not plan.controls:
-        return []
+        return compared
     probed = {cfg.architecture for cfg in cfgs.values() if cfg.has_weights and not cfg.is_drawn}
     untrained = [Row(name, "untrained", f"{name}, untrained, linear probe") for name in sorted(probed)]
-    return [*untrained, COVARIATES]
+    return [*untrained, *compared, COVARIATES]
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from brainfm.downstream.account import class_patients, few, unused
 from brainfm.downstream.grid import Job
 from brainfm.downstream.plan import RESAMPLES, Plan
 from brainfm.downstream.report import write_report
-from brainfm.downstream.results import Evaluation, PairedTest, Row, Unused
+from brainfm.downstream.results import Candidate, Evaluation, PairedTest, Row, Unused
 from brainfm.downstream.split import save_split
 from brainfm.downstream.statistics import paired_bootstrap_over_runs
 from brainfm.downstream.task import Task, TaskData
@@ -69,15 +69,20 @@ def write_results(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation,
         left_out += of_this
     for text in warnings:
         logger.warning("%s", text)
-    head = ("task", "row", "scan", "why", "failed")
-    rows = [(one.task, one.row, one.scan, one.why, int(one.failed)) for one in left_out]
-    write_csv(output / "left_out.csv", [head, *rows])
+    write_left_out(output, evaluation.candidates, left_out)
     tests = tuple(_tests(results, evaluation))
     evaluation = replace(
         evaluation, tasks=tuple(columns), tests=tests, warnings=tuple(warnings), left_out=tuple(left_out)
     )
     write_json(output / "grid.json", evaluation.to_dict())
     return write_report(output)
+
+
+def write_left_out(output: Path, candidates: Sequence[Candidate], scans: Sequence[Unused] = ()) -> None:
+    """`left_out.csv`: encoders of a comparison that are left out (of no task and no scan), then scans."""
+    rows = [("", one.model, "", f"{one.reason}: {one.why}", 0) for one in candidates if not one.weights]
+    rows += [(one.task, one.row, one.scan, one.why, int(one.failed)) for one in scans]
+    write_csv(output / "left_out.csv", [("task", "row", "scan", "why", "failed"), *rows])
 
 
 def _test_patients(job: Job, result: Mapping[str, Any]) -> list[int]:

@@ -24,6 +24,7 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
     from sklearn.calibration import calibration_curve  # type: ignore[import-untyped, unused-ignore]
     from sklearn.metrics import roc_auc_score, roc_curve  # type: ignore[import-untyped, unused-ignore]
 except ModuleNotFoundError as error:
@@ -260,6 +261,31 @@ def dots(
         _legend(figure, axes)
     axes.set_yticks(range(len(rows)), [textwrap.fill(look.title, 34) for look, *_ in rows])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=metric)
+    return figure
+
+
+@_style()
+def costs(points: Sequence[tuple[Look, float, float, float]], title: str, metric: str) -> Figure:
+    """Score against seconds a volume.
+
+    Args:
+        points: For each encoder its look, its seconds, its gigabytes (the area of its mark), and its score.
+        title: Above the figure.
+        metric: Beside the axis.
+    """
+    figure, axes = _figure(title, height=4.2 + 0.11 * len(points))
+    for look, seconds, gigabytes, score in points:
+        face = "none" if look.colour in _GREYS else look.colour
+        name = f"{look.title} ({gigabytes:.3g} GB)"
+        size = 24 + 16 * gigabytes
+        axes.scatter(seconds, score, s=size, marker=look.marker, facecolors=face, edgecolors=look.colour, label=name)
+    axes.set(xscale="log", xlabel="seconds a volume", ylabel=metric)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")  # a logarithm's own are formulas, which are not set here
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _legend(figure, axes)
+    for handle in figure.legends[0].legend_handles:
+        handle.set_sizes([36])  # type: ignore[union-attr]
     return figure
 
 

@@ -113,7 +113,8 @@ def read_embedded(
     rows, source = _read_labels(labels)
     task = task or _task_of(rows, source, label, kind, covariates, positive)
     (name, first), *others = read.items()
-    joined = _join(rows, source, first, name)
+    scans = [replace(record, mask=None) for record in first.records]  # its files are not looked at
+    joined = _join(rows, source, scans, name)
     data = task_data(task, joined.records, source.name)
     vectors = {name: first.vectors[[joined.places[id(record)] for record in data.records]]}
     for other, one in others:
@@ -127,6 +128,23 @@ def read_embedded(
     models = {name: one.origin.model for name, one in read.items() if one.origin}
     left_out = (*data.left_out, *joined.left_out)
     return replace(data, embeddings=vectors, made_by=models, left_out=left_out, notes=joined.notes)
+
+
+def label_scans(
+    labels: Any,
+    records: Sequence[ScanRecord],
+    *,
+    label: str,
+    kind: Kind | None = None,
+    covariates: Sequence[str] = (),
+    positive: str = "",
+) -> TaskData:
+    """Scans and the labels of a table beside them, joined as `read_embedded` joins those of embeddings."""
+    rows, source = _read_labels(labels)
+    task = _task_of(rows, source, label, kind, covariates, positive)
+    joined = _join(rows, source, records, "the list", "scan")
+    data = task_data(task, joined.records, source.name)
+    return replace(data, left_out=(*data.left_out, *joined.left_out), notes=joined.notes)
 
 
 def _name(embeddings: TableLike) -> str:
@@ -186,24 +204,26 @@ class _Joined:
 _Key: TypeAlias = tuple[str, ...]
 
 
-def _join(rows: Sequence[dict[str, str]], source: _Source, embeddings: Embeddings, name: str) -> _Joined:
+def _join(
+    rows: Sequence[dict[str, str]], source: _Source, records: Sequence[ScanRecord], name: str, thing: str = "embedding"
+) -> _Joined:
     named = [(row["patient_id"], row["scan_id"]) for row in rows]
     several = [key for key, count in Counter(named).items() if count > 1 and key[0]]
     paths = [_row_path(row, source) for row in rows]
     notes: list[str] = []
-    if any(patient for patient, _ in named) and any(r.patient_id for r in embeddings.records):
+    if any(patient for patient, _ in named) and any(r.patient_id for r in records):
         if not several:
-            how, found = "patient and scan", _by_patient(named, embeddings.records, notes)
+            how, found = "patient and scan", _by_patient(named, records, notes)
         elif any(paths):
-            how, found = "path", _by_path(paths, embeddings.records)
+            how, found = "path", _by_path(paths, records)
         else:
             patient = " ".join(filter(None, several[0]))
             raise TaskError(
                 f"{source.name}: {dict(Counter(named))[several[0]]} rows are of {patient}; say by a column scan_id or "
                 "image_path which scan each is of"
             )
-    elif any(paths) and any(record.name for record in embeddings.records):
-        how, found = "path", _by_path(paths, embeddings.records)
+    elif any(paths) and any(record.name for record in records):
+        how, found = "path", _by_path(paths, records)
     else:
         raise TaskError(
             f"{source.name} and {name} have nothing to be joined by: each needs patient_id, or each image_path; the "
@@ -215,22 +235,22 @@ def _join(rows: Sequence[dict[str, str]], source: _Source, embeddings: Embedding
         for n, (key, path) in enumerate(zip(named, paths, strict=True))
     ]
     rest = [words[n] for n in range(len(rows)) if n not in used]
-    scans = [_scan(record) for n, record in enumerate(embeddings.records) if n not in found]
+    scans = [_scan(record) for n, record in enumerate(records) if n not in found]
     if not found:
         raise TaskError(
-            f"{source.name} and {name}: nothing matches by {how}; the labels have {few(words)}, and the embeddings "
-            f"{few([_scan(record) for record in embeddings.records])}"
+            f"{source.name} and {name}: nothing matches by {how}; the labels have {few(words)}, and the {thing}s "
+            f"{few([_scan(record) for record in records])}"
         )
     said = f"joined by {how}: {len(used):,} of {len(rows):,} rows of {source.name} and {len(found):,} of "
-    said += f"{len(embeddings):,} embeddings of {name}"
-    said += f"; no embedding of {len(rest):,} rows: {few(rest)}" if rest else ""
-    said += f"; no row for {len(scans):,} embeddings: {few(scans)}" if scans else ""
-    records = {n: _labelled(embeddings.records[n], rows[row]) for n, row in sorted(found.items())}
+    said += f"{len(records):,} {thing}s of {name}"
+    said += f"; no {thing} of {len(rest):,} rows: {few(rest)}" if rest else ""
+    said += f"; no row for {len(scans):,} {thing}s: {few(scans)}" if scans else ""
+    joined = {n: _labelled(records[n], rows[row]) for n, row in sorted(found.items())}
     return _Joined(
-        list(records.values()),
-        {id(record): n for n, record in records.items()},
+        list(joined.values()),
+        {id(record): n for n, record in joined.items()},
         (
-            *(LeftOut(word, f"no embedding in {name}") for word in rest),
+            *(LeftOut(word, f"no {thing} in {name}") for word in rest),
             *(LeftOut(scan, f"no row in {source.name}") for scan in scans),
         ),
         (said, *notes),
@@ -292,9 +312,9 @@ def _scan(record: ScanRecord) -> str:
 
 
 def _labelled(record: ScanRecord, row: Mapping[str, str]) -> ScanRecord:
-    """A scan with the columns of its row of labels; without files, which are not looked at."""
+    """A scan with the columns of its row of labels."""
     own = {
         name: value for name, value in row.items() if name not in ("image_path", "mask_path", "patient_id", "scan_id")
     }
     patient, scan = record.patient_id or row["patient_id"], record.scan_id or row["scan_id"]
-    return ScanRecord(record.image, None, patient, scan, record.extra | own)
+    return ScanRecord(record.image, record.mask, patient, scan, record.extra | own)

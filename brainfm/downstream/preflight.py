@@ -58,13 +58,19 @@ def check_model(name: str, data: Sequence[TaskData], settings: Sequence[Finetuni
     transform = create_transform(encoder)
     check_channels(encoder, transform.spec)
     for one in data:
-        _check_scans(one.records, transform, f"{one.task.name} and {name}")
+        check_scans(one.records, transform, f"{one.task.name} and {name}")
     for values in settings:
         put_head(encoder, 1, values)
 
 
-def _check_scans(records: Sequence[ScanRecord], transform: InputTransform, of: str) -> None:
+def check_scans(records: Sequence[ScanRecord], transform: InputTransform, of: str) -> None:
     """Raise ScanError where there is no scan that the transform takes; as a rule one is looked at."""
+    if reason := refusal(records, transform):
+        raise ScanError(f"{of}: none of {len(records)} scans can be read; the first: {reason}")
+
+
+def refusal(records: Sequence[ScanRecord], transform: InputTransform) -> str:
+    """Why the first scan is not taken, where none is; else an empty string."""
     reason = ""
     for record in records:
         try:
@@ -72,5 +78,5 @@ def _check_scans(records: Sequence[ScanRecord], transform: InputTransform, of: s
         except ScanError as error:
             reason = reason or str(error)
         else:
-            return
-    raise ScanError(f"{of}: none of {len(records)} scans can be read; the first: {reason}")
+            return ""
+    return reason

@@ -26,6 +26,7 @@ from brainfm.downstream.wording import (
     RULE,
     arrow,
     claims,
+    cost_text,
     decimals_of,
     mean_std,
     metric_name,
@@ -44,7 +45,16 @@ _READING = (
     "Mean ± standard deviation (n − 1) over the seeds; n=… where they are not {seeds}. "
     "Bold: the best row, where it is better than every control and there are patients enough to say so."
 )
-_FIGURES = {"scores", "efficiency", "robustness", "roc", "calibration", "agreement"}  # the last words of their names
+_FIGURES = {
+    "scores",
+    "cost",
+    "efficiency",
+    "robustness",
+    "roc",
+    "calibration",
+    "agreement",
+}  # the last words of their names
+_COSTS = ("Width", "Seconds a volume", "GB")
 _MOST_SHOWN = 20  # of what is left out
 
 
@@ -95,7 +105,7 @@ def _content(run: Run) -> dict[str, Any]:
         "notes": _notes(evaluation),
         "sources": _sources(evaluation),
         "rule": RULE,
-        "data": [table for table in (*_share_tables(run), _left_out_table(run)) if table],
+        "data": [table for table in (_encoder_table(run), *_share_tables(run), _left_out_table(run)) if table],
         "claims": [(task.title, claims(run, task)) for task in evaluation.tasks],
         "others": [table for table in (*_metric_tables(run), _test_table(run)) if table],
         "making": _making(evaluation),
@@ -175,13 +185,27 @@ def _main_table(run: Run) -> Table:
             if beside:
                 found = next((p for p in task.published if p.row == row.key), None)
                 line.append(Cell(mean_std(found.mean, found.sd, decimals) if found else NONE))
-        return [*line, *_sizes(run, row)]
+        return [*line, *(_costs(run, row) if run.evaluation.candidates else _sizes(run, row))]
 
-    head += [("", title) for title in _sizes_head(run)]
+    head += [("", title) for title in (_COSTS if run.evaluation.candidates else _sizes_head(run))]
     groups = [("", [cells(row, True) for row in run.evaluation.rows])]
     if run.evaluation.controls:
         groups.append(("Controls", [cells(row, False) for row in run.evaluation.controls]))
     return Table("Results on the test split", head, groups)
+
+
+def _costs(run: Run, row: Row) -> list[Cell]:
+    one = run.evaluation.cost(row)
+    if one is None:
+        return [Cell(NONE)] * len(_COSTS)
+    return [Cell(f"{one.width}"), Cell(cost_text(one.seconds)), Cell(cost_text(one.gigabytes))]
+
+
+def _encoder_table(run: Run) -> Table | None:
+    """The encoders of a comparison that are left out, and why; None where none is."""
+    lines = [[Cell(one.model), Cell(one.reason), Cell(one.why)] for one in run.evaluation.candidates if not one.weights]
+    head = [(name, "") for name in ("Encoder", "For", "Why")]
+    return Table(f"Encoders left out: {len(lines)}", head, [("", lines)]) if lines else None
 
 
 def _sizes_head(run: Run) -> list[str]:

@@ -8,7 +8,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,9 @@ except ModuleNotFoundError as error:
     raise MissingExtraError(error.name or "pandas", "eval") from error
 
 P = TypeVar("P", bound="_Part")
+Reason: TypeAlias = Literal[
+    "contract", "weights", "licence", "memory", "overlap", "error"
+]  # why an encoder is left out
 
 
 # --- What was planned -----------------------------------------------------------------------------
@@ -175,6 +178,35 @@ class PairedTest(_Part):
 
 
 @dataclass(frozen=True)
+class Candidate(_Part):
+    """An encoder of a comparison: what a volume costs, or why it is left out.
+
+    Attributes:
+        model: Its name, that of its rows.
+        weights: "trained", "control" (drawn by its card's seed), "random" (its own could not be had), or "" (left out).
+        width: Numbers in its embedding.
+        scans: How many it embedded.
+        failed: How many it could not.
+        seconds: A volume, read, prepared and embedded.
+        gigabytes: The most memory that its process held; on a GPU, that of the GPU.
+        device: Where that was measured.
+        reason: Why it is left out: "contract", "weights", "licence", "memory", "overlap" or "error".
+        why: That in words; of random weights, why it has no others.
+    """
+
+    model: str
+    weights: Literal["trained", "control", "random", ""] = ""
+    width: int = 0
+    scans: int = 0
+    failed: int = 0
+    seconds: float | None = None
+    gigabytes: float | None = None
+    device: str = ""
+    reason: Reason | Literal[""] = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Evaluation(_Part):
     """What `grid.json` says: tasks × rows × seeds × fractions, and what to print with them.
 
@@ -192,6 +224,7 @@ class Evaluation(_Part):
         tests: Paired tests.
         warnings: What must be read before any number.
         left_out: Scans and rows that are not used, and why.
+        candidates: Of a comparison of encoders, all that were looked at.
     """
 
     title: str
@@ -209,6 +242,7 @@ class Evaluation(_Part):
     tests: tuple[PairedTest, ...] = ()
     warnings: tuple[str, ...] = ()
     left_out: tuple[Unused, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,6 +256,10 @@ class Evaluation(_Part):
     def everything(self) -> tuple[Row, ...]:
         """Rows, then controls."""
         return self.rows + self.controls
+
+    def cost(self, row: Row) -> Candidate | None:
+        """The encoder of a row, where what it costs is known."""
+        return next((one for one in self.candidates if one.model == row.model and one.weights), None)
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -15,7 +15,7 @@ import torch
 from brainfm.downstream.account import are_phantoms, is_test_model, label_words, shares
 from brainfm.downstream.grid import COVARIATES, not_run
 from brainfm.downstream.plan import MODES, NOT_OF, RECIPE_OF, RESAMPLES, TRAINED, Plan, paper_epochs
-from brainfm.downstream.results import Column, Evaluation, Note, Published, Row
+from brainfm.downstream.results import Candidate, Column, Evaluation, Note, Published, Row
 from brainfm.downstream.task import Task, TaskData
 from brainfm.errors import BrainfmError, ModelNameError
 from brainfm.overlap import overlap_of_scans, pretraining_overlap
@@ -52,10 +52,11 @@ def describe(
     plan: Plan,
     cfgs: Mapping[str, PretrainedCfg],
     runs: int,
+    candidates: Sequence[Candidate] = (),
 ) -> Evaluation:
     """All that is known before the first run."""
     return Evaluation(
-        title="Evaluation of pretrained encoders",
+        title="Comparison of encoders" if candidates else "Evaluation of pretrained encoders",
         tasks=tuple(
             Column(
                 one.task.name,
@@ -81,9 +82,35 @@ def describe(
         command=shlex.join(["brainfm", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("brainfm", "__main__") else "",
         fractions=tuple(sorted({1.0, *plan.fractions})),
         notes=(*notes, *unstated(data, rows, cfgs, plan)),
-        statements=(*not_run(cfgs, plan), *statements(data, plan)),
-        warnings=tuple(_warnings(data, rows, cfgs)),
+        statements=(*not_run(cfgs, plan), *_compared(candidates), *statements(data, plan)),
+        warnings=(*_random(candidates), *_warnings(data, rows, cfgs)),
+        candidates=tuple(candidates),
     )
+
+
+def _compared(candidates: Sequence[Candidate]) -> Iterator[str]:
+    """How a comparison's encoders were taken, and what their cost is."""
+    if not candidates:
+        return
+    taken = [one for one in candidates if one.weights]
+    places = dict.fromkeys(one.device for one in taken if one.device)
+    yield (
+        f"Of {len(candidates)} sets of weights, {len(taken)} embedded the scans, each scan once, one encoder after the "
+        f"other, and {len(candidates) - len(taken)} are left out, each with its reason below."
+    )
+    yield (
+        "Cost is measured in this run: seconds a volume to read it, prepare it as the encoder's contract says, and "
+        "embed it, without loading the weights; GB, the most memory that the encoder's process held"
+        f"{f' ({chr(59).join(places)})' if places else ''}."
+    )
+
+
+def _random(candidates: Sequence[Candidate]) -> Iterator[str]:
+    if names := [one.model for one in candidates if one.weights == "random"]:
+        yield (
+            f"{', '.join(names)}: random weights, because the published ones cannot be had here. They stand among the "
+            "controls, and no score of theirs says anything of the published encoders."
+        )
 
 
 def published_beside(

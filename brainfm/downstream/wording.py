@@ -53,6 +53,11 @@ def number(value: float, decimals: int) -> str:
     return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
 
 
+def cost_text(value: float | None) -> str:
+    """Seconds or gigabytes: three digits, as measured."""
+    return NONE if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def mean_std(mean: float, std: float | None, decimals: int) -> str:
     """Such as "5.90 ± 0.16"; without a standard deviation the mean alone."""
     known = std is not None and not math.isnan(std)

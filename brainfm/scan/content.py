@@ -179,7 +179,10 @@ def _check_intensities(alone: Volume, spec: InputSpec, kind: str, name: str) -> 
         least, most = spec.intensity_range
         slack, width = RANGE_SLACK * (most - least), most - least
         if low < least - slack or high > most + slack or high - least < LEAST_FILLED * width:
-            raise ScanError(f"{name}: {found}, and this contract takes {least:g} to {most:g}{prepared}")
+            raise ScanError(
+                f"{name}: {found}, and this contract takes {least:g} to {most:g}{prepared}; give it "
+                "an image so prepared"
+            )
     if kind == "grey matter" and (low < -RANGE_SLACK or high > MOST_GREY_MATTER):
         raise ScanError(
             f"{name}: {found}, no fractions of grey matter; this contract takes a map such as CAT12's mwp1, not an "

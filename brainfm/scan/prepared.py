@@ -29,6 +29,8 @@ FORMAT = 2  # of prep.json; before it a folder held TurboPrep's files alone
 # Which of the two matrices brings a scan to a contract, by the contract's registration.
 _MATRICES = {"rigid": "rigid", "none": "rigid", "affine": "affine", "linear": "affine"}
 
+_CONTRASTS = ("T1w", "T2w", "FLAIR", "T1c")  # that `brainfm prep` makes
+
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 
@@ -146,7 +148,11 @@ def for_contract(
     """
     contrast = str(scan.record.get("contrast", "T1w"))
     if not _takes(channel, contrast):
-        raise ScanError(f"{scan.folder}: a prepared {contrast} scan, and this contract takes {channel} here")
+        steps = (f"brainfm prep --contrast {channel}",) if channel in _CONTRASTS else spec.preparation
+        made = f", made by {' → '.join(steps)}" if steps else ""
+        raise ScanError(
+            f"{scan.folder}: a prepared {contrast} scan, and this contract takes {channel} here; give it that{made}"
+        )
     was_corrected = (scan.folder / FIELD).is_file()
     if spec.bias_field == "removed" and not was_corrected:
         raise ScanError(

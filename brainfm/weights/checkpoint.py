@@ -326,6 +326,11 @@ def _torch_load(file: Path | IO[bytes], name: str, most: int) -> tuple[Any, tupl
 def _check_inflation(archive: zipfile.ZipFile, name: str, most: int) -> None:
     """Raise WeightsError where the members of a zip take far more than the file, or are packed as torch reads none."""
     members = archive.infolist()
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise WeightsError(
+            f"{name}: refused: a TorchScript program, which is not run; ask its authors for safetensors or a plain "
+            "state dict"
+        )
     for member in members:
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise WeightsError(

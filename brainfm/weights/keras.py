@@ -59,8 +59,15 @@ def read_keras(path: Path, most: int) -> dict[str, Tensor]:
         array = np.moveaxis(array, (-1, -2), (0, 1)) if name == "kernel" and array.ndim >= 2 else array
         state[full] = torch.from_numpy(np.ascontiguousarray(array))
 
+    def refuse_outside(place: str, link: Any) -> None:
+        if isinstance(link, h5py.ExternalLink | h5py.SoftLink):
+            raise WeightsError(
+                f"{path}: {place} is a link to {link.path}, and no array; ask its authors for a plain file"
+            )
+
     try:
         with h5py.File(path, "r") as file:
+            file.visititems_links(refuse_outside)
             file.visititems(keep)
     except WeightsError:
         raise

@@ -187,3 +187,30 @@ def test_ctrl_c_in_a_training_is_exit_code_130_and_the_same_command_goes_on(name
 def test_help_of_a_benchmark_names_every_mode(run):
     said = " ".join(run("benchmark", "--help").out.split())
     assert f"Of {', '.join(MODES)}." in said
+
+
+def test_compare_encoders_prints_scores_beside_cost_and_names_what_is_left_out(run, phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr("brainfm.downstream.report.drawings", lambda run: [])
+    out = tmp_path / "out"
+    asked = ("--models", "test_resnet_3d", "swinbrain", "--no-controls", "-o", out)
+    result = run("compare-encoders", phantoms, "--label", "sex", "--seeds", 1, *asked)
+    assert result.code == 0, result.err
+    assert "| Model | sex: AUC ↑ | Width | Seconds a volume | GB |" in result.out
+    assert "| test\\_resnet\\_3d.phantoms, linear probe | " in result.out
+    assert f"1 encoders were left out; see {out / 'left_out.csv'}" in result.err
+    assert "swinbrain.mai_lab" in (out / "left_out.csv").read_text()
+    assert "Encoders left out: 1" in (out / "index.html").read_text()
+    result = run("compare-encoders", phantoms, *asked[:-1], tmp_path / "cost")
+    assert result.code == 0, result.err
+    named, weights, width, seconds, memory = result.out.splitlines()[1].split()
+    assert (named, weights, width) == ("test_resnet_3d.phantoms", "trained", "128")
+    assert float(seconds) > 0
+    assert float(memory) > 0
+    assert not (tmp_path / "cost" / "index.html").exists()
+
+
+def test_compare_encoders_without_such_a_column_ends_before_any_work(run, phantoms, tmp_path):
+    result = run("compare-encoders", phantoms, "--label", "height", "-o", tmp_path / "out")
+    assert result.code == 1
+    assert "there is no column 'height'" in result.err[-1]
+    assert not (tmp_path / "out").exists()

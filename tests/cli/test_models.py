@@ -149,7 +149,12 @@ def test_list_as_json_has_every_listing_in_its_order(arguments, run):
     assert (result.code, result.err) == (0, [])
     names = [line.split()[0] for line in run("list", *arguments).out.splitlines()]
     assert read_json(result) == [registry.listing(name).to_dict() for name in names]
-    assert {"name", "title", "num_features", "source", "licence", "facts"} <= read_json(result)[0].keys()
+    asked = {"name", "title", "modality", "contract", "licence", "gated", "accept", "num_features", "source", "facts"}
+    for one in read_json(result):
+        assert asked <= one.keys()
+        assert one["modality"]
+        assert one["contract"]
+        assert one["num_features"] > 0
 
 
 def test_info_as_json_is_the_cfg_and_where_its_weights_are(run):
