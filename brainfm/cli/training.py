@@ -30,18 +30,19 @@ def cache_group() -> None:
 def cache_build(manifest: str, folder: str, model: str, workers: int) -> None:
     """Write every scan of MANIFEST to DIR once, cropped and masked, so that training reads any crop of it quickly.
 
+    MANIFEST may be a folder of video clips, or one of Kinetics' lists of them.
     The same command goes on with a build that stopped, and writes scans again whose files have changed. Scans that
     cannot be read are listed, and the exit code is 1.
     """
     import brainfm
-    from brainfm.manifest import read_manifest
     from brainfm.train.cache import build_cache
+    from brainfm.train.sources import read_source
 
     spec = brainfm.get_pretrained_cfg(model).input_spec
     if spec is None:
         raise brainfm.BrainfmError(f"{model} has no input contract to build a cache for")
-    records = read_manifest(Path(manifest))
-    report = build_cache(records, folder, spec, root=Path(manifest).parent, workers=workers, progress=True)
+    records, root = read_source(manifest)
+    report = build_cache(records, folder, spec, root=root, workers=workers, progress=True)
     click.echo(f"{folder}: {report.written} scans written, {report.found} were there, {len(report.refused)} refused")
     for reason in list(report.refused.values())[:10]:
         click.echo(f"ScanError: {reason}", err=True)

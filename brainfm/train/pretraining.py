@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,21 +17,19 @@ from brainfm.errors import BrainfmError, RecipeError
 from brainfm.factory import create_model
 from brainfm.files import file_sha256, held, one_line
 from brainfm.hub import save_for_hub
-from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.models.encoder import Encoder
 from brainfm.names import hub_mirror, resolve
 from brainfm.registry import get_pretrained_cfg
 from brainfm.system import expanded
-from brainfm.train.cache import key_of
 from brainfm.train.checkpoint import read_newest
-from brainfm.train.data import EpochSampler, PretrainingData, count_patients, take_patients
+from brainfm.train.data import EpochSampler, PretrainingData, patients_by_source, take_patients
 from brainfm.train.distributed import process_group
 from brainfm.train.method import METHODS, MAEMethod, PretrainingMethod
 from brainfm.train.picture import Reconstructions
 from brainfm.train.recipe import Recipe
+from brainfm.train.sources import Mixture, cohorts, in_words, read_sources
 from brainfm.train.trainer import Trainer
 from brainfm.weights import HUB_CONFIG, find_weights, save_state
-from brainfm.zoo.cards import Cohort
 
 logger = logging.getLogger("brainfm")
 
@@ -63,7 +61,7 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
     records, spec = read_data(recipe)
     with process_group(recipe.device) as group:
         recipe = settled(recipe, group.device)
-        export, digest = Path(recipe.output) / "export", data_hash(records, Path(recipe.manifest).parent)
+        export, digest = Path(recipe.output) / "export", data_hash(records)
         if group.gather(has_ended(recipe, digest, group.world))[0]:
             logger.info("%s: the run has ended, and is not run again", recipe.output)
             return export
@@ -79,19 +77,20 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
             trainer = Trainer(recipe, method, data, group, digest, pictures)
             trainer.train(progress and group.is_first)
             if group.is_first:
-                _export(recipe, method, data, scans=len(records) - len(trainer.bad), world=group.world, folder=export)
+                _export(recipe, method, data, bad=trainer.bad.keys(), world=group.world, folder=export)
         return export
 
 
-def read_data(recipe: Recipe) -> tuple[list[ScanRecord], InputSpec]:
+def read_data(recipe: Recipe) -> tuple[Mixture, InputSpec]:
     """The scans of a recipe's patients, and its input contract. Raises RecipeError and ScanError."""
-    if not recipe.manifest or not recipe.output:
-        raise RecipeError("a run needs manifest=FILE.csv and output=FOLDER")
+    fractions = recipe.sources or ({recipe.manifest: 1.0} if recipe.manifest else {})
+    if not fractions or not recipe.output:
+        raise RecipeError("a run needs manifest=FILE.csv (or sources={…}) and output=FOLDER")
     spec = get_pretrained_cfg(recipe.model).input_spec
     if spec is None:
         raise RecipeError(f"{recipe.model} has no input contract; register it with one")
-    manifest = Path(recipe.manifest)
-    return take_patients(read_manifest(manifest), recipe.patients, recipe.seed, manifest.parent), spec
+    take = partial(take_patients, fraction=recipe.patients, seed=recipe.seed)
+    return read_sources(fractions, recipe.cache, lambda listed, root: take(listed, root=root)), spec
 
 
 def settled(recipe: Recipe, device: torch.device) -> Recipe:
@@ -121,7 +120,7 @@ def has_ended(recipe: Recipe, data: str, world: int) -> bool:
     return found is not None and found[1]["progress"].epoch >= recipe.epochs
 
 
-def make_data(recipe: Recipe, records: Sequence[ScanRecord], spec: InputSpec) -> PretrainingData:
+def make_data(recipe: Recipe, records: Mixture, spec: InputSpec) -> PretrainingData:
     """The recipe's views of the scans. Raises BrainfmError as `PretrainingData`."""
     return PretrainingData(
         records,
@@ -129,8 +128,6 @@ def make_data(recipe: Recipe, records: Sequence[ScanRecord], spec: InputSpec) ->
         recipe.augmentation,
         views=METHODS[recipe.method].views,
         seed=recipe.seed,
-        cache=recipe.cache,
-        root=Path(recipe.manifest).parent,
         every_scan=recipe.every_scan,
         shape=recipe.input_size,
         on_device=recipe.augment_on == "device",
@@ -189,26 +186,31 @@ def _check_same(begun: Encoder, wanted: Encoder, recipe: Recipe, spec: InputSpec
         )
 
 
-def data_hash(records: Sequence[ScanRecord], root: Any) -> str:
-    """Says which scans of which patients a run is on."""
-    rows = [f"{key_of(record, root)} {record.patient_id}" for record in records]
+def data_hash(records: Mixture) -> str:
+    """Says which scans of which patients a run is on, and of several sources in which fractions."""
+    rows = [f"{records.key_of(n)} {record.patient_id}" for n, record in enumerate(records)]
+    if len(records.sources) > 1:
+        rows += [f"{len(source.records)} {source.fraction}" for source in records.sources]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def _export(
-    recipe: Recipe, method: PretrainingMethod, data: PretrainingData, *, scans: int, world: int, folder: Path
+    recipe: Recipe, method: PretrainingMethod, data: PretrainingData, *, bad: Set[int], world: int, folder: Path
 ) -> None:
     """Write the encoder as a model's folder, and what it was trained with beside it."""
     encoder = method.encoder.to("cpu", torch.float32).eval()
     encoder.requires_grad_(True)
-    name, patients = Path(recipe.manifest).stem, count_patients(data.records)
+    name, patients = Path(recipe.manifest).stem, patients_by_source(data.records)
+    shares = {source.name: source.fraction for source in data.records.sources} if recipe.sources else {}
     begun, earlier = _begun_with(recipe), encoder.pretrained_cfg.cohorts if recipe.init else ()
     overlay = {
         "input_spec": _resized(data.spec, recipe.input_size),
         "ssl_method": method.name,
-        "cohorts": tuple(dict.fromkeys((*earlier, Cohort(name, patients, scans)))),
-        "recipe": json.dumps(recipe.to_dict() | {"manifest": name, "output": "", "cache": None, "init": begun}),
-        "notes": f"{method.name} on {scans:,} scans of {patients:,} patients ({name}), "
+        "cohorts": tuple(dict.fromkeys((*earlier, *cohorts(data.records, patients, bad)))),
+        "recipe": json.dumps(
+            recipe.to_dict() | {"manifest": name, "sources": shares, "output": "", "cache": None, "init": begun}
+        ),
+        "notes": f"{method.name} on {in_words(data.records, patients, bad)}, "
         f"{recipe.epochs} epochs, joined batch {recipe.batch_size * world}."
         + (f" Pretrained from {begun} (sha256 {recipe.init_sha256})." if begun else ""),
     }

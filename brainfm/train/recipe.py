@@ -15,6 +15,7 @@ from brainfm.errors import RecipeError
 from brainfm.schema import Checked, check_keys, read_yaml
 from brainfm.system import computes_in_bfloat16
 from brainfm.train.augment import Augmentation
+from brainfm.train.sources import check_fractions
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +125,9 @@ class Recipe(Training):
         init: A model whose weights the encoder begins with, by a name of `create_model`; a projector or decoder begins
             anew. None draws initial weights.
         init_sha256: Of its weight file. A run fills it in, and refuses other weights where it is given.
-        manifest: CSV of scans: image_path (or a column a channel, such as t1w_path), mask_path, optional patient_id.
+        manifest: CSV of scans: image_path (or a column a channel, such as t1w_path), mask_path, optional patient_id; or
+            a folder of video clips, or one of Kinetics' lists of them.
+        sources: Several of these in place of manifest, and what fraction of an epoch's patients and clips is of each.
         patients: The fraction of the patients to train on, drawn by the seed; a smaller one is part of a larger.
         views: SimCLR: "separate" passes the first and the second views through the network one after the other, as the
             released code does, so that BatchNorm takes its statistics of each; "joint" passes both at once.
@@ -135,7 +138,7 @@ class Recipe(Training):
         augmentation: What views are drawn from.
         augment_on: Where views are made of their crops: by the "loader"'s workers, or on the training's "device" (for
             few processor cores and a GPU).
-        cache: A folder of 'brainfm cache build'; None reads the scans themselves.
+        cache: A folder of 'brainfm cache build', of several sources {SOURCE: FOLDER}; None reads the scans themselves.
         temperature, projection_dim, gradient: Of SimCLR; see `nt_xent_loss`.
         mask_ratio, norm_pix_loss, decoder_dim, decoder_depth, decoder_heads: Of the MAE.
         picture_every: MAE: every so many epochs, a picture of reconstructions in the run's folder; 0 is none.
@@ -147,6 +150,7 @@ class Recipe(Training):
     init: str | None = None
     init_sha256: str | None = None
     manifest: str = ""
+    sources: dict[str, float] = field(default_factory=dict)
     patients: float = 1.0
     views: Literal["separate", "joint"] = "separate"
     batch_chunk: int | None = None
@@ -154,7 +158,7 @@ class Recipe(Training):
     input_size: Triple | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     augment_on: Literal["loader", "device"] = "loader"
-    cache: str | None = None
+    cache: str | dict[str, str] | None = None
     temperature: float = 0.5
     projection_dim: int = 64
     gradient: Literal["exact", "upstream"] = "exact"
@@ -170,6 +174,9 @@ class Recipe(Training):
         self._check_least(projection_dim=1, decoder_dim=6, decoder_depth=1, decoder_heads=1, picture_every=0)
         if not 0 < self.patients <= 1:
             raise ValueError(f"patients is {self.patients}, and must be a fraction above 0 and at most 1")
+        if self.sources and self.manifest:
+            raise ValueError("manifest and sources both say what to train on; give one of them")
+        check_fractions(self.sources)
         if self.init_sha256 is not None and self.init is None:
             raise ValueError("init_sha256 is of the weights that init names; give init too")
         if self.picture_every and self.method != "mae":
@@ -188,7 +195,8 @@ class Recipe(Training):
     def to_dict(self, *, sparse: bool = False) -> dict[str, Any]:
         """The recipe as plain data, what is learned first."""
         data = super().to_dict(sparse=sparse)
-        return {name: data.pop(name) for name in ("method", "model", "manifest", "output") if name in data} | data
+        first = ("method", "model", "manifest", "sources", "output")
+        return {name: data.pop(name) for name in first if name in data} | data
 
 
 def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

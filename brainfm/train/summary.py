@@ -14,10 +14,11 @@ from brainfm.errors import RecipeError, ScanError
 from brainfm.files import one_line
 from brainfm.inference import resolve_device
 from brainfm.train.checkpoint import read_newest
-from brainfm.train.data import count_patients
+from brainfm.train.data import patients_by_source
 from brainfm.train.loader import affordable_workers
 from brainfm.train.pretraining import data_hash, make_data, make_method, read_data, settled
 from brainfm.train.recipe import Recipe
+from brainfm.train.sources import in_words
 
 _TRIED = 16  # scans that a dry run reads
 
@@ -35,8 +36,7 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
     recipe, data = settled(recipe, device), make_data(recipe, records, spec)
     if recipe.init is not None:
         make_method(recipe, spec)  # refuses weights of another network
-    patients = count_patients(records)
-    items, joined = len(records) if recipe.every_scan else patients, recipe.batch_size * world
+    items, joined = len(data), recipe.batch_size * world
     steps = items // joined
     if not steps:
         raise RecipeError(f"{items} patients do not fill one joined batch of {joined}; make batch_size smaller")
@@ -45,7 +45,7 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
     lines = [
         yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None).rstrip(),
         "",
-        f"scans        {len(records):,} of {patients:,} patients ({recipe.manifest})",
+        f"scans        {in_words(records, patients_by_source(records))}",
         f"files        {len(missing):,} are not there" + (f", such as {missing[0]}" if missing else ""),
         f"steps        {steps:,} an epoch of {joined} (batch {recipe.batch_size} on {world} processes), "
         f"{steps * recipe.epochs:,} in all",
@@ -54,7 +54,7 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
     batch = recipe.batch_size * data.item_bytes
     workers = affordable_workers(recipe.workers, batch)
     lines.append(f"workers      {workers}, each with {batch / 1e9:.2g} GB a batch")
-    found = read_newest(Path(recipe.output) / "checkpoints", recipe, data_hash(records, data.root), joined)
+    found = read_newest(Path(recipe.output) / "checkpoints", recipe, data_hash(records), joined)
     if found is not None and not recipe.resume:
         raise RecipeError(f"{recipe.output}: holds a run, and resume is false; give another output=, or remove it")
     if found is not None:
