@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class DiffusionUNet(nn.Module):
         if not len(channels) == len(attention_levels) == len(num_head_channels):
             raise ValueError("channels, attention_levels and num_head_channels say something of each level")
         norm = (norm_num_groups, norm_eps)
-        moment, last = 4 * channels[0], len(channels) - 1
+        self.width, moment, last = channels[0], 4 * channels[0], len(channels) - 1
 
         def block(before: int, width: int, resize: float = 1) -> _Residual:
             return _Residual(before, width, moment, norm, resize)
@@ -100,10 +100,10 @@ class DiffusionUNet(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """[B, in_channels, x, y, z], moments [B], and conditions [B, 1, cross_attention_dim] → [B, out_channels, …]."""
-        moment = self.time_embed(_sines(timesteps, self.time_embed[0].in_features).to(x.dtype))
+        moment = self.time_embed(_sines(timesteps, self.width).to(x.dtype))
         x = self.conv_in(x)
         kept = [x]
-        for level in self.down_blocks:
+        for level in self._levels(self.down_blocks):
             for number in range(len(level.resnets)):
                 x = level.step(number, x, moment, context)
                 kept.append(x)
@@ -112,13 +112,17 @@ class DiffusionUNet(nn.Module):
                 kept.append(x)
         middle = self.middle_block
         x = middle["resnet_2"](middle["attention"](middle["resnet_1"](x, moment), context), moment)
-        for level in self.up_blocks:
+        for level in self._levels(self.up_blocks):
             for number in range(len(level.resnets)):
                 x = level.step(number, torch.cat([x, kept.pop()], 1), moment, context)
             if level.upsampler is not None:
                 x = level.upsampler(x, moment)
         noise: Tensor = self.out(x)
         return noise
+
+    @staticmethod
+    def _levels(blocks: nn.ModuleList) -> Iterator[_Level]:
+        return (level for level in blocks if isinstance(level, _Level))
 
 
 class _Level(nn.Module):
@@ -138,7 +142,9 @@ class _Level(nn.Module):
 
     def step(self, number: int, x: Tensor, moment: Tensor, context: Tensor) -> Tensor:
         x = self.resnets[number](x, moment)
-        return self.attentions[number](x, context) if len(self.attentions) else x
+        if len(self.attentions):
+            x = self.attentions[number](x, context)
+        return x
 
 
 class _Residual(nn.Module):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def synthesize(
             for one in progress_bar(todo, total=len(todo), unit="volume", doing="drawing", shown=progress):
                 volume = model.draw([one[name] for name in CONDITIONS], one["seed"])
                 _write_nifti(volume, _affine(config.shape), folder / one["image_path"])
-        write_csv(folder / "manifest.csv", [[*drawn[0]], *(one.values() for one in drawn)], line_end="\n")
+        write_csv(folder / "manifest.csv", [[*drawn[0]], *([*one.values()] for one in drawn)], line_end="\n")
     return folder / "manifest.csv"
 
 
@@ -329,7 +330,7 @@ class LatentDiffusion:
             noise = self.diffusion(torch.cat([latent, channels], 1), timesteps=time, context=told[:, None])
             latent = self.denoised(latent, noise, step)
         with torch.autocast(self.device.type, enabled=self.device.type == "cuda"):  # as the bundle's script does
-            volume = self.autoencoder.decode_stage_2_outputs(latent)[0, 0].float()
+            volume: Tensor = self.autoencoder.decode_stage_2_outputs(latent)[0, 0].float()  # type: ignore[operator]
         if not volume.isfinite().all():
             raise WeightsError(
                 f"the volume of seed {seed} is not finite: these weights are damaged, or no trained ones"
@@ -341,8 +342,8 @@ class LatentDiffusion:
         """A DDIM step with eta 0 (Song et al. 2021, arXiv 2010.02502, equation 12)."""
         before = step + self.config.moments.step
         here, there = float(self.alphas[step]), float(self.alphas[before]) if before >= 0 else 1.0
-        clean = (latent - (1 - here) ** 0.5 * noise) / here**0.5
-        return there**0.5 * clean + (1 - there) ** 0.5 * noise
+        clean = (latent - math.sqrt(1 - here) * noise) / math.sqrt(here)
+        return math.sqrt(there) * clean + math.sqrt(1 - there) * noise
 
 
 def _loaded(network: nn.Module, path: Path) -> nn.Module:

@@ -36,7 +36,16 @@ def synthesize_command(
     """
     from brainfm.synthesis import read_range, synthesize
 
-    told = {"age": age, "sex": sex, "ventricles": ventricles, "brain_volume": brain_volume}
-    ranges = {name: read_range(name, text) for name, text in told.items()}
-    manifest = synthesize(count, folder, **ranges, bundle=bundle, seed=seed, device=device, progress=True)
+    manifest = synthesize(
+        count,
+        folder,
+        age=read_range("age", age),
+        sex=read_range("sex", sex),
+        ventricles=read_range("ventricles", ventricles),
+        brain_volume=read_range("brain_volume", brain_volume),
+        bundle=bundle,
+        seed=seed,
+        device=device,
+        progress=True,
+    )
     click.echo(f"{manifest}: {count} synthetic volumes, drawn by a model and not of people")
