@@ -1,11 +1,13 @@
 """What a volume is of: a scan of a person, a phantom, a synthetic MRI, or a video clip; so that each table can say it.
 
-A manifest says it in its column `source`; a clip shows it by its name; phantoms by the README that lies above them.
+A manifest says it in its column `source`; a clip shows it by its name, as does what `brainfm synthesize` drew, also when
+it is prepared; phantoms by the README that lies above them.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -16,6 +18,8 @@ from brainfm.scan.load import image_of
 Kind: TypeAlias = Literal["scans", "phantom", "synthetic", "video"]
 
 CLIPS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")  # the containers that Kinetics and its mirrors come in
+
+_DRAWN = re.compile(r"synth\d+-\d{6}(_T1w\b|$)")  # how `brainfm.synthesis` calls its volumes
 
 # What is said of a number of them.
 SAID: dict[Kind, str] = {
@@ -39,13 +43,16 @@ def kind_of(record: ScanRecord) -> Kind:
     for kind in get_args(Kind):
         if said == kind:
             return kind  # type: ignore[no-any-return]
-    return "phantom" if _is_below_phantoms(Path(str(image_of(record.image)))) else "scans"
+    path = Path(str(image_of(record.image)))
+    if any(_DRAWN.match(part) for part in path.parts):
+        return "synthetic"
+    return "phantom" if _is_below_phantoms(path) else "scans"
 
 
 def kind_of_all(records: Iterable[ScanRecord]) -> Kind:
     """What a list is of: of several kinds the first that is no scan of a person, since one makes the list no people's.
 
-    Of phantoms made before manifests said it, the first record's README is looked for.
+    By paths and READMEs only the first record is looked at.
     """
     kinds = {kind_of(record) if record.extra.get("source") or is_clip(record.image) else "scans" for record in records}
     others = [kind for kind in get_args(Kind) if kind in kinds and kind != "scans"]

@@ -22,7 +22,7 @@ from monai.networks.schedulers import DDIMScheduler
 from brainfm import BrainfmError, WeightsError
 from brainfm.cli.main import main
 from brainfm.diffusion import DiffusionUNet
-from brainfm.manifest import list_scans
+from brainfm.manifest import ScanRecord, list_scans
 from brainfm.sources import kind_of_all
 from brainfm.synthesis import PUBLISHED, LatentDiffusion, find_bundle, read_config, synthesize
 from brainfm.train.sources import read_source
@@ -122,6 +122,7 @@ def test_volumes_come_with_their_place_their_seeds_and_a_manifest_that_calls_the
     assert voxels.std() > 0.01
     records, _ = read_source(out / "manifest.csv")
     assert kind_of_all(records) == "synthetic"
+    assert kind_of_all([ScanRecord(records[0].image)]) == "synthetic"  # without the manifest's column
     assert records[0].patient_id == "synth0-000001"
     assert "not people" in (out / "README.txt").read_text()
 

@@ -259,6 +259,10 @@ def test_kinds_are_told_by_column_file_and_readme(cohort, tmp_path):
     assert kind_of(ScanRecord("a.MP4")) == "video"
     assert kind_of(ScanRecord("a.nii.gz", extra={"source": "Synthetic"})) == "synthetic"
     assert kind_of(ScanRecord("a.nii.gz", extra={"source": "ADNI"})) == "scans"
+    assert (
+        kind_of(ScanRecord("prepared/synth0-000012")) == kind_of(ScanRecord("synth7-000012_T1w.nii.gz")) == "synthetic"
+    )
+    assert kind_of(ScanRecord("prepared/synthesis-01")) == "scans"
     assert kind_of_all(read_manifest(cohort)) == "scans"
     made = read_manifest(make_cohort(2, tmp_path / "made", spacing=8))
     assert kind_of_all(made) == "phantom"
