@@ -163,6 +163,8 @@ _FAMILIES = {module.name for module in pkgutil.iter_modules([str(Path(__file__).
     "features",
 }
 
+_ALIASES = {"swin_t_3d": "swin3d_t"}  # other names of models, which are listed under one
+
 _registered: dict[str, _Coded | _Carded] = {}  # beside the models of this package's own cards
 
 
@@ -380,7 +382,8 @@ def _look_up(name: str) -> _Coded | _Carded:
 
 
 def _arch(name: str) -> str:
-    return name.partition(".")[0]
+    architecture = name.partition(".")[0]
+    return _ALIASES.get(architecture, architecture)
 
 
 def _tag(name: str) -> str:

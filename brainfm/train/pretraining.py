@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from brainfm.contract import InputSpec, Resize, Triple
+from brainfm.contract import InputSpec, Readout, Resize, Triple
 from brainfm.errors import BrainfmError, RecipeError
 from brainfm.factory import create_model
 from brainfm.files import file_sha256, held, one_line
@@ -20,15 +21,17 @@ from brainfm.hub import save_for_hub
 from brainfm.manifest import ScanRecord, read_manifest
 from brainfm.models.encoder import Encoder
 from brainfm.names import hub_mirror, resolve
-from brainfm.registry import get_pretrained_cfg
+from brainfm.registry import get_pretrained_cfg, network, network_of
 from brainfm.system import expanded
-from brainfm.train.cache import key_of
+from brainfm.train.cache import before_normalisation, key_of
 from brainfm.train.checkpoint import read_newest
 from brainfm.train.data import EpochSampler, PretrainingData, count_patients, take_patients
 from brainfm.train.distributed import process_group
-from brainfm.train.method import METHODS, MAEMethod, PretrainingMethod
+from brainfm.train.mae import MAEMethod
+from brainfm.train.method import METHODS
 from brainfm.train.picture import Reconstructions
 from brainfm.train.recipe import Recipe
+from brainfm.train.step import PretrainingMethod
 from brainfm.train.trainer import Trainer
 from brainfm.weights import HUB_CONFIG, find_weights, save_state
 from brainfm.zoo.cards import Cohort
@@ -44,7 +47,7 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
     """Pretrain an encoder as a recipe says, or go on with the run in its folder; one that has ended is left as it is.
 
     Beside what `Trainer` writes, the folder has at the end `export/`, which `create_model("local-dir:…")` loads, and
-    the projector or decoder.
+    what the encoder was trained with: a projector, a decoder or heads.
 
     Args:
         recipe: Of `load_recipe`, with its manifest and output.
@@ -63,13 +66,14 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
     records, spec = read_data(recipe)
     with process_group(recipe.device) as group:
         recipe = settled(recipe, group.device)
-        export, digest = Path(recipe.output) / "export", data_hash(records, Path(recipe.manifest).parent)
+        export = Path(recipe.output) / "export"
+        digest = data_hash(records, Path(recipe.manifest).parent, recipe.targets)
         if group.gather(has_ended(recipe, digest, group.world))[0]:
             logger.info("%s: the run has ended, and is not run again", recipe.output)
             return export
         data = make_data(recipe, records, spec)
         EpochSampler(len(data), recipe.batch_size, world=group.world)  # refuses too few, before a folder is made
-        method = make_method(recipe, spec)
+        method = make_method(recipe, spec, records)
         pictures = None
         if isinstance(method, MAEMethod) and recipe.picture_every:
             pictures = Reconstructions(method, data, Path(recipe.output))
@@ -84,31 +88,61 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
 
 
 def read_data(recipe: Recipe) -> tuple[list[ScanRecord], InputSpec]:
-    """The scans of a recipe's patients, and its input contract. Raises RecipeError and ScanError."""
+    """The scans of a recipe's patients, and its input contract. Raises RecipeError and ScanError.
+
+    What cannot be trained at all is refused before the list of scans is read.
+    """
     if not recipe.manifest or not recipe.output:
         raise RecipeError("a run needs manifest=FILE.csv and output=FOLDER")
-    spec = get_pretrained_cfg(recipe.model).input_spec
-    if spec is None:
-        raise RecipeError(f"{recipe.model} has no input contract; register it with one")
+    spec = contract_of(recipe)
+    if network(network_of(recipe.model)[0]).__module__.startswith("brainfm.models."):  # others may not bear it
+        with torch.device("meta"):
+            _checked_encoder(recipe, spec)
     manifest = Path(recipe.manifest)
     return take_patients(read_manifest(manifest), recipe.patients, recipe.seed, manifest.parent), spec
 
 
-def settled(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with what "auto" means on a device, and which weights `init` names. Raises BrainfmError."""
-    recipe = recipe.on(device)
-    if recipe.init is None:
-        return recipe
-    cfg, wanted = resolve(recipe.init, mirror=hub_mirror()).cfg, get_pretrained_cfg(recipe.model).architecture
-    if cfg.architecture != wanted:
-        raise RecipeError(f"init={recipe.init} is a {cfg.architecture}, and the recipe's model a {wanted}: name one")
-    digest = file_sha256(find_weights(cfg))
-    if recipe.init_sha256 not in (None, digest):
+def contract_of(recipe: Recipe) -> InputSpec:
+    """The input contract that a recipe brings its scans to. Raises RecipeError."""
+    name = recipe.contract or recipe.model
+    spec = get_pretrained_cfg(name).input_spec
+    if spec is None:
+        raise RecipeError(f"{name} has no input contract; register it with one, or name a model that has: contract=…")
+    try:
+        before_normalisation(spec)
+    except BrainfmError as error:
         raise RecipeError(
-            f"init={recipe.init} has other weights than the recipe's: their sha256 is {digest}, and init_sha256 "
-            f"{recipe.init_sha256}; give the file that is meant, or leave init_sha256 out"
-        )
-    return replace(recipe, init_sha256=digest)
+            f"{name}: {error}; name a model that has such a one, contract=simclr_resnet18_3d (or another)"
+        ) from error
+    return spec
+
+
+def settled(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe with what "auto" means on a device, and which weights `init` and `teacher` name.
+
+    Raises:
+        BrainfmError: They cannot be had, or are others than the recipe's.
+    """
+    recipe = recipe.on(device)
+    if recipe.init is not None:
+        cfg, wanted = resolve(recipe.init, mirror=hub_mirror()).cfg, get_pretrained_cfg(recipe.model).architecture
+        if cfg.architecture != wanted:
+            raise RecipeError(
+                f"init={recipe.init} is a {cfg.architecture}, and the recipe's model a {wanted}: name one"
+            )
+    for key in ("init", "teacher"):
+        name, known = getattr(recipe, key), getattr(recipe, f"{key}_sha256")
+        if name is None:
+            continue
+        digest = file_sha256(find_weights(resolve(name, mirror=hub_mirror()).cfg))
+        if known not in (None, digest):
+            raise RecipeError(
+                f"{key}={name} has other weights than the recipe's: their sha256 is {digest}, and {key}_sha256 "
+                f"{known}; give the file that is meant, or leave {key}_sha256 out"
+            )
+        found: dict[str, Any] = {f"{key}_sha256": digest}
+        recipe = replace(recipe, **found)
+    return recipe
 
 
 def has_ended(recipe: Recipe, data: str, world: int) -> bool:
@@ -137,43 +171,64 @@ def make_data(recipe: Recipe, records: Sequence[ScanRecord], spec: InputSpec) ->
     )
 
 
-def make_method(recipe: Recipe, spec: InputSpec) -> PretrainingMethod:
+def make_method(recipe: Recipe, spec: InputSpec, records: Sequence[ScanRecord] = ()) -> PretrainingMethod:
     """The recipe's encoder in what it is trained with, its initial weights by the seed or those of `init`.
 
+    Args:
+        recipe: The recipe.
+        spec: Its input contract.
+        records: Its scans, of whose labels some methods learn.
+
     Raises:
-        RecipeError: The network does not take the recipe's arguments, or the weights are another network's.
+        RecipeError: The method does not take the network or the labels, the network does not take the recipe's
+            arguments, or the weights are another network's.
         BrainfmError: As `create_model`.
     """
     torch.manual_seed(recipe.seed)
-    encoder = _encoder(recipe.model, recipe, spec)
+    encoder = _checked_encoder(recipe, spec)
     if recipe.init is not None:
         begun = _encoder(recipe.init, recipe, spec)
         _check_same(begun, encoder, recipe, spec)
         encoder = begun
-    return METHODS[recipe.method](recipe, encoder)
+    return METHODS[recipe.method](recipe, encoder, records)
+
+
+def _checked_encoder(recipe: Recipe, spec: InputSpec) -> Encoder:
+    """The recipe's network with initial weights, which its method takes. Raises RecipeError and BrainfmError."""
+    encoder = _encoder(recipe.model, recipe, spec)
+    METHODS[recipe.method].check(recipe, encoder, _resized(spec, recipe.input_size))
+    return encoder
 
 
 def _encoder(name: str, recipe: Recipe, spec: InputSpec) -> Encoder:
-    """The network of a name for the contract's channels, with the recipe's arguments; with weights if it is `init`."""
-    sized = {"img_size": recipe.input_size} if recipe.method == "mae" and recipe.input_size else {}
-    args = sized | recipe.model_args
+    """The network of a name for the recipe's views, with the recipe's arguments; with weights if it is `init`."""
     if ours := sorted(recipe.model_args.keys() & _NOT_OF_A_NETWORK):
         raise RecipeError(f"model_args: {', '.join(ours)} is no argument of a network that a recipe sets; leave it out")
+    args = _size_of(recipe, spec) | recipe.model_args
     try:
-        return create_model(name, name == recipe.init, in_chans=len(spec.channels), **args)
+        encoder: Encoder = create_model(name, name == recipe.init, in_chans=len(spec.channels), **args)
+        return encoder
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, BrainfmError) or not args:
             raise
-        if isinstance(error, TypeError) and not recipe.model_args:
-            raise RecipeError(f"an MAE needs a ViT, and {name} takes no img_size") from error
         said = ", ".join(f"{key}={value}" for key, value in args.items())
         raise RecipeError(f"{name} cannot be built with {said}: {one_line(error)}") from error
 
 
+def _size_of(recipe: Recipe, spec: InputSpec) -> dict[str, Any]:
+    """The size of the views, for a network that is built for one, where it is another than its card's."""
+    shape = recipe.input_size or (spec.output_shape[1:] if recipe.contract and spec.output_shape else None)
+    sized = "img_size" in inspect.signature(network(network_of(recipe.model)[0])).parameters
+    return {"img_size": shape} if shape and sized else {}
+
+
 def _check_same(begun: Encoder, wanted: Encoder, recipe: Recipe, spec: InputSpec) -> None:
-    """Raise RecipeError where the weights to begin with are of another network or of other input than the recipe's."""
+    """Raise RecipeError where the weights to begin with are of another network or of other input than the recipe's.
+
+    With a `contract` that is not the model's own, weights of the model's own input will do.
+    """
     theirs = begun.pretrained_cfg.input_spec
-    if theirs is not None:
+    if theirs is not None and (recipe.contract is None or theirs != get_pretrained_cfg(recipe.model).input_spec):
         for name in ("channels", "representation", "space"):
             if getattr(theirs, name) != getattr(spec, name):
                 raise RecipeError(
@@ -189,9 +244,10 @@ def _check_same(begun: Encoder, wanted: Encoder, recipe: Recipe, spec: InputSpec
         )
 
 
-def data_hash(records: Sequence[ScanRecord], root: Any) -> str:
-    """Says which scans of which patients a run is on."""
-    rows = [f"{key_of(record, root)} {record.patient_id}" for record in records]
+def data_hash(records: Sequence[ScanRecord], root: Any, targets: Sequence[str] = ()) -> str:
+    """Says which scans of which patients a run is on, and which labels it learns."""
+    labels = [" ".join(["", *(record.extra.get(name, "") for name in targets)]) for record in records]
+    rows = [f"{key_of(record, root)} {record.patient_id}{of}" for record, of in zip(records, labels, strict=True)]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
@@ -202,28 +258,35 @@ def _export(
     encoder = method.encoder.to("cpu", torch.float32).eval()
     encoder.requires_grad_(True)
     name, patients = Path(recipe.manifest).stem, count_patients(data.records)
-    begun, earlier = _begun_with(recipe), encoder.pretrained_cfg.cohorts if recipe.init else ()
+    begun, teacher = _public(recipe.init), _public(recipe.teacher)
+    earlier = encoder.pretrained_cfg.cohorts if recipe.init else ()
     overlay = {
         "input_spec": _resized(data.spec, recipe.input_size),
         "ssl_method": method.name,
         "cohorts": tuple(dict.fromkeys((*earlier, Cohort(name, patients, scans)))),
-        "recipe": json.dumps(recipe.to_dict() | {"manifest": name, "output": "", "cache": None, "init": begun}),
+        "recipe": json.dumps(
+            recipe.to_dict() | {"manifest": name, "output": "", "cache": None, "init": begun, "teacher": teacher}
+        ),
         "notes": f"{method.name} on {scans:,} scans of {patients:,} patients ({name}), "
         f"{recipe.epochs} epochs, joined batch {recipe.batch_size * world}."
+        + (f" Labels: {', '.join(recipe.targets)}." if recipe.targets else "")
+        + (f" Its teacher is {teacher} (sha256 {recipe.teacher_sha256})." if teacher else "")
         + (f" Pretrained from {begun} (sha256 {recipe.init_sha256})." if begun else ""),
     }
+    if recipe.contract is not None:  # as it was trained: by its own pooling, of all of a view
+        overlay["readout"] = Readout(encoder.global_pool)
     save_for_hub(encoder, folder, pretrained_cfg_overlay=overlay)
     what, prefixes = method.aside
     state = method.network.state_dict()
     aside = {k: v.cpu() for k, v in state.items() if k.startswith(prefixes)}
-    save_state(aside, folder.parent / f"{what}.safetensors")
+    save_state(aside, folder.parent / f"{what}.safetensors", method.said())
 
 
-def _begun_with(recipe: Recipe) -> str | None:
-    """What `init` names, of a folder on this machine its own name alone."""
-    scheme, colon, place = (recipe.init or "").partition("local-dir:")
+def _public(model: str | None) -> str | None:
+    """A model's name, of a folder on this machine its own alone."""
+    scheme, colon, place = (model or "").partition("local-dir:")
     if not colon or scheme:
-        return recipe.init
+        return model
     return "local-dir:" + next((part for part in reversed(Path(place).parts) if part not in ("export", ".")), "")
 
 
