@@ -269,6 +269,8 @@ def register_card(card: str | os.PathLike[str] | Card) -> list[str]:
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"\w+", name, flags=re.ASCII):
         raise ValueError(f"a model name is made of letters, digits and '_', not {name!r}")
+    if name in _ALIASES:
+        raise ValueError(f"{name!r} is another name of {_ALIASES[name]}; give yours another")
 
 
 # --- Networks -------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def read_run(path: Path, settings: Training, data: str, joined_batch: int) -> di
     if content["joined_batch"] != joined_batch:
         changed.append(f"the joined batch was {content['joined_batch']} and is {joined_batch}")
     if content["data"] != data:
-        changed.append("the manifest lists other scans or patients")
+        changed.append("the manifest lists other scans or patients, or other labels of them")
     if changed:
         raise RecipeError(f"{path}: this run was started differently ({'; '.join(changed)}); give another output=")
     return content

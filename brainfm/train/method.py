@@ -13,8 +13,8 @@ from brainfm.train.yaware import YAwareMethod
 
 METHODS: dict[MethodName, type[PretrainingMethod]] = {
     "simclr": SimCLRMethod,
-    "yaware": YAwareMethod,
     "mae": MAEMethod,
+    "yaware": YAwareMethod,
     "simmim": SimMIMMethod,
     "supervised": SupervisedMethod,
     "distill": DistillMethod,

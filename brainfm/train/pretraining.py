@@ -96,10 +96,24 @@ def read_data(recipe: Recipe) -> tuple[list[ScanRecord], InputSpec]:
         raise RecipeError("a run needs manifest=FILE.csv and output=FOLDER")
     spec = contract_of(recipe)
     if network(network_of(recipe.model)[0]).__module__.startswith("brainfm.models."):  # others may not bear it
-        with torch.device("meta"):
-            _checked_encoder(recipe, spec)
+        _try_without_numbers(recipe, spec)
     manifest = Path(recipe.manifest)
     return take_patients(read_manifest(manifest), recipe.patients, recipe.seed, manifest.parent), spec
+
+
+def _try_without_numbers(recipe: Recipe, spec: InputSpec) -> None:
+    """Raise RecipeError where the network, the method, the contract and the size of the views do not go together."""
+    with torch.device("meta"), torch.no_grad():
+        encoder = _checked_encoder(recipe, spec).eval()
+        size = _resized(spec, recipe.input_size).output_shape
+        assert size is not None
+        try:
+            encoder(torch.empty(1, *size))
+        except (ValueError, RuntimeError) as error:
+            shape = "×".join(map(str, size[1:]))
+            raise RecipeError(
+                f"{recipe.model} takes no views of {shape} voxels ({one_line(error)}); give another input_size"
+            ) from error
 
 
 def contract_of(recipe: Recipe) -> InputSpec:

@@ -26,7 +26,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T", bound="Training")
 
-MethodName = Literal["simclr", "yaware", "mae", "simmim", "supervised", "distill"]
+MethodName = Literal["simclr", "mae", "yaware", "simmim", "supervised", "distill"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class Recipe(Training):
     default.
 
     Attributes:
-        method: "simclr", "yaware", "mae", "simmim", "supervised" or "distill": see `brainfm.train.method.METHODS`.
+        method: "simclr", "mae", "yaware", "simmim", "supervised" or "distill": see `brainfm.train.method.METHODS`.
         model: The registered encoder to train.
         model_args: Arguments of its network in place of its card's, such as a ViT's `depth` and `patch_size`.
         contract: The registered model whose input contract the scans are brought to; None is `model` itself. For

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import brainfm
 from brainfm.models.vit import interpolate_positions, sincos_positions
+from brainfm.registry import network_of
 from brainfm.train.data import Batch
 from brainfm.train.pretraining import contract_of, make_method
 from brainfm.train.recipe import recipe_from_dict
@@ -76,18 +77,12 @@ def test_a_step_at_another_size_by_the_contract_of_another_model(name):
     assert not lacking
 
 
-def test_every_network_of_the_registry_takes_contrastive_views():
-    """Without numbers, of the size of the views; of those that need 32 voxels or more a cell, larger ones."""
-    for name in brainfm.list_models():
-        recipe = recipe_of(
-            name, contract="simclr_resnet18_3d", input_size=(96, 96, 96) if "neurojepa" in name else None
-        )
-        if name in ("nit_3d", "minit_3d", "brainiac_vit", "openmind_primusm"):
-            recipe = recipe_of(name, contract="simclr_resnet18_3d", input_size=(144, 192, 192))
-        spec = contract_of(recipe)
-        with torch.device("meta"):
-            network = make_method(recipe, spec).network
-        shape = recipe.input_size or spec.output_shape[1:]
-        with torch.no_grad():
-            z = network(torch.empty(2, 1, *shape, device="meta"))
-        assert z.shape == (2, 64), name
+@pytest.mark.parametrize("name", brainfm.list_models())
+def test_every_network_of_the_registry_takes_contrastive_views(name):
+    """Without numbers; of a size that its patches divide, or a residual encoder's five halvings."""
+    network, args = network_of(name)
+    size = args.get("img_size", (150, 192, 192) if network == "vit" else (160, 192, 160))
+    recipe = recipe_of(name, contract="simclr_resnet18_3d", input_size=size)
+    with torch.device("meta"), torch.no_grad():
+        trained = make_method(recipe, contract_of(recipe)).network
+        assert trained(torch.empty(2, 1, *size)).shape == (2, 64)

@@ -58,9 +58,9 @@ BASES = {
     "simclr": SIMCLR,
     "mae": MAE,
     "yaware": SIMCLR | {"method": "yaware", "targets": ["age"]},
-    "simmim": SIMCLR | {"method": "simmim", "model": "test_vit_3d", "mask_unit": [8, 8, 16]},
+    "simmim": SIMCLR | {"method": "simmim", "model": "test_vit_3d", "mask_unit": [8, 8, 16], "input_size": None},
     "supervised": SIMCLR | {"method": "supervised"} | LABELS,
-    "distill": SIMCLR | {"method": "distill", "model": "test_vit_3d", "teacher": "of the fixture"},
+    "distill": SIMCLR | {"method": "distill", "teacher": "of the fixture"},
 }
 LATER = ["yaware", "simmim", "supervised", "distill"]  # methods, tested by less: what is beside them is the same
 
