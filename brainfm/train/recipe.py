@@ -6,14 +6,14 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from brainfm.columns import Kind
 from brainfm.contract import Triple
 from brainfm.errors import RecipeError
-from brainfm.schema import Checked, check_keys, read_yaml
+from brainfm.schema import Checked, check_keys, default_of, read_yaml
 from brainfm.system import computes_in_bfloat16
 from brainfm.train.augment import Augmentation
 
@@ -224,7 +224,7 @@ class Recipe(Training):
         """Raise ValueError where a method has too little to learn from, or a field that is another's."""
         for item in fields(self):
             methods = methods_of(item)
-            if methods and self.method not in methods and getattr(self, item.name) != _default(item):
+            if methods and self.method not in methods and getattr(self, item.name) != default_of(item):
                 raise ValueError(f"{item.name} is of {' and '.join(methods)}, not of {self.method}; leave it out")
         if self.method in ("simclr", "yaware") and self.batch_size < 2:
             raise ValueError(f"{self.method} compares scans with one another: batch_size must be at least 2")
@@ -256,10 +256,6 @@ def methods_of(item: Field[Any]) -> tuple[MethodName, ...]:
     """The methods that use a field of `Recipe`; () is all."""
     methods: tuple[MethodName, ...] = item.metadata.get("methods", ())
     return methods
-
-
-def _default(item: Field[Any]) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
