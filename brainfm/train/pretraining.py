@@ -104,7 +104,7 @@ def read_data(recipe: Recipe) -> tuple[list[ScanRecord], InputSpec]:
 def _try_without_numbers(recipe: Recipe, spec: InputSpec) -> None:
     """Raise RecipeError where the network, the method, the contract and the size of the views do not go together."""
     with torch.device("meta"), torch.no_grad():
-        encoder = _checked_encoder(recipe, spec).eval()
+        encoder = _checked_encoder(replace(recipe, init=None, init_sha256=None), spec).eval()
         size = _resized(spec, recipe.input_size).output_shape
         assert size is not None
         try:

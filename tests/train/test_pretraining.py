@@ -271,12 +271,22 @@ def test_column_that_is_not_there_is_refused_before_a_folder_is_made(by_method):
     assert not run.exists()
 
 
-def test_dry_run_says_the_fields_of_its_method_alone(by_method):
-    code, said, _ = by_method("supervised", *METHODS["supervised"], "--dry-run")
+@pytest.mark.parametrize(
+    ("method", "own", "others"),
+    [
+        ("yaware", "kernel_sigma: 5.0", "mask_ratio"),
+        ("simmim", "mask_unit: [8, 8, 8]", "targets"),
+        ("supervised", "targets: [age, sex]", "temperature"),
+        ("distill", "distill_loss: smooth_l1", "decoder_dim"),
+    ],
+)
+def test_dry_run_says_the_fields_of_its_method_alone(method, own, others, by_method):
+    code, said, run = by_method(method, *METHODS[method], "--dry-run")
     assert code == 0, said
-    assert "targets: [age, sex]" in said
-    assert "mask_ratio" not in said
-    assert "temperature" not in said
+    assert own in said
+    assert f"{others}:" not in said
+    assert "memory       about" in said
+    assert not run.exists()
 
 
 def test_weights_of_a_networks_own_contract_begin_a_run_on_that_of_another(by_method, tmp_path):
