@@ -55,7 +55,7 @@ _CTRL_C = 130  # exit code of any program that a person interrupts
 
 
 @click.command("pretrain", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("recipe")
+@click.argument("recipe", metavar="[RECIPE]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--dry-run",
@@ -67,6 +67,10 @@ _CTRL_C = 130  # exit code of any program that a person interrupts
 def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, seeds: int, debug: bool) -> None:
     """Pretrain an encoder by RECIPE: the name of a published run, or a YAML file.
 
+    Without RECIPE, say method= (simclr or yaware, contrastive; mae or simmim, masked; supervised; distill) and model=:
+    'python -m pydoc brainfm.train.recipe' has all fields and what they are else. Labels are columns of the manifest:
+    targets=age,sex.
+
     Any field can be replaced: manifest=scans.csv output=runs/mine batch_size=12 augmentation.flip=0. The same command
     goes on with a run that stopped. SIGTERM, SIGUSR1 and Ctrl-C stop a run after its step, with a checkpoint: exit code
     75 after a signal, to be started again, and 130 after Ctrl-C. Under torchrun, write 'torchrun … -m brainfm.train
@@ -77,6 +81,8 @@ def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, see
     evaluate=TASK:MANIFEST.csv) probes them all: sweep.csv and a figure a task join them with their controls. Exit code
     1: a variant failed.
     """
+    if "=" in recipe and not Path(recipe).is_file():
+        recipe, overrides = "", (recipe, *overrides)
     sys.exit(_run(recipe, overrides, dry_run, seeds, debug))  # with the error gone, and what its traceback kept alive
 
 
