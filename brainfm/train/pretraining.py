@@ -26,6 +26,7 @@ from brainfm.system import expanded
 from brainfm.train.cache import before_normalisation, key_of
 from brainfm.train.checkpoint import read_newest
 from brainfm.train.data import EpochSampler, PretrainingData, count_patients, take_patients
+from brainfm.train.distill import teacher_of
 from brainfm.train.distributed import process_group
 from brainfm.train.mae import MAEMethod
 from brainfm.train.method import METHODS
@@ -274,6 +275,8 @@ def _export(
     name, patients = Path(recipe.manifest).stem, count_patients(data.records)
     begun, teacher = _public(recipe.init), _public(recipe.teacher)
     earlier = encoder.pretrained_cfg.cohorts if recipe.init else ()
+    if recipe.teacher is not None:  # what it has seen is in what is learned of it
+        earlier = (*earlier, *teacher_of(recipe).cohorts)
     overlay = {
         "input_spec": _resized(data.spec, recipe.input_size),
         "ssl_method": method.name,
