@@ -27,6 +27,7 @@ from brainfm.system import expanded
 from brainfm.train.cache import before_normalisation
 from brainfm.train.checkpoint import read_newest
 from brainfm.train.data import EpochSampler, PretrainingData, patients_by_source, take_patients
+from brainfm.train.distill import teacher_of
 from brainfm.train.distributed import process_group
 from brainfm.train.mae import MAEMethod
 from brainfm.train.method import METHODS
@@ -277,6 +278,8 @@ def _export(
     shares = {source.name: source.fraction for source in data.records.sources} if recipe.sources else {}
     begun, teacher = _public(recipe.init), _public(recipe.teacher)
     earlier = encoder.pretrained_cfg.cohorts if recipe.init else ()
+    if recipe.teacher is not None:  # what it has seen is in what is learned of it
+        earlier = (*earlier, *teacher_of(recipe).cohorts)
     own = {"manifest": name, "sources": shares, "output": "", "cache": None, "init": begun, "teacher": teacher}
     overlay = {
         "input_spec": _resized(data.spec, recipe.input_size),

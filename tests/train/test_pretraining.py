@@ -219,6 +219,7 @@ def test_run_does_not_go_on_with_another_teacher_and_its_folder_names_it(by_meth
     assert code == 0, said
     digest = file_sha256(teacher / "model.safetensors")
     assert f"Its teacher is local-dir:teacher (sha256 {digest})." in cfg_of(run).notes
+    assert [cohort.name for cohort in cfg_of(run).cohorts] == ["brainfm phantoms of seed 0", "manifest"]
     assert str(tmp_path) not in (run / "export" / "config.json").read_text()
     with torch.no_grad():
         model.conv1.weight.add_(1)

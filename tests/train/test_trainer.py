@@ -54,23 +54,24 @@ MAE = SIMCLR | {
     "decoder_heads": 4,
 }
 LABELS = {"targets": ["age", "sex", "site"], "kinds": {"age": "regression"}}
+SMALL = SIMCLR | {"input_size": [16, 16, 16]}
 BASES = {
     "simclr": SIMCLR,
     "mae": MAE,
-    "yaware": SIMCLR | {"method": "yaware", "targets": ["age"]},
+    "yaware": SMALL | {"method": "yaware", "targets": ["age"]},
     "simmim": SIMCLR | {"method": "simmim", "model": "test_vit_3d", "mask_unit": [8, 8, 16], "input_size": None},
-    "supervised": SIMCLR | {"method": "supervised"} | LABELS,
-    "distill": SIMCLR | {"method": "distill", "teacher": "of the fixture"},
+    "supervised": SMALL | {"method": "supervised"} | LABELS,
+    "distill": SMALL | {"method": "distill", "teacher": "of the fixture"},
 }
 LATER = ["yaware", "simmim", "supervised", "distill"]  # methods, tested by less: what is beside them is the same
 
 
 @pytest.fixture(autouse=True, scope="module")
 def teacher(tmp_path_factory, small_spec):
-    """The packaged ResNet as if it had been trained on views of 24³ voxels."""
+    """The packaged ResNet as if it had been trained on views of 16³ voxels."""
     folder = tmp_path_factory.mktemp("teacher")
     *before, zscore = small_spec.operations
-    shape = (24, 24, 24)
+    shape = (16, 16, 16)
     spec = replace(small_spec, operations=(*before, Resize(shape), zscore), output_shape=(1, *shape))
     model = brainfm.create_model("test_resnet_3d", pretrained=True)
     brainfm.save_for_hub(model, folder, pretrained_cfg_overlay={"input_spec": spec})
