@@ -1,7 +1,7 @@
 """What a volume is of: a scan of a person, a phantom, a synthetic MRI, or a video clip; so that each table can say it.
 
-A manifest says it in its column `source`; a clip shows it by its name, as does what `brainfm synthesize` drew, also where
-it was prepared; phantoms by the README that lies above them.
+A manifest says it in its column `source`; a clip shows it by its name, as does what `brainfm synthesize` drew, prepared
+or not; phantoms by the README that lies above them.
 """
 
 from __future__ import annotations

@@ -174,6 +174,7 @@ def test_cohort_embeds_as_it_is(folder, small_model):
     table = brainfm.embed(folder / "manifest.csv", small_model)
 
     assert (len(table), table.errors) == (6, [])
+    assert {record.extra["source"] for record in table.records} == {"phantom"}
 
 
 @pytest.mark.parametrize(

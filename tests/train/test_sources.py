@@ -277,7 +277,7 @@ def test_card_of_a_run_on_phantoms_and_synthetic_volumes_says_so(cohort, tmp_pat
     phantoms = make_cohort(8, tmp_path / "made", spacing=4)
     rows = list(csv.reader(cohort.open()))
     drawn = tmp_path / "drawn.csv"
-    paths = [[*(str(cohort.parent / name) for name in row[:2]), row[2], "synthetic"] for row in rows[1:]]
+    paths = [[*(str(cohort.parent / name) for name in row[:2]), *row[2:], "synthetic"] for row in rows[1:]]
     with drawn.open("w", newline="") as file:
         csv.writer(file).writerows([[*rows[0], "source"], *paths])
     fields = {"sources": {str(phantoms): 0.5, str(drawn): 0.5}, "epochs": 1, "output": str(tmp_path / "run")}
