@@ -14,7 +14,8 @@ is not asked. A config of other sizes is read as data, and an expression in it r
 
 Ours: which box of MNI space the voxels are, which the bundle does not say (see the card of `brain_ldm_autoencoder`);
 intensities cut to 0…1, which is what the model was trained on; 0 female and 1 male, as UK Biobank writes them. Which
-age in years is 0 and which is 1 is not published, and so for the volumes.
+age in years is 0 and which is 1 is not published, and so for the volumes. The published weights were never run here:
+the U-Net is held to MONAI's by numbers, the whole path to its loop and scheduler by a tiny untrained bundle.
 """
 
 from __future__ import annotations

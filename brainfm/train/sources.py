@@ -18,7 +18,6 @@ from brainfm.manifest import Listing, ScanRecord, read_manifest
 from brainfm.scan.load import image_of
 from brainfm.sources import SAID, Kind, kind_of_all
 from brainfm.system import expanded
-from brainfm.tabular import is_table, read_rows
 from brainfm.train.cache import key_of
 from brainfm.train.video import check_readers, is_kinetics, list_clips, read_kinetics
 from brainfm.zoo.cards import Cohort
@@ -93,7 +92,7 @@ def read_source(place: str | Path) -> tuple[Listing, Path]:
     path = expanded(place)
     if path.is_dir():
         listed, root = list_clips(path), path
-    elif path.is_file() and is_table(path) and is_kinetics(read_rows(path).columns):
+    elif is_kinetics(path):
         listed, root = read_kinetics(path), path.parent
     else:
         listed, root = read_manifest(path), Path(place).parent

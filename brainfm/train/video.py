@@ -61,9 +61,12 @@ def list_clips(folder: Path) -> Listing:
     )
 
 
-def is_kinetics(columns: Any) -> bool:
-    """Whether a table's columns are those of one of Kinetics' lists."""
-    return set(_COLUMNS) <= set(columns)
+def is_kinetics(path: Path) -> bool:
+    """Whether a file is one of Kinetics' lists, by its header."""
+    if path.suffix.lower() != ".csv" or not path.is_file():
+        return False
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return set(_COLUMNS) <= {name.strip("\"' ") for name in file.readline(1000).strip().split(",")}
 
 
 def read_kinetics(path: Path) -> Listing:
@@ -171,33 +174,35 @@ def _shown(av: Any, path: str | os.PathLike[str]) -> tuple[Fraction, Fraction]:
     """When the first frame appears and the last one ends, in seconds; read of the packets, none is decoded."""
     with av.open(str(path), metadata_errors="ignore") as container:
         stream = _stream(container, path)
-        stamps = {stamp for packet in container.demux(stream) if packet.size and (stamp := _stamp(packet)) is not None}
+        stamps, end = set(), Fraction(0)
+        for packet in container.demux():
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if packet.size and stamp is not None and packet.time_base:
+                end = max(end, stamp * packet.time_base)
+                if packet.stream is stream:
+                    stamps.add(stamp)
         if not stamps:
             raise ScanError(f"{path}: no frame in this clip; it may be truncated")
         times = [stamp * stream.time_base for stamp in sorted(stamps)]
         rate = stream.average_rate or stream.guessed_rate
         frame = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1 / Fraction(rate or FRAMES_PER_SECOND)
         first, last = times[0], times[-1] + frame
-        stated = _stated_length(container, stream)
-    if last - first < LEAST_LENGTH * stated:
+        stated, there = _stated_length(stream), last - first
+        if stated is None:  # the file's own, which its sound may be longer than its video by
+            stated, there = Fraction(container.duration or 0, av.time_base), max(end, last)
+    if there < LEAST_LENGTH * stated:
         raise ScanError(
-            f"{path}: truncated: its header states {float(stated):.1f} seconds, and there are {float(last - first):.1f}"
+            f"{path}: truncated: its header states {float(stated):.1f} seconds, and there are {float(there):.1f}"
         )
     return first, last
 
 
-def _stamp(packet: Any) -> int | None:
-    return packet.pts if packet.pts is not None else packet.dts  # type: ignore[no-any-return]
-
-
-def _stated_length(container: Any, stream: Any) -> Fraction:
-    """Seconds of the video by the header: its own, as Matroska has it in a tag, or else the file's; 0 where none is."""
+def _stated_length(stream: Any) -> Fraction | None:
+    """Seconds of a video by its header, as Matroska has them in a tag; None where it does not say."""
     if stream.duration:
         return Fraction(stream.duration * stream.time_base)
     tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
-    if tag:
-        return 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3])
-    return Fraction(container.duration or 0, 1_000_000)
+    return 3600 * int(tag[1]) + 60 * int(tag[2]) + Fraction(tag[3]) if tag else None
 
 
 def _moments(first: Fraction, last: Fraction, frames: int) -> list[Fraction]:

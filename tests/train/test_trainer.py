@@ -501,7 +501,7 @@ def test_dry_run_of_a_published_recipe_says_what_it_would_do(name, tmp_path):
     recipe = load_recipe(name, [f"manifest={tmp_path / 'many.csv'}", "output=x"])
     text = summarise(recipe, world=4)
     assert f"model: {name}" in text
-    assert "1,000 of 400 patients" in text
+    assert "1,000 scans of 400 patients (many)" in text
     assert "2,000 are not there, such as" in text
     joined = recipe.batch_size * 4
     assert f"{400 // joined:,} an epoch of {joined}" in text

@@ -43,6 +43,13 @@ def test_short_clip_is_slowed_down_to_fill_the_volume(tmp_path):
     assert np.abs(found - [255 * (k // 2) / 10 for k in range(20)]).max() <= 6
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_sound_changes_nothing_even_where_it_is_longer(tmp_path, name):
+    silent = make_clip(tmp_path / "silent.mp4", 45, Fraction(30), codec="mpeg4")
+    loud = make_clip(tmp_path / name, 45, Fraction(30), codec="mpeg4", sound=4)
+    assert np.array_equal(read_clip(loud, (15, 24, 24)), read_clip(silent, (15, 24, 24)))
+
+
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (30, 22), (200, 50)])
 def test_frames_of_any_size_cover_the_volume_and_are_cropped_about_the_centre(tmp_path, size):
     clip = make_clip(tmp_path / "a.mp4", 12, Fraction(15), size, "mpeg4", noise=1)
