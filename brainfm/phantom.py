@@ -162,7 +162,8 @@ def make_cohort(
         progress: Show a progress bar.
 
     Returns:
-        The manifest: image_path and mask_path relative to it, patient_id, scan_id, and the labels.
+        The manifest: image_path and mask_path relative to it, patient_id, scan_id, the labels, and `source`, which is
+        "phantom" and is kept in every table.
 
     Raises:
         ValueError: An argument is out of range.
@@ -606,10 +607,12 @@ def _write_nifti(array: NDArray[np.int16] | NDArray[np.uint8], affine: NDArray[n
 
 def _write_manifest(folder: Path, scans: list[tuple[int, int]], seed: int) -> Path:
     manifest = folder / "manifest.csv"
-    rows: list[list[Any]] = [["image_path", "mask_path", "patient_id", "scan_id", *(f.name for f in fields(Labels))]]
+    rows: list[list[Any]] = [
+        ["image_path", "mask_path", "patient_id", "scan_id", *(f.name for f in fields(Labels)), "source"]
+    ]
     for patient, scan in scans:
         image, mask = _paths(patient, scan)
         labels = asdict(make_labels(patient, seed=seed)).values()
-        rows.append([image.as_posix(), mask.as_posix(), *image.parent.parts, *labels])
+        rows.append([image.as_posix(), mask.as_posix(), *image.parent.parts, *labels, "phantom"])
     write_csv(manifest, rows, line_end="\n")
     return manifest

@@ -167,6 +167,8 @@ _FAMILIES = {module.name for module in pkgutil.iter_modules([str(Path(__file__).
     "features",
 }
 
+_ALIASES = {"swin_t_3d": "swin3d_t"}  # other names of models, which are listed under one
+
 _registered: dict[str, _Coded | _Carded] = {}  # beside the models of this package's own cards
 
 
@@ -289,6 +291,8 @@ def register_additions(added: tuple[list[str], list[Card | Path]]) -> None:
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"\w+", name, flags=re.ASCII):
         raise ValueError(f"a model name is made of letters, digits and '_', not {name!r}")
+    if name in _ALIASES:
+        raise ValueError(f"{name!r} is another name of {_ALIASES[name]}; give yours another")
 
 
 # --- Networks -------------------------------------------------------------------------------------
@@ -402,7 +406,8 @@ def _look_up(name: str) -> _Coded | _Carded:
 
 
 def _arch(name: str) -> str:
-    return name.partition(".")[0]
+    architecture = name.partition(".")[0]
+    return _ALIASES.get(architecture, architecture)
 
 
 def _tag(name: str) -> str:

@@ -37,7 +37,7 @@ class Checked:
         """The fields as plain data; with `sparse`, without those that are what they would be anyway."""
         named = {item.name: (getattr(self, item.name), item) for item in fields(self)}  # type: ignore[arg-type]
         if sparse:
-            named = {name: (value, item) for name, (value, item) in named.items() if value != _default(item)}
+            named = {name: (value, item) for name, (value, item) in named.items() if value != default_of(item)}
         return {name: _plain(value, sparse) for name, (value, _) in named.items()}
 
     @classmethod
@@ -116,7 +116,8 @@ def _hints(cls: Any) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in fields(cls)}
 
 
-def _default(item: Field[Any]) -> Any:
+def default_of(item: Field[Any]) -> Any:
+    """What a dataclass's field is where nothing is given."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 

@@ -298,7 +298,61 @@ def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run_h
     assert not list(tmp_path.glob(".aibl*"))
 
 
-@pytest.mark.parametrize("name", ["ixi", "soop", "aibl"])
+# --- LDM 100k -------------------------------------------------------------------------------------
+
+LDM_COLUMNS = ["participant_id", "age", "sex", "ventricular_volume", "brain_volume"]
+
+
+@pytest.fixture
+def ldm(tmp_path):
+    """Six volumes without content, one of them without a number, and a row without a volume."""
+    folder, names = tmp_path / "LDM_100k", [f"sub-{n:06d}" for n in range(6)]
+    for name in names:
+        place = folder / "rawdata" / name / "anat"
+        place.mkdir(parents=True)
+        (place / f"{name}_T1w.nii.gz").touch()
+    rows = [[name, 0.1 * n, n % 2, 0.25, 0.5] for n, name in enumerate(names)]
+    rows[5][3] = "n/a"
+    write_table(folder / "participants.tsv", LDM_COLUMNS, [*rows, ["sub-000009", 0.5, 1, 0.5, 0.5]], delimiter="\t")
+    return folder
+
+
+def test_ldm100k_is_listed_as_synthetic(ldm, tmp_path):
+    result = run("ldm100k.py", ldm, "-o", tmp_path / "lists" / "ldm100k.csv")
+    assert result.returncode == 0, result.stderr
+    records = read_manifest(tmp_path / "lists" / "ldm100k.csv")
+    assert [record.patient_id for record in records] == [f"sub-{n:06d}" for n in range(5)]
+    assert Path(records[3].image).resolve() == ldm / "rawdata" / "sub-000003" / "anat" / "sub-000003_T1w.nii.gz"
+    assert records[1].extra == {
+        **{"age": "0.1", "sex": "1", "ventricles": "0.25", "brain_volume": "0.5"},
+        **{"dataset": "LDM 100k", "source": "synthetic"},
+    }
+    for line in (
+        "5 synthetic volumes, drawn by a model and not of people",
+        "left out 1: no volume of that name, such as sub-000009",
+        "left out 1: a condition that is no number, such as sub-000005",
+    ):
+        assert line in result.stdout
+
+
+def test_ldm100k_lists_prepared_scans_and_names_columns_it_does_not_know(ldm, tmp_path, run_here):
+    for name in ("sub-000001", "sub-000002"):
+        place = tmp_path / "prepared" / name
+        place.mkdir(parents=True)
+        for file in ("prep.json", "head.nii.gz"):
+            (place / file).write_text("{}")
+    output = tmp_path / "ldm100k.csv"
+    assert run_here("ldm100k.py", ldm, "--prepared", tmp_path / "prepared", "-o", output) == ""
+    assert [Path(record.image).name for record in read_manifest(output)] == ["sub-000001", "sub-000002"]
+    write_table(
+        ldm / "participants.tsv", ["participant_id", "age", "sex", "brain_a", "brain_b"], [["a", 1, 1, 1, 1]], "\t"
+    )
+    error = run_here("ldm100k.py", ldm, "-o", output)
+    assert "no column of ventricles; found: participant_id, age, sex, brain_a, brain_b" in error
+    assert len(read_manifest(output)) == 2
+
+
+@pytest.mark.parametrize("name", ["ixi", "soop", "aibl", "ldm100k"])
 def test_each_page_names_its_script_and_says_what_it_was_tested_on(name):
     page = (COHORTS / f"{name}.md").read_text(encoding="utf-8")
     assert f"python examples/cohorts/{name}.py" in page

@@ -249,3 +249,18 @@ def test_arguments_reach_the_constructor(x):
     assert (model.global_pool, model.head_drop.p) == ("avg", 0.3)
     with torch.inference_mode():
         assert torch.equal(model(x), model.forward_features(x)[:, 1:].mean(dim=1))
+
+
+def test_a_model_with_two_names_is_one_and_listed_once():
+    with torch.device("meta"):
+        model, other = brainfm.create_model("swin3d_t"), brainfm.create_model("swin_t_3d")
+    assert other.pretrained_cfg == model.pretrained_cfg
+    assert brainfm.is_model("swin_t_3d.kinetics400")
+    assert brainfm.get_pretrained_cfg("swin_t_3d").name == "swin3d_t.kinetics400"
+    assert [name for name in brainfm.list_models("*swin*t*") if name in ("swin3d_t", "swin_t_3d")] == ["swin3d_t"]
+
+    def swin_t_3d(**kwargs):
+        return kwargs
+
+    with pytest.raises(ValueError, match="another name of swin3d_t"):
+        brainfm.register_model(swin_t_3d)

@@ -156,8 +156,9 @@ def test_manifest_lists_every_scan_with_its_labels(folder):
 
     assert list(rows[0]) == [
         *("image_path", "mask_path", "patient_id", "scan_id"),
-        *("site", "age", "sex", "disease", "severity"),
+        *("site", "age", "sex", "disease", "severity", "source"),
     ]
+    assert {row["source"] for row in rows} == {"phantom"}
     assert rows[3]["image_path"] == "sub-0002/ses-2/normalized.nii.gz"
     for n, (row, record) in enumerate(zip(rows, records, strict=True)):
         assert (record.patient_id, record.scan_id) == (f"sub-{n // 2 + 1:04d}", f"ses-{n % 2 + 1}")
@@ -173,6 +174,7 @@ def test_cohort_embeds_as_it_is(folder, small_model):
     table = brainfm.embed(folder / "manifest.csv", small_model)
 
     assert (len(table), table.errors) == (6, [])
+    assert {record.extra["source"] for record in table.records} == {"phantom"}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from brainfm.cli.models import (
 )
 from brainfm.cli.preparation import prep_command, qc_command
 from brainfm.cli.scans import demo_command, embed_command, merge_command, phantom_command
+from brainfm.cli.synthesis import synthesize_command
 from brainfm.cli.training import cache_group, pretrain_command
 from brainfm.cli.verbosity import apply, takes_verbosity, wants
 
@@ -73,7 +74,7 @@ def main(context: click.Context) -> None:
 for _command in (
     *(list_command, info_command, demo_command, doctor_command, embed_command, merge_command),
     *(fetch_command, convert_command, verify_command, push_command, export_command),
-    *(phantom_command, cache_group, prep_command, qc_command),
+    *(phantom_command, synthesize_command, cache_group, prep_command, qc_command),
     *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command),
     *(compare_command, compare_encoders_command),
 ):

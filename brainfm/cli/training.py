@@ -30,18 +30,19 @@ def cache_group() -> None:
 def cache_build(manifest: str, folder: str, model: str, workers: int) -> None:
     """Write every scan of MANIFEST to DIR once, cropped and masked, so that training reads any crop of it quickly.
 
+    MANIFEST may be a folder of video clips, or one of Kinetics' lists of them.
     The same command goes on with a build that stopped, and writes scans again whose files have changed. Scans that
     cannot be read are listed, and the exit code is 1.
     """
     import brainfm
-    from brainfm.manifest import read_manifest
     from brainfm.train.cache import build_cache
+    from brainfm.train.sources import read_source
 
     spec = brainfm.get_pretrained_cfg(model).input_spec
     if spec is None:
         raise brainfm.BrainfmError(f"{model} has no input contract to build a cache for")
-    records = read_manifest(Path(manifest))
-    report = build_cache(records, folder, spec, root=Path(manifest).parent, workers=workers, progress=True)
+    records, root = read_source(manifest)
+    report = build_cache(records, folder, spec, root=root, workers=workers, progress=True)
     click.echo(f"{folder}: {report.written} scans written, {report.found} were there, {len(report.refused)} refused")
     for reason in list(report.refused.values())[:10]:
         click.echo(f"ScanError: {reason}", err=True)
@@ -54,7 +55,7 @@ _CTRL_C = 130  # exit code of any program that a person interrupts
 
 
 @click.command("pretrain", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("recipe")
+@click.argument("recipe", metavar="[RECIPE]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--dry-run",
@@ -66,6 +67,10 @@ _CTRL_C = 130  # exit code of any program that a person interrupts
 def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, seeds: int, debug: bool) -> None:
     """Pretrain an encoder by RECIPE: the name of a published run, or a YAML file.
 
+    Without RECIPE, say method= (simclr or yaware, contrastive; mae or simmim, masked; supervised; distill) and model=:
+    'python -m pydoc brainfm.train.recipe' has all fields and what they are else. Labels are columns of the manifest:
+    targets=age,sex.
+
     Any field can be replaced: manifest=scans.csv output=runs/mine batch_size=12 augmentation.flip=0. The same command
     goes on with a run that stopped. SIGTERM, SIGUSR1 and Ctrl-C stop a run after its step, with a checkpoint: exit code
     75 after a signal, to be started again, and 130 after Ctrl-C. Under torchrun, write 'torchrun … -m brainfm.train
@@ -76,6 +81,8 @@ def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, see
     evaluate=TASK:MANIFEST.csv) probes them all: sweep.csv and a figure a task join them with their controls. Exit code
     1: a variant failed.
     """
+    if "=" in recipe and not Path(recipe).is_file():
+        recipe, overrides = "", (recipe, *overrides)
     sys.exit(_run(recipe, overrides, dry_run, seeds, debug))  # with the error gone, and what its traceback kept alive
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from brainfm.downstream.results import Share, Unused
 from brainfm.downstream.split import SPLITS
 from brainfm.downstream.task import TaskData
 from brainfm.pretrained import PretrainedCfg
-from brainfm.scan.load import image_of
 
 
 def shares(data: TaskData, seeds: int) -> tuple[Share, ...]:
@@ -71,15 +69,6 @@ def is_test_model(cfg: PretrainedCfg | None) -> bool:
     if cfg is None:
         return False
     return cfg.architecture.startswith("test_") or any("phantom" in cohort.name.lower() for cohort in cfg.cohorts)
-
-
-def are_phantoms(data: TaskData) -> bool:
-    """Whether the path of the first scan, or a README above it, says so."""
-    path = Path(str(image_of(data.records[0].image)))
-    readmes = [folder / "README.txt" for folder in list(path.parents)[:4]]
-    return any("phantom" in part for part in path.parts) or any(
-        readme.is_file() and "phantoms" in readme.read_text(errors="replace")[:200] for readme in readmes
-    )
 
 
 def few(names: Sequence[str], most: int = 3) -> str:

@@ -9,23 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.columns import numbers_of as numbers_of
 from brainfm.errors import TaskError
 from brainfm.tabular import is_missing
 
 MOST_LEVELS = 20  # of a category, and no more than half as many as there are values; ours
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _DATE = re.compile(r"\d{1,4}([-/.])(\d{1,2}|[A-Za-z]{3})\1\d{1,4}\b.*")
-
-
-def numbers_of(texts: Sequence[str]) -> NDArray[np.float64]:
-    """[n] the numbers that texts say, nan where they say none.
-
-    A comma is a decimal one where no text has a point, unless each has three digits after it, as thousands have.
-    """
-    commas = [text for text in texts if "," in text]
-    if not any("." in text for text in texts) and not all(re.fullmatch(r"\D*\d+(,\d{3})+", text) for text in commas):
-        texts = [text.replace(",", ".") for text in texts]
-    return np.array([float(text) if _NUMBER.fullmatch(text.strip()) else np.nan for text in texts])
 
 
 def encoded(name: str, texts: Sequence[str], rows: Sequence[Any], *, categorical: bool) -> list[NDArray[np.float64]]:

@@ -26,8 +26,8 @@ from brainfm.models.vit import VisionTransformer
 from brainfm.schema import read_yaml
 from brainfm.train.data import Batch, TrainingData, stream
 from brainfm.train.distributed import ProcessGroup, process_group
-from brainfm.train.method import Method
 from brainfm.train.recipe import Training
+from brainfm.train.step import Method
 from brainfm.train.trainer import Trainer
 from brainfm.transforms import InputTransform, create_transform
 

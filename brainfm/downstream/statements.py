@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from brainfm.downstream.account import are_phantoms, is_test_model, label_words, shares
+from brainfm.downstream.account import is_test_model, label_words, shares
 from brainfm.downstream.grid import COVARIATES, not_run
 from brainfm.downstream.plan import MODES, NOT_OF, RECIPE_OF, RESAMPLES, TRAINED, Plan, paper_epochs
 from brainfm.downstream.results import Candidate, Column, Evaluation, Note, Published, Row
@@ -21,6 +21,7 @@ from brainfm.errors import BrainfmError, ModelNameError
 from brainfm.overlap import overlap_of_scans, pretraining_overlap
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import get_pretrained_cfg
+from brainfm.sources import SAID, kind_of_all
 from brainfm.version import __version__
 
 _RAW = (
@@ -199,8 +200,11 @@ def _warnings(data: Sequence[TaskData], rows: Sequence[Row], cfgs: Mapping[str, 
             "show that code works, and say nothing of what a pretrained encoder can do."
         )
     for one in data:
-        if are_phantoms(one):
+        kind = kind_of_all(one.records)
+        if kind == "phantom":
             yield f"{one.task.title}: phantoms, not people; the numbers say that code works, and nothing of patients."
+        elif kind != "scans":
+            yield f"{one.task.title}: {SAID[kind]}; the numbers say nothing of patients."
 
 
 def _cfg_of_table(data: Sequence[TaskData], name: str) -> PretrainedCfg | None:

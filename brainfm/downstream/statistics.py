@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from brainfm.columns import Kind as Kind
 from brainfm.errors import MissingExtraError
 
-Kind: TypeAlias = Literal["binary", "multiclass", "regression"]
 AgeBiasRule: TypeAlias = Literal["cole", "beheshti"]
 
 _Array: TypeAlias = NDArray[np.float64]

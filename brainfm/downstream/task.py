@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.columns import MOST_CLASSES, in_order, plain_kind
 from brainfm.downstream.covariates import encoded, numbers_of
 from brainfm.downstream.probe import Target
 from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, UNUSED, check_split, make_split
@@ -31,7 +32,6 @@ logger = logging.getLogger("brainfm")
 TASKS = Path(__file__).parent / "tasks"
 
 _METRIC = {"binary": "auc", "multiclass": "balanced_accuracy", "regression": "mae"}
-_MOST_CLASSES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,14 +319,10 @@ def kind_of(texts: Sequence[str], label: str) -> Kind:
     Raises:
         TaskError: They leave doubt.
     """
+    kind = plain_kind(texts)
+    if kind is not None:
+        return kind
     values = {text for text in texts if not is_missing(text)}
-    if len(values) <= 2:
-        return "binary"
-    are_numbers = np.isfinite(numbers_of(sorted(values)))
-    if not are_numbers.any():
-        return "multiclass"
-    if len(values) > _MOST_CLASSES and are_numbers.all():
-        return "regression"
     raise TaskError(
         f"{label} has {len(values)} different values ({_few(sorted(values))}): classes or a quantity? Say --kind "
         "binary, multiclass or regression"
@@ -350,9 +346,8 @@ def _numbers(texts: Sequence[str], task: Task, path: str | os.PathLike[str]) -> 
 def _classes(
     texts: Sequence[str], task: Task, path: str | os.PathLike[str]
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    values = dict(zip(texts, np.nan_to_num(numbers_of(texts), nan=np.inf).tolist(), strict=True))
-    found = sorted(values, key=lambda text: (values[text], text))  # numbers as numbers, words after them
-    names = task.classes or tuple(found)
+    found = in_order(texts)
+    names = task.classes or found
     if strange := [text for text in found if text not in names]:
         raise TaskError(f"{path}: {task.label} has {_few(strange)}, and the task's classes are {', '.join(names)}")
     if task.kind == "binary" and len(names) > 2:
@@ -364,7 +359,7 @@ def _classes(
         raise TaskError(f"{path}: positive is {task.positive!r}, and {task.label} has {_few(names)}")
     if task.positive:
         names = (*(name for name in names if name != task.positive), task.positive)
-    if len(names) > _MOST_CLASSES:
+    if len(names) > MOST_CLASSES:
         raise TaskError(
             f"{path}: {task.label} has {len(names)} different values ({_few(names)}): free text, or numbers? "
             "A class needs several patients; group the values, or make the task a regression"

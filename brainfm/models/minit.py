@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from brainfm.contract import Triple
 from brainfm.models.encoder import Encoder, stage
 from brainfm.models.nit import NormedHead, as_kernel
-from brainfm.models.vit import Block, PatchEmbed, init_linear
+from brainfm.models.vit import Block, PatchEmbed, init_linear, interpolate_positions
 
 
 class BlockHead(nn.Linear):
@@ -90,6 +90,8 @@ class MiNiT(Encoder):
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, mlp_dim / dim, qkv_bias=False, norm_eps=1e-5) for _ in range(depth)
         )
+        for n in skipped:  # no gradient comes to them, which processes that train together would wait for
+            self.blocks[n].requires_grad_(False)
         z, y, x = ((size - 1) / 2 for size in block_size)
         self.feature_info = [
             stage(f"blocks.{n}", dim, block_size, (z, y, x)) for n in range(depth) if n not in set(skipped)
@@ -146,5 +148,14 @@ class MiNiT(Encoder):
         return {"cls_token", "pos_embed", "block_embeddings"}
 
     def filter_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' patches are flattened, and weighed by a matrix; then as every family does."""
+        """The authors' patches are flattened, and weighed by a matrix; then as every family does.
+
+        Embeddings of the blocks that were stored for another size of volumes are interpolated between the blocks.
+        """
+        shape = self.saved_args.get("img_size", self.img_size)
+        old = tuple(size // n for size, n in zip(shape, self.block_size, strict=True))
+        stored = state.get("block_embeddings")
+        if old != self.grid and stored is not None and len(stored) == math.prod(old):
+            moved = interpolate_positions(stored.flatten(1)[None], old, self.grid)  # type: ignore[arg-type]
+            state = state | {"block_embeddings": moved.reshape(-1, *stored.shape[1:])}
         return super().filter_state_dict(as_kernel(state, self.first_conv, self.patch_embed.patch_size))

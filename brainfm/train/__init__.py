@@ -1,4 +1,4 @@
-"""Self-supervised pretraining: SimCLR and masked autoencoders, as Kaczmarek et al. 2025 (arXiv 2509.10620) ran them.
+"""Pretraining by several methods, see `method.METHODS`; SimCLR and MAE as Kaczmarek et al. 2025 (2509.10620) ran them.
 
 Names and modules are imported when they are first asked for.
 """
@@ -12,10 +12,13 @@ from brainfm.lazy import found_in
 if TYPE_CHECKING:
     from brainfm.train.losses import NTXentLoss as NTXentLoss
     from brainfm.train.losses import nt_xent_loss as nt_xent_loss
+    from brainfm.train.losses import yaware_loss as yaware_loss
     from brainfm.train.mae import MaskedAutoencoder as MaskedAutoencoder
     from brainfm.train.simclr import SimCLR as SimCLR
+    from brainfm.train.simmim import SimMIM as SimMIM
 
-_WHERE = {"NTXentLoss": "losses", "nt_xent_loss": "losses", "MaskedAutoencoder": "mae", "SimCLR": "simclr"}
+_WHERE = {"NTXentLoss": "losses", "nt_xent_loss": "losses", "yaware_loss": "losses"}
+_WHERE |= {"MaskedAutoencoder": "mae", "SimCLR": "simclr", "SimMIM": "simmim"}
 
 __all__ = [*sorted(_WHERE)]
 

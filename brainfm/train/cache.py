@@ -31,6 +31,8 @@ from brainfm.files import atomic_path, file_state, held, progress_bar, write_jso
 from brainfm.manifest import ScanRecord
 from brainfm.scan import load_scan
 from brainfm.schema import Checked
+from brainfm.sources import is_clip
+from brainfm.train.video import check_readers, read_volume
 
 _FORMAT = 2  # 1 held 0 outside the brain, as float16
 _LEVELS = 2**16 - 1  # steps of a uint16
@@ -65,9 +67,13 @@ def contract_digest(spec: InputSpec) -> str:
 def read_whole(record: ScanRecord, spec: InputSpec) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """A scan's voxels before normalisation [C, z, y, x], as stored outside the brain too, and its mask [z, y, x].
 
+    Of a video clip, its frames: see `brainfm.train.video`. What the cache and the loader read, they read with this.
+
     Raises:
-        ScanError: As `brainfm.load_scan`, and where no brain is in the contract's crop.
+        ScanError: As `brainfm.load_scan` or `read_volume`, and where no brain is in the contract's crop.
     """
+    if is_clip(record.image):
+        return read_volume(str(record.image), before_normalisation(spec))
     volume = before_normalisation(spec).apply(load_scan(record.image, record.mask, spec=spec))
     brain = volume.mask
     if brain is None or not brain.any():
@@ -124,7 +130,9 @@ def build_cache(
 
     Raises:
         BrainfmError: The folder is a cache of another contract, or another command is writing it.
+        MissingExtraError: There are clips, and PyAV is not installed.
     """
+    check_readers(records)
     folder = Path(folder)
     (folder / "scans").mkdir(parents=True, exist_ok=True)
     with held(folder):

@@ -23,7 +23,8 @@ logger = logging.getLogger("brainfm")
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_fraction", "save_every", "resume", "tf32", "channels_last"}
 _FREE |= {"grad_checkpointing", "manifest", "augment_on", "picture_every"}
-_FREE |= {"init"}  # where the weights are; init_sha256 says which
+_FREE |= {"sources"}  # where they are; the digest of the data says which they are, and their fractions
+_FREE |= {"init", "teacher"}  # where the weights are; init_sha256 and teacher_sha256 say which
 # 1 masked views before the augmentation, in pretraining passed both at once, and in fine-tuning learned standardised
 # labels by a head of small weights, with batch_size scans on each process.
 _FORMAT = 2
@@ -150,7 +151,7 @@ def read_run(path: Path, settings: Training, data: str, joined_batch: int) -> di
     if content["joined_batch"] != joined_batch:
         changed.append(f"the joined batch was {content['joined_batch']} and is {joined_batch}")
     if content["data"] != data:
-        changed.append("the manifest lists other scans or patients")
+        changed.append("the manifest lists other scans or patients, or other labels of them")
     if changed:
         raise RecipeError(f"{path}: this run was started differently ({'; '.join(changed)}); give another output=")
     return content

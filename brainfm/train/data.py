@@ -13,10 +13,12 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -25,13 +27,15 @@ from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.train.augment import Augmentation, View, draw_view, make_view, new_memory
 from brainfm.train.cache import ScanCache, key_of, read_whole
+from brainfm.train.sources import Mixture, Source, check_mixture, items_taken
+from brainfm.train.video import check_readers
 
 _DRAWS = 20  # of a view that shows no brain, before its scan is given up; the released code goes on for ever
 _REPLACEMENTS = 10  # patients tried in place of one whose scan cannot be read
 
 _T = TypeVar("_T")
 
-_ORDER, _SCAN, _REPLACEMENT, _VIEW = range(4)  # what a random stream is for
+_ORDER, _SCAN, _REPLACEMENT, _VIEW, _TURN = range(5)  # what a random stream is for
 
 
 def stream(seed: int, epoch: int, purpose: int, *names: int) -> np.random.Generator:
@@ -117,11 +121,36 @@ class TrainingData(Dataset[Any]):
         return batch
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What an epoch takes of one source.
+
+    Attributes:
+        items: All that it has.
+        taken: How many of them.
+        turns: [items] the order in which they come, a window of `taken` an epoch; None where all are taken.
+    """
+
+    items: range
+    taken: int
+    turns: NDArray[np.int64] | None
+
+    def item(self, epoch: int, place: int) -> int:
+        """Which item stands at a place of an epoch: each at one place at the most, and each as often as the others."""
+        if self.turns is None:
+            return self.items[place]
+        return self.items[int(self.turns[(epoch * self.taken + place) % len(self.items)])]
+
+
 class PretrainingData(TrainingData):
     """Views of scans by (epoch, item); an item is a patient, or with `every_scan` a scan.
 
+    Of a mixture an epoch takes as many items of each source as its fraction says and there are without taking one
+    twice; of a source that has more, the next ones in the next epoch.
+
     Args:
-        records: The scans. Those without a patient_id are patients of their own.
+        records: The scans; clips of `brainfm.train.video` count as such. Those without a patient_id are patients of
+            their own. A `Mixture` has caches and roots of its own.
         spec: The input contract; the views keep its shape unless `shape` is another.
         augmentation: What views are drawn from.
         views: How many of each scan.
@@ -133,8 +162,12 @@ class PretrainingData(TrainingData):
         on_device: Leave the views to `batch`, which makes them on the training's device.
 
     Raises:
-        BrainfmError: The contract cannot be pretrained on, the cache is another contract's, or there are no scans.
+        BrainfmError: The contract cannot be pretrained on, the cache is another contract's, there are no scans, or
+            two sources of a mixture share a file.
+        MissingExtraError: There are clips, and PyAV is not installed.
     """
+
+    records: Mixture
 
     def __init__(
         self,
@@ -152,21 +185,37 @@ class PretrainingData(TrainingData):
     ) -> None:
         if spec.output_shape is None:
             raise BrainfmError("pretraining needs an input contract of a fixed shape")
-        self.records, self.spec, self.augmentation = list(records), spec, augmentation
+        if not isinstance(records, Mixture):
+            records = Mixture([Source(list(records), Path(root), None if cache is None else os.fspath(cache))])
+        check_readers(records)
+        check_mixture(records)
+        self.records, self.spec, self.augmentation = records, spec, augmentation
         self.views, self.seed = views, seed
         self.stored_shape: Triple = spec.output_shape[1:]
         self.shape = shape or self.stored_shape
-        self.cache = ScanCache(cache, spec) if cache is not None else None
-        self.root, self.on_device = root, on_device
+        self.caches = [ScanCache(one.cache, spec) if one.cache is not None else None for one in records.sources]
+        self.on_device = on_device
         # float32 views, or with on_device crops of any size, and their masks.
         voxels = math.prod(self.stored_shape if on_device else self.shape)
         self.item_bytes = views * voxels * (4 * len(spec.channels) + on_device)
         self.items = [[n] for n in range(len(self.records))] if every_scan else _by_patient(self.records)
         if not self.items:
             raise BrainfmError("there are no scans to pretrain on")
+        self._parts = self._shared_out()
+
+    def _shared_out(self) -> list[_Part]:
+        """What an epoch takes of each source."""
+        sources, of = self.records.sources, [self.records.number_of(item[0]) for item in self.items]
+        counts = [of.count(n) for n in range(len(sources))]
+        parts, first = [], 0
+        for n, taken in enumerate(items_taken(counts, [source.fraction for source in sources])):
+            turns = stream(self.seed, 0, _TURN, n).permutation(counts[n]) if taken < counts[n] else None
+            parts.append(_Part(range(first, first + counts[n]), taken, turns))
+            first += counts[n]
+        return parts
 
     def __len__(self) -> int:
-        return len(self.items)
+        return sum(part.taken for part in self._parts)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """`self.sample(key)`, or with on_device `self.crops(key)`."""
@@ -211,9 +260,10 @@ class PretrainingData(TrainingData):
         self, key: tuple[int, int], read: Callable[[int, int, int], _T]
     ) -> tuple[_T, int, tuple[tuple[int, str], ...]]:
         """What `read(scan, epoch, name)` gives of the first scan it can read, that scan, and what failed before."""
-        epoch, item = key
+        epoch, place = key
+        part, item = self._item(epoch, place)
         failed: list[tuple[int, str]] = []
-        instead = stream(self.seed, epoch, _REPLACEMENT, item)
+        instead = stream(self.seed, epoch, _REPLACEMENT, place)
         for _ in range(1 + _REPLACEMENTS):
             order = stream(self.seed, epoch, _SCAN, self._name(item)).permutation(self.items[item])
             for scan in map(int, order):
@@ -221,13 +271,21 @@ class PretrainingData(TrainingData):
                     return read(scan, epoch, self._name(item)), scan, tuple(failed)
                 except (ScanError, OSError, ValueError) as error:
                     failed.append((scan, str(error)))
-            item = int(instead.integers(len(self.items)))
+            item = part.items[int(instead.integers(len(part.items)))]
         raise ScanError(f"{len(failed)} scans in a row cannot be read; the last: {failed[-1][1]}")
+
+    def _item(self, epoch: int, place: int) -> tuple[_Part, int]:
+        """Which item stands at a place of an epoch, and the part of its source."""
+        for part in self._parts:
+            if place < part.taken:
+                return part, part.item(epoch, place)
+            place -= part.taken
+        raise IndexError("no such item")
 
     def _name(self, item: int) -> int:
         """A number for the patient that does not depend on the rest of the list."""
-        record = self.records[self.items[item][0]]
-        return zlib.crc32((record.patient_id or key_of(record, self.root)).encode())
+        scan = self.items[item][0]
+        return zlib.crc32((self.records[scan].patient_id or self.records.key_of(scan)).encode())
 
     def _views(self, scan: int, epoch: int, name: int) -> Tensor:
         views = new_memory((self.views, len(self.spec.channels), *self.shape), torch.device("cpu"))
@@ -250,13 +308,13 @@ class PretrainingData(TrainingData):
 
     def _attempts(self, scan: int, epoch: int, name: int) -> Iterator[Iterator[tuple[bool, Crop]]]:
         """For each view, the crops to try, and whether it is the last."""
-        record = self.records[scan]
-        if self.cache is None:
-            image, mask = (torch.from_numpy(array) for array in read_whole(record, self.spec))
+        cache = self.caches[self.records.number_of(scan)]
+        if cache is None:
+            image, mask = (torch.from_numpy(array) for array in read_whole(self.records[scan], self.spec))
 
         def read(view: View) -> tuple[Tensor, Tensor]:
-            if self.cache is not None:
-                return self.cache.read(self._cache_key(record), view.box)
+            if cache is not None:
+                return cache.read(self._cache_key(cache, scan), view.box)
             return image[(..., *view.box)], mask[view.box]
 
         def attempts(draws: np.random.Generator) -> Iterator[tuple[bool, Crop]]:
@@ -267,11 +325,10 @@ class PretrainingData(TrainingData):
         for number in range(self.views):
             yield attempts(stream(self.seed, epoch, _VIEW, name, number))
 
-    def _cache_key(self, record: ScanRecord) -> str:
-        assert self.cache is not None
-        key = key_of(record, self.root)
-        if key not in self.cache:
-            raise ScanError(self.cache.errors.get(key, f"{record.name}: not in the cache {self.cache.folder}"))
+    def _cache_key(self, cache: ScanCache, scan: int) -> str:
+        key = self.records.key_of(scan)
+        if key not in cache:
+            raise ScanError(cache.errors.get(key, f"{self.records[scan].name}: not in the cache {cache.folder}"))
         return key
 
 
@@ -293,14 +350,20 @@ def take_patients(
 
 
 def count_patients(records: Sequence[ScanRecord]) -> int:
-    """How many patients a list has; a scan without a patient_id is a patient of its own."""
+    """How many patients a list has; a scan without a patient_id, and in another source, is another patient."""
     return len(_by_patient(records))
 
 
+def patients_by_source(records: Mixture) -> list[int]:
+    """How many patients each source has."""
+    return records.split({items[0] for items in _by_patient(records)})
+
+
 def _by_patient(records: Sequence[ScanRecord]) -> list[list[int]]:
-    patients: dict[str, list[int]] = {}
+    patients: dict[tuple[int, str], list[int]] = {}
     for n, record in enumerate(records):
-        patients.setdefault(record.patient_id or f"\0{n}", []).append(n)
+        source = records.number_of(n) if isinstance(records, Mixture) else 0
+        patients.setdefault((source, record.patient_id or f"\0{n}"), []).append(n)
     return list(patients.values())
 
 

@@ -1,13 +1,16 @@
-"""NT-Xent (SimCLR's contrastive loss), exact across processes, and what it tells of an embedding."""
+"""What the methods minimise, exact across processes, and what a contrastive loss tells of an embedding."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from brainfm.columns import Kind
 
 Gradient = Literal["exact", "upstream"]
 
@@ -34,8 +37,7 @@ def nt_xent_loss(z_i: Tensor, z_j: Tensor, temperature: float = 0.5, gradient: G
     Raises:
         ValueError: The projections are not two equal matrices.
     """
-    if z_i.ndim != 2 or z_i.shape != z_j.shape:
-        raise ValueError(f"expected two matrices [B, D] of one shape, got {list(z_i.shape)} and {list(z_j.shape)}")
+    _check_pairs(z_i, z_j)
     with torch.autocast(z_i.device.type, enabled=False):
         # Half precision cannot hold exp(similarity / temperature), and float32 is TF32 in a GPU's matrix products.
         views = F.normalize(torch.stack([z_i, z_j]).double(), dim=2)
@@ -45,14 +47,134 @@ def nt_xent_loss(z_i: Tensor, z_j: Tensor, temperature: float = 0.5, gradient: G
         return loss.to(torch.promote_types(z_i.dtype, torch.float32))
 
 
+def yaware_loss(
+    z_i: Tensor,
+    z_j: Tensor,
+    labels: Tensor,
+    sigma: float,
+    temperature: float = 0.5,
+    gradient: Gradient = "exact",
+) -> Tensor:
+    """y-Aware InfoNCE: NT-Xent whose positives are all views, as far as their scans' labels are alike.
+
+    Dufumier et al. 2021 (arXiv 2106.08808): a view's cross entropy is to weights exp(-(y - y')² / 2σ²) of all other
+    views, which are made to sum to 1. Ours is that both views of a scan are anchors, as in `nt_xent_loss`, which
+    this is for σ → 0. A scan without a label (nan) is alike to itself alone.
+
+    Args:
+        z_i: [B, D] projections of the first views.
+        z_j: [B, D] projections of the second views, in the same order.
+        labels: [B] of the scans.
+        sigma: Of the Gaussian kernel, in the labels' unit; 5 years in the paper.
+        temperature: As in `nt_xent_loss`.
+        gradient: As in `nt_xent_loss`, and so is what is returned.
+
+    Raises:
+        ValueError: The projections are not two equal matrices with a label a row.
+    """
+    _check_pairs(z_i, z_j)
+    if labels.shape != z_i.shape[:1]:
+        raise ValueError(f"expected {len(z_i)} labels, got {list(labels.shape)}")
+    with torch.autocast(z_i.device.type, enabled=False):
+        views = F.normalize(torch.stack([z_i, z_j]).double(), dim=2)
+        everyone, rank = _from_everyone(views, passes_gradient=gradient == "exact")
+        known = _from_everyone(labels.double()[None, :, None], passes_gradient=False)[0].flatten()
+        anchors, first = (views, rank * len(z_i)) if gradient == "exact" else (everyone, 0)
+        similarity, itself, _ = _similarity(anchors, everyone, first, temperature)
+        pairs = torch.arange(first, first + anchors.shape[1], device=known.device)
+        alike = (-((known[pairs, None] - known) ** 2) / (2 * sigma**2)).exp().nan_to_num(0.0)
+        weights = alike.scatter(1, pairs[:, None], 1.0).repeat(2, 2).scatter(1, itself[:, None], 0.0)
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        logs = similarity.log_softmax(dim=1).scatter(1, itself[:, None], 0.0)
+        return -(weights * logs).sum(dim=1).mean().to(torch.promote_types(z_i.dtype, torch.float32))
+
+
+def _check_pairs(z_i: Tensor, z_j: Tensor) -> None:
+    if z_i.ndim != 2 or z_i.shape != z_j.shape:
+        raise ValueError(f"expected two matrices [B, D] of one shape, got {list(z_i.shape)} and {list(z_j.shape)}")
+
+
 def _cross_entropy(anchors: Tensor, everyone: Tensor, first: int, temperature: float) -> Tensor:
     """Mean over the anchors [2, B, D], which are the pairs `first` … of all pairs [2, N, D]."""
+    similarity, _, partners = _similarity(anchors, everyone, first, temperature)
+    return F.cross_entropy(similarity, partners)
+
+
+def _similarity(anchors: Tensor, everyone: Tensor, first: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the anchors' views for all [2·B, 2·N], which of all each itself is (−∞ there), and its partner."""
     pairs, total = anchors.shape[1], everyone.shape[1]
     similarity = anchors.flatten(0, 1) @ everyone.flatten(0, 1).T / temperature
     numbers = torch.arange(first, first + pairs, device=anchors.device)
     itself = torch.cat([numbers, numbers + total])
     similarity = similarity.scatter(1, itself[:, None], float("-inf"))
-    return F.cross_entropy(similarity, torch.cat([numbers + total, numbers]))
+    return similarity, itself, torch.cat([numbers + total, numbers])
+
+
+def target_losses(outputs: Sequence[Tensor], labels: Tensor, kinds: Sequence[Kind]) -> Tensor:
+    """[T] the mean loss of each of several targets over the scans of the joined batch that have its label.
+
+    Squared error of a regression, cross entropy of classes. Where `torch.distributed` is running, this process's part
+    times the number of processes: the mean over processes, of losses as of gradients, is that of the joined batch.
+
+    Args:
+        outputs: Of each target: [B, 1] of a regression, or the logit of class 1 of a binary one; [B, classes].
+        labels: [B, T] numbers, or classes from 0; nan is missing.
+        kinds: Of each target.
+    """
+    losses = [_of_scans(*each) for each in zip(outputs, labels.unbind(1), kinds, strict=True)]
+    return joined_mean(torch.stack(losses, dim=1), labels.isfinite())
+
+
+def _of_scans(outputs: Tensor, labels: Tensor, kind: Kind) -> Tensor:
+    """[B] the loss of each scan; of one without a label, of any."""
+    outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    labels = labels.nan_to_num(0.0).to(outputs.dtype)
+    if kind == "regression":
+        return (outputs[:, 0] - labels).square()
+    if kind == "binary":
+        return F.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none")
+    return F.cross_entropy(outputs, labels.long(), reduction="none")
+
+
+def joined_mean(values: Tensor, known: Tensor) -> Tensor:
+    """[T] means over the known ones of [B, T] of the joined batch, as far as they are this process's, times processes.
+
+    Where none is known on any process, 0.
+    """
+    counts = known.sum(dim=0).to(values.dtype)
+    world = 1
+    if dist.is_available() and dist.is_initialized():
+        world = dist.get_world_size()
+        dist.all_reduce(counts)
+    return torch.where(known, values, 0.0).sum(dim=0) * world / counts.clamp(min=1)
+
+
+def masked_l1_loss(prediction: Tensor, volumes: Tensor, hidden: Tensor) -> Tensor:
+    """Mean absolute error of hidden voxels, of each scan first: Xie et al. 2022 (arXiv 2111.09886).
+
+    Args:
+        prediction: [B, C, z, y, x].
+        volumes: [B, C, z, y, x].
+        hidden: [B, 1, z, y, x] bool; some of each scan.
+    """
+    errors = (prediction.to(volumes.dtype) - volumes).abs() * hidden
+    return (errors.flatten(1).sum(dim=1) / (hidden.flatten(1).sum(dim=1) * volumes.shape[1])).mean()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, kind: Literal["cosine", "smooth_l1"]) -> Tensor:
+    """How far features [B, D] are from a teacher's.
+
+    Args:
+        student: What the student predicts.
+        teacher: The teacher's.
+        kind: "cosine": 1 − their cosine, 0 to 2. "smooth_l1": that of PyTorch (squared below 1), from the teacher's
+            features after a norm over each vector without weights, as Wei et al. 2022 (arXiv 2205.14141) have it.
+    """
+    student = student.to(torch.promote_types(student.dtype, torch.float32))
+    teacher = teacher.to(student.dtype)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
+    return F.smooth_l1_loss(student, F.layer_norm(teacher, teacher.shape[1:]))
 
 
 def _from_everyone(views: Tensor, passes_gradient: bool) -> tuple[Tensor, int]:

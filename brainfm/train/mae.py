@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.contract import Triple
+from brainfm.contract import InputSpec, Triple
+from brainfm.errors import RecipeError
+from brainfm.manifest import ScanRecord
+from brainfm.models.encoder import Encoder
 from brainfm.models.vit import Block, VisionTransformer, sincos_positions
+from brainfm.train.data import Batch
+from brainfm.train.recipe import Recipe
+from brainfm.train.step import PretrainingMethod
 
 
 class MaskedAutoencoder(nn.Module):
@@ -129,6 +137,41 @@ class MaskedAutoencoder(nn.Module):
         As in the authors' code, by timm's rule, `cls_token` and `mask_token` are decayed; fine-tuning spares the one.
         """
         return {"pos_embed", "decoder_pos_embed"}
+
+
+class MAEMethod(PretrainingMethod):
+    """One view a scan, most of its patches hidden and filled in."""
+
+    name, views, aside = "MAE", 1, ("decoder", ("decoder_", "mask_token"))
+
+    def __init__(self, recipe: Recipe, encoder: Encoder, records: Sequence[ScanRecord] = ()) -> None:
+        super().__init__(recipe, encoder, records)
+        assert isinstance(encoder, VisionTransformer)
+        self.network = MaskedAutoencoder(
+            encoder, recipe.decoder_dim, recipe.decoder_depth, recipe.decoder_heads, recipe.norm_pix_loss
+        )
+        self._patches = encoder.pos_embed.shape[1] - 1
+
+    @classmethod
+    def check(cls, recipe: Recipe, encoder: Encoder, spec: InputSpec) -> None:  # noqa: ARG003 - the method's
+        """As `PretrainingMethod.check`: the network must be a ViT with a CLS token and no rotary positions."""
+        if not isinstance(encoder, VisionTransformer):
+            raise RecipeError(
+                f"an MAE needs a ViT, and {recipe.model} is a {type(encoder).__name__}; give another method"
+            )
+        if not encoder.prefix or encoder.rotation is not None:
+            lacks = "has no CLS token" if not encoder.prefix else "has rotary positions"
+            raise RecipeError(f"an MAE needs a plain ViT, and {recipe.model} {lacks}; give method=simmim")
+
+    def backward(self, network: nn.Module, batch: Batch, generator: torch.Generator, rows: slice) -> dict[str, float]:
+        """As `Method.backward`; logs the loss."""
+        # Drawn for the joined batch, so that the number of processes changes nothing.
+        views = batch.views[0]
+        noise = torch.rand(rows.stop, self._patches, generator=generator)[rows].to(views.device)
+        with self._autocast(views):
+            loss = network(views, self.recipe.mask_ratio, noise, predict_all=False)[0]
+        loss.backward()
+        return {"loss": float(loss.detach())}
 
 
 def patchify(volumes: Tensor, patch_size: Triple) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 from brainfm.errors import BrainfmError
 from brainfm.files import atomic_path, one_line
 from brainfm.train.data import PretrainingData
-from brainfm.train.mae import MaskedAutoencoder, patchify, unpatchify
-from brainfm.train.method import MAEMethod
+from brainfm.train.mae import MAEMethod, MaskedAutoencoder, patchify, unpatchify
 
 logger = logging.getLogger("brainfm")
 

@@ -6,15 +6,17 @@ import difflib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from brainfm.columns import Kind
 from brainfm.contract import Triple
 from brainfm.errors import RecipeError
-from brainfm.schema import Checked, check_keys, read_yaml
+from brainfm.schema import Checked, check_keys, default_of, read_yaml
 from brainfm.system import computes_in_bfloat16
 from brainfm.train.augment import Augmentation
+from brainfm.train.sources import check_fractions
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ logger = logging.getLogger("brainfm")
 RECIPES = Path(__file__).parent / "recipes"
 
 T = TypeVar("T", bound="Training")
+
+MethodName = Literal["simclr", "mae", "yaware", "simmim", "supervised", "distill"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,95 +117,171 @@ class Training(Checked):
                 raise ValueError(f"{name} is {getattr(self, name)}, and must be at least {value}")
 
 
+# Of a field of `Recipe`: the methods that use it.
+_CONTRASTIVE: dict[str, tuple[MethodName, ...]] = {"methods": ("simclr", "yaware")}
+_LABELLED: dict[str, tuple[MethodName, ...]] = {"methods": ("supervised", "yaware")}
+_MASKED: dict[str, tuple[MethodName, ...]] = {"methods": ("mae", "simmim")}
+_YAWARE, _SUPERVISED, _MAE, _SIMMIM, _DISTILL = (
+    {"methods": (name,)} for name in ("yaware", "supervised", "mae", "simmim", "distill")
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Training):
     """A pretraining run: as `Training`, and what is learned of which scans.
 
+    Fields that only some methods use (`methods_of`) are refused with another one, unless they are what they are by
+    default.
+
     Attributes:
-        method: "simclr" or "mae".
+        method: "simclr", "mae", "yaware", "simmim", "supervised" or "distill": see `brainfm.train.method.METHODS`.
         model: The registered encoder to train.
         model_args: Arguments of its network in place of its card's, such as a ViT's `depth` and `patch_size`.
+        contract: The registered model whose input contract the scans are brought to; None is `model` itself. For
+            networks whose own contract does not end in a z-score inside the brain mask, which views need.
         init: A model whose weights the encoder begins with, by a name of `create_model`; a projector or decoder begins
             anew. None draws initial weights.
         init_sha256: Of its weight file. A run fills it in, and refuses other weights where it is given.
-        manifest: CSV of scans: image_path (or a column a channel, such as t1w_path), mask_path, optional patient_id.
+        manifest: CSV of scans: image_path (or a column a channel, such as t1w_path), mask_path, optional patient_id,
+            labels; or a folder of video clips, or one of Kinetics' lists of them.
+        sources: Several of these in place of manifest, and what fraction of an epoch's patients and clips is of each.
         patients: The fraction of the patients to train on, drawn by the seed; a smaller one is part of a larger.
-        views: SimCLR: "separate" passes the first and the second views through the network one after the other, as the
-            released code does, so that BatchNorm takes its statistics of each; "joint" passes both at once.
-        batch_chunk: SimCLR: scans of the batch that are in memory at a time; the gradient is that of the whole batch,
-            BatchNorm's statistics are those of each chunk. None is all.
         every_scan: An epoch takes every scan once, instead of every patient.
-        input_size: Voxels of the views; None is the input contract's.
+        input_size: Voxels of the views; None is the input contract's. A network that is built for a size is built for
+            this one.
         augmentation: What views are drawn from.
         augment_on: Where views are made of their crops: by the "loader"'s workers, or on the training's "device" (for
             few processor cores and a GPU).
-        cache: A folder of 'brainfm cache build'; None reads the scans themselves.
-        temperature, projection_dim, gradient: Of SimCLR; see `nt_xent_loss`.
-        mask_ratio, norm_pix_loss, decoder_dim, decoder_depth, decoder_heads: Of the MAE.
-        picture_every: MAE: every so many epochs, a picture of reconstructions in the run's folder; 0 is none.
+        cache: A folder of 'brainfm cache build', of several sources {SOURCE: FOLDER}; None reads the scans themselves.
+        views: Contrastive: "separate" passes the first and the second views through the network one after the other, as
+            the released code does, so that BatchNorm takes its statistics of each; "joint" passes both at once.
+        batch_chunk: Contrastive: scans of the batch that are in memory at a time; the gradient is that of the whole
+            batch, BatchNorm's statistics are those of each chunk. None is all.
+        temperature, projection_dim, gradient: Contrastive; see `nt_xent_loss`.
+        targets: Columns of the manifest that are learned ("age,sex", or a list), or of "yaware" the one, a number, that
+            says how alike two scans are. Scans without a label are left out of that label's loss.
+        kinds: What a target is, "regression", "binary" or "multiclass", where its values leave doubt.
+        kernel_sigma: Of "yaware", in the target's unit: 5 (years) in Dufumier et al. 2021.
+        mask_ratio: The fraction that "mae" and "simmim" hide; 0.6 in Xie et al. 2022.
+        mask_unit: Of "simmim": voxels that are hidden together, a multiple of the patch; None is a cell of the
+            network's last map.
+        norm_pix_loss, decoder_dim, decoder_depth, decoder_heads: Of "mae"; see `MaskedAutoencoder`.
+        picture_every: Of "mae": every so many epochs, a picture of reconstructions in the run's folder; 0 is none.
+        teacher: Of "distill": the model whose features are learned, by a name of `create_model`; its contract must be
+            that of the views.
+        teacher_sha256: Of its weight file, as `init_sha256`.
+        distill_loss: "cosine", or "smooth_l1" of features that are each standardised; see `distillation_loss`.
     """
 
-    method: Literal["simclr", "mae"]
+    method: MethodName
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
+    contract: str | None = None
     init: str | None = None
     init_sha256: str | None = None
     manifest: str = ""
+    sources: dict[str, float] = field(default_factory=dict)
     patients: float = 1.0
-    views: Literal["separate", "joint"] = "separate"
-    batch_chunk: int | None = None
     every_scan: bool = False
     input_size: Triple | None = None
     augmentation: Augmentation = field(default_factory=Augmentation)
     augment_on: Literal["loader", "device"] = "loader"
-    cache: str | None = None
-    temperature: float = 0.5
-    projection_dim: int = 64
-    gradient: Literal["exact", "upstream"] = "exact"
-    mask_ratio: float = 0.75
-    norm_pix_loss: bool = False
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    picture_every: int = 0
+    cache: str | dict[str, str] | None = None
+    views: Literal["separate", "joint"] = field(default="separate", metadata=_CONTRASTIVE)
+    batch_chunk: int | None = field(default=None, metadata=_CONTRASTIVE)
+    temperature: float = field(default=0.5, metadata=_CONTRASTIVE)
+    projection_dim: int = field(default=64, metadata=_CONTRASTIVE)
+    gradient: Literal["exact", "upstream"] = field(default="exact", metadata=_CONTRASTIVE)
+    targets: tuple[str, ...] = field(default=(), metadata=_LABELLED)
+    kinds: dict[str, Kind] = field(default_factory=dict, metadata=_SUPERVISED)
+    kernel_sigma: float = field(default=5.0, metadata=_YAWARE)
+    mask_ratio: float = field(default=0.75, metadata=_MASKED)
+    mask_unit: Triple | None = field(default=None, metadata=_SIMMIM)
+    norm_pix_loss: bool = field(default=False, metadata=_MAE)
+    decoder_dim: int = field(default=512, metadata=_MAE)
+    decoder_depth: int = field(default=8, metadata=_MAE)
+    decoder_heads: int = field(default=16, metadata=_MAE)
+    picture_every: int = field(default=0, metadata=_MAE)
+    teacher: str | None = field(default=None, metadata=_DISTILL)
+    teacher_sha256: str | None = field(default=None, metadata=_DISTILL)
+    distill_loss: Literal["cosine", "smooth_l1"] = field(default="cosine", metadata=_DISTILL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_least(projection_dim=1, decoder_dim=6, decoder_depth=1, decoder_heads=1, picture_every=0)
         if not 0 < self.patients <= 1:
             raise ValueError(f"patients is {self.patients}, and must be a fraction above 0 and at most 1")
+        if self.sources and self.manifest:
+            raise ValueError("manifest and sources both say what to train on; give one of them")
+        check_fractions(self.sources)
         if self.init_sha256 is not None and self.init is None:
             raise ValueError("init_sha256 is of the weights that init names; give init too")
-        if self.picture_every and self.method != "mae":
-            raise ValueError("picture_every is for an MAE, which fills in what was hidden; leave it out")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}, and must be above 0")
+        if self.temperature <= 0 or self.kernel_sigma <= 0:
+            raise ValueError(
+                f"temperature is {self.temperature} and kernel_sigma {self.kernel_sigma}, and both must be above 0"
+            )
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}, and must be between 0 and 1")
         if self.batch_chunk is not None and not 0 < self.batch_chunk <= self.batch_size:
             raise ValueError(f"batch_chunk is {self.batch_chunk}, and must be between 1 and batch_size")
-        if self.batch_chunk is not None and self.method == "mae":
-            raise ValueError("batch_chunk is for SimCLR, whose loss compares scans; for an MAE make batch_size smaller")
-        if self.method == "simclr" and self.batch_size < 2:
-            raise ValueError("SimCLR compares scans with one another: batch_size must be at least 2")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Raise ValueError where a method has too little to learn from, or a field that is another's."""
+        for item in fields(self):
+            methods = methods_of(item)
+            if methods and self.method not in methods and getattr(self, item.name) != default_of(item):
+                raise ValueError(f"{item.name} is of {' and '.join(methods)}, not of {self.method}; leave it out")
+        if self.method in ("simclr", "yaware") and self.batch_size < 2:
+            raise ValueError(f"{self.method} compares scans with one another: batch_size must be at least 2")
+        if self.method == "supervised" and not self.targets:
+            raise ValueError("supervised learns columns of the manifest: name them, targets=age,sex")
+        if self.method == "yaware" and len(self.targets) != 1:
+            raise ValueError("yaware compares scans by one number of the manifest: name its column, targets=age")
+        if len(set(self.targets)) < len(self.targets) or "" in self.targets:
+            raise ValueError(f"targets are {', '.join(self.targets)}: name each column once")
+        if other := [name for name in self.kinds if name not in self.targets]:
+            raise ValueError(f"kinds names {other[0]!r}, which is none of the targets")
+        if self.method == "distill" and self.teacher is None:
+            raise ValueError("distill learns the features of another model: name it, teacher=MODEL")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """What `to_dict` described; targets may be text with commas. Raises ValueError as `Training.from_dict`."""
+        if isinstance(data.get("targets"), str):
+            data = {**data, "targets": [name.strip() for name in data["targets"].split(",")]}
+        return super().from_dict(data)
 
     def to_dict(self, *, sparse: bool = False) -> dict[str, Any]:
         """The recipe as plain data, what is learned first."""
         data = super().to_dict(sparse=sparse)
-        return {name: data.pop(name) for name in ("method", "model", "manifest", "output") if name in data} | data
+        first = ("method", "model", "manifest", "sources", "output")
+        return {name: data.pop(name) for name in first if name in data} | data
+
+
+def methods_of(item: Field[Any]) -> tuple[MethodName, ...]:
+    """The methods that use a field of `Recipe`; () is all."""
+    methods: tuple[MethodName, ...] = item.metadata.get("methods", ())
+    return methods
 
 
 def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a published run, or of a YAML file, with fields replaced.
 
     Args:
-        name: Such as "simclr_resnet18_3d", or a path that ends in .yaml.
+        name: Such as "simclr_resnet18_3d", or a path that ends in .yaml; "" is none, so that `overrides` name a method
+            and a model.
         overrides: Such as "batch_size=12" or "augmentation.flip=0"; values are YAML.
 
     Raises:
         RecipeError: No such recipe, an unknown key, or a value that cannot be; the message says which.
     """
     text = str(name)
+    if not text:
+        values = read_overrides({}, overrides)
+        if lacking := [key for key in ("method", "model") if key not in values]:
+            raise RecipeError(f"name a recipe, or give method=… and model=…; {' and '.join(lacking)} is not there")
+        return recipe_from_dict(values)
     path = Path(text) if text.endswith((".yaml", ".yml")) else RECIPES / f"{text}.yaml"
     known = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     if not path.is_file():

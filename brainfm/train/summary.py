@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from brainfm.contract import InputSpec
 from brainfm.errors import RecipeError, ScanError
 from brainfm.files import one_line
 from brainfm.inference import resolve_device
+from brainfm.manifest import ScanRecord
 from brainfm.train.checkpoint import read_newest
-from brainfm.train.data import count_patients
+from brainfm.train.data import patients_by_source
 from brainfm.train.loader import affordable_workers
 from brainfm.train.pretraining import data_hash, make_data, make_method, read_data, settled
-from brainfm.train.recipe import Recipe
+from brainfm.train.recipe import Recipe, methods_of
+from brainfm.train.sources import in_words
 
 _TRIED = 16  # scans that a dry run reads
 
@@ -34,27 +37,27 @@ def summarise(recipe: Recipe, world: int = 1) -> str:
     device = resolve_device(recipe.device)
     recipe, data = settled(recipe, device), make_data(recipe, records, spec)
     if recipe.init is not None:
-        make_method(recipe, spec)  # refuses weights of another network
-    patients = count_patients(records)
-    items, joined = len(records) if recipe.every_scan else patients, recipe.batch_size * world
+        make_method(recipe, spec, records)  # refuses weights of another network
+    items, joined = len(data), recipe.batch_size * world
     steps = items // joined
     if not steps:
         raise RecipeError(f"{items} patients do not fill one joined batch of {joined}; make batch_size smaller")
     files = [path for record in records for path in (*record.images.values(), record.mask) if path is not None]
     missing = [path for path in files if not Path(str(path)).exists()]
     lines = [
-        yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None).rstrip(),
+        yaml.safe_dump(_used(recipe), sort_keys=False, default_flow_style=None).rstrip(),
         "",
-        f"scans        {len(records):,} of {patients:,} patients ({recipe.manifest})",
+        f"scans        {in_words(records, patients_by_source(records))}",
         f"files        {len(missing):,} are not there" + (f", such as {missing[0]}" if missing else ""),
         f"steps        {steps:,} an epoch of {joined} (batch {recipe.batch_size} on {world} processes), "
         f"{steps * recipe.epochs:,} in all",
-        f"memory       about {estimated_memory(recipe, spec) / 1e9:.1f} GB a process, without what the libraries take",
+        f"memory       about {estimated_memory(recipe, spec, records) / 1e9:.1f} GB a process, "
+        "without what the libraries take",
     ]
     batch = recipe.batch_size * data.item_bytes
     workers = affordable_workers(recipe.workers, batch)
     lines.append(f"workers      {workers}, each with {batch / 1e9:.2g} GB a batch")
-    found = read_newest(Path(recipe.output) / "checkpoints", recipe, data_hash(records, data.root), joined)
+    found = read_newest(Path(recipe.output) / "checkpoints", recipe, data_hash(records, recipe.targets), joined)
     if found is not None and not recipe.resume:
         raise RecipeError(f"{recipe.output}: holds a run, and resume is false; give another output=, or remove it")
     if found is not None:
@@ -81,7 +84,13 @@ def try_scans(recipe: Recipe) -> tuple[int, dict[str, str]]:
     return len(chosen), refused
 
 
-def estimated_memory(recipe: Recipe, spec: InputSpec) -> float:
+def _used(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, without the fields of other methods."""
+    others = {item.name for item in fields(recipe) if recipe.method not in (methods_of(item) or (recipe.method,))}
+    return {key: value for key, value in recipe.to_dict().items() if key not in others}
+
+
+def estimated_memory(recipe: Recipe, spec: InputSpec, records: Sequence[ScanRecord] = ()) -> float:
     """Bytes of one process: weights, gradients, the optimiser's state, and the activations that a step keeps.
 
     Activations are counted on torch's meta device, as the outputs of all layers for one scan, times the scans that are
@@ -89,7 +98,7 @@ def estimated_memory(recipe: Recipe, spec: InputSpec) -> float:
     """
     shape = recipe.input_size or spec.output_shape[1:]  # type: ignore[index]
     with torch.device("meta"):
-        method = make_method(replace(recipe, batch_chunk=None, init=None, init_sha256=None), spec)
+        method = make_method(replace(recipe, batch_chunk=None, init=None, init_sha256=None), spec, records)
     outputs = 0
 
     def count(_: nn.Module, __: Any, output: Any) -> None:

@@ -27,9 +27,9 @@ from brainfm.train.checkpoint import Progress, read_newest, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
 from brainfm.train.distributed import ProcessGroup, synchronise_batch_norm
 from brainfm.train.loader import STOPPING, loading
-from brainfm.train.method import Method
 from brainfm.train.optim import learning_rate, make_optimiser
 from brainfm.train.recipe import Training
+from brainfm.train.step import Method
 
 logger = logging.getLogger("brainfm")
 

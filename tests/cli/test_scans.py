@@ -220,7 +220,7 @@ def test_interrupted_embed_says_that_it_goes_on(run, tmp_path, small_sample, mon
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["brainfm.embed"], "embed", interrupt)
+    monkeypatch.setattr(sys.modules["brainfm.embed"], "embed_files", interrupt)
     result = run("embed", small_sample[0], "-o", tmp_path / "out.csv", *SMALL)
     assert result.code == 130
     assert result.err == ["interrupted; what is finished is kept, and the same command goes on from there"]

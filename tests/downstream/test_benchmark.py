@@ -103,6 +103,29 @@ def test_report_and_splits_are_written(results):
     assert ("test_vit_3d/scratch", "covariates/covariates") in pairs  # each row is held against every control
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("synthetic", "synthetic volumes, drawn by a model and not of people; the numbers say nothing of patients"),
+        ("", ""),
+    ],
+)
+def test_page_says_what_is_no_scan_of_a_person(phantoms, tmp_path, source, said):
+    """By the manifest's column, where neither a path nor a README says it."""
+    shutil.copytree(phantoms.parent, tmp_path / "scans", ignore=shutil.ignore_patterns("README*", "*.csv"))
+    rows = [row | {"source": source} for row in rows_of(phantoms)]
+    with (tmp_path / "scans" / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    plan = Plan(models=("test_vit_3d",), modes=("prototype",), seeds=1, settings=SETTINGS, controls=False)
+    benchmark([read_task(load_task("phantom_sex"), tmp_path / "scans" / "manifest.csv")], plan, tmp_path / "out")
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "not people" not in text
+    assert said in text
+    assert ("nothing of patients" in text) == bool(said)
+
+
 def test_paired_difference_is_that_of_the_table(results):
     """The test of seed 0 alone could contradict the table, which is of all seeds."""
     scores = [

@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cohort(small_sample, tmp_path_factory) -> Path:
-    """A manifest of 12 patients, the first four with two scans each."""
+    """A manifest of 12 patients, the first four with two scans each, and labels, of which some are missing."""
     image, mask = (nib.load(path) for path in small_sample)
     values, brain = image.get_fdata(), np.asanyarray(mask.dataobj)
     folder = tmp_path_factory.mktemp("cohort")
@@ -27,12 +27,13 @@ def cohort(small_sample, tmp_path_factory) -> Path:
         shifted = changed.clip(1) * brain - 0.6 * values.max()  # as by WhiteStripe: the background is no longer 0
         nib.Nifti1Image(shifted.astype(np.float32), image.affine).to_filename(place / "t1.nii.gz")
         nib.Nifti1Image(brain, image.affine).to_filename(place / "mask.nii.gz")
-        rows.append([place / "t1.nii.gz", place / "mask.nii.gz", f"sub-{patient:02}"])
+        labels = [40 + 3 * patient if patient % 5 else "n/a", "MF"[patient % 2] if patient != 3 else "", "NSW"[n % 3]]
+        rows.append([place / "t1.nii.gz", place / "mask.nii.gz", f"sub-{patient:02}", *labels])
     with (folder / "manifest.csv").open("w", newline="") as file:
         csv.writer(file).writerows(
             [
-                ["image_path", "mask_path", "patient_id"],
-                *([p.relative_to(folder), m.relative_to(folder), i] for p, m, i in rows),
+                ["image_path", "mask_path", "patient_id", "age", "sex", "site"],
+                *([p.relative_to(folder), m.relative_to(folder), *rest] for p, m, *rest in rows),
             ]
         )
     return folder / "manifest.csv"

@@ -14,9 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 import brainfm
 from brainfm.train.data import Batch
 from brainfm.train.distributed import synchronise_batch_norm
-from brainfm.train.method import SimCLRMethod
 from brainfm.train.recipe import Recipe
-from brainfm.train.simclr import SimCLR
+from brainfm.train.simclr import SimCLR, SimCLRMethod
 
 BATCH, TEMPERATURE = 4, 0.5
 

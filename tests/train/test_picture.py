@@ -97,6 +97,6 @@ def test_picture_that_cannot_be_written_costs_a_warning(pretrain, monkeypatch, c
 
 
 def test_pictures_are_of_an_mae():
-    with pytest.raises(RecipeError, match="picture_every is for an MAE"):
+    with pytest.raises(RecipeError, match="picture_every is of mae, not of simclr"):
         load_recipe("simclr_resnet18_3d", ["picture_every=1"])
     assert load_recipe("mae_vit_tiny_3d").picture_every == 10

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors import safe_open
 
 import brainfm
 from brainfm.cli.main import main
@@ -154,6 +155,152 @@ def test_arguments_that_the_network_does_not_take_are_refused(argument, reason, 
     assert code == 1
     assert reason in said
     assert not run.exists()
+
+
+# --- Methods without a recipe ---------------------------------------------------------------------
+
+METHODS = {
+    "yaware": ["model=test_resnet_3d", "targets=age", "input_size=[16,16,16]"],
+    "simmim": ["model=test_vit_3d", "mask_unit=[8,8,8]", "input_size=[16,24,24]"],
+    "supervised": ["model=test_vit_3d", "targets=age,sex", "kinds.age=regression", "input_size=[16,24,24]"],
+    "distill": ["model=test_vit_3d", "teacher=test_resnet_3d", "distill_loss=smooth_l1"],
+}
+
+
+@pytest.fixture
+def by_method(cohort, tmp_path):
+    """A function (method, arguments) → exit code, output and folder of `python -m brainfm.train method=…`."""
+
+    def run(method, *arguments, manifest=cohort):
+        named = [f"manifest={manifest}", f"output={tmp_path / 'run'}", *FIELDS, *arguments]
+        done = CliRunner().invoke(main, ["pretrain", f"method={method}", *named])
+        return done.exit_code, done.output, tmp_path / "run"
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_and_model_alone_make_a_folder_and_the_same_command_leaves_it(method, by_method, small_sample):
+    code, said, run = by_method(method, *METHODS[method])
+    assert code == 0, said
+    model = brainfm.create_model(f"local-dir:{run / 'export'}")
+    assert model(brainfm.create_transform(model)(*small_sample)[None]).isfinite().all()
+    known = json.loads(cfg_of(run).recipe)
+    assert known["method"] == method
+    log = (run / "log.jsonl").read_bytes()
+    assert by_method(method, *METHODS[method])[0] == 0
+    assert (run / "log.jsonl").read_bytes() == log
+    code, said, _ = by_method(method, *METHODS[method], "lr=1e-2")
+    assert "lr was 0.0003" in said
+
+
+def test_heads_say_what_they_predict_and_other_labels_are_another_run(by_method, cohort, tmp_path):
+    _, _, run = by_method("supervised", *METHODS["supervised"])
+    with safe_open(run / "heads.safetensors", "pt") as file:
+        age, sex = json.loads(file.metadata()["provenance"])["targets"]
+        assert [file.get_tensor(f"heads.{n}.weight").shape[0] for n in range(2)] == [1, 1]
+    ages = [40 + 3 * (n % 12) for n in range(16) if n % 12 % 5]
+    assert (age["kind"], age["mean"]) == ("regression", pytest.approx(sum(ages) / len(ages)))
+    assert (sex["kind"], sex["classes"]) == ("binary", ["F", "M"])
+    assert "Labels: age, sex." in cfg_of(run).notes
+    other = cohort.with_name("relabelled.csv")
+    other.write_text(cohort.read_text().replace(",43,", ",44,"))
+    code, said, _ = by_method("supervised", *METHODS["supervised"], manifest=other)
+    assert code == 1
+    assert "other labels" in said
+
+
+def test_run_does_not_go_on_with_another_teacher_and_its_folder_names_it(by_method, tmp_path):
+    teacher = tmp_path / "teacher"
+    model = brainfm.create_model("test_resnet_3d", pretrained=True)
+    brainfm.save_for_hub(model, teacher)
+    named = ["model=test_vit_3d", f"teacher=local-dir:{teacher}"]
+    code, said, run = by_method("distill", *named)
+    assert code == 0, said
+    digest = file_sha256(teacher / "model.safetensors")
+    assert f"Its teacher is local-dir:teacher (sha256 {digest})." in cfg_of(run).notes
+    assert [cohort.name for cohort in cfg_of(run).cohorts] == ["brainfm phantoms of seed 0", "manifest"]
+    assert str(tmp_path) not in (run / "export" / "config.json").read_text()
+    with torch.no_grad():
+        model.conv1.weight.add_(1)
+    brainfm.save_for_hub(model, teacher)
+    code, said, _ = by_method("distill", *named)
+    assert code == 1
+    assert f"teacher_sha256 was {digest}" in said
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "reason"),
+    [
+        ("mae", ["model=densenet121_3d"], "an MAE needs a ViT, and densenet121_3d is a DenseNet"),
+        (
+            "mae",
+            ["model=brainiac_vit", "contract=test_vit_3d", "input_size=[32,48,48]"],
+            "brainiac_vit has no CLS token",
+        ),
+        ("simmim", ["model=test_resnet_3d"], "simmim needs a patch embedding"),
+        ("simmim", ["model=test_vit_3d", "mask_unit=[8,8,12]"], "must be a multiple of the network's patch, (8, 8, 8)"),
+        ("simmim", ["model=test_vit_3d", "mask_unit=[40,48,48]"], "give a smaller mask_unit"),
+        ("simclr", ["model=nit_3d"], "contract=simclr_resnet18_3d"),
+        ("simclr", ["model=nit_3d", "contract=test_vit_3d", "input_size=[20,24,24]"], "do not divide"),
+        ("simclr", ["model=minit_3d", "contract=test_vit_3d"], "blocks of (16, 16, 16) voxels do not divide"),
+        ("simclr", ["model=openmind_resencl", "contract=test_vit_3d"], "takes no views of 40×48×48 voxels (expected"),
+        ("distill", ["model=test_vit_3d", "teacher=sfcn_age"], "teacher=sfcn_age takes other input than the views"),
+        ("distill", ["model=test_vit_3d", "teacher=test_resnet_3d", "input_size=[16,24,24]"], "its operations is"),
+        ("distill", ["model=test_vit_3d", "teacher=nobody_3d"], "unknown model"),
+        ("supervised", ["model=test_vit_3d"], "targets=age,sex"),
+        ("supervised", ["model=test_vit_3d", "targets=age", "mask_ratio=0.5"], "mask_ratio is of mae and simmim"),
+        ("byol", ["model=test_vit_3d"], "method is 'byol'"),
+    ],
+)
+def test_method_and_network_that_do_not_go_together_are_refused_in_a_line_before_anything_is_read(
+    method, arguments, reason, by_method
+):
+    for also in ([], ["--dry-run"]):
+        code, said, run = by_method(method, *arguments, *also, manifest="nowhere.csv")
+        assert code == 1
+        assert reason in said
+        assert "nowhere.csv" not in said
+        assert len(said.strip().splitlines()) == 1
+        assert not run.exists()
+
+
+def test_column_that_is_not_there_is_refused_before_a_folder_is_made(by_method):
+    code, said, run = by_method("supervised", "model=test_vit_3d", "targets=Age")
+    assert code == 1
+    assert "no column 'Age'; it has age, sex, site" in said
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "others"),
+    [
+        ("yaware", "kernel_sigma: 5.0", "mask_ratio"),
+        ("simmim", "mask_unit: [8, 8, 8]", "targets"),
+        ("supervised", "targets: [age, sex]", "temperature"),
+        ("distill", "distill_loss: smooth_l1", "decoder_dim"),
+    ],
+)
+def test_dry_run_says_the_fields_of_its_method_alone(method, own, others, by_method):
+    code, said, run = by_method(method, *METHODS[method], "--dry-run")
+    assert code == 0, said
+    assert own in said
+    assert f"{others}:" not in said
+    assert "memory       about" in said
+    assert not run.exists()
+
+
+def test_weights_of_a_networks_own_contract_begin_a_run_on_that_of_another(by_method, tmp_path):
+    """As video's Swin-T does on MRI."""
+    model = brainfm.create_model("nit_3d")
+    brainfm.save_for_hub(model, tmp_path / "nit")
+    size = ["contract=test_vit_3d", "input_size=[16,24,24]"]
+    code, said, run = by_method("simclr", "model=nit_3d", f"init=local-dir:{tmp_path / 'nit'}", *size)
+    assert code == 0, said
+    ended = brainfm.create_model(f"local-dir:{run / 'export'}")
+    assert ended.pretrained_cfg.input_spec.output_shape == (1, 16, 24, 24)
+    assert ended.pretrained_cfg.input_spec.space == "MNI152NLin2009cSym"
+    assert ended.grid == (2, 3, 3)
 
 
 # --- Runs that have ended -------------------------------------------------------------------------

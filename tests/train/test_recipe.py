@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import brainfm
 from brainfm import RecipeError
 from brainfm.train.method import METHODS
 from brainfm.train.optim import LARS, learning_rate, make_optimiser
-from brainfm.train.recipe import RECIPES, load_recipe, recipe_from_dict
+from brainfm.train.recipe import RECIPES, MethodName, Recipe, load_recipe, methods_of, recipe_from_dict
 
 
 def test_published_runs_are_those_of_the_paper():
@@ -100,6 +102,13 @@ def test_overrides_are_yaml_and_reach_groups():
         ("epochs.flip=3", "epochs is 150, and no group"),
         ("method=byol", "'simclr' or 'mae'"),
         ("mask_ratio=1", "between 0 and 1"),
+        ("mask_ratio=0.8", "mask_ratio is of mae and simmim, not of simclr; leave it out"),
+        ("picture_every=5", "picture_every is of mae, not of simclr"),
+        ("targets=age", "targets is of supervised and yaware, not of simclr"),
+        ("teacher=test_resnet_3d", "teacher is of distill, not of simclr"),
+        ("method=supervised", "targets=age,sex"),
+        ("method=yaware", "name its column, targets=age"),
+        ("method=distill", "teacher=MODEL"),
         ("batch_chunk=9", "between 1 and batch_size"),
         ("batch_size=1", "at least 2"),
         ("warmup_epochs=151", "more than all"),
@@ -113,6 +122,42 @@ def test_overrides_are_yaml_and_reach_groups():
 def test_override_that_cannot_be_is_refused_with_the_reason(override, reason):
     with pytest.raises(RecipeError, match=reason):
         load_recipe("simclr_resnet18_3d", [override])
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (["method=mae"], "name a recipe, or give method=… and model=…; model is not there"),
+        ([], "method and model is not there"),
+        (["method=mae", "model=test_vit_3d", "batch_chunk=2"], "batch_chunk is of simclr and yaware, not of mae"),
+        (["method=yaware", "model=test_vit_3d", "targets=age,sex"], "one number"),
+        (["method=yaware", "model=test_vit_3d", "targets=age", "batch_size=1"], "at least 2"),
+        (["method=supervised", "model=test_vit_3d", "targets=age,age"], "each column once"),
+        (["method=supervised", "model=test_vit_3d", "targets=age", "kinds.sex=binary"], "'sex', which is none"),
+        (["method=supervised", "model=test_vit_3d", "targets=age", "kinds.age=number"], "'regression'"),
+        (["method=simmim", "model=test_vit_3d", "kernel_sigma=0"], "above 0"),
+    ],
+)
+def test_fields_without_a_recipe_are_refused_as_those_of_one(fields, reason):
+    with pytest.raises(RecipeError, match=reason):
+        load_recipe("", fields)
+
+
+def test_method_and_model_are_a_recipe_and_targets_text_or_a_list():
+    given = ["method=supervised", "model=test_vit_3d", "epochs=3"]
+    text, listed = (load_recipe("", [*given, f"targets={one}"]) for one in ("age, sex", "[age,sex]"))
+    assert text == listed == recipe_from_dict(text.to_dict())
+    assert (text.targets, text.epochs, text.lr) == (("age", "sex"), 3, 3e-4)
+
+
+def test_every_field_of_some_methods_names_known_ones_and_what_is_by_default_is_readable_by_all():
+    """Recipes and checkpoints of before list all fields, whatever the method."""
+    named = {name for item in fields(Recipe) for name in methods_of(item)}
+    assert named == set(METHODS) == set(get_args(MethodName))
+    needs = {"supervised": ["targets=age"], "yaware": ["targets=age"], "distill": ["teacher=test_resnet_3d"]}
+    for name in METHODS:
+        whole = load_recipe("", [f"method={name}", "model=test_vit_3d", *needs.get(name, [])])
+        assert recipe_from_dict(whole.to_dict()) == whole
 
 
 def test_unknown_recipe_names_the_nearest_and_a_file_that_is_none_is_refused(tmp_path):

@@ -191,5 +191,5 @@ def test_dry_run_of_a_sweep_says_what_each_variant_would_do(pretrain, tmp_path):
     assert code == 0
     assert said.count("tried  ") == 2
     assert " of 6 patients" in said
-    assert "16 of 12 patients" in said
+    assert "16 scans of 12 patients" in said
     assert not (tmp_path / "out").exists()

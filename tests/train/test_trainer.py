@@ -25,6 +25,7 @@ from brainfm.errors import RunInterruptedError
 from brainfm.files import held
 from brainfm.hub import convert
 from brainfm.train.data import Batch
+from brainfm.train.method import METHODS
 from brainfm.train.pretraining import pretrain
 from brainfm.train.recipe import load_recipe, recipe_from_dict
 from brainfm.train.summary import estimated_memory, summarise
@@ -52,6 +53,29 @@ MAE = SIMCLR | {
     "decoder_depth": 1,
     "decoder_heads": 4,
 }
+LABELS = {"targets": ["age", "sex", "site"], "kinds": {"age": "regression"}}
+SMALL = SIMCLR | {"input_size": [16, 16, 16]}
+BASES = {
+    "simclr": SIMCLR,
+    "mae": MAE,
+    "yaware": SMALL | {"method": "yaware", "targets": ["age"]},
+    "simmim": SIMCLR | {"method": "simmim", "model": "test_vit_3d", "mask_unit": [8, 8, 16], "input_size": None},
+    "supervised": SMALL | {"method": "supervised"} | LABELS,
+    "distill": SMALL | {"method": "distill", "teacher": "of the fixture"},
+}
+LATER = ["yaware", "simmim", "supervised", "distill"]  # methods, tested by less: what is beside them is the same
+
+
+@pytest.fixture(autouse=True, scope="module")
+def teacher(tmp_path_factory, small_spec):
+    """The packaged ResNet as if it had been trained on views of 16³ voxels."""
+    folder = tmp_path_factory.mktemp("teacher")
+    *before, zscore = small_spec.operations
+    shape = (16, 16, 16)
+    spec = replace(small_spec, operations=(*before, Resize(shape), zscore), output_shape=(1, *shape))
+    model = brainfm.create_model("test_resnet_3d", pretrained=True)
+    brainfm.save_for_hub(model, folder, pretrained_cfg_overlay={"input_spec": spec})
+    BASES["distill"]["teacher"] = f"local-dir:{folder}"
 
 
 @pytest.fixture
@@ -77,28 +101,33 @@ def log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("base", [SIMCLR, MAE], ids=["simclr", "mae"])
-def test_run_ends_in_a_folder_that_loads_with_what_is_known_of_it(base, recipe, tmp_path, cohort):
-    export = pretrain(recipe(base))
+SAID = {
+    "simclr": {"top1", "alignment", "uniformity"},
+    "yaware": {"top1", "alignment", "uniformity"},
+    "supervised": {"loss_age", "mae_age", "loss_sex", "accuracy_sex", "loss_site", "accuracy_site"},
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_run_ends_in_a_folder_that_loads_with_what_is_known_of_it(name, recipe, tmp_path, cohort):
+    base, method = BASES[name], METHODS[name]
+    epochs = 1 if name in LATER else 3
+    export = pretrain(recipe(base, epochs=epochs))
     lines = log(tmp_path / "run")
-    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert [line["step"] for line in lines] == list(range(1, 3 * epochs + 1))
     wanted = {"loss", "lr", "grad_norm", "scans_per_s", "data_fraction", "data_s", "step_s", "peak_memory_gb", "epoch"}
-    wanted |= {"top1", "alignment", "uniformity"} if base is SIMCLR else set()
+    wanted |= SAID.get(name, set())
     assert wanted < lines[0].keys()
     model = brainfm.create_model(f"local-dir:{export}")
     trained = network(tmp_path / "run")
     for key, value in model.state_dict().items():
-        assert torch.equal(value, trained[f"encoder.{key}" if base is SIMCLR else key])
+        assert torch.equal(value, trained[key if name == "mae" else f"encoder.{key}"])
     cfg = model.pretrained_cfg
-    assert (cfg.ssl_method, cfg.cohorts[0].patients, cfg.cohorts[0].scans) == (
-        "SimCLR" if base is SIMCLR else "MAE",
-        12,
-        16,
-    )
+    assert (cfg.ssl_method, cfg.cohorts[0].patients, cfg.cohorts[0].scans) == (method.name, 12, 16)
     assert "16 scans of 12 patients (manifest)" in cfg.notes
     assert cfg.licence is None
     assert str(tmp_path) not in (export / "config.json").read_text() + (export / "README.md").read_text()
-    aside = tmp_path / "run" / ("projector.safetensors" if base is SIMCLR else "decoder.safetensors")
+    aside = tmp_path / "run" / f"{method.aside[0]}.safetensors"
     assert len(brainfm.weights.read_checkpoint(aside).state) > 1
     again = convert(tmp_path / "run" / "checkpoints" / "last.pt", tmp_path / "again", base["model"])
     assert same(brainfm.create_model(f"local-dir:{again}").state_dict(), model.state_dict())
@@ -150,7 +179,7 @@ def ranks(world, runs, tmp_path, code=STEPS, fails=False):
     assert (done.returncode != 0) == fails, done.stderr
 
 
-OF_TWO = {"simclr": (SIMCLR, False), "checkpointed": (SIMCLR, True), "mae": (MAE, False)}
+OF_TWO = {name: (base, name == "simmim") for name, base in BASES.items()} | {"checkpointed": (SIMCLR, True)}
 
 
 def of_one_epoch(cohort, base, folder, **fields):
@@ -185,7 +214,7 @@ def test_two_processes_end_with_the_weights_of_one_with_the_joined_batch(name, o
 
 def test_batch_in_chunks_has_the_gradient_of_the_whole_batch(recipe):
     """Of the loss: with BatchNorm's statistics held still, nothing else differs."""
-    from brainfm.train.method import SimCLRMethod
+    from brainfm.train.simclr import SimCLRMethod
 
     def gradients(chunk):
         torch.manual_seed(0)
@@ -206,7 +235,7 @@ def test_batch_in_chunks_has_the_gradient_of_the_whole_batch(recipe):
 
 @pytest.mark.parametrize(("views", "passes"), [("joint", 1), ("separate", 2)])
 def test_chunks_count_each_scan_once_in_the_running_statistics(views, passes, recipe):
-    from brainfm.train.method import SimCLRMethod
+    from brainfm.train.simclr import SimCLRMethod
 
     settings = recipe(batch_size=6, batch_chunk=2, views=views)
     method = SimCLRMethod(settings, brainfm.create_model("test_resnet_3d"))
@@ -218,9 +247,12 @@ def test_chunks_count_each_scan_once_in_the_running_statistics(views, passes, re
 # --- Interrupted and resumed ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("started", ["now", "before"])
-def test_signal_stops_after_a_step_and_the_same_command_ends_bit_identical(started, recipe, tmp_path, monkeypatch):
-    pretrain(recipe(output=str(tmp_path / "whole")))
+@pytest.mark.parametrize(("name", "started"), [("simclr", "now"), ("simclr", "before"), *((n, "now") for n in LATER)])
+def test_signal_stops_after_a_step_and_the_same_command_ends_bit_identical(
+    name, started, recipe, tmp_path, monkeypatch
+):
+    fields = BASES[name] | {"epochs": 3 if name == "simclr" else 2}
+    pretrain(recipe(fields, output=str(tmp_path / "whole")))
     from brainfm.train import trainer
 
     step = trainer.Trainer._step
@@ -234,14 +266,14 @@ def test_signal_stops_after_a_step_and_the_same_command_ends_bit_identical(start
     monkeypatch.setattr(trainer.Trainer, "_step", stopped)
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(RunInterruptedError, match="epoch 2, step 2"):
-        pretrain(recipe())
+        pretrain(recipe(fields))
     assert signal.getsignal(signal.SIGUSR1) is before
     monkeypatch.undo()
     if started == "before":
         _as_written_before(tmp_path / "run")
-    pretrain(recipe())
+    pretrain(recipe(fields))
     assert same(network(tmp_path / "run"), network(tmp_path / "whole"))
-    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 10))
+    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 3 * fields["epochs"] + 1))
     assert [line["loss"] for line in log(tmp_path / "run")] == [line["loss"] for line in log(tmp_path / "whole")]
     assert all("data_fraction" in line and "data_share" not in line for line in log(tmp_path / "run"))
 
@@ -251,7 +283,8 @@ def _as_written_before(folder: Path) -> None:
     path = folder / "checkpoints" / "last.pt"
     content = torch.load(path, weights_only=True)
     content["recipe"]["max_bad_share"] = content["recipe"].pop("max_bad_fraction")
-    for key in ("patients", "model_args", "init", "init_sha256", "picture_every"):
+    later = {"contract", "targets", "kinds", "kernel_sigma", "mask_unit", "teacher", "teacher_sha256", "distill_loss"}
+    for key in ("patients", "model_args", "init", "init_sha256", "picture_every", *later):
         del content["recipe"][key]
     torch.save(content, path)
     lines = (folder / "log.jsonl").read_text()
@@ -423,9 +456,9 @@ def test_gradient_that_depends_on_the_processes_does_not_go_on_with_others(recip
 
 
 def test_loss_that_is_not_finite_stops_with_the_scans_of_the_batch(recipe, monkeypatch):
-    from brainfm.train import method
+    from brainfm.train import simclr
 
-    monkeypatch.setattr(method, "nt_xent_loss", lambda z_i, z_j, *rest: (z_i - z_i.detach()).sum() * float("nan"))
+    monkeypatch.setattr(simclr, "nt_xent_loss", lambda z_i, z_j, *rest: (z_i - z_i.detach()).sum() * float("nan"))
     with pytest.raises(BrainfmError, match=r"the loss is nan .* epoch 1, step 1.*t1\.nii\.gz"):
         pretrain(recipe())
 
@@ -468,7 +501,7 @@ def test_dry_run_of_a_published_recipe_says_what_it_would_do(name, tmp_path):
     recipe = load_recipe(name, [f"manifest={tmp_path / 'many.csv'}", "output=x"])
     text = summarise(recipe, world=4)
     assert f"model: {name}" in text
-    assert "1,000 of 400 patients" in text
+    assert "1,000 scans of 400 patients (many)" in text
     assert "2,000 are not there, such as" in text
     joined = recipe.batch_size * 4
     assert f"{400 // joined:,} an epoch of {joined}" in text
