@@ -27,7 +27,12 @@ def cache_group() -> None:
 @click.argument("folder", metavar="DIR")
 @click.option("--model", default="simclr_resnet18_3d", show_default=True, help="Whose input contract to build for.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
-def cache_build(manifest: str, folder: str, model: str, workers: int) -> None:
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Write the I-th of N equal parts of the scans, beside others that write theirs; slurm is its array's task.",
+)
+def cache_build(manifest: str, folder: str, model: str, workers: int, shard: str | None) -> None:
     """Write every scan of MANIFEST to DIR once, cropped and masked, so that training reads any crop of it quickly.
 
     MANIFEST may be a folder of video clips, or one of Kinetics' lists of them.
@@ -35,6 +40,7 @@ def cache_build(manifest: str, folder: str, model: str, workers: int) -> None:
     cannot be read are listed, and the exit code is 1.
     """
     import brainfm
+    from brainfm.shards import Shard
     from brainfm.train.cache import build_cache
     from brainfm.train.sources import read_source
 
@@ -42,7 +48,8 @@ def cache_build(manifest: str, folder: str, model: str, workers: int) -> None:
     if spec is None:
         raise brainfm.BrainfmError(f"{model} has no input contract to build a cache for")
     records, root = read_source(manifest)
-    report = build_cache(records, folder, spec, root=root, workers=workers, progress=True)
+    part = Shard.of(shard) if shard else None
+    report = build_cache(records, folder, spec, root=root, workers=workers, shard=part, progress=True)
     click.echo(f"{folder}: {report.written} scans written, {report.found} were there, {len(report.refused)} refused")
     for reason in list(report.refused.values())[:10]:
         click.echo(f"ScanError: {reason}", err=True)

@@ -1,10 +1,10 @@
 """A cache of scans for training: each read, checked and cropped once; then any crop of it is a few reads.
 
-A cache is a folder: `cache.json` says for which contract it was built, `index.jsonl` has a line a scan, and `scans/`
-two arrays a scan: `<key>.image.npy`, uint16 [z, y, x], or of several channels [C, z, y, x], in steps that the index has
-from the channel's lowest intensity to its highest; and `<key>.mask.npy`, eight voxels a byte along the last axis. Both
-are memory-mapped. The image is as stored outside the brain too: the released code augments it so, and a crop that is
-resized or turned mixes the brain's rim with what is around it.
+A cache is a folder: `cache.json` says for which contract it was built, `index.jsonl` (of a shard `index.3-of-8.jsonl`)
+has a line a scan, and `scans/` two arrays a scan: `<key>.image.npy`, uint16 [z, y, x], or of several channels
+[C, z, y, x], in steps that the index has from the channel's lowest intensity to its highest; and `<key>.mask.npy`, eight
+voxels a byte along the last axis. Both are memory-mapped. The image is as stored outside the brain too: the released
+code augments it so, and a crop that is resized or turned mixes the brain's rim with what is around it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from torch import Tensor
 
 from brainfm.contract import InputSpec, ZScore
 from brainfm.errors import BrainfmError, ScanError
-from brainfm.files import atomic_path, file_state, held, progress_bar, write_json, write_text
+from brainfm.files import atomic_path, file_state, held, progress_bar, sweep, write_json, write_text
 from brainfm.manifest import ScanRecord
 from brainfm.scan import load_scan
 from brainfm.schema import Checked
+from brainfm.shards import Shard
 from brainfm.sources import is_clip
 from brainfm.train.video import check_readers, read_volume
 
+INDEX = "index.jsonl"
 _FORMAT = 2  # 1 held 0 outside the brain, as float16
 _LEVELS = 2**16 - 1  # steps of a uint16
 
@@ -116,6 +118,7 @@ def build_cache(
     *,
     root: str | os.PathLike[str] = ".",
     workers: int = 1,
+    shard: Shard | None = None,
     progress: bool = False,
 ) -> CacheReport:
     """Write every scan of a list to a cache. A scan that is there already is left, unless its file has changed.
@@ -126,6 +129,7 @@ def build_cache(
         spec: The input contract; a cache of another one is refused.
         root: The folder that the scans' keys are relative to: the manifest's, so that data and manifest can move.
         workers: Processes.
+        shard: Which of several equal parts of the scans to write. Shards share the folder, and none locks it.
         progress: Show a progress bar.
 
     Raises:
@@ -135,13 +139,20 @@ def build_cache(
     check_readers(records)
     folder = Path(folder)
     (folder / "scans").mkdir(parents=True, exist_ok=True)
+    if shard is not None:
+        sweep(folder)
+        mine = [records[n] for n in shard.numbers(len(records))]
+        return _build(
+            mine, folder, folder / f"index.{shard.index + 1}-of-{shard.count}.jsonl", spec, root, workers, progress
+        )
     with held(folder):
-        return _build(records, folder, spec, root, workers, progress)
+        return _build(records, folder, folder / INDEX, spec, root, workers, progress)
 
 
 def _build(
     records: Sequence[ScanRecord],
     folder: Path,
+    index: Path,
     spec: InputSpec,
     root: str | os.PathLike[str],
     workers: int,
@@ -150,19 +161,20 @@ def _build(
     if (folder / "cache.json").is_file() and next((folder / "scans").glob("*.image.npy"), None) is not None:
         _check_contract(folder, spec)
     else:  # a cache without one scan, such as of a build by the wrong contract, stands in nobody's way
-        (folder / "index.jsonl").unlink(missing_ok=True)
+        index.unlink(missing_ok=True)
         write_json(folder / "cache.json", {"format": _FORMAT, "contract": before_normalisation(spec).to_dict()})
     known = _read_index(folder)
     jobs = [(key_of(record, root), record) for record in records]
     todo = [(key, record) for key, record in jobs if not _is_current(folder, known.get(key), key, record)]
     found = len(jobs) - len(todo)
-    with (folder / "index.jsonl").open("a", encoding="utf-8") as index:
+    with index.open("a", encoding="utf-8") as lines:
         written = _written(todo, folder, spec, workers)
         for entry in progress_bar(written, total=len(todo), unit="scan", doing="caching", shown=progress):
             known[entry.key] = entry
-            index.write("\n" + _line(entry))
-            index.flush()
-    write_text(folder / "index.jsonl", "\n".join(map(_line, known.values())) + "\n")
+            lines.write("\n" + _line(entry))
+            lines.flush()
+    own = known.values() if index.name == INDEX else [known[key] for key, _ in jobs]
+    write_text(index, "\n".join(map(_line, own)) + "\n")
     refused = {record.name: error for key, record in jobs if (error := known[key].error) is not None}
     return CacheReport(sum(known[key].error is None for key, _ in todo), found, refused)
 
@@ -298,15 +310,15 @@ def _line(entry: _Entry) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, _Entry]:
-    """The last line of each key; a line that was being written when a build was killed is not one."""
+    """The last line of each key, in the newest index; one that was being written when a build was killed is none."""
     entries: dict[str, _Entry] = {}
-    path = folder / "index.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            entry = _Entry.from_dict(json.loads(line))
-        except ValueError:
-            continue
-        entries[entry.key] = entry
+    for path in sorted(folder.glob("index*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = _Entry.from_dict(json.loads(line))
+            except ValueError:
+                continue
+            entries[entry.key] = entry
     return entries
 
 

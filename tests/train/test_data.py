@@ -25,6 +25,7 @@ from brainfm.cli.main import main
 from brainfm.files import held
 from brainfm.manifest import ScanRecord, list_scans, read_manifest
 from brainfm.phantom import make_cohort, make_phantom
+from brainfm.shards import Shard
 from brainfm.train.augment import Augmentation, View, draw_view
 from brainfm.train.cache import ScanCache, build_cache, key_of, read_whole
 from brainfm.train.data import _VIEW, EpochSampler, PretrainingData, collate, count_patients, stream
@@ -194,6 +195,20 @@ def test_build_that_was_killed_goes_on(records, small_spec, tmp_path, cohort):
     report = build_cache(records[:4], tmp_path, small_spec, root=cohort.parent, workers=2)
     assert (report.written, report.found) == (2, 2)
     assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 4
+
+
+def test_shards_build_the_cache_of_one_build_side_by_side(cache, records, cohort, small_spec, tmp_path):
+    for shard in ("2/3", "1/3", "3/3", "2/3"):
+        report = build_cache(records, tmp_path, small_spec, root=cohort.parent, shard=Shard.of(shard))
+        assert report.written + report.found == len(Shard.of(shard).numbers(len(records)))
+    assert report.written == 0  # the second time
+    whole, parts = (ScanCache(folder, small_spec) for folder in (cache, tmp_path))
+    assert parts._levels == whole._levels
+    for key in whole._levels:
+        for name in ("image", "mask"):
+            place = f"scans/{key}.{name}.npy"
+            assert (tmp_path / place).read_bytes() == (cache / place).read_bytes()
+    assert build_cache(records, tmp_path, small_spec, root=cohort.parent).found == len(records)
 
 
 def test_second_build_of_a_cache_is_refused_while_the_first_lasts(records, small_spec, tmp_path):
