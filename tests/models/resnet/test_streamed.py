@@ -9,7 +9,7 @@ from torch import nn
 
 import brainfm
 from brainfm.models.resnet import ResNet, streamed
-from brainfm.models.resnet.winograd import Direct
+from brainfm.models.fast.winograd import Direct
 
 
 def scrambled(model: nn.Module) -> nn.Module:
