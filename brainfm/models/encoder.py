@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from brainfm.contract import Triple
-from brainfm.models.fast.chain import Chained
+from brainfm.models.fast.chain import Chained, Together
 from brainfm.models.fast.folding import fold_batch_norms, weights_made_anew
 from brainfm.pretrained import PretrainedCfg
 
@@ -320,16 +320,19 @@ class Encoder(nn.Module, ABC):
         channels-last, and where a family says what of it are chains of layers (`fast.chain`), BatchNorms in them are
         folded, and they are computed together. Hooks on modules within a chain are not called then.
         """
-        if not any(isinstance(module, Chained) for module in self.modules()):
-            return computing_in(self._copy_for_inference(), dtype)
-        shared = weights_made_anew(self)
+        chained = any(isinstance(module, Chained) for module in self.modules())
+        shared = weights_made_anew(self) if chained else {}
         fast = self._copy_for_inference(shared)
-        fold_batch_norms(fast, dtype)
+        done: list[str] = []
+        if shared:
+            fold_batch_norms(fast, dtype)
+            done.append("BatchNorm folded")
         for module in fast.modules():
-            if isinstance(module, Chained):
+            if isinstance(module, Together):
                 module.together = True
-        done = ("BatchNorm folded",) if shared else ()
-        return computing_in(fast, dtype, (*done, "chains of layers computed together (unless traced)"))
+                if module.faster not in done:
+                    done.append(module.faster)
+        return computing_in(fast, dtype, tuple(done))
 
     def _copy_for_inference(self, shared: dict[int, Any] | None = None) -> Encoder:
         """A copy in eval mode without gradients; `shared` are parts that it need not copy, by their ids."""
