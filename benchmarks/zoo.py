@@ -138,7 +138,10 @@ def measured(name: str, rounds: int) -> dict[str, object]:
     with torch.inference_mode():
         found, seconds = timed(ways, x, rounds)
         wanted = plain(x) if isinstance(ways["upstream"], OfMonai) else found["upstream"]
-    memory = {way: alone(__file__, "--measure", way, "--models", name, "--threads", str(torch.get_num_threads())) for way in ways}
+    memory = {
+        way: alone(__file__, "--measure", way, "--models", name, "--threads", str(torch.get_num_threads()))
+        for way in ways
+    }
 
     return {
         "model": name,
@@ -203,9 +206,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     names = [
-        name
-        for name in brainfm.list_models()
-        if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.models)
+        name for name in brainfm.list_models() if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.models)
     ]
     if arguments.measure:
         before = peak_memory()

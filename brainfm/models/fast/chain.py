@@ -186,8 +186,10 @@ def _act(layer: nn.Module, x: Tensor) -> Tensor:
 def _halves(layer: nn.Module) -> bool:
     """Whether it is a pool of 2×2×2 voxels, which an even number of planes needs no others for."""
     pools = isinstance(layer, (nn.MaxPool3d, nn.AvgPool3d))
-    return pools and all(_triple(size) == wanted for size, wanted in
-        ((layer.kernel_size, (2, 2, 2)), (layer.stride, (2, 2, 2)), (layer.padding, (0, 0, 0))))
+    return pools and all(
+        _triple(size) == wanted
+        for size, wanted in ((layer.kernel_size, (2, 2, 2)), (layer.stride, (2, 2, 2)), (layer.padding, (0, 0, 0)))
+    )
 
 
 def _halved(pool: nn.Module, planes: Tensor) -> Tensor:

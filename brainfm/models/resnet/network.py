@@ -190,5 +190,3 @@ def _dilate(blocks: nn.Module, dilation: int) -> None:
         if shortcut is not None and not isinstance(shortcut, nn.Module):
             arguments = shortcut.keywords
             block.downsample = PaddedShortcut(arguments["planes"], 1 if dilation > 1 else arguments["stride"])
-
-
