@@ -36,6 +36,7 @@ class OfMonai(nn.Module):
         self.network, self.embedding = network, embedding
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, D, H, W] → the embedding."""
         return self.embedding(self.network, x)
 
 
@@ -111,7 +112,7 @@ def volume(name: str) -> Tensor:
 def timed(
     ways: dict[str, nn.Module], x: Tensor, rounds: int
 ) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
-    """Embeddings; median seconds of the processor and of the clock of each way, taking turns. The first round warms up."""
+    """Embeddings, and median seconds of the processor and of the clock, of ways that take turns; a round warms up."""
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     outputs: dict[str, Tensor] = {}
     count = 0
@@ -153,11 +154,6 @@ def measured(name: str, rounds: int) -> dict[str, object]:
         "error": float((found["optimize"] - wanted).norm() / wanted.norm()),
         "done": list(getattr(ways["optimize"], "optimizations", ())),
     }
-
-
-def _same(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return brainfm.create_model(name)
 
 
 def cells(row: dict) -> tuple[str, ...]:

@@ -75,7 +75,8 @@ class Mixture(Together):
     """Experts, of whose outputs a gate makes a sum, beside one for all tokens: [B, N, dim] → the same.
 
     In training, and where the program is written down, every expert sees every token, so that shapes do not depend on
-    numbers: twice the work of a common MLP, as the experts are small. In a copy for inference it sees its own tokens. `counts`, of how often each was chosen in training, is the file's.
+    numbers: twice the work of a common MLP, as the experts are small. In a copy for inference it sees its own tokens.
+    `counts`, of how often each was chosen in training, is the file's.
     """
 
     counts: Tensor
