@@ -107,7 +107,7 @@ class WindowAttention(nn.Module):
 def _in_windows(x: Tensor, window: Sequence[int]) -> Tensor:
     """A view of cells [B, d, h, w, C] by their windows: [B, windows along each axis, cells along each axis, C]."""
     for axis, n in zip((3, 2, 1), reversed(window), strict=True):
-        x = x.unflatten(axis, (-1, n))
+        x = x.unflatten(axis, (-1, n))  # type: ignore[no-untyped-call]
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7)
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.models.fast.winograd import TILE, Winograd4
+from brainfm.models.fast.winograd import TILE, Winograd4, geometry, outputs
 
 _SLAB = 1 << 20  # values of a slab, where nothing else says how many planes it has: about what a cache holds
 _WINOGRAD_FROM = 3000  # voxels of a map: in a smaller one its kernels' transforms cost more than they save
@@ -100,7 +100,7 @@ class Moments:
 
     def add(self, volume: int, slab: Tensor) -> None:
         """Values [..., C] of a volume of the batch."""
-        for values in slab.reshape(-1, slab.shape[-1]).split(max(1, _SLAB // 4 // slab.shape[-1])):
+        for values in slab.reshape(-1, slab.shape[-1]).split(max(1, _SLAB // 4 // slab.shape[-1])):  # type: ignore[no-untyped-call]
             near = values.mean(dim=0)
             apart = values - near
             rest = apart.mean(dim=0)  # of rounding: a channel may be the same everywhere, and is to have that mean
@@ -133,20 +133,21 @@ class _Scaling:
     @classmethod
     def of(cls, norm: Any, batch: int, moments: Moments | None) -> _Scaling:
         if isinstance(norm, nn.BatchNorm3d):
-            mean, variance = norm.running_mean.double().expand(batch, -1), norm.running_var.double().expand(batch, -1)
+            statistics: Any = norm.running_mean, norm.running_var
+            mean, variance = (value.double().expand(batch, -1) for value in statistics)
         else:
             assert moments is not None
             groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else moments.mean.shape[1]
-            means = moments.mean.unflatten(1, (groups, -1))
+            means = moments.mean.unflatten(1, (groups, -1))  # type: ignore[no-untyped-call]
             mean = means.mean(dim=2, keepdim=True)
             count = torch.tensor(moments.count, dtype=torch.float64)[:, None, None]
-            variance = (moments.squares.unflatten(1, (groups, -1)) / count + (means - mean) ** 2).mean(2, keepdim=True)
+            variance = (moments.squares.unflatten(1, (groups, -1)) / count + (means - mean) ** 2).mean(2, keepdim=True)  # type: ignore[no-untyped-call]
             mean, variance = mean.expand_as(means).flatten(1), variance.expand_as(means).flatten(1)
         scale = (variance + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * norm.weight
         shift = torch.zeros_like(mean) if norm.bias is None else norm.bias.expand_as(mean)
-        return cls(*(part.float()[:, None, None, None] for part in (mean, scale, shift)))
+        return cls(*(part.float()[:, None, None, None] for part in (mean, scale, shift)))  # type: ignore[arg-type]
 
     def __call__(self, values: Tensor, volumes: slice, out: Tensor) -> Tensor:
         """Write the values [b, ..., C] of some volumes, as they are after norm and activation, to `out`."""
@@ -197,7 +198,7 @@ def _halved(pool: nn.Module, planes: Tensor) -> Tensor:
     is_mean = isinstance(pool, nn.AvgPool3d)
     join = torch.add if is_mean else torch.maximum
     for axis in range(3):
-        pairs = planes.narrow(axis, 0, planes.shape[axis] // 2 * 2).unflatten(axis, (-1, 2))
+        pairs = planes.narrow(axis, 0, planes.shape[axis] // 2 * 2).unflatten(axis, (-1, 2))  # type: ignore[no-untyped-call]
         planes = join(pairs.select(axis + 1, 0), pairs.select(axis + 1, 1))
     return planes.mul_(1 / 8) if is_mean else planes
 
@@ -329,10 +330,7 @@ def _convolved(maps: Tensor, conv: nn.Conv3d, before: Any, after: _After) -> Ten
     slabs = _slabs(conv, maps)
     if slabs is None:
         return _whole(maps if before is None else _ended(maps, before, ours=False), conv, after)
-    size = tuple(
-        (n + 2 * int(margin) - kernel) // stride + 1
-        for n, kernel, stride, margin in zip(maps.shape[1:4], conv.kernel_size, conv.stride, conv.padding, strict=True)
-    )
+    size = tuple(outputs(n, conv) for n in maps.shape[1:4])  # kernels of slabs are cubes
     pools = sum(map(_halves, after.layers))
     out = maps.new_empty(len(maps), *(n >> pools for n in size), conv.out_channels)
     for volume, made in enumerate(out):
@@ -372,8 +370,8 @@ def _slabs(conv: nn.Conv3d, maps: Tensor) -> Any:
 
 def _whole(maps: Tensor, conv: nn.Conv3d, after: _After) -> Tensor:
     x = maps.permute(0, 4, 1, 2, 3)
-    if torch.backends.mkldnn.is_available():  # which torch does not take by itself where it has one thread
-        arguments = conv.padding, conv.stride, conv.dilation, conv.groups
+    if torch.backends.mkldnn.is_available():  # which torch does not take by itself where it has one thread  # type: ignore[no-untyped-call]
+        arguments: Any = conv.padding, conv.stride, conv.dilation, conv.groups
         made = torch.mkldnn_convolution(x, conv.weight, conv.bias, *arguments)
     else:
         made = F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -392,7 +390,7 @@ def _part(out: Tensor, first: int, size: Sequence[int]) -> Tensor:
 def _pointwise(maps: Tensor, volume: int, conv: nn.Conv3d, before: _Before | None, out: Tensor) -> Iterator[Tensor]:
     weight = conv.weight.flatten(1).t()
     first = 0
-    for planes in maps[volume].split(_planes(maps[0, 0])):
+    for planes in maps[volume].split(_planes(maps[0, 0])):  # type: ignore[no-untyped-call]
         if before is not None:
             planes = before(planes[None], slice(volume, volume + 1), torch.empty_like(planes[None]))[0]
         slab = _part(out, first, (*planes.shape[:3], conv.out_channels))
@@ -415,15 +413,14 @@ def _of_few_channels(
     x = maps[volume : volume + 1]
     if before is not None:
         x = before(x, slice(volume, volume + 1), torch.empty_like(x))
-    (kernel, *_), (stride, *_), (margin, *_) = conv.kernel_size, conv.stride, conv.padding
-    margin = int(margin)
+    kernel, stride, margin = geometry(conv)
     x = F.pad(x[0].permute(0, 3, 1, 2), (margin,) * 2 + (margin,) * 2 + (0, 0) + (margin,) * 2)  # [D, C, H, W]
     weight = conv.weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
     windows = x.unfold(0, kernel, stride).permute(0, 4, 1, 2, 3)  # [outputs, kernel, C, H, W]
     rows, columns = ((n - kernel) // stride + 1 for n in x.shape[2:])
     filled = (x != 0).any(dim=1)  # [D, H, W]
     first = 0
-    for some in windows.split(TILE):
+    for some in windows.split(TILE):  # type: ignore[no-untyped-call]
         slab = _part(out, first, (len(some), rows, columns, conv.out_channels))
         under = filled[first * stride : (first + len(some) - 1) * stride + kernel].any(dim=0)
         box = [_reached(under.any(dim=axis), kernel, stride, n) for axis, n in ((1, rows), (0, columns))]
@@ -472,7 +469,7 @@ def _winograd(maps: Tensor, volume: int, conv: nn.Conv3d, before: _Before | None
         slab = _part(out, first, (count, rows, columns, conv.out_channels))
         whole = slab if count == TILE * tiles else slab.new_empty(TILE * tiles, *slab.shape[1:])
         # Tiles are as volumes of a batch.
-        way([planes[n::TILE][:tiles] for n in range(TILE + 2)], whole.unflatten(0, (tiles, TILE)))
+        way([planes[n::TILE][:tiles] for n in range(TILE + 2)], whole.unflatten(0, (tiles, TILE)))  # type: ignore[no-untyped-call]
         if whole is not slab:
             slab.copy_(whole[:count])
         yield slab
