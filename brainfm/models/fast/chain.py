@@ -370,7 +370,8 @@ def _slabs(conv: nn.Conv3d, maps: Tensor) -> Any:
 
 def _whole(maps: Tensor, conv: nn.Conv3d, after: _After) -> Tensor:
     x = maps.permute(0, 4, 1, 2, 3)
-    if torch.backends.mkldnn.is_available():  # which torch does not take by itself where it has one thread  # type: ignore[no-untyped-call]
+    # torch does not take oneDNN's by itself where it has one thread.
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         arguments: Any = conv.padding, conv.stride, conv.dilation, conv.groups
         made = torch.mkldnn_convolution(x, conv.weight, conv.bias, *arguments)
     else:
