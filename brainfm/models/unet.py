@@ -129,8 +129,8 @@ def _two_convolutions(before: int, between: int, after: int, groups: int) -> Cha
     )
 
 
-def _convolution(before: int, after: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(
+def _convolution(before: int, after: int, groups: int) -> Chain:
+    return Chain(
         OrderedDict(
             groupnorm=nn.GroupNorm(1 if before % groups else groups, before),
             conv=nn.Conv3d(before, after, 3, padding=1, bias=False),

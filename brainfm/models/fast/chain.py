@@ -53,7 +53,7 @@ class Chained(Together):
         """`last(layers(x) + added)` of a map [B, C, D, H, W]; nothing of x or `added` is written to."""
         if self.together and is_plain(x):
             return _together([*_leaves(layers)], x, added, last)
-        for layer in _leaves(layers):
+        for layer in layers:
             # torch's (2.13) GroupNorm of channels-last maps adds up in float32: on a head it is off by percents.
             x = layer(x.contiguous() if isinstance(layer, nn.GroupNorm) else x)
         if added is not None:

@@ -145,3 +145,12 @@ def test_moments_are_those_of_all_slabs():
     torch.testing.assert_close(moments.mean, wide.mean(dim=1), rtol=1e-7, atol=1e-8)
     torch.testing.assert_close(moments.squares, ((wide - wide.mean(1, keepdim=True)) ** 2).sum(1), rtol=1e-4, atol=0)
     assert moments.count == [9 * 11 * 13] * 2
+
+
+def test_layers_of_a_plain_network_are_called_as_modules():
+    """So that hooks on any of them are called, in a chain within a chain too."""
+    chain, called = Chain(Chain(conv(2, 4), relu()), nn.Sequential(conv(4, 2))).eval(), []
+    for name, module in chain.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    chain(torch.randn(1, 2, 5, 5, 5))
+    assert called == ["0.0", "0.1", "0", "1.0", "1", ""]
