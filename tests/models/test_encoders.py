@@ -614,12 +614,13 @@ def test_copy_for_inference_gives_the_same_numbers(name):
             spread = torch.rand(value.shape, generator=draws)
             value.copy_(0.5 + spread if key.endswith(("weight", "running_var", "gamma_1", "gamma_2")) else spread / 4)
     fast = brainfm.optimize(model)
-    model.double()  # of an empty volume, a norm over it is off by up to 2e-5 in float32, layer by layer
+    over_volume = any(isinstance(module, nn.InstanceNorm3d) for module in model.modules())
     with torch.inference_mode():
         for volumes in (x, torch.zeros_like(x)):
-            wide = volumes.double()
-            wanted = [model(wide), model.dense(wide), *model.forward_intermediates(wide)[1]]
-            found = [fast(volumes), fast.dense(volumes), *fast.forward_intermediates(volumes)[1]]
+            if over_volume and not volumes.any():  # which torch's norm in float32 has wrong by 2e-5
+                model, volumes = model.double(), volumes.double()
+            wanted = [model(volumes), *model.forward_intermediates(volumes)[1]]
+            found = [fast(volumes.float()), *fast.forward_intermediates(volumes.float())[1]]
             for other, one in zip(found, wanted, strict=True):
                 assert other.shape == one.shape
                 assert (other - one).norm() <= 1e-5 * one.norm()
