@@ -1,10 +1,10 @@
 """Each encoder of the zoo: a processor's time and memory for one volume, by upstream's eager forward and `optimize`.
 
 Weights are random, and the volume has the shape of the model's contract: noise in an ellipsoid that fills a third of
-it, 0 outside, as a brain without its skull. Upstream is MONAI's own network where the released one is MONAI's (and runs here), else the
-encoder as `create_model` makes it, which is written layer by layer as the authors' is. Both ways take turns in one
-process; times are those of the processor (all cores together) and of the clock. Memory is the largest resident set of a
-process of its own less that after the imports, so that weights and input are in it.
+it, 0 outside, as a brain without its skull. Upstream is MONAI's own network where the released one is MONAI's (and runs
+here), else the encoder as `create_model` makes it, which is written layer by layer as the authors' is. Both ways take
+turns in one process; times are those of the processor (all cores together) and of the clock. Memory is the largest
+resident set of a process of its own less that after the imports, so that weights and input are in it.
 
 python benchmarks/zoo.py [--models 'sfcn*' '*densenet*'] [--rounds 3] [--json FILE]
 """
