@@ -12,7 +12,7 @@ from pathlib import Path
 
 from _measure import machine
 
-SCRIPTS = ("start_up", "encoder", "read_scan", "embed_cohort", "loader", "training_memory", "mae_step")
+SCRIPTS = ("start_up", "encoder", "read_scan", "embed_cohort", "loader", "training_memory", "mae_step", "zoo")
 
 
 def main() -> None:

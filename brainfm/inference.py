@@ -22,9 +22,11 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compile: bool | str = False) -> nn.Module:
     """A copy of an encoder for inference that gives the same embeddings, faster and in less memory.
 
-    Memory is channels-last; what else can be done, the network's family knows (`Encoder.for_inference`). The copy's
-    `optimizations` say what was. The embeddings are the same to 1e-5 relative in float32. The copy takes and returns
-    float32 whatever it computes in, and cannot be trained. Changes of low rank (`add_lora`) are merged in it.
+    Memory is channels-last. Where a family's layers are chains (convolutions, norms, activations, pools), BatchNorms
+    are folded and a chain is computed together, see `models.fast.chain`; what else can be done, the family knows
+    (`Encoder.for_inference`). The copy's `optimizations` say what was. The embeddings are the same to 1e-5 relative in
+    float32. The copy takes and returns float32 whatever it computes in, and cannot be trained. Changes of low rank
+    (`add_lora`) are merged in it.
 
     Args:
         model: An encoder of `create_model`; it is not changed.

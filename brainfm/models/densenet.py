@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder, Halved, stage
+from brainfm.models.fast.chain import Chained, is_plain
 
 
-class DenseNet(Encoder):
+class DenseNet(Chained, Encoder):
     """MONAI's 3D DenseNet as an encoder: [B, in_chans, D, H, W] → the last map before its ReLU, whose mean is after it.
 
     Args:
@@ -68,10 +69,23 @@ class DenseNet(Encoder):
     def _stage(self, number: int, x: Any, needed: bool) -> Tensor:  # noqa: ARG002 - the contract's
         part = self.features
         if number == 0:
-            return self._run(lambda x: part.relu0(part.norm0(part.conv0(x))), x)
+            return self._run(lambda x: self.through([part.conv0, part.norm0, part.relu0], x), x)
         before: Any = getattr(part, f"transition{number - 1}") if number > 1 else part.pool0
         block: Any = getattr(part, f"denseblock{number}")
-        return self._run(lambda x: block(before(x)), x)
+        return self._run(lambda x: self._block(block, self.through([before], x)), x)
+
+    def _block(self, block: Any, x: Tensor) -> Tensor:
+        """A dense block. Together, its layers add to one map what otherwise each joins anew."""
+        if not self.together or not is_plain(x):
+            return block(x)  # type: ignore[no-any-return]
+        width, layers = x.shape[1], [layer.layers for layer in block.children()]
+        growth = layers[0].conv2.out_channels
+        joined = x.new_empty(len(x), *x.shape[2:], width + growth * len(layers)).permute(0, 4, 1, 2, 3)
+        joined[:, :width] = x
+        for layer in layers:
+            joined[:, width : width + growth] = self.through([layer], joined[:, :width])
+            width += growth
+        return joined
 
     def _finish(self, x: Tensor) -> Tensor:
         return self.features.norm5(x)  # type: ignore[no-any-return]

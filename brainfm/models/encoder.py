@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from brainfm.contract import Triple
+from brainfm.models.fast.chain import Chained, Together
+from brainfm.models.fast.folding import fold_batch_norms, weights_made_anew
 from brainfm.pretrained import PretrainedCfg
 
 logger = logging.getLogger("brainfm")
@@ -314,10 +316,23 @@ class Encoder(nn.Module, ABC):
     def for_inference(self, dtype: torch.dtype) -> Encoder:
         """A copy that gives the same embeddings, faster and in less memory: `brainfm.optimize` asks for it.
 
-        It takes and returns float32 whatever it computes in, and its `optimizations` say what was done to it. A family
-        that knows more of its layers than that memory is best channels-last says so here.
+        It takes and returns float32 whatever it computes in, and its `optimizations` say what was done to it. Memory is
+        channels-last, and where a family says what of it are chains of layers (`fast.chain`), BatchNorms in them are
+        folded, and they are computed together. Hooks on modules within a chain are not called then.
         """
-        return computing_in(self._copy_for_inference(), dtype)
+        chained = any(isinstance(module, Chained) for module in self.modules())
+        shared = weights_made_anew(self) if chained else {}
+        fast = self._copy_for_inference(shared)
+        done: list[str] = []
+        if shared:
+            fold_batch_norms(fast, dtype)
+            done.append("BatchNorm folded")
+        for module in fast.modules():
+            if isinstance(module, Together):
+                module.together = True
+                if module.faster not in done:
+                    done.append(module.faster)
+        return computing_in(fast, dtype, tuple(done))
 
     def _copy_for_inference(self, shared: dict[int, Any] | None = None) -> Encoder:
         """A copy in eval mode without gradients; `shared` are parts that it need not copy, by their ids."""
@@ -398,10 +413,11 @@ class Halved(nn.AvgPool3d):
 def computing_in(model: M, dtype: torch.dtype, done: tuple[str, ...] = ()) -> M:
     """The module itself, channels-last, computing in a type, while it takes and returns float32.
 
-    Its `optimizations` become what was `done` to it before, and this. With a GroupNorm it stays in plain memory: in the
-    other torch (2.13) adds up in float32, which on a head is off by percents.
+    Its `optimizations` become what was `done` to it before, and this. With a GroupNorm outside chains it stays in plain
+    memory: in the other torch (2.13) adds up in float32, which on a head is off by percents.
     """
     plain = any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    plain = plain and not any(isinstance(module, Chained) and module.together for module in model.modules())
     layout = torch.contiguous_format if plain else torch.channels_last_3d
     model = model.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
     if dtype is not torch.float32:

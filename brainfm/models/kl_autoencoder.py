@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder, stage
+from brainfm.models.fast.chain import Chain, Chained
 
 EPS = 1e-6  # of the authors' norms
 
@@ -109,7 +110,7 @@ class KLEncoder(Encoder):
         return {"stem": r"^encoder\.blocks\.0\.", "blocks": patterns}
 
 
-class _Residual(nn.Module):
+class _Residual(Chained):
     """x + two convolutions of it, each after a norm and SiLU."""
 
     def __init__(self, before: int, width: int, groups: int) -> None:
@@ -119,9 +120,8 @@ class _Residual(nn.Module):
         self.nin_shortcut = nn.Identity() if before == width else _conv(before, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        total: Tensor = self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(y)))
-        return total
+        layers = [self.norm1, nn.SiLU(), self.conv1, self.norm2, nn.SiLU(), self.conv2]
+        return self.through(layers, x, added=self.nin_shortcut(x))
 
 
 class _Halve(nn.Module):
@@ -136,7 +136,7 @@ class _Halve(nn.Module):
         return halved
 
 
-def _conv(before: int, width: int, kernel: int, stride: int = 1, padding: int | None = None) -> nn.Sequential:
+def _conv(before: int, width: int, kernel: int, stride: int = 1, padding: int | None = None) -> Chain:
     """A convolution under the name that MONAI's `Convolution` gives it; padded to keep the size unless told."""
     padding = kernel // 2 if padding is None else padding
-    return nn.Sequential(OrderedDict(conv=nn.Conv3d(before, width, kernel, stride, padding)))
+    return Chain(OrderedDict(conv=nn.Conv3d(before, width, kernel, stride, padding)))

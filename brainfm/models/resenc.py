@@ -15,6 +15,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder, stage
+from brainfm.models.fast.chain import Chain, Chained
 
 
 class ResidualEncoder(Encoder):
@@ -83,7 +84,7 @@ class _Average(nn.AvgPool3d):
         return super().forward(x.float() if x.dtype.itemsize < 4 else x).to(x.dtype)
 
 
-class _Residual(nn.Module):
+class _Residual(Chained):
     """Two convolutions, beside the shortcut."""
 
     def __init__(self, before: int, width: int, stride: int, shortcut_pool: str) -> None:
@@ -94,22 +95,21 @@ class _Residual(nn.Module):
         shortcut: list[nn.Module] = [pool(stride)] if stride > 1 else []
         if before != width:
             shortcut.append(_convolution(before, width, kernel=1, bias=False))
-        self.skip = nn.Sequential(*shortcut)
+        self.skip = Chain(*shortcut)
         self.nonlin = nn.LeakyReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        total: Tensor = self.nonlin(self.conv2(self.conv1(x)) + self.skip(x))
-        return total
+        return self.through([self.conv1, self.conv2], x, added=self.skip(x), last=self.nonlin)
 
 
 def _convolution(
     before: int, width: int, *, kernel: int = 3, stride: int = 1, bias: bool = True, acts: bool = False
-) -> nn.Sequential:
+) -> Chain:
     layers: dict[str, nn.Module] = {
         "conv": nn.Conv3d(before, width, kernel, stride, kernel // 2, bias=bias),
         "norm": nn.InstanceNorm3d(width, affine=True),
     }
-    return _named(**layers, **({"nonlin": nn.LeakyReLU(inplace=True)} if acts else {}))
+    return Chain(OrderedDict(layers | ({"nonlin": nn.LeakyReLU(inplace=True)} if acts else {})))
 
 
 def _named(**layers: nn.Module) -> nn.Sequential:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder, stage
+from brainfm.models.fast.chain import Chain
 
 
 class PointwiseHead(nn.Conv3d):
@@ -91,6 +92,6 @@ class SFCN(Encoder):
         return {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms} | state
 
 
-def _block(before: int, width: int, kernel: int, eps: float, pools: bool) -> nn.Sequential:
+def _block(before: int, width: int, kernel: int, eps: float, pools: bool) -> Chain:
     layers = [nn.Conv3d(before, width, kernel, padding=kernel // 2), nn.BatchNorm3d(width, eps=eps)]
-    return nn.Sequential(*layers, *([nn.MaxPool3d(2)] if pools else []), nn.ReLU(inplace=True))
+    return Chain(*layers, *([nn.MaxPool3d(2)] if pools else []), nn.ReLU(inplace=True))

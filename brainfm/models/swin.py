@@ -82,38 +82,43 @@ class WindowAttention(nn.Module):
         if moved:
             x = x.roll([-n for n in shift], dims=(1, 2, 3))
         counts = [size // n for size, n in zip(x.shape[1:4], window, strict=True)]
-        tokens = _in_windows(x, counts, window).flatten(0, 1)  # [B · windows, tokens, C]
-        windows, n, dim = tokens.shape
-        q, k, v = self.qkv(tokens).reshape(windows, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index[:n, :n].flatten()]
-        bias = bias.view(n, n, -1).permute(2, 0, 1)[None]
-        if moved:
-            bias = bias + _strangers(counts, window, shift, x.device)[:, None].to(bias.dtype)
-            bias = bias.repeat(len(x), 1, 1, 1)  # of four axes, which is what runs fast
-        tokens = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        tokens = self.proj(tokens.transpose(1, 2).reshape(windows, n, dim))
-        x = tokens.view(len(x), *counts, *window, dim).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(x.shape)
+        cells, (*_, dim) = math.prod(window), x.shape
+        bias = self.relative_position_bias_table[self.relative_position_index[:cells, :cells].flatten()]
+        bias = bias.view(cells, cells, -1).permute(2, 0, 1)
+        tokens, found = _in_windows(self.qkv(x), window), torch.empty_like(x, memory_format=torch.contiguous_format)
+        into = _in_windows(found, window)
+        # Windows at the end of an axis that was moved hold strangers; all others have the same biases.
+        ends = [[slice(n - 1), slice(n - 1, n)] if step else [slice(n)] for n, step in zip(counts, shift, strict=True)]
+        for places in product(*ends):
+            part = tokens[(slice(None), *places)]
+            if not part.numel():
+                continue
+            q, k, v = part.reshape(-1, cells, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+            at_end = [place.start is not None for place in places]
+            mask = bias + _strangers(at_end, window, shift, x.device).to(bias.dtype) if any(at_end) else bias
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None].to(q.dtype))  # four axes are fast
+            into[(slice(None), *places)] = attended.transpose(1, 2).reshape(*part.shape[:-1], dim)
+        x = self.proj(found)
         if moved:
             x = x.roll(shift, dims=(1, 2, 3))
         return x[:, : sizes[0], : sizes[1], : sizes[2]]
 
 
-def _in_windows(x: Tensor, counts: Sequence[int], window: Sequence[int]) -> Tensor:
-    """[B, d, h, w, C] → [B, windows, cells of a window, C], z slowest in both."""
-    batch, channels = x.shape[0], x.shape[-1]
-    parts = x.view(batch, counts[0], window[0], counts[1], window[1], counts[2], window[2], channels)
-    return parts.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, math.prod(counts), math.prod(window), channels)
+def _in_windows(x: Tensor, window: Sequence[int]) -> Tensor:
+    """A view of cells [B, d, h, w, C] by their windows: [B, windows along each axis, cells along each axis, C]."""
+    for axis, n in zip((3, 2, 1), reversed(window), strict=True):
+        x = x.unflatten(axis, (-1, n))  # type: ignore[no-untyped-call]
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7)
 
 
-def _strangers(counts: Sequence[int], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
-    """−100 between cells that only the shift brought into one window, else 0: [windows, cells, cells]."""
+def _strangers(at_end: Sequence[bool], window: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
+    """−100 between cells that only the shift brought into a window, which is the last of some axes; else 0."""
     region = torch.zeros(1, 1, 1, device=device)
-    for axis, (count, n, step) in enumerate(zip(counts, window, shift, strict=True)):
-        place = torch.arange(count * n, device=device)
-        label = (place >= count * n - n).float() + (place >= count * n - step).float() if step else 0.0 * place
-        region = 3 * region + label.view([-1 if other == axis else 1 for other in range(3)])
-    cells = _in_windows(region[None, ..., None], counts, window)[0, :, :, 0]
-    return (cells[:, None, :] != cells[:, :, None]).float() * -100
+    for axis, (ends, n, step) in enumerate(zip(at_end, window, shift, strict=True)):
+        label = (torch.arange(n, device=device) >= n - step).float() * float(ends)
+        region = 2 * region + label.view([-1 if other == axis else 1 for other in range(3)])
+    cells = region.flatten()
+    return (cells[None, :] != cells[:, None]).float() * -100
 
 
 class Block(nn.Module):

@@ -6,6 +6,7 @@ Four levels of convolution, GroupNorm and ReLU, each halved by an average; the e
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -15,23 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder, Halved, stage
+from brainfm.models.fast.chain import Chained
 
 GROUPS, CELLS = 8, 2
 
 
-class SeparableConv(nn.Module):
+class SeparableConv(nn.Sequential):
     """A 3×3×3 convolution of each channel alone, then one of 1×1×1 over the channels."""
 
     def __init__(self, before: int, width: int) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv3d(before, before, 3, padding=1, groups=before)
-        self.pointwise = nn.Conv3d(before, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pointwise(self.depthwise(x))  # type: ignore[no-any-return]
+        depthwise = nn.Conv3d(before, before, 3, padding=1, groups=before)
+        super().__init__(OrderedDict(depthwise=depthwise, pointwise=nn.Conv3d(before, width, 1)))
 
 
-class UntrainedCNN(Encoder):
+class UntrainedCNN(Chained, Encoder):
     """[B, in_chans, D, H, W] → 8 values of each channel of each of four levels, 7680 in all.
 
     Args:
@@ -75,10 +73,10 @@ class UntrainedCNN(Encoder):
         self.reset_classifier(num_classes)
 
     def _level(self, number: int, x: Tensor) -> Tensor:
+        layers: list[nn.Module] = []
         for letter in self.letters:
-            x = F.relu(self._part(f"norm{number}{letter}")(self._part(f"conv{number}{letter}")(x)))
-        down: Tensor = self._part(f"down{number}")(x)
-        return down
+            layers += self._part(f"conv{number}{letter}"), self._part(f"norm{number}{letter}"), nn.ReLU()
+        return self.through([*layers, self._part(f"down{number}")], x)
 
     # From level to level goes a map, with the cells of all levels so far.
 
@@ -106,13 +104,6 @@ class UntrainedCNN(Encoder):
     def features_and_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features, maps = self.forward_intermediates(x, [-1])
         return features, maps[0]
-
-    def for_inference(self, dtype: torch.dtype) -> Encoder:
-        """As the contract says, but for the memory: of channels-last maps, PyTorch's GroupNorm is off by 6e-4."""
-        fast = super().for_inference(dtype)
-        fast.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        fast.optimizations = tuple(done for done in fast.optimizations if "memory" not in done)
-        return fast
 
     def pool(self, features: Tensor) -> Tensor:
         return features.flatten(1)

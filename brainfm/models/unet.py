@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder, stage
+from brainfm.models.fast.chain import Chain
 
 _Maps = tuple[Tensor, ...]  # the latest, and those that wait for the way back, the shallowest first
 
@@ -122,14 +123,14 @@ def _joined(decoder: nn.Module, beside: Tensor) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _two_convolutions(before: int, between: int, after: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(
+def _two_convolutions(before: int, between: int, after: int, groups: int) -> Chain:
+    return Chain(
         OrderedDict(SingleConv1=_convolution(before, between, groups), SingleConv2=_convolution(between, after, groups))
     )
 
 
-def _convolution(before: int, after: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(
+def _convolution(before: int, after: int, groups: int) -> Chain:
+    return Chain(
         OrderedDict(
             groupnorm=nn.GroupNorm(1 if before % groups else groups, before),
             conv=nn.Conv3d(before, after, 3, padding=1, bias=False),

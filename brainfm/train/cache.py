@@ -2,9 +2,9 @@
 
 A cache is a folder: `cache.json` says for which contract it was built, `index.jsonl` (of a shard `index.3-of-8.jsonl`)
 has a line a scan, and `scans/` two arrays a scan: `<key>.image.npy`, uint16 [z, y, x], or of several channels
-[C, z, y, x], in steps that the index has from the channel's lowest intensity to its highest; and `<key>.mask.npy`, eight
-voxels a byte along the last axis. Both are memory-mapped. The image is as stored outside the brain too: the released
-code augments it so, and a crop that is resized or turned mixes the brain's rim with what is around it.
+[C, z, y, x], in steps that the index has from the channel's lowest intensity to its highest; and `<key>.mask.npy`,
+eight voxels a byte along the last axis. Both are memory-mapped. The image is as stored outside the brain too: the
+released code augments it so, and a crop that is resized or turned mixes the brain's rim with what is around it.
 """
 
 from __future__ import annotations

@@ -8,16 +8,18 @@ and dilate their kernels. MONAI is imported when a model is built, not before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from brainfm.models.adaptation import merged
 from brainfm.models.encoder import Encoder, computing_in, stage
+from brainfm.models.fast.chain import Chained, is_traced
+from brainfm.models.fast.folding import fold_batch_norms, weights_made_anew
 from brainfm.models.resnet.checkpointed import pooled_stem, residual_block
 from brainfm.models.resnet.streamed import streamed_features
 
@@ -39,7 +41,7 @@ class PaddedShortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, 0, 0, self.channels - x.shape[1]))
 
 
-class ResNet(Encoder):
+class ResNet(Chained, Encoder):
     """MONAI's 3D ResNet (7×7×7 stem, residual blocks in four stages) as an encoder.
 
     Args:
@@ -113,7 +115,7 @@ class ResNet(Encoder):
         self.reset_classifier(num_classes)
 
     def _stem(self, x: Tensor) -> Tensor:
-        return self.act(self.bn1(self.conv1(x)))  # type: ignore[no-any-return]
+        return self.through([self.conv1, self.bn1, self.act], x)
 
     def _stage(self, number: int, x: Any, needed: bool) -> Any:
         if number == 0:
@@ -126,11 +128,23 @@ class ResNet(Encoder):
         inputs = x if isinstance(x, tuple) else (self.maxpool(x) if number == 1 else x,)
         for block in self._part(_STAGES[number - 1]).children():
             by_hand = self.grad_checkpointing and self._plain
-            inputs = (residual_block(block, *inputs) if by_hand else self._run(block, *inputs),)
+            run = partial(self._residual, block) if self.together else block
+            inputs = (residual_block(block, *inputs) if by_hand else self._run(run, *inputs),)
         return inputs[0]
 
+    def _residual(self, block: Any, x: Tensor) -> Tensor:
+        """A residual block, as a chain."""
+        *layers, _ = (
+            part
+            for n in (1, 2, 3)
+            if hasattr(block, f"conv{n}")
+            for part in (getattr(block, f"conv{n}"), getattr(block, f"bn{n}"), block.act)
+        )
+        shortcut = x if block.downsample is None else block.downsample(x)
+        return self.through(layers, x, added=shortcut, last=block.act)
+
     def forward_features(self, x: Tensor) -> Tensor:
-        if self._streams and not _is_traced() and not (torch.is_grad_enabled() and x.requires_grad):
+        if self._streams and not is_traced() and not (torch.is_grad_enabled() and x.requires_grad):
             self._check_input(x)
             return streamed_features(self, x)
         return super().forward_features(x)
@@ -150,20 +164,17 @@ class ResNet(Encoder):
 
         Where a gradient is asked for, or the network is traced, its forward is the plain one. Otherwise hooks on
         modules in the stem and the first three stages are not called. A subclass, whose forward may be another, is
-        not streamed, nor is what has adapters, a stem of stride 2, shortcut A or dilated kernels.
+        not streamed, nor is what has adapters, a stem of stride 2, shortcut A or dilated kernels: these are chains.
         """
-        # A weight that is folded is made anew, and need not be copied before.
         model = merged(self)
-        folded = [conv for _, conv, _ in _convolutions_with_norms(model)]
-        shared = {id(conv.weight): nn.Parameter(conv.weight.detach(), requires_grad=False) for conv in folded}
-        fast = model._copy_for_inference(shared)
+        if type(self) is not ResNet or not self._plain or self.adapters:
+            return super(ResNet, model).for_inference(dtype)
+        fast = model._copy_for_inference(weights_made_anew(model))
         assert isinstance(fast, ResNet)
-        _fold_batch_norms(fast, dtype)
-        done: tuple[str, ...] = ("BatchNorm folded",)
-        if type(self) is ResNet and self._plain and not self.adapters:
-            fast._streams = True
-            done += ("stem and first three stages by slabs, without what is empty (unless traced)",)
-        return computing_in(fast, dtype, done)
+        fold_batch_norms(fast, dtype)
+        fast._streams = True
+        slabs = "stem and first three stages by slabs, without what is empty (unless traced)"
+        return computing_in(fast, dtype, ("BatchNorm folded", slabs))
 
 
 def _dilate(blocks: nn.Module, dilation: int) -> None:
@@ -179,31 +190,3 @@ def _dilate(blocks: nn.Module, dilation: int) -> None:
         if shortcut is not None and not isinstance(shortcut, nn.Module):
             arguments = shortcut.keywords
             block.downsample = PaddedShortcut(arguments["planes"], 1 if dilation > 1 else arguments["stride"])
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-
-
-def _convolutions_with_norms(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv3d, str]]:
-    """Each convolution that a BatchNorm3d follows, the module they are in, and the norm's name there.
-
-    In MONAI's ResNets the order of registration is that of the forward pass, within a block (conv1, bn1, conv2, bn2, …)
-    and within `downsample`; that does not hold for any network.
-    """
-    previous: nn.Module | None = None
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm3d) and isinstance(previous, nn.Conv3d):
-            yield module, previous, name
-        yield from _convolutions_with_norms(child)
-        previous = child
-
-
-def _fold_batch_norms(model: ResNet, dtype: torch.dtype) -> None:
-    """Fold each norm into its convolution, whose weights are made anew in the type, one by one to save memory."""
-    for module, conv, name in reversed(list(_convolutions_with_norms(model))):  # the largest first leave no gaps
-        norm: Any = getattr(module, name)
-        statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-        conv.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        setattr(module, name, nn.Identity().eval())

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.models.fast.empty import Background, Live
+from brainfm.models.fast.winograd import TILE, fastest, geometry, outputs
 from brainfm.models.resnet.checkpointed import planes_under
-from brainfm.models.resnet.empty import Background, Live
-from brainfm.models.resnet.winograd import TILE, fastest, geometry, outputs
 
 _SLAB_BYTES = 400_000_000  # of what a layer makes at a time on other devices
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import brainfm
+from brainfm.models.fast.winograd import Direct
 from brainfm.models.resnet import ResNet, streamed
-from brainfm.models.resnet.winograd import Direct
 
 
 def scrambled(model: nn.Module) -> nn.Module:

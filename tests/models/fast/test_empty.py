@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from brainfm.models.resnet.empty import Background, Live
+from brainfm.models.fast.empty import Background, Live
 
 
 def test_live_box_holds_every_voxel_that_a_change_reaches():

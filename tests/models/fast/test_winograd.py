@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from brainfm.models.resnet.winograd import Direct, Winograd2, Winograd4, fastest, outputs
+from brainfm.models.fast.winograd import Direct, Winograd2, Winograd4, fastest, outputs
 
 
 def error(way, count: int, dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from brainfm.models.resnet.winograd import geometry, outputs
+from brainfm.models.fast.winograd import geometry, outputs
 
 
 @dataclass(frozen=True, eq=False)

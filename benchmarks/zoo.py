@@ -1,0 +1,231 @@
+"""Each encoder of the zoo: a processor's time and memory for one volume, by upstream's eager forward and `optimize`.
+
+Weights are random, and the volume has the shape of the model's contract: noise in an ellipsoid that fills a third of
+it, 0 outside, as a brain without its skull. Upstream is MONAI's own network where the released one is MONAI's (and runs
+here), else the encoder as `create_model` makes it, which is written layer by layer as the authors' is. Both ways take
+turns in one process; times are those of the processor (all cores together) and of the clock. Memory is the largest
+resident set of a process of its own less that after the imports, so that weights and input are in it.
+
+python benchmarks/zoo.py [--models 'sfcn*' '*densenet*'] [--rounds 3] [--json FILE]
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from _measure import alone, machine, peak_memory, print_table
+from torch import Tensor, nn
+
+import brainfm
+from brainfm.registry import network_of
+
+UNBOUND = (96, 96, 96)  # of a model whose contract names no size
+LARGE = 20.0  # seconds of upstream's forward from which one round is enough
+
+
+class OfMonai(nn.Module):
+    """MONAI's network and how its output becomes the embedding."""
+
+    def __init__(self, network: nn.Module, embedding: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.embedding = network, embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, D, H, W] → the embedding."""
+        return self.embedding(self.network, x)
+
+
+def of_monai(name: str) -> nn.Module | None:
+    """MONAI's network of a released model that is MONAI's, with random weights; None where it is another's."""
+    from monai.networks import nets
+
+    kind, arguments = network_of(name)
+    if kind == "resnet" and set(arguments.get("dilations", (1,))) == {1}:
+        network = nets.ResNet(
+            block=arguments["block"],
+            layers=list(arguments["layers"]),
+            block_inplanes=list(arguments["widths"]),
+            spatial_dims=3,
+            n_input_channels=1,
+            conv1_t_stride=arguments.get("stem_stride", 1),
+            shortcut_type=arguments.get("shortcut", "B"),
+            feed_forward=False,
+            bias_downsample=arguments.get("shortcut_bias", True),
+        )
+        return OfMonai(network, lambda network, x: network(x))
+    if kind == "densenet":
+        network = nets.DenseNet(
+            3, 1, 1, arguments["stem"], arguments["growth"], tuple(arguments["layers"])
+        )  # y-Aware's own code is the same but for the last norm
+        return OfMonai(network, lambda network, x: network.features(x).relu().mean(dim=(2, 3, 4)))
+    if kind == "vit" and name == "brainiac_vit":
+        network = nets.ViT(1, (96, 96, 96), (16, 16, 16), 768, 3072, 12, 12)
+        return OfMonai(network, lambda network, x: network(x)[0][:, 0])
+    if kind == "kl_autoencoder":
+        widths, depths = arguments["widths"], arguments["depths"]
+        network = nets.AutoencoderKL(
+            3, 1, 1, tuple(depths), tuple(widths), (False,) * 4, arguments["latent"], arguments["groups"],
+            with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
+        )  # fmt: skip
+        network.decoder = nn.Identity()
+        return OfMonai(network, lambda network, x: network.quant_conv_mu(network.encoder(x)).mean(dim=(2, 3, 4)))
+    if kind == "swin" and arguments["norm"] == "plain":
+        in_chans = brainfm.get_pretrained_cfg(name).in_chans
+        if arguments.get("bottleneck"):
+            network = nets.SwinUNETR(in_chans, 1, feature_size=arguments["dim"], use_v2=False)
+            return OfMonai(network, lambda network, x: network.encoder10(network.swinViT(x)[4]).mean(dim=(2, 3, 4)))
+        network = nets.swin_unetr.SwinTransformer(
+            in_chans, arguments["dim"], arguments["window"], arguments["patch_size"], arguments["depths"],
+            arguments["num_heads"], spatial_dims=3,
+        )  # fmt: skip
+        return OfMonai(network, lambda network, x: network(x)[-1].mean(dim=(2, 3, 4)))
+    return None
+
+
+def network(name: str, way: str) -> nn.Module:
+    """A model's network, in one of the two ways."""
+    torch.manual_seed(0)
+    upstream = None
+    if way == "upstream":
+        with contextlib.suppress(ImportError):  # some of MONAI's need einops
+            upstream = of_monai(name)
+    if upstream is not None:
+        return upstream.eval()
+    model = brainfm.create_model(name)
+    return model if way == "upstream" else brainfm.optimize(model)
+
+
+def volume(name: str) -> Tensor:
+    """Noise in an ellipsoid, and 0 around it, [1, C, D, H, W]."""
+    cfg = brainfm.get_pretrained_cfg(name)
+    spec, window = cfg.input_spec, cfg.readout.window
+    assert spec is not None
+    size = spec.output_shape[1:] if spec.output_shape else window.shape if window else UNBOUND
+    x = torch.randn(1, cfg.in_chans, *size, generator=torch.Generator().manual_seed(0))
+    axes = [torch.linspace(-1, 1, n) for n in size]
+    from_middle = sum((part**2 for part in torch.meshgrid(*axes, indexing="ij")), torch.tensor(0.0))
+    return x * (from_middle < 0.86**2)
+
+
+def timed(
+    ways: dict[str, nn.Module], x: Tensor, rounds: int
+) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
+    """Embeddings, and median seconds of the processor and of the clock, of ways that take turns; a round warms up."""
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    outputs: dict[str, Tensor] = {}
+    count = 0
+    while count <= rounds:
+        for way, model in ways.items():
+            clock, processor = time.perf_counter(), time.process_time()
+            outputs[way] = model(x)
+            found[way].append((time.process_time() - processor, time.perf_counter() - clock))
+        count += 1
+        if found["upstream"][0][1] > LARGE:
+            break
+    medians = {}
+    for way, pairs in found.items():
+        processor, clock = zip(*(pairs[1:] or pairs), strict=True)
+        medians[way] = statistics.median(processor), statistics.median(clock)
+    return outputs, medians
+
+
+def measured(name: str, rounds: int) -> dict[str, object]:
+    """A row of the table."""
+    x, ways = volume(name), {way: network(name, way) for way in ("upstream", "optimize")}
+    with torch.inference_mode():
+        found, seconds = timed(ways, x, rounds)
+        if isinstance(ways["upstream"], OfMonai):  # whose random weights are others
+            torch.manual_seed(0)
+            found["upstream"] = brainfm.create_model(name)(x)
+    error = (found["optimize"] - found["upstream"]).norm() / found["upstream"].norm()
+    memory = {
+        way: alone(__file__, "--measure", way, "--models", name, "--threads", str(torch.get_num_threads()))
+        for way in ways
+    }
+    return {
+        "model": name,
+        "shape": list(x.shape[1:]),
+        "upstream": "MONAI" if isinstance(ways["upstream"], OfMonai) else "plain",
+        "processor_s": {way: pair[0] for way, pair in seconds.items()},
+        "clock_s": {way: pair[1] for way, pair in seconds.items()},
+        "gb": memory,
+        "error": float(error),
+        "done": list(getattr(ways["optimize"], "optimizations", ())),
+    }
+
+
+def cells(row: dict) -> tuple[str, ...]:
+    """A row of the printed table."""
+    (before, after), (clock, clock_after), (gb, gb_after) = (
+        (row[key]["upstream"], row[key]["optimize"]) for key in ("processor_s", "clock_s", "gb")
+    )
+    return (
+        f"`{row['model']}`",
+        "×".join(map(str, row["shape"])),
+        row["upstream"],
+        f"{before:.2f}",
+        f"{after:.2f}",
+        f"{before / after:.2f}×",
+        f"{clock / clock_after:.2f}×",
+        f"{gb:.2f}",
+        f"{gb_after:.2f}",
+        f"{gb / gb_after:.1f}×",
+        f"{row['error']:.0e}",
+    )
+
+
+HEADER = (
+    "model",
+    "input",
+    "upstream",
+    "processor s",
+    "optimized",
+    "ratio",
+    "by the clock",
+    "GB",
+    "optimized",
+    "ratio",
+    "error",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", metavar="PATTERN", default=["*"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="Cores that the networks use; one, where the machine is shared.")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--measure", choices=("upstream", "optimize"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    names = [
+        name for name in brainfm.list_models() if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.models)
+    ]
+    if arguments.measure:
+        before = peak_memory()
+        x, model = volume(names[0]), network(names[0], arguments.measure)
+        with torch.inference_mode():
+            model(x)
+        print(json.dumps(peak_memory() - before))
+        return
+    rows = []
+    for name in names:
+        row = measured(name, arguments.rounds)
+        rows.append(row)
+        print(" | ".join(cells(row)), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    print()
+    print_table(HEADER, [cells(row) for row in rows])
+    print(f"\n{arguments.rounds} rounds, one of what takes {LARGE:.0f} s. {machine()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What copies for inference compute with: `brainfm.optimize`."""
