@@ -29,6 +29,7 @@ from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.files import one_line, write_json
 from brainfm.manifest import read_manifest
 from brainfm.phantom import make_cohort
+from brainfm.system import available_cores
 from brainfm.train.cache import build_cache
 from brainfm.train.pretraining import pretrain
 from brainfm.train.recipe import load_recipe
@@ -122,17 +123,23 @@ def embedding(device: str, batches: list[int], spacing: float) -> Iterator[dict[
 
 def training(device: str, spacing: float) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        manifest = make_cohort(PATIENTS, Path(folder, "phantoms"), spacing=spacing)
+        manifest = make_cohort(PATIENTS, Path(folder, "phantoms"), spacing=1.0 if spacing == 1 else 4.0)
         name = "simclr_resnet18_3d" if spacing == 1 else "test_resnet_3d"
         spec = brainfm.get_pretrained_cfg(name).input_spec
         assert spec is not None
         cache = Path(folder, "cache")
-        build_cache(read_manifest(manifest), cache, spec, root=manifest.parent, workers=8)
+        build_cache(read_manifest(manifest), cache, spec, root=manifest.parent, workers=min(8, available_cores()))
         for precision in ("float32", "bfloat16"):
             for where, overrides in STEPS:
                 output = Path(folder, f"{precision} {where}")
                 fixed = [f"manifest={manifest}", f"output={output}", f"cache={cache}", f"device={device}"]
-                fixed += [f"epochs={EPOCHS}", "batch_size=6", "workers=8", f"precision={precision}", "save_every=1000"]
+                fixed += [
+                    f"epochs={EPOCHS}",
+                    "batch_size=6",
+                    f"workers={min(8, available_cores())}",
+                    f"precision={precision}",
+                    "save_every=1000",
+                ]
                 row: dict[str, Any] = {"augment_on": where, "precision": precision}
                 try:
                     pretrain(load_recipe(name, [*fixed, *overrides]))

@@ -152,7 +152,7 @@ def registered_already(monkeypatch, matrix=(1.0, 0, 0, 0, 1, 0, 0, 0, 1), shift=
     found = sitk.AffineTransform(3)
     found.SetMatrix(matrix)
     found.SetTranslation(shift)
-    backend = steps.Backend(lambda brain: registration.Registered(found, found, {}, {}), lambda: "none")
+    backend = steps.Backend(lambda brain, device: registration.Registered(found, found, {}, {}), lambda: "none")
     monkeypatch.setitem(steps.REGISTRATION, "torch", backend)
 
 

@@ -123,7 +123,7 @@ def test_run_ends_in_a_folder_that_loads_with_what_is_known_of_it(name, recipe, 
     for key, value in model.state_dict().items():
         assert torch.equal(value, trained[key if name == "mae" else f"encoder.{key}"])
     cfg = model.pretrained_cfg
-    assert (cfg.ssl_method, cfg.cohorts[0].patients, cfg.cohorts[0].scans) == (method.name, 12, 16)
+    assert (cfg.ssl_method, cfg.cohorts[-1].patients, cfg.cohorts[-1].scans) == (method.name, 12, 16)
     assert "16 scans of 12 patients (manifest)" in cfg.notes
     assert cfg.licence is None
     assert str(tmp_path) not in (export / "config.json").read_text() + (export / "README.md").read_text()
