@@ -18,7 +18,8 @@ _PASSED_OVER = ("__MACOSX", "@eaDir", "lost+found")  # folders of systems, besid
 
 
 def printable(text: str) -> str:
-    r"""A name that is not UTF-8 as text that every file can hold: its bytes as `\udcXX`, which `path_of` reads back."""
+    r"""A text as every file can hold it: bytes that are not UTF-8 as `\udcXX`, which `path_of` reads back; no NUL."""
+    text = text.replace("\0", "\ufffd")  # which no name of a file has, and Python 3.10 writes to no CSV
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

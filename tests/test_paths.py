@@ -72,6 +72,7 @@ def test_name_that_is_not_utf_8_is_written_so_that_it_reads_back():
     assert printable(name) == "caf\\udce9.nii"
     assert path_of(printable(name), Path("data")) == Path("data") / name
     assert printable("café.nii") == "café.nii"
+    assert printable("a\0b") == "a\ufffdb"
 
 
 def test_walk_passes_over_what_systems_keep_for_themselves(tmp_path):

@@ -57,7 +57,8 @@ def table_texts(draw):
     end = draw(st.sampled_from(["\n", "\r\n", "\r", "\n\n"]))
     mark = draw(st.sampled_from([",", ",", ";", "\t", "|"]))
     quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
-    csv.writer(text, delimiter=mark, lineterminator=end, quoting=quoting).writerows([names, *rows])
+    lines = [[field.replace("\0", "") for field in row] for row in [names, *rows]]  # Python 3.10 writes none
+    csv.writer(text, delimiter=mark, lineterminator=end, quoting=quoting).writerows(lines)
     content = text.getvalue().encode(
         draw(st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"])), "replace"
     )
