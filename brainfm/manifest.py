@@ -438,7 +438,7 @@ def _from_folder(folder: Path) -> Listing:
     if is_bids(folder):
         dataset = read_bids(folder)
         if not _prepared_scans(dataset.files):
-            return _from_bids(dataset)
+            return bids_scans(dataset)
     files, _, left_out = walk_folder(folder)
     prepared = _prepared_scans(files)
     if not prepared:
@@ -453,8 +453,8 @@ def _from_folder(folder: Path) -> Listing:
     return _listed(folder, records, left_out)
 
 
-def _from_bids(dataset: BidsDataset) -> Listing:
-    """The T1w images in MNI152 space of BIDS derivatives, each with its brain mask."""
+def bids_scans(dataset: BidsDataset) -> Listing:
+    """The T1w images in MNI152 space of BIDS derivatives, each with its brain mask. Raises ScanError without one."""
     images, left_out = dataset.of_contrast("T1w")
     in_mni = [image for image in images if image.template.startswith("MNI152")]
     if not in_mni:
