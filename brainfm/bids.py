@@ -147,10 +147,10 @@ class BidsDataset:
                 left_out[str(image.path)] = why
             elif contrast != "T1c" or "ce" in image.entities:
                 taken.append(image)
-        named = {self._subject(image.path) for image in taken} | {self._subject(Path(path)) for path in left_out}
+        named = {self.subject_of(image.path) for image in taken} | {self.subject_of(Path(path)) for path in left_out}
         others: dict[Path, set[str]] = {subject: set() for subject in self.subjects if subject not in named}
         for image in self.images:
-            if image.entities["datatype"] == "anat" and (subject := self._subject(image.path)) in others:
+            if image.entities["datatype"] == "anat" and (subject := self.subject_of(image.path)) in others:
                 others[subject].add(image.entities.get("suffix", "images without a suffix"))
         for subject, suffixes in others.items():
             has = f", but {', '.join(sorted(suffixes))}" if suffixes else ""
@@ -166,7 +166,8 @@ class BidsDataset:
             return f"in the folder of {owner}, but its name does not say so: whose is it?"
         return ""
 
-    def _subject(self, path: Path) -> Path:
+    def subject_of(self, path: Path) -> Path:
+        """The folder of the subject that a path within the data set is of."""
         return self.root / path.relative_to(self.root).parts[0]
 
     def inside(self) -> list[Path]:

@@ -175,6 +175,13 @@ def test_call_that_cannot_be_is_refused_before_any_work(arguments, message, bids
     assert prepared == []
 
 
+def test_what_is_left_out_is_said_of_those_alone_that_are_wanted(bids, prepared, tmp_path):
+    arguments = (bids, tmp_path / "out", "participant", "--model", MODEL)
+    assert "left out" not in call(*arguments, "--participant-label", "03").output
+    assert "left out" not in call(*arguments, "--session-label", "2").output
+    assert f"left out: {bids / 'sub-04'}: no T1w" in call(*arguments, "--participant-label", "03", "04").output
+
+
 def test_description_that_lacks_what_bids_requires_is_refused_unless_validation_is_skipped(bids, prepared, tmp_path):
     (bids / "dataset_description.json").write_text('{"Name": "x"}')
     arguments = (bids, tmp_path / "out", "participant", "--model", MODEL, "--participant-label", "03")

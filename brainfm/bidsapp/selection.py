@@ -84,19 +84,22 @@ class Wanted:
         if missing := [label for label in self.participants if label not in found]:
             raise ScanError(f"{dataset.root}: no participant {', '.join(missing)} (a folder sub-{missing[0]})")
         kept = {*subjects}
-        images = [image for image in dataset.images if kept & {*image.path.parents}]
+        images = [image for image in dataset.images if dataset.subject_of(image.path) in kept]
         sessions = {image.entities.get("ses") for image in images}
         if missing := [label for label in self.sessions if label not in sessions]:
             raise ScanError(f"{dataset.root}: no session {', '.join(missing)} of the participants")
         images = [image for image in images if self._takes(image)]
-        left_out = {path: why for path, why in dataset.left_out.items() if kept & {Path(path), *Path(path).parents}}
+        left_out = {path: why for path, why in dataset.left_out.items() if dataset.subject_of(Path(path)) in kept}
+        if self.sessions or self.filters:  # of the others nothing is wanted
+            having = {dataset.subject_of(image.path) for image in images if not _is_mask(image)}
+            subjects = [subject for subject in subjects if subject in having]
         return BidsDataset(dataset.root, images, dataset.files, subjects, left_out)
 
     def _takes_subject(self, folder: Path) -> bool:
         return not self.participants or folder.name.removeprefix("sub-") in self.participants
 
     def _takes(self, image: BidsImage) -> bool:
-        if image.entities.get("suffix") == "mask":
+        if _is_mask(image):
             return True  # of the images that are taken
         if self.sessions and image.entities.get("ses") not in self.sessions:
             return False
@@ -157,6 +160,10 @@ def _dataset(folder: Path) -> BidsDataset:
     if not is_bids(folder):
         raise ScanError(f"{folder}: no BIDS data set with subjects ({DESCRIPTION}, sub-*/)")
     return read_bids(folder)
+
+
+def _is_mask(image: BidsImage) -> bool:
+    return image.entities.get("suffix") == "mask"
 
 
 def _matches(value: str | None, wanted: Any) -> bool:
