@@ -6,6 +6,7 @@ says neither. A data set is read as the standard has it, by the packages of the 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -147,28 +148,32 @@ class BidsDataset:
                 left_out[str(image.path)] = why
             elif contrast != "T1c" or "ce" in image.entities:
                 taken.append(image)
-        named = {self.subject_of(image.path) for image in taken} | {self.subject_of(Path(path)) for path in left_out}
-        others: dict[Path, set[str]] = {subject: set() for subject in self.subjects if subject not in named}
+        named = {self.subject_of(place) for place in (*(image.path for image in taken), *left_out)}
+        others: dict[str, set[str]] = {path.name: set() for path in self.subjects if path.name not in named}
         for image in self.images:
             if image.entities["datatype"] == "anat" and (subject := self.subject_of(image.path)) in others:
                 others[subject].add(image.entities.get("suffix", "images without a suffix"))
         for subject, suffixes in others.items():
             has = f", but {', '.join(sorted(suffixes))}" if suffixes else ""
-            left_out[str(subject)] = f"no {contrast} image in it{has}"
+            left_out[str(self.root / subject)] = f"no {contrast} image in it{has}"
         return taken, left_out
 
     def _misplaced(self, image: BidsImage) -> str:
         """Why an image is not where the standard has those of `anat`; "" where it is."""
-        owner, *folders = image.path.relative_to(self.root).parts[:-1]
+        owner, *folders, _ = self._inner(image.path)
         if (folders[1:] if folders[:1] and folders[0].startswith("ses-") else folders) != ["anat"]:
             return f"in {'/'.join([owner, *folders])}, and not in anat"
         if not f"{image.path.name}_".startswith(f"{owner}_"):
             return f"in the folder of {owner}, but its name does not say so: whose is it?"
         return ""
 
-    def subject_of(self, path: Path) -> Path:
-        """The folder of the subject that a path within the data set is of."""
-        return self.root / path.relative_to(self.root).parts[0]
+    def subject_of(self, path: Path | str) -> str:
+        """The name of the subject's folder that a path within the data set is of."""
+        return self._inner(path)[0]
+
+    def _inner(self, path: Path | str) -> list[str]:
+        """The parts of a path within the data set."""
+        return _within(self.root, path).split(os.sep)  # noqa: PTH206 - not Path.parts, for there are many
 
     def inside(self) -> list[Path]:
         """The data sets in its `derivatives`, which are listed where they are named themselves."""
@@ -203,11 +208,16 @@ def read_bids(folder: Path) -> BidsDataset:
     is_ignored = _ignored(folder)
     images = []
     for path in filter(is_image, files):
-        inner = path.relative_to(folder)
+        inner = _within(folder, path)
         # A folder such as sub-002_S_0295 is none of the standard's, and what is in it has no datatype there.
         found = {"datatype": path.parent.name} | parse(inner)
-        images.append(BidsImage(path, found, is_ignored(inner.as_posix())))
+        images.append(BidsImage(path, found, is_ignored(inner.replace(os.sep, "/"))))
     return BidsDataset(folder, images, files, sorted({*subjects} & {*folders}), left_out)
+
+
+def _within(root: Path, path: Path | str) -> str:
+    """A path within a data set; as text, for there are many."""
+    return os.fspath(path)[len(os.fspath(root / "_")) - 1 :]
 
 
 def _why_not(image: BidsImage, contrast: str) -> str:

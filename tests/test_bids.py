@@ -1,6 +1,7 @@
 """BIDS data sets: what is taken as a T1w image of whom, by 'prep' and by 'embed', and what is left out and why."""
 
 import csv
+import errno
 import json
 import os
 import sys
@@ -181,6 +182,29 @@ def test_patient_of_a_folder_that_is_none_of_the_standard_s_is_whole(tmp_path):
 def test_data_set_s_folder_may_have_any_name(tmp_path):
     folder = dataset(tmp_path / "sub-study" / "ds000001.v1", anat("_T1w.nii.gz"))
     assert [source.name for source in find_sources([folder])] == ["sub-01"]
+
+
+def test_data_set_may_be_the_working_folder(tmp_path, monkeypatch):
+    dataset(tmp_path, anat("_T1w.nii.gz"), anat("_T2w.nii.gz", "sub-02"))
+    monkeypatch.chdir(tmp_path)
+    found = find_sources(["."])
+    assert [source.path for source in found] == [tmp_path / anat("_T1w.nii.gz")]
+    assert found.left_out == {"sub-02": "no T1w image in it, but T2w"}
+
+
+def test_subject_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    dataset(tmp_path, anat("_T1w.nii.gz"), anat("_T1w.nii.gz", "sub-02"))
+    scan = os.scandir
+
+    def denied(path):
+        if str(path).endswith("sub-02"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    found = find_sources([tmp_path])
+    assert [source.name for source in found] == ["sub-01"]
+    assert found.left_out == {str(tmp_path / "sub-02"): "cannot be read: Permission denied"}
 
 
 def test_other_contrasts_go_by_the_suffix_and_contrast_agent(tmp_path):

@@ -83,16 +83,16 @@ class Wanted:
         found = {path.name.removeprefix("sub-") for path in subjects}
         if missing := [label for label in self.participants if label not in found]:
             raise ScanError(f"{dataset.root}: no participant {', '.join(missing)} (a folder sub-{missing[0]})")
-        kept = {*subjects}
+        kept = {path.name for path in subjects}
         images = [image for image in dataset.images if dataset.subject_of(image.path) in kept]
         sessions = {image.entities.get("ses") for image in images}
         if missing := [label for label in self.sessions if label not in sessions]:
             raise ScanError(f"{dataset.root}: no session {', '.join(missing)} of the participants")
         images = [image for image in images if self._takes(image)]
-        left_out = {path: why for path, why in dataset.left_out.items() if dataset.subject_of(Path(path)) in kept}
+        left_out = {path: why for path, why in dataset.left_out.items() if dataset.subject_of(path) in kept}
         if self.sessions or self.filters:  # of the others nothing is wanted
             having = {dataset.subject_of(image.path) for image in images if not _is_mask(image)}
-            subjects = [subject for subject in subjects if subject in having]
+            subjects = [path for path in subjects if path.name in having]
         return BidsDataset(dataset.root, images, dataset.files, subjects, left_out)
 
     def _takes_subject(self, folder: Path) -> bool:
