@@ -148,7 +148,7 @@ class BidsDataset:
                 left_out[str(image.path)] = why
             elif contrast != "T1c" or "ce" in image.entities:
                 taken.append(image)
-        named = {self.subject_of(place) for place in (*(image.path for image in taken), *left_out)}
+        named = {self.subject_of(image.path) for image in taken} | {self.subject_of(path) for path in left_out}
         others: dict[str, set[str]] = {path.name: set() for path in self.subjects if path.name not in named}
         for image in self.images:
             if image.entities["datatype"] == "anat" and (subject := self.subject_of(image.path)) in others:

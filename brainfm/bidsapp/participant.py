@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from brainfm.bids import DESCRIPTION
 from brainfm.bidsapp.selection import RAW, Scan, Wanted, select
@@ -137,8 +139,9 @@ def run(call: Call) -> Done:
     errors: dict[str, dict[str, str]] = {scan.name: {} for scan in scans}
     if not call.derivatives:
         scans = _prepared(call, chosen, scans, errors)
-    for model, encoder in encoders.items():
-        _embed(call, model, encoder, [scan for scan in scans if scan.record is not None], errors)
+    with _threads(call.n_cpus):
+        for model, encoder in encoders.items():
+            _embed(call, model, encoder, [scan for scan in scans if scan.record is not None], errors)
     for scan in scans:
         _write_quality(call, scan, errors[scan.name])
     failed = {name: "; ".join(whys.values()) for name, whys in errors.items() if whys}
@@ -185,7 +188,7 @@ def _embed(call: Call, model: str, encoder: Any, scans: list[Scan], errors: dict
         part = {str(scan.record and scan.record.image): scan for scan in todo[first : first + _AT_ONCE]}
         options = Options(
             device=call.device,
-            num_workers=min(2, (call.n_cpus or 2) - 1),
+            num_workers=min(2, (call.n_cpus or 3) - 1),
             on_error="raise" if call.stop_on_first_crash else "skip",
             progress=call.progress,
         )
@@ -196,6 +199,17 @@ def _embed(call: Call, model: str, encoder: Any, scans: list[Scan], errors: dict
             _write_embedding(call, part[str(record.image)], model, vector, table.origin)
         for record, why in table.errors:
             errors[part[str(record.image)].name][model] = why
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads of torch, or as many as it takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- Files ----------------------------------------------------------------------------------------
