@@ -1,9 +1,23 @@
-"""Who and which scan, by the BIDS entities in names of files and folders; a name that may mean two says neither."""
+"""Who and which scan, by the BIDS entities in names of files and folders; and the images of a BIDS data set.
+
+A file alone is known by its name, whatever folder it lies in and whatever else is installed; a name that may mean two
+says neither. A data set is read as the standard has it, by the packages of the extra [bids].
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from brainfm.errors import BrainfmError, MissingExtraError
+from brainfm.paths import is_image, walk_folder
 
 # What BIDS calls an acquisition by; entities of derivatives (space, res, desc, …) are named where they differ alone.
 ACQUISITION = ("ses", "sample", "task", "acq", "ce", "rec", "dir", "run", "echo", "flip", "inv", "mt", "part", "proc")
@@ -65,3 +79,196 @@ def _label(name: str) -> str:
     """
     found = re.search(r"(?:^|_)(sub-[^_]+_S_\d+|sub-[A-Za-z]+_\d+|sub-[^_]+)(_\d+(?=_|$))?", name)
     return found[1] if found and not found[2] else ""
+
+
+# --- Data sets: their images by an index of the standard's own names -------------------------------
+
+
+DESCRIPTION = "dataset_description.json"
+# Of each contrast that is looked for, the suffix, and whether contrast agent was given.
+SUFFIXES = {"T1w": "T1w", "T2w": "T2w", "FLAIR": "FLAIR", "T1c": "T1w"}
+_OWN_SPACES = ("individual", "native", "orig", "scanner", "T1w")  # of the person, and no template's
+
+
+@dataclass(frozen=True, slots=True)
+class BidsImage:
+    """An image of a data set.
+
+    Attributes:
+        path: Its file.
+        entities: By the short names of the standard (`sub`, `ses`, `acq`, …), as written, with `suffix`, `datatype` and
+            `ext`.
+        ignored: Whether the data set's `.bidsignore` names it.
+    """
+
+    path: Path
+    entities: dict[str, str]
+    ignored: bool = False
+
+    @property
+    def ids(self) -> tuple[str, str]:
+        """Patient and scan, as `bids_ids` has them of the file alone: a scan is called the same however it is named."""
+        return bids_ids(self.path)
+
+    @property
+    def template(self) -> str:
+        """The template on whose grid it is; "" where it is in the person's own space."""
+        space = self.entities.get("space", "")
+        return "" if space in _OWN_SPACES else space
+
+
+@dataclass(frozen=True)
+class BidsDataset:
+    """The images of a data set's subjects.
+
+    Attributes:
+        root: The data set's folder.
+        images: In the order of their paths.
+        files: All files of the subjects.
+        subjects: Their folders.
+        left_out: What cannot be read, and why.
+    """
+
+    root: Path
+    images: list[BidsImage]
+    files: list[Path]
+    subjects: list[Path]
+    left_out: dict[str, str]
+
+    def of_contrast(self, contrast: str = "T1w") -> tuple[list[BidsImage], dict[str, str]]:
+        """The images of one contrast ("T1w", "T2w", "FLAIR", or "T1c": T1w after contrast agent).
+
+        And what looks like one and is left out, and why: pieces, phases, names that the standard does not have.
+        """
+        taken, left_out = [], dict(self.left_out)
+        for image in self.images:
+            if image.entities.get("suffix") != SUFFIXES[contrast]:
+                continue
+            if why := self._misplaced(image) or _why_not(image, contrast):
+                left_out[str(image.path)] = why
+            elif contrast != "T1c" or "ce" in image.entities:
+                taken.append(image)
+        named = {self.subject_of(image.path) for image in taken} | {self.subject_of(path) for path in left_out}
+        others: dict[str, set[str]] = {path.name: set() for path in self.subjects if path.name not in named}
+        for image in self.images:
+            if image.entities["datatype"] == "anat" and (subject := self.subject_of(image.path)) in others:
+                others[subject].add(image.entities.get("suffix", "images without a suffix"))
+        for subject, suffixes in others.items():
+            has = f", but {', '.join(sorted(suffixes))}" if suffixes else ""
+            left_out[str(self.root / subject)] = f"no {contrast} image in it{has}"
+        return taken, left_out
+
+    def _misplaced(self, image: BidsImage) -> str:
+        """Why an image is not where the standard has those of `anat`; "" where it is."""
+        owner, *folders, _ = self._inner(image.path)
+        if (folders[1:] if folders[:1] and folders[0].startswith("ses-") else folders) != ["anat"]:
+            return f"in {'/'.join([owner, *folders])}, and not in anat"
+        if not f"{image.path.name}_".startswith(f"{owner}_"):
+            return f"in the folder of {owner}, but its name does not say so: whose is it?"
+        return ""
+
+    def subject_of(self, path: Path | str) -> str:
+        """The name of the subject's folder that a path within the data set is of."""
+        return self._inner(path)[0]
+
+    def _inner(self, path: Path | str) -> list[str]:
+        """The parts of a path within the data set."""
+        return _within(self.root, path).split(os.sep)  # noqa: PTH206 - not Path.parts, for there are many
+
+    def inside(self) -> list[Path]:
+        """The data sets in its `derivatives`, which are listed where they are named themselves."""
+        found = _bids2table().find_bids_datasets(self.root, exclude=["sourcedata", "sub-*"], maxdepth=2)
+        return sorted(Path(path) for path in found if path != self.root)
+
+
+def is_bids(folder: Path) -> bool:
+    """Whether a folder is a BIDS data set with subjects: `sub-*`, and a description of itself or an `anat` below."""
+    patterns = ["sub-*"] if (folder / DESCRIPTION).is_file() else ["sub-*/anat", "sub-*/ses-*/anat"]
+    with suppress(OSError):
+        return any(found.is_dir() for pattern in patterns for found in folder.glob(pattern))
+    return False
+
+
+def read_bids(folder: Path) -> BidsDataset:
+    """The images of a data set's subjects, by `bids2table`'s reading of their names.
+
+    The folders are gone through as everywhere (`walk_folder`): bids2table's own index follows a link that leads back
+    without end, passes over in silence what it cannot read, and knows no `.bidsignore`.
+
+    Raises:
+        MissingExtraError: bids2table is not installed. A guess from the names would list other scans than it does.
+    """
+    parse = _bids2table().parse_bids_entities
+    subjects = [path for path in folder.iterdir() if path.name.startswith("sub-")]
+    gone = {str(path): "a link that leads nowhere" for path in subjects if path.is_symlink() and not path.exists()}
+    subjects = [path for path in subjects if path.is_dir()]
+    subjects.sort(key=lambda path: (path.is_symlink(), path.name))  # what a link leads to again is there already
+    files, folders, closed = walk_folder(*subjects)
+    left_out = gone | closed
+    is_ignored = _ignored(folder)
+    images = []
+    for path in filter(is_image, files):
+        inner = _within(folder, path)
+        # A folder such as sub-002_S_0295 is none of the standard's, and what is in it has no datatype there.
+        found = {"datatype": path.parent.name} | parse(inner)
+        images.append(BidsImage(path, found, is_ignored(inner.replace(os.sep, "/"))))
+    return BidsDataset(folder, images, files, sorted({*subjects} & {*folders}), left_out)
+
+
+def _within(root: Path, path: Path | str) -> str:
+    """A path within a data set; as text, for there are many."""
+    return os.fspath(path)[len(os.fspath(root / "_")) - 1 :]
+
+
+def _why_not(image: BidsImage, contrast: str) -> str:
+    """Why an image with the suffix of a contrast is not taken as one; "" where it is."""
+    found = image.entities
+    if image.ignored:
+        return "named in .bidsignore"
+    if found.get("part", "mag") != "mag":
+        return f"part-{found['part']}: no magnitude image"
+    if "chunk" in found:
+        return f"chunk-{found['chunk']}: a piece of an image; join the pieces, and name the whole"
+    if contrast == "T1w" and "ce" in found:
+        return f"ce-{found['ce']}: after contrast agent, no plain T1w; name the file itself to take it as one"
+    known, allowed = _entities_of(found["suffix"])
+    if wrong := [f"{name}-{found[name]}" for name in found if name in known - allowed]:
+        return f"{' and '.join(wrong)}: an image called {found['suffix']} has no such entity in BIDS; what is it?"
+    return ""
+
+
+@cache
+def _entities_of(suffix: str) -> tuple[frozenset[str], frozenset[str]]:
+    """The short names of all of the standard's entities, and of those that an image in `anat` of a suffix may have."""
+    from bidsschematools.schema import load_schema
+
+    schema = load_schema()
+    short = {entity: schema.objects.entities[entity].name for entity in schema.rules.entities}
+    rules = [*schema.rules.files.raw.anat.values(), *schema.rules.files.deriv.imaging.values()]
+    allowed = {short[entity] for rule in rules if suffix in rule.suffixes for entity in rule.entities}
+    return frozenset(short.values()), frozenset(allowed)
+
+
+def _ignored(folder: Path) -> Callable[[str], bool]:
+    """Whether a data set's `.bidsignore`, whose patterns are those of `.gitignore`, names a path within it."""
+    try:
+        lines = (folder / ".bidsignore").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return lambda _: False
+    import pathspec
+
+    return pathspec.GitIgnoreSpec.from_lines(lines).match_file
+
+
+def _bids2table() -> Any:
+    try:
+        import bids2table
+        import pathspec  # noqa: F401
+    except ModuleNotFoundError as error:
+        if sys.version_info < (3, 11):
+            raise BrainfmError(
+                "BIDS data sets are read by bids2table, which needs Python 3.11 or later; with this one, name the "
+                "files one by one, or list them in a manifest"
+            ) from error
+        raise MissingExtraError(error.name or "bids2table", "bids") from error
+    return bids2table

@@ -23,7 +23,7 @@ from brainfm.weights import HUB_WEIGHTS, cached_weights, default_cache_dir, read
 _LEAST_FREE_GB = 2.0  # in a cache: the largest weights of the zoo have 1.6 GB
 _LEAST_SHARED_GB = 0.5  # for the workers of a training
 _REMOTE = ("nfs", "cifs", "smb", "fuse", "lustre", "gpfs", "beegfs", "9p", "afs", "ceph")
-_EXTRAS = ("train", "eval", "prep", "export", "fast", "keras")
+_EXTRAS = ("train", "eval", "prep", "export", "fast", "keras", "bids")
 _SECONDS = 3  # that the Hub has for an answer
 
 State = Literal["ok", "note", "problem"]

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from brainfm.bids import ACQUISITION, bids_ids, entities, stem
+from brainfm.bids import ACQUISITION, BidsDataset, BidsImage, bids_ids, entities, is_bids, read_bids, stem
 from brainfm.errors import ScanError
 from brainfm.paths import is_image, on_disk, path_of, printable, unprinted, walk_folder
 from brainfm.scan import ImageLike, ScanLike
@@ -42,6 +42,7 @@ _OWN = ("image_path", "mask_path", "patient_id", "scan_id")
 # What else a column of patients, or of scans, is called, by its letters; the first that is there is taken.
 _PATIENT_COLUMNS = ("participantid", "subjectid", "subject", "sub", "srcsubjectid", "ptid", "eid", "rid")
 _SCAN_COLUMNS = ("sessionid", "session", "ses")
+_FORM = ("suffix", "ext")  # of a file, among what BIDS names have
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ class Listing(list[ScanRecord]):
 
     Attributes:
         left_out: Folders of which no scan is in the list, and why: unreadable ones, and those without the image that
-            is looked for.
+            is looked for; and of a BIDS data set, the images that are not what their names' ends say.
         rows: Of a manifest, the number of each scan's row, as a spreadsheet program counts them; else empty.
     """
 
@@ -164,9 +165,9 @@ def list_scans(scans: ScansLike) -> Listing:
     Args:
         scans: A path of an image, of a manifest (.csv, .tsv, .txt, .xlsx, .parquet), of a folder of prepared scans
             (`brainfm prep`; at any depth), of a TurboPrep folder (`normalized.nii.gz` beside `mask.nii.gz`) or of a
-            BIDS-derivatives folder (`sub-*` with T1w images in MNI152 space); a DataFrame with a manifest's columns,
-            whose paths are relative to the working folder; or a list of such paths, images, scans of several channels,
-            pairs of one of these with its mask, and records.
+            BIDS-derivatives folder (T1w images in MNI152 space; see `brainfm.bids`); a DataFrame with a manifest's
+            columns, whose paths are relative to the working folder; or a list of such paths, images, scans of several
+            channels, pairs of one of these with its mask, and records.
 
     A scan that `brainfm prep` made has its verdict (pass, look, fail) as the column `qc`, or, where a person decided of
     it by `brainfm qc`, "accepted" or "rejected".
@@ -175,6 +176,7 @@ def list_scans(scans: ScansLike) -> Listing:
         ScanError: There is no such path, the manifest has no rows, no column of images or a row twice, a folder holds
             no scans, two files would be one scan of one patient, or one patient is written in two ways; the message
             says what was looked for.
+        MissingExtraError: A folder is a BIDS data set, and the packages of the extra [bids] are not installed.
     """
     if is_frame(scans):
         listed = _from_rows(rows_of(scans), "the DataFrame", Path())
@@ -433,26 +435,38 @@ def _identified(records: list[ScanRecord], patients: list[str], scans: list[str]
 
 
 def _from_folder(folder: Path) -> Listing:
-    files, folders, left_out = walk_folder(folder)
+    if is_bids(folder):
+        dataset = read_bids(folder)
+        if not _prepared_scans(dataset.files):
+            return bids_scans(dataset)
+    files, _, left_out = walk_folder(folder)
     prepared = _prepared_scans(files)
-    in_mni = [path for path in files if _is_bids_t1w(path, folder) and "_space-MNI152" in path.name]
-    if prepared:
-        records = [_prepared_record(scan, image, folder) for scan, image in prepared.items()]
-        missing = "no prepared scan in it"
-        alone = folder in prepared  # what is below is the one scan's
-        inner = [path.relative_to(folder).parts for path in files if path.name == RECORD or is_image(path)]
-        of_scans = {folder / parts[0] for parts in inner if len(parts) > 1 and not alone}
-    elif in_mni:
-        records = [_bids_record(image) for image in _finest(in_mni)]
-        missing = "no T1w image in MNI152 space in it"
-        of_scans = {path.parent for path in files if _is_bids_t1w(path, folder)}
-        subjects = {path for path in folders if path.parent == folder and path.name.startswith("sub-")}
-        of_scans |= {path for path in subjects if not any(path in place.parents for place in of_scans)}
-    else:
+    if not prepared:
         _refuse_folder(folder, files, left_out)
-    listed = {place for record in records for place in Path(str(record.image)).parents} | prepared.keys()
+    records = [_prepared_record(scan, image, folder) for scan, image in prepared.items()]
+    inner = [path.relative_to(folder).parts for path in files if path.name == RECORD or is_image(path)]
+    # Where the folder itself is one, what is below is that one scan's.
+    of_scans = {folder / parts[0] for parts in inner if len(parts) > 1 and folder not in prepared}
+    listed = {place for scan in prepared for place in (scan, *scan.parents)}
     listed |= {place for closed in left_out for place in Path(closed).parents}
-    left_out |= {str(place): missing for place in sorted(of_scans - listed)}
+    left_out |= {str(place): "no prepared scan in it" for place in sorted(of_scans - listed)}
+    return _listed(folder, records, left_out)
+
+
+def bids_scans(dataset: BidsDataset) -> Listing:
+    """The T1w images in MNI152 space of BIDS derivatives, each with its brain mask. Raises ScanError without one."""
+    images, left_out = dataset.of_contrast("T1w")
+    in_mni = [image for image in images if image.template.startswith("MNI152")]
+    if not in_mni:
+        _refuse_bids(dataset, images, left_out)
+    masks = {_same_scan(image): image.path for image in dataset.images if _is_brain_mask(image)}
+    records = [ScanRecord(image.path, masks.get(_same_scan(image)), *image.ids) for image in _finest(in_mni)]
+    elsewhere = {image.path.parent for image in images} - {image.path.parent for image in in_mni}
+    left_out |= {str(place): "no T1w image in MNI152 space in it" for place in sorted(elsewhere)}
+    return _listed(dataset.root, records, left_out)
+
+
+def _listed(folder: Path, records: list[ScanRecord], left_out: dict[str, str]) -> Listing:
     if left_out:
         first = ", ".join(f"{place} ({why})" for place, why in [*left_out.items()][:3])
         logger.warning("%s: %d left out: %s%s", folder, len(left_out), first, ", …" if len(left_out) > 3 else "")
@@ -460,25 +474,27 @@ def _from_folder(folder: Path) -> Listing:
     return Listing(records, left_out)
 
 
-def _is_bids_t1w(path: Path, folder: Path) -> bool:
-    inner = path.relative_to(folder).parts
-    return len(inner) > 1 and inner[0].startswith("sub-") and "_t1w.nii" in path.name.lower() and is_image(path)
+def _refuse_bids(dataset: BidsDataset, images: Sequence[BidsImage], left_out: Mapping[str, str]) -> NoReturn:
+    such = "".join(f"; left out: {place} ({why})" for place, why in [*left_out.items()][:1])
+    if not images:
+        raise ScanError(f"{dataset.root}: a BIDS data set without a T1w image{such}")
+    inside = ", ".join(str(path) for path in dataset.inside())
+    raise ScanError(
+        f"{dataset.root}: a BIDS data set with no T1w image in MNI152 space; give the derivatives folder of a run with "
+        f"fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1{f' (inside are {inside})' if inside else ''}, or "
+        f"prepare the scans: brainfm prep{such}"
+    )
 
 
 def _refuse_folder(folder: Path, files: Sequence[Path], left_out: Mapping[str, str]) -> NoReturn:
     closed = "".join(f"; {place} {why}" for place, why in [*left_out.items()][:1])
     if any(is_dicom(path) for path in files[:3]):
         raise ScanError(f"{folder}: a folder of DICOM files; convert them first, for example with dcm2niix{closed}")
-    if any("_t1w.nii" in path.name.lower() for path in files):
-        raise ScanError(
-            f"{folder}: a BIDS folder with no T1w image in MNI152 space; give the derivatives folder of a run with "
-            f"fMRIPrep's --output-spaces MNI152NLin2009cAsym:res-1, or prepare the scans: brainfm prep{closed}"
-        )
     images = [path for path in files if is_image(path)]
     if images:
         raise ScanError(
-            f"{folder}: neither prepared scans ({RECORD}, or TurboPrep's {TURBOPREP_IMAGE}) nor BIDS derivatives (no "
-            f"sub-*/); name its {len(images)} image files one by one, or list them in a manifest{closed}"
+            f"{folder}: neither prepared scans ({RECORD}, or TurboPrep's {TURBOPREP_IMAGE}) nor a BIDS data set (no "
+            f"sub-*/anat); name its {len(images)} image files one by one, or list them in a manifest{closed}"
         )
     raise ScanError(f"{folder}: no scans in this folder{closed}")
 
@@ -506,22 +522,26 @@ def _prepared_record(scan: Path, image: Path, folder: Path) -> ScanRecord:
     return ScanRecord(image, mask if image != scan and mask.exists() else None, patient, ses)
 
 
-def _bids_record(image: Path) -> ScanRecord:
-    mask = image.with_name(re.sub(r"(?i)(_desc-[^_]+)?_T1w\.", "_desc-brain_mask.", image.name))
-    return ScanRecord(image, mask if mask.exists() else None, *bids_ids(image))
+def _same_scan(image: BidsImage, *but: str) -> frozenset[tuple[str, str]]:
+    """What an image and its mask have in common."""
+    return frozenset((name, value) for name, value in image.entities.items() if name not in ("desc", *_FORM, *but))
 
 
-def _finest(images: list[Path]) -> list[Path]:
+def _is_brain_mask(image: BidsImage) -> bool:
+    return (image.entities.get("suffix"), image.entities.get("desc")) == ("mask", "brain")
+
+
+def _finest(images: list[BidsImage]) -> list[BidsImage]:
     """One image a scan and space: the smallest `res-` where there are several."""
-    best: dict[str, Path] = {}
+    best: dict[Any, BidsImage] = {}
     for image in sorted(images, key=_resolution):
-        best.setdefault(str(image.with_name(re.sub(r"_res-[^_]+", "", image.name))), image)
-    return sorted(best.values())
+        best.setdefault((image.entities.get("desc"), _same_scan(image, "res")), image)
+    return sorted(best.values(), key=lambda image: image.path)
 
 
-def _resolution(path: Path) -> tuple[int, str]:
-    found = re.search(r"_res-0*(\d+)", path.name)
-    return (int(found.group(1)) if found else 0, path.name)
+def _resolution(image: BidsImage) -> tuple[int, Path]:
+    resolution = image.entities.get("res", "")
+    return (int(resolution) if resolution.isdecimal() else 0, image.path)
 
 
 # --- Who is who -----------------------------------------------------------------------------------

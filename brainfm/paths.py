@@ -77,8 +77,8 @@ def is_image(path: Path) -> bool:
     return path.name.lower().endswith(_IMAGES)
 
 
-def walk_folder(folder: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
-    """The files and folders below a folder, in order, and why which of them cannot be read.
+def walk_folder(*tops: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
+    """The files and folders below one or more folders, in order, and why which of them cannot be read.
 
     Links to folders are followed after all else, so that what a link leads to twice, or back to, is there once. What
     systems keep for themselves is passed over: `._…`, `.DS_Store`, `.git`, `.Trashes` and all that begins with a dot,
@@ -88,12 +88,12 @@ def walk_folder(folder: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
     folders: list[Path] = []
     closed: dict[str, str] = {}
     seen: set[tuple[int, int]] = set()
-    tops = [folder]
+    places = [*tops]
 
     def note(error: OSError) -> None:
         closed[str(error.filename)] = f"cannot be read: {error.strerror}"
 
-    for top in tops:  # which grows
+    for top in places:  # which grows
         for name, inner, names in os.walk(top, onerror=note):
             place = Path(name)
             state = place.stat()
@@ -103,7 +103,7 @@ def walk_folder(folder: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
             seen.add((state.st_dev, state.st_ino))
             inner[:] = [each for each in inner if not each.startswith(".") and each not in _PASSED_OVER]
             folders.append(place)
-            tops += [place / link for link in sorted(inner) if (place / link).is_symlink()]
+            places += [place / link for link in sorted(inner) if (place / link).is_symlink()]
             for path in (place / file for file in names if not file.startswith(".")):
                 if is_image(path) or not _leads_nowhere(path):
                     files.append(path)

@@ -70,6 +70,7 @@ def prepare_all(
     *,
     t1w: str | os.PathLike[str] | None = None,
     jobs: int = 1,
+    threads: int | None = None,
     device: str = "cpu",
     shard: Shard | None = None,
     said: Callable[[str, Outcome], None] | None = None,
@@ -87,6 +88,7 @@ def prepare_all(
         t1w: Of other contrasts, the folder of the person's prepared T1w scan; without it, it is looked for in `output`
             by the scan's name (`brainfm.prep.contrast.t1w_of`).
         jobs: Scans at once; they share the processor's cores, and the GPU where they use one.
+        threads: Of each scan; None divides the cores among the jobs.
         device: Of torch, for extraction and registration: "cpu", "cuda", or "auto", which is a GPU where there is one.
             On "cpu" the same scan gives the same files to the bit.
         shard: Which of several equal parts of the scans to prepare. Shards share `output`, and none locks it: they may
@@ -110,7 +112,7 @@ def prepare_all(
     device = _checked(device)
     sources = find_sources([Path(item) for item in inputs], settings.contrast)
     # By the inputs, not by what is left of them: a run that goes on, and a shard, compute as the unbroken one would.
-    threads = max(1, available_cores() // max(1, min(jobs, len(sources))))
+    threads = threads or max(1, available_cores() // max(1, min(jobs, len(sources))))
     if shard is not None:
         if settings.longitudinal:
             raise BrainfmError(

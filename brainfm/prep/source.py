@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from brainfm.bids import DESCRIPTION, SUFFIXES, BidsDataset, BidsImage, is_bids, read_bids
 from brainfm.contract import Reorient, Volume
 from brainfm.errors import ScanError
 from brainfm.files import file_sha256
@@ -71,7 +72,7 @@ class Source:
 
 
 class Sources(list[Source]):
-    """Scans in their order, and what a folder holds that could not be looked into.
+    """Scans in their order, and what a folder holds that could not be looked into, or is left out.
 
     Attributes:
         left_out: Paths, and why.
@@ -176,16 +177,19 @@ def _expanded(path: Path, left_out: dict[str, str], contrast: Contrast) -> Itera
 
 
 def _in_folder(folder: Path, left_out: dict[str, str], contrast: Contrast) -> Iterator[_Named]:
-    """The T1w images of a BIDS data set, or of another folder every image and DICOM series; the rest is named.
+    """The images of a contrast in a BIDS data set, or in another folder every image and DICOM series; or a refusal.
 
-    Of another contrast, all images whose names end as its do.
+    Of another contrast than T1w, all images whose names end as its do.
     """
+    if is_bids(folder):
+        for image in bids_heads(read_bids(folder), left_out, contrast):
+            yield image.path, _name(image.path), _longer(image.path)
+        return
     files, folders, closed = walk_folder(folder)
     left_out |= closed
     if closed:
         logger.warning("%s: %d left out, such as %s (%s)", folder, len(closed), *next(iter(closed.items())))
     files = [path for path in files if not path.name.startswith(".")]
-    subjects = [place for place in folders if place.parent == folder and place.name.startswith("sub-")]
     images = [path for path in files if _IMAGE.search(path.name)]
     if contrast != "T1w":
         named = [path for path in images if _ENDINGS[contrast].search(_stem(path))]
@@ -193,23 +197,40 @@ def _in_folder(folder: Path, left_out: dict[str, str], contrast: Contrast) -> It
             raise ScanError(f"{folder}: no {contrast} image, by the ends of the names; name the files, or list them")
         yield from ((path, _name(path), _longer(path)) for path in named)
         return
-    t1w = [path for path in images if _stem(path).endswith("_T1w") and {*path.parents} & {*subjects}]
-    described = folder / "dataset_description.json" in files
-    if t1w:
-        left_out |= {str(one): "no T1w image in it" for one in subjects if not any(one in p.parents for p in t1w)}
-        yield from ((path, _name(path), _longer(path)) for path in t1w)
-        return
     prepared = {path.parent for path in files if path.name == "prep.json"}
+    described = folder / DESCRIPTION in files
     found = [] if described else _images_and_series(folder, files, folders, prepared)
     if not found and prepared:
         raise ScanError(f"{folder}: holds scans that are prepared already; embed them: brainfm embed {folder}")
-    if not found and (subjects or described):
+    if not found and (described or any(place.parent == folder and place.name.startswith("sub-") for place in folders)):
         raise ScanError(f"{folder}: a BIDS data set without a T1w image (sub-*/…/anat/*_T1w.nii.gz)")
     if not found:
         raise ScanError(f"{folder}: a folder that holds neither a DICOM series nor a BIDS data set, nor an image")
     for path in found:
         inside = path.relative_to(folder)
         yield path, _name(path), _clean("_".join([*inside.parts[:-1], _name(path)]))
+
+
+def bids_heads(dataset: BidsDataset, left_out: dict[str, str], contrast: Contrast = "T1w") -> list[BidsImage]:
+    """The images of a contrast in a data set that are in the person's own space.
+
+    What is left out, and why, is put into `left_out`. Raises ScanError where no image is left.
+    """
+    images, why = dataset.of_contrast(contrast)
+    why |= {
+        str(image.path): f"space-{image.template}: resampled; 'brainfm embed' takes derivatives, where in MNI152 space"
+        for image in images
+        if image.template
+    }
+    left_out |= why
+    heads = [image for image in images if not image.template]
+    if not heads:
+        such = "".join(f"; {len(why)} left out, such as {path} ({reason})" for path, reason in [*why.items()][:1])
+        raise ScanError(
+            f"{dataset.root}: a BIDS data set without a {contrast} image of a head in its own space "
+            f"(sub-*/…/anat/*_{SUFFIXES[contrast]}.nii.gz){such}"
+        )
+    return heads
 
 
 def _images_and_series(folder: Path, files: list[Path], folders: list[Path], prepared: set[Path]) -> list[Path]:

@@ -138,5 +138,5 @@ def test_images_of_a_contrast_are_found_by_the_ends_of_names_and_by_columns(tmp_
     assert [(source.path.name, source.name) for source in sources] == [("b.nii", "anna/m00_T2w")]
     assert list(sources.left_out.values()) == ["no T2w image"]
     (anat / "sub-01_FLAIR.nii.gz").unlink()
-    with pytest.raises(ScanError, match="no FLAIR image, by the ends of the names"):
+    with pytest.raises(ScanError, match="BIDS data set without a FLAIR image"):
         find_sources([tmp_path / "bids"], "FLAIR")
