@@ -141,7 +141,10 @@ def unstated(
 def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
     """Sentences on the methods and the data."""
     modes = [mode for mode in dict.fromkeys(plan.modes) if mode in RECIPE_OF]
-    if plan.epochs_scale != 1:
+    if plan.epochs_of_all is not None:
+        if trained := ", ".join(f"{MODES[m]} ({paper_epochs(m)})" for m in modes):
+            yield f"Epochs are {plan.epochs_of_all} alike, in place of the paper's: {trained}."
+    elif plan.epochs_scale != 1:
         epochs = ", ".join(f"{plan.epochs(m)} instead of {paper_epochs(m)} ({MODES[m]})" for m in modes)
         yield f"Epochs are scaled by {plan.epochs_scale:g}: {epochs}."
     if plan.settings:
