@@ -391,9 +391,9 @@ def test_adni_takes_the_first_diagnosis_of_each_and_says_what_was_left_out(adni)
         **{"dataset": "ADNI", "ad": "1", "age": "63.00", "sex": "female", "site": "0", "split": ""}
     }
     assert records[0].scan_id == "bl"
-    assert counts(records, "ad") == {
-        (label, split): size for label in "01" for split, size in (("train", 7), ("val", 2), ("test", 3))
-    }
+    sizes = counts(records, "ad")
+    assert sizes["0", "train"] == sizes["1", "train"] == 7
+    assert {sizes[label, split] for label in "01" for split in ("val", "test")} <= {2, 3}
     for line in (
         "left out 1: mild cognitive impairment at the scan's visit (sub-ADNI011S0030/ses-M000)",
         "left out 1: no diagnosis at the scan's visit (sub-ADNI011S0031/ses-M000)",

@@ -178,7 +178,7 @@ def benchmark_command(
     if unknown := (given.keys() | elsewhere.keys()) - {task.name for task in loaded}:
         raise TaskError(f"--manifest {sorted(unknown)[0]}=…: no such task; write TASK=FILE.csv")
     if own := [task.name for task in loaded if task.name in elsewhere and task.leave_out]:
-        raise TaskError(f"--test-manifest {own[0]}=…: this task is tested on what it leaves out (leave_out); make two tasks")
+        raise TaskError(f"--test-manifest {own[0]}=…: it is tested on what it leaves out (leave_out); make two tasks")
     loaded = [replace(task, test_manifest=elsewhere.get(task.name, task.test_manifest)) for task in loaded]
     if len(for_all) > 1:
         raise TaskError(f"--manifest {for_all[1]}: of which task? Write TASK=FILE.csv")

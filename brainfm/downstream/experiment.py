@@ -14,6 +14,7 @@ cells stands each network without pretraining.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -33,9 +34,10 @@ from brainfm.files import one_line
 from brainfm.schema import Checked, check_keys, read_yaml
 from brainfm.sources import Kind, kind_of_all
 from brainfm.system import expanded
-from brainfm.train.pretraining import read_data, save_initial
+from brainfm.train.cache import build_cache
+from brainfm.train.pretraining import contract_of, read_data, save_initial
 from brainfm.train.recipe import Recipe, methods_of, recipe_from_dict
-from brainfm.train.sources import Mixture
+from brainfm.train.sources import Mixture, read_source
 from brainfm.train.summary import summarise
 from brainfm.train.sweep import Variant, pretrain_variants
 
@@ -80,6 +82,8 @@ class Experiment(Checked):
         epochs_scale: As `Plan.epochs_scale`.
         settings: As `Plan.settings`.
         controls: As `Plan.controls`.
+        cache: Keep each source's scans prepared in the output's `cache` folder, so that all cells read them quickly; a
+            source with a cache of its own uses that.
     """
 
     networks: dict[str, dict[str, Any]]
@@ -95,6 +99,7 @@ class Experiment(Checked):
     epochs_scale: float = 1.0
     settings: dict[str, Any] = field(default_factory=dict)
     controls: bool = True
+    cache: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -343,7 +348,10 @@ def run_experiment(
     for one in left_out:
         logger.warning("%s is left out: %s", one.scan, one.why)
     logger.info("%d of %d cells are pretrained", len(cells), len(list(list_cells(experiment))))
-    variants = [Variant(cell.title, {}, cell.recipe(output)) for cell in cells]
+    recipes = [cell.recipe(output) for cell in cells]
+    if experiment.cache:
+        recipes = [_cached(recipe, output, progress) for recipe in recipes]
+    variants = [Variant(cell.title, {}, recipe) for cell, recipe in zip(cells, recipes, strict=True)]
     failed = pretrain_variants(variants, progress=progress)
     left_out += [Unused("", title, f"its pretraining failed: {why}", failed=True) for title, why in failed.items()]
     models, titles = [], {}
@@ -417,6 +425,21 @@ def _check_is_there(cell: Cell, recipe: Recipe) -> None:
     for place in recipe.sources or {recipe.manifest: 1.0}:
         if not place or not expanded(place).exists():
             raise RecipeError(f"no such file or folder: {place}; give --manifest {cell.source}=PLACE")
+
+
+def _cached(recipe: Recipe, output: Path, progress: bool) -> Recipe:
+    """The recipe with caches of its sources, which are built where they are not there; what is there is left."""
+    if recipe.cache is not None:
+        return recipe
+    spec, places = contract_of(recipe), [*(recipe.sources or [recipe.manifest])]
+    folders = {}
+    for place in places:
+        plain = re.sub(r"[^\w.-]+", "-", str(place))[-60:].strip("-")
+        digest = hashlib.sha256(f"{place} {spec}".encode()).hexdigest()[:8]
+        folders[place] = str(output / "cache" / f"{plain}-{digest}")
+        records, root = read_source(place)
+        build_cache(records, folders[place], spec, root=root, workers=max(1, recipe.workers), progress=progress)
+    return replace(recipe, cache=folders if recipe.sources else folders[recipe.manifest])
 
 
 def _without_pretraining(experiment: Experiment, network: str, output: Path) -> Path:

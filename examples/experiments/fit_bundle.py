@@ -172,7 +172,7 @@ def config() -> dict:
             "clip_sample": False,
         },
         "noise": f"$torch.randn((1, {', '.join(map(str, LATENT))})).to(@device)",
-        "set_timesteps": "$@scheduler.set_timesteps(num_inference_steps=50)",
+        "set_timesteps": "$@scheduler.set_timesteps(num_inference_steps=20)",
     }
 
 

@@ -33,7 +33,7 @@ methods:
 tasks: {phantom_sex: target/manifest.csv, phantom_age: nowhere.csv}
 pretraining: {epochs: 2, batch_size: 4, workers: 0, device: cpu, precision: float32, input_size: [16, 16, 16]}
 modes: [probe, finetune, scratch]
-seeds: 2
+seeds: 1
 epochs: 1
 settings: {device: cpu, workers: 0}
 """
@@ -113,7 +113,7 @@ def test_all_that_can_be_run_is_one_table_whose_rows_say_what_they_learned_from(
     ]
     assert [task.title for task in evaluation.tasks] == ["Sex (phantoms)"]
     results = rows_of(output / "results.csv")
-    assert len({(row["model"], row["mode"], row["seed"]) for row in results}) == 2 * 11 == evaluation.runs
+    assert len({(row["model"], row["mode"], row["seed"]) for row in results}) == 11 == evaluation.runs
     assert any("by seed 0. Standard deviations are of splits" in text for text in evaluation.statements)
     assert any("Epochs are 1 alike" in text for text in evaluation.statements)
     assert any("phantoms, not people" in text for text in evaluation.warnings)
@@ -167,7 +167,7 @@ def test_source_that_comes_later_is_added_and_nothing_else_is_done_again(finishe
     assert code == 0, said
     assert {path.split("/out/")[1].split("/")[2] for path in steps[before:]} == {"drawn"}
     assert {path: path.stat().st_mtime_ns for path in rows} == rows
-    assert len(list((output / "runs").glob("*.json"))) == len(rows) + 3 * 2 * 2
+    assert len(list((output / "runs").glob("*.json"))) == len(rows) + 3 * 2
 
 
 def test_cell_has_its_methods_fields_first_and_none_of_other_methods(place):
@@ -188,7 +188,7 @@ def test_cell_has_its_methods_fields_first_and_none_of_other_methods(place):
         ),
         ("epochs: 2", "output: there", "pretraining: output is not set here"),
         ("others: {", "none: {", "'none' stands for no pretraining"),
-        ("seeds: 2", "seed: 2", "Experiment has no field seed; did you mean seeds?"),
+        ("seeds: 1", "seed: 1", "Experiment has no field seed; did you mean seeds?"),
         ("drawn: drawn/manifest.csv", "drawn: {patients: 0.5}", "drawn needs manifest"),
         ("  cnn: {", "  c/n: {", "'c/n' is the name of a folder"),
         ("methods:\n", "methods: {}\nmore:\n", "Experiment has no field more"),
