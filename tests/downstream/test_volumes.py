@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import nibabel as nib
 import pytest
@@ -65,7 +66,7 @@ def test_changed_file_is_read_again_and_a_bad_one_each_time(phantoms, tmp_path, 
     brighter[20:30, 20:30, 20:30] += 50
     nib.Nifti1Image(brighter, image.affine).to_filename(own.image)
     assert not torch.equal(volumes.read_volume(transform, own), first)
-    own.image.unlink()
+    Path(own.image).unlink()
     for _ in range(2):
         with pytest.raises(ScanError, match=r"image\.nii\.gz"):
             volumes.read_volume(transform, own)
