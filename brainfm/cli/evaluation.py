@@ -128,9 +128,7 @@ def predict_command(
 @click.option("--test-manifest", "tested", multiple=True, metavar="TASK=CSV", help="Another cohort, tested whole.")
 @_keep
 @_common
-@click.pass_context
 def benchmark_command(
-    ctx: click.Context,
     tasks: tuple[str, ...],
     models: tuple[str, ...],
     modes: tuple[str, ...],
@@ -170,7 +168,7 @@ def benchmark_command(
                 "a comparison's file names its networks, sources and tasks itself: give it alone, without --models, "
                 "and --manifest as NAME=PLACE"
             )
-        _run_experiment(ctx, tasks[0], given, elsewhere, corrupted=corrupted, **options)
+        _run_experiment(tasks[0], given, elsewhere, corrupted=corrupted, **options)
         return
     if not models:
         raise click.UsageError("Missing option '--models'.")
@@ -195,7 +193,6 @@ def benchmark_command(
 
 
 def _run_experiment(
-    ctx: click.Context,
     file: str,
     places: dict[str, str],
     tested: dict[str, str],
@@ -218,6 +215,7 @@ def _run_experiment(
     for option, was_given in (("--robustness", corrupted), ("--keep-models", keep_models)):
         if was_given:
             raise BrainfmError(f"{option} is not of a comparison's file; evaluate its models by --models local-dir:…")
+    ctx = click.get_current_context()
     changes = {
         name: ctx.params[name]
         for name in ("modes", "fractions", "seeds", "epochs_scale")

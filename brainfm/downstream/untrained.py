@@ -17,7 +17,9 @@ def create_untrained(model: str) -> Encoder:
     found = resolve(model)
     if not found.is_place:
         return create_model(found.cfg.architecture)
-    return create_model(found.cfg.architecture, pretrained_cfg=found.cfg, in_chans=found.cfg.in_chans, **found.args)
+    cfg, args = found.cfg, {"in_chans": found.cfg.in_chans, **found.args}
+    encoder: Encoder = create_model(cfg.architecture, pretrained_cfg=cfg, **args)
+    return encoder
 
 
 def built_as(model: str) -> str:

@@ -41,7 +41,7 @@ def read_volume(transform: InputTransform, record: ScanRecord) -> Tensor:
 
 def _key(transform: InputTransform, record: ScanRecord) -> Any:
     """What a volume is made of; None where that cannot be said: of images in memory, and of views drawn by chance."""
-    files = [*record.images.values(), *([] if record.mask is None else [record.mask])]
+    files: list[Any] = [*record.images.values(), *([] if record.mask is None else [record.mask])]
     if type(transform) is not InputTransform or transform.augment is not None:
         return None
     if not all(isinstance(file, str | Path) for file in files):

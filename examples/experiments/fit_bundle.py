@@ -26,24 +26,24 @@ from brainfm.phantom import make_phantom
 from brainfm.synthesis import AUTOENCODER, PUBLISHED
 
 AUTOENCODER_ARGS = dict(PUBLISHED.autoencoder) | {
-    "channels": [16, 32, 32],
+    "channels": [8, 16, 16],
     "num_res_blocks": 1,
     "norm_num_groups": 8,
     "attention_levels": [False, False, False],
 }
 DIFFUSION_ARGS = dict(PUBLISHED.diffusion) | {
-    "channels": [64, 128],
+    "channels": [32, 64],
     "num_res_blocks": 1,
     "norm_num_groups": 8,
     "attention_levels": [False, True],
-    "num_head_channels": [0, 64],
+    "num_head_channels": [0, 32],
 }
 LATENT = (3, 10, 14, 10)  # of 40×56×40 voxels of 4 mm, the bundle's box
 STEPS, BETA = 1000, (0.0015, 0.0205)
 OUTSIDE = -0.25  # what the decoder learns outside the brain: cut to 0, so that a brain has an edge
 BRIGHTEST = 1.5  # of white matter, is 1
 AGES = (20.0, 90.0)  # that are 0 and 1
-DARK, SIZES = (0.0, 0.5), (10_000, 35_000)  # of a brain's voxels, and its voxels, that are 0 and 1
+DARK, SIZES = (0.0, 0.2), (18_000, 32_000)  # of a brain's voxels, and its voxels, that are 0 and 1
 
 
 def main(arguments=None):
