@@ -210,7 +210,9 @@ def load_experiment(
         experiment = Experiment.from_dict({**content, **changes})
     except (OSError, ValueError, TypeError) as error:
         raise BrainfmError(f"{path}: {one_line(error)}") from error
-    places, tested = places or {}, tested or {}
+    named = {Path(name).stem: name for name in experiment.tasks if _is_file(name)}
+    places = {named.get(name, name): place for name, place in (places or {}).items()}
+    tested = {named.get(name, name): place for name, place in (tested or {}).items()}
     for name in (*places, *tested):
         if name not in experiment.tasks and (name in tested or name not in experiment.sources):
             known = ", ".join([*experiment.tasks, *([] if name in tested else experiment.sources)])
@@ -226,9 +228,12 @@ def load_experiment(
         ours = Tested.from_dict({key: _path(text, file.parent) for key, text in own.to_dict().items()})
         given = {"manifest": places.get(name), "test_manifest": tested.get(name)}
         ours = replace(ours, **{key: value for key, value in given.items() if value})
-        is_file = name.endswith((".yaml", ".yml"))
-        tasks[str(_path(name, file.parent)) if is_file else name] = ours
+        tasks[_path(name, file.parent) if _is_file(name) else name] = ours
     return replace(experiment, sources=sources, tasks=tasks)
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
 
 
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -350,7 +355,8 @@ def run_experiment(
     logger.info("%d of %d cells are pretrained", len(cells), len(list(list_cells(experiment))))
     recipes = [cell.recipe(output) for cell in cells]
     if experiment.cache:
-        recipes = [_cached(recipe, output, progress) for recipe in recipes]
+        built: set[str] = set()
+        recipes = [_cached(recipe, output, built, progress) for recipe in recipes]
     variants = [Variant(cell.title, {}, recipe) for cell, recipe in zip(cells, recipes, strict=True)]
     failed = pretrain_variants(variants, progress=progress)
     left_out += [Unused("", title, f"its pretraining failed: {why}", failed=True) for title, why in failed.items()]
@@ -427,8 +433,8 @@ def _check_is_there(cell: Cell, recipe: Recipe) -> None:
             raise RecipeError(f"no such file or folder: {place}; give --manifest {cell.source}=PLACE")
 
 
-def _cached(recipe: Recipe, output: Path, progress: bool) -> Recipe:
-    """The recipe with caches of its sources, which are built where they are not there; what is there is left."""
+def _cached(recipe: Recipe, output: Path, built: set[str], progress: bool) -> Recipe:
+    """The recipe with caches of its sources; those that are not `built` in this run are, or what is left of them."""
     if recipe.cache is not None:
         return recipe
     spec, places = contract_of(recipe), [*(recipe.sources or [recipe.manifest])]
@@ -437,6 +443,9 @@ def _cached(recipe: Recipe, output: Path, progress: bool) -> Recipe:
         plain = re.sub(r"[^\w.-]+", "-", str(place))[-60:].strip("-")
         digest = hashlib.sha256(f"{place} {spec}".encode()).hexdigest()[:8]
         folders[place] = str(output / "cache" / f"{plain}-{digest}")
+        if folders[place] in built:
+            continue
+        built.add(folders[place])
         records, root = read_source(place)
         build_cache(records, folders[place], spec, root=root, workers=max(1, recipe.workers), progress=progress)
     return replace(recipe, cache=folders if recipe.sources else folders[recipe.manifest])
