@@ -3,10 +3,11 @@
 python examples/experiments/fit_bundle.py FOLDER [--phantoms 200] [--autoencoder 1500] [--diffusion 4000]
 brainfm synthesize --n 200 --bundle FOLDER --out synthetic/
 
-It draws volumes that look like blurred phantoms: no people, no published model, and nothing to learn of brains from.
-It stands in for the latent diffusion model of Pinaya et al. 2022, whose layout its files have, where that cannot be
-had. What it is told, from 0 to 1: sex, age, how much of the brain is dark (for the ventricles), and how large the brain
-is.
+It is meant to draw volumes like blurred phantoms: no people, no published model, nothing to learn of brains from. It
+stands in for the latent diffusion model of Pinaya et al. 2022, whose layout its files have, where that cannot be had.
+It was run for a few steps only: nobody has looked yet at what it draws, or whether contracts of brains take that.
+
+What it is told, from 0 to 1: sex, age, how much of the brain is dark (for the ventricles), and how large the brain is.
 """
 
 import argparse
