@@ -99,7 +99,7 @@ def test_stopped_comparison_goes_on_and_no_step_is_taken_twice(finished, steps):
 
 
 def test_all_that_can_be_run_is_one_table_whose_rows_say_what_they_learned_from(finished):
-    output, said = finished
+    output, _ = finished
     evaluation = read_evaluation(output / "grid.json")
     assert [row.title for row in evaluation.rows] == [
         f"{cell} on others (phantoms), {mode}"
@@ -119,8 +119,6 @@ def test_all_that_can_be_run_is_one_table_whose_rows_say_what_they_learned_from(
     assert any("phantoms, not people" in text for text in evaluation.warnings)
     for name in ("table.md", "table.tex", "index.html"):
         assert "on others (phantoms)" in (output / name).read_text()
-    assert "3 parts" not in said
-    assert "4 parts were left out" not in said
 
 
 def test_networks_from_scratch_are_those_that_are_pretrained(finished):
