@@ -352,10 +352,138 @@ def test_ldm100k_lists_prepared_scans_and_names_columns_it_does_not_know(ldm, tm
     assert len(read_manifest(output)) == 2
 
 
-@pytest.mark.parametrize("name", ["ixi", "soop", "aibl", "ldm100k"])
+@pytest.mark.parametrize("name", ["ixi", "soop", "aibl", "ldm100k", "adni", "oasis"])
 def test_each_page_names_its_script_and_says_what_it_was_tested_on(name):
     page = (COHORTS / f"{name}.md").read_text(encoding="utf-8")
     assert f"python examples/cohorts/{name}.py" in page
     assert f"-o {name}.csv" in page
     assert "made-up files" in page
     assert "never on the real cohort" in page
+
+
+# --- ADNI -----------------------------------------------------------------------------------------
+
+ADNI_COLUMNS = ["RID", "PTID", "VISCODE", "SITE", "EXAMDATE", "DX_bl", "AGE", "PTGENDER", "DX", "Years_bl"]
+
+
+def adni_row(number, visit, diagnosis, years=0.0, date="2006-01-10"):
+    sex = ("Male", "Female")[number % 2]
+    return [number, f"011_S_{number:04d}", visit, number % 3, date, "CN", 60 + number, sex, diagnosis, years]
+
+
+@pytest.fixture
+def adni(tmp_path):
+    """24 people, normal and demented in turn, and one of each kind that cannot be used."""
+    rows = [adni_row(n, "bl", ("CN", "Dementia")[n % 2]) for n in range(24)]
+    rows += [adni_row(0, "m06", "Dementia", 0.5, "2006-07-10"), adni_row(30, "bl", "MCI"), adni_row(31, "bl", "")]
+    names = [f"sub-ADNI011S{n:04d}/ses-M000" for n in (*range(24), 30, 31)]
+    scans = prepared(tmp_path / "scans", [*names, "sub-ADNI011S0000/ses-M006", "011_S_0040_m12", "phantom"])
+    return scans, write_table(tmp_path / "ADNIMERGE.csv", ADNI_COLUMNS, rows), tmp_path / "adni.csv"
+
+
+def test_adni_takes_the_first_diagnosis_of_each_and_says_what_was_left_out(adni):
+    scans, table, output = adni
+    result = run("adni.py", table, scans, "-o", output)
+    assert result.returncode == 0, result.stderr
+    records = read_manifest(output)
+    assert [record.extra["ad"] for record in records] == ["0", "1"] * 12
+    assert records[3].extra | {"split": ""} == {
+        **{"dataset": "ADNI", "ad": "1", "age": "63.00", "sex": "female", "site": "0", "split": ""}
+    }
+    assert records[0].scan_id == "bl"
+    sizes = counts(records, "ad")
+    assert sizes["0", "train"] == sizes["1", "train"] == 7
+    assert {sizes[label, split] for label in "01" for split in ("val", "test")} <= {2, 3}
+    for line in (
+        "left out 1: mild cognitive impairment at the scan's visit (sub-ADNI011S0030/ses-M000)",
+        "left out 1: no diagnosis at the scan's visit (sub-ADNI011S0031/ses-M000)",
+        "left out 1: an earlier scan of the patient is used (sub-ADNI011S0000/ses-M006)",
+        "left out 1: no row in the table (011_S_0040_m12)",
+        "left out 1: no ADNI id in the folder's name (phantom)",
+    ):
+        assert line in result.stdout
+    assert "warning: for simclr_resnet18_3d.kaczmarek2025" in result.stdout  # ADNI was in its pretraining data
+
+
+def test_adni_gives_the_age_of_the_normal_alone(adni, run_here):
+    scans, table, output = adni
+    assert run_here("adni.py", table, scans, "-o", output, "--label", "age") == ""
+    records = read_manifest(output)
+    assert [float(record.extra["age"]) for record in records] == [60 + n for n in range(0, 24, 2)]
+    assert set(records[0].extra) == {"dataset", "age", "sex", "site", "split"}
+
+
+def test_adni_takes_diagnoses_of_dxsum_and_visits_of_mrilist(adni, tmp_path, run_here):
+    scans, table, output = adni
+    dxsum = write_table(
+        tmp_path / "DXSUM.csv",
+        ["RID", "PTID", "VISCODE", "VISCODE2", "DIAGNOSIS"],
+        [[n, f"011_S_{n:04d}", "v01", "sc" if n == 0 else "bl", 3 - 2 * (n % 2)] for n in range(24)],
+    )
+    assert run_here("adni.py", table, scans, "-o", output, "--dxsum", dxsum) == ""
+    assert [record.extra["ad"] for record in read_manifest(output)] == ["1", "0"] * 12  # the other way round
+
+    images = prepared(tmp_path / "images", [f"011_S_{n:04d}/MPRAGE/I{100 + n}" for n in range(24)])
+    dates = ["7/1/2006" if n == 0 else "2009-01-01" if n == 1 else "1/20/2006" for n in range(24)]
+    mrilist = write_table(
+        tmp_path / "MRILIST.csv",
+        ["TYPE", "SUBJECT", "VISIT", "SCANDATE", "IMAGEUID"],
+        [["MRI", f"011_S_{n:04d}", "x", dates[n], 100 + n] for n in range(24)],
+    )
+    assert run_here("adni.py", table, images, "-o", output, "--mrilist", mrilist) == ""
+    records = {record.patient_id: record for record in read_manifest(output)}
+    assert (records["011_S_0000"].scan_id, records["011_S_0000"].extra["ad"]) == ("m06-I100", "1")
+    assert "011_S_0001" not in records  # three years from any visit
+    assert len(records) == 23
+
+
+# --- OASIS ----------------------------------------------------------------------------------------
+
+
+def test_oasis_1_is_labelled_by_the_rating_and_leaves_out_who_has_none(tmp_path):
+    names = [f"OAS1_{n:04d}_MR1" for n in range(1, 21)]
+    scans = prepared(tmp_path / "scans", [*names, "OAS1_0001_MR2", "OAS1_0030_MR1"])
+    header = ["ID", "M/F", "Hand", "Age", "Educ", "SES", "MMSE", "CDR", "eTIV", "nWBV", "ASF", "Delay"]
+    ratings = ["0", "0.5", "0", "1"] * 5
+    rows = [[name, "MF"[n % 2], "R", 60 + n, 2, 3, 29, ratings[n], 1500, 0.7, 1, "N/A"] for n, name in enumerate(names)]
+    rows += [["OAS1_0001_MR2", "M", "R", 60, 2, 3, 29, "0", 1500, 0.7, 1, 3]]
+    rows += [["OAS1_0030_MR1", "F", "R", 22, "", "", "", "", 1500, 0.8, 1, "N/A"]]
+    table = write_table(tmp_path / "oasis_cross-sectional.csv", header, rows)
+    result = run("oasis.py", table, scans, "-o", tmp_path / "oasis.csv")
+    assert result.returncode == 0, result.stderr
+    records = read_manifest(tmp_path / "oasis.csv")
+    assert [record.patient_id for record in records] == [name[:9] for name in names]
+    assert [record.extra["ad"] for record in records] == ["0", "1"] * 10
+    assert records[1].extra | {"split": ""} == {
+        **{"dataset": "OASIS-1", "ad": "1", "age": "61", "sex": "female", "split": ""}
+    }
+    assert "left out 1: no Clinical Dementia Rating (OAS1_0030_MR1)" in result.stdout
+    assert "left out 1: an earlier scan of the patient is used (OAS1_0001_MR2)" in result.stdout
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_oasis_3_is_labelled_by_the_visit_nearest_to_the_scan(tmp_path, run_here, earlier):
+    header = ["OASISID", "OASIS_session_label", "days_to_visit", "age at visit", "CDRTOT", "dx1"]
+    if earlier:
+        header = ["Subject", "ADRC_ADRCCLINICALDATA ID", "days", "ageAtEntry", "cdr", "dx1"]
+    rows, names = [], []
+    for n in range(20):
+        patient, ill = f"OAS3{n:04d}", n % 2
+        told = (1, "AD Dementia") if ill else (0, "Cognitively normal")
+        rows += [[patient, f"{patient}_UDSb4_d0000", 0, 70, 0.5, "uncertain dementia"]]
+        rows += [[patient, f"{patient}_UDSb4_d0731", 731, 70 if earlier else 72, *told]]
+        names += [f"{patient}_MR_d0600" if n % 3 else f"sub-{patient}/ses-d0600"]
+    rows += [["OAS31000", "OAS31000_UDSb4_d0000", 0, 70, 0, "Cognitively normal"]]
+    names += ["OAS31000_MR_d2000", "OAS30003_MR_d0010"]
+    table = write_table(tmp_path / "cdr.csv", header, rows)
+    assert run_here("oasis.py", table, prepared(tmp_path / "scans", names), "-o", tmp_path / "oasis.csv") == ""
+    records = read_manifest(tmp_path / "oasis.csv")
+    assert [record.extra["ad"] for record in records] == ["0", "1"] * 10
+    assert {record.extra["age"] for record in records} == {"72.00"}
+    assert {record.scan_id for record in records} == {"d0600"}
+
+
+def test_oasis_refuses_a_table_that_is_neither(tmp_path, run_here):
+    table = write_table(tmp_path / "other.csv", ["ID", "Age"], [["OAS1_0001_MR1", 60]])
+    said = run_here("oasis.py", table, prepared(tmp_path / "scans", ["OAS1_0001_MR1"]), "-o", tmp_path / "o.csv")
+    assert "neither OASIS-1's table (ID, M/F, Age, CDR) nor OASIS-3's" in said

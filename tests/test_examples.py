@@ -137,3 +137,56 @@ def test_what_the_embedding_knows_tells_patients_apart(tmp_path):
     assert again.within > again.between
     assert leak.chance == 0.25
     assert picture.stat().st_size > 5000
+
+
+# --- Comparisons as files ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["phantoms", "video_synthetic"])
+def test_every_cell_of_the_packaged_comparisons_can_be_built_but_those_that_are_said(name, tmp_path, monkeypatch):
+    """On the device that keeps nothing, of an empty source: networks, contract, method and size go together."""
+    from brainfm.downstream.experiment import list_cells, load_experiment
+    from brainfm.downstream.task import load_task
+    from brainfm.errors import RecipeError
+    from brainfm.train import pretraining
+    from brainfm.train.sources import Mixture
+
+    monkeypatch.setattr(pretraining, "read_sources", lambda *_: Mixture([]))
+    experiment = load_experiment(EXAMPLES / "experiments" / f"{name}.yaml")
+    cells = list(list_cells(experiment))
+    assert len(cells) == 4 * 3 * 3
+    refused = {}
+    for cell in cells:
+        if cell.source != cells[0].source:
+            continue
+        try:
+            pretraining.read_data(cell.recipe(tmp_path))
+        except RecipeError as error:
+            refused[cell.network, cell.method] = str(error)
+    assert list(refused) == [("densenet", "masked")]
+    assert "simmim needs a patch embedding" in refused["densenet", "masked"]
+    assert all(load_task(task).metric for task in experiment.tasks)
+    assert experiment.plan((), (), {}).modes[0] == "probe"
+
+
+def test_moving_shapes_are_clips_with_a_class(tmp_path):
+    pytest.importorskip("av")
+    from brainfm.train.sources import read_source
+
+    load_example("experiments/make_clips").main([str(tmp_path / "clips"), "--clips", "4"])
+    clips, _ = read_source(tmp_path / "clips")
+    assert sorted(clip.extra["label"] for clip in clips) == ["bounces", "circles", "grows", "slides"]
+    assert {clip.extra["source"] for clip in clips} == {"video"}
+
+
+def test_fitted_bundle_is_one_that_synthesize_takes(tmp_path):
+    from brainfm.synthesis import synthesize
+
+    arguments = ["--phantoms", "2", "--autoencoder", "2", "--diffusion", "2"]
+    load_example("experiments/fit_bundle").main([str(tmp_path / "bundle"), *arguments])
+    table = synthesize(1, tmp_path / "drawn", bundle=tmp_path / "bundle", device="cpu")
+    with table.open() as file:
+        (row,) = csv.DictReader(file)
+    volume = nib.load(table.parent / row["image_path"])
+    assert volume.shape == (40, 56, 40)
+    assert volume.header.get_zooms() == (4, 4, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def predict_command(
 
 @click.command("benchmark", cls=_ManyValues, context_settings=_HELP)
 @click.argument("tasks", nargs=-1, required=True)
-@click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
+@click.option("--models", multiple=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
 @click.option(
     "--modes",
     multiple=True,
@@ -123,7 +124,8 @@ def predict_command(
 )
 @click.option("--fractions", multiple=True, type=float, help="Of the training patients, such as 0.2 0.4 0.6.")
 @click.option("--robustness", "corrupted", is_flag=True, help="Also probe test scans that are corrupted more and more.")
-@click.option("--manifest", "manifests", multiple=True, metavar="[TASK=]CSV", help="A task's, or that of all.")
+@click.option("--manifest", "manifests", multiple=True, metavar="[NAME=]CSV", help="A task's, or that of all.")
+@click.option("--test-manifest", "tested", multiple=True, metavar="TASK=CSV", help="Another cohort, tested whole.")
 @_keep
 @_common
 def benchmark_command(
@@ -132,25 +134,50 @@ def benchmark_command(
     modes: tuple[str, ...],
     fractions: tuple[float, ...],
     manifests: tuple[str, ...],
+    tested: tuple[str, ...],
     corrupted: bool,
     **options: Any,
 ) -> None:
     """Evaluate models on TASKS: names that ship with brainfm (age_ixi), or YAML files; and write tables and a page.
 
     The same command goes on with a grid that stopped. Of the models, those with weights are probed and fine-tuned, and
-    those without are trained from scratch. Exit code 1: there was an error, or scans are left out that are not there
+    those without are trained from scratch.
+
+    TASKS may be one file of a comparison instead, with networks, sources and methods (examples/experiments): each
+    combination is pretrained in OUTPUT/pretrain, and all are evaluated. --manifest NAME=PLACE is of a source or a task
+    of it, --modes, --fractions, --seeds, --epochs-scale and --set replace its own, and what cannot be run is left out
+    with its reason.
+
+    Exit code 1: there was an error, or scans are left out that are not there
     or cannot be read; the results of the others are written. 75: a signal stopped a training, which can go on. 130:
     Ctrl-C.
     """
     from brainfm.downstream.elsewhere import read_tasks
+    from brainfm.downstream.experiment import is_experiment
     from brainfm.downstream.task import load_task
-    from brainfm.errors import TaskError
+    from brainfm.errors import BrainfmError, TaskError
 
-    loaded = [load_task(name) for name in tasks]
     for_all = [text for text in manifests if "=" not in text]
     given = dict(text.split("=", 1) for text in manifests if "=" in text)
-    if unknown := given.keys() - {task.name for task in loaded}:
+    if alone := [text for text in tested if "=" not in text]:
+        raise TaskError(f"--test-manifest {alone[0]}: of which task? Write TASK=FILE.csv")
+    elsewhere = dict(text.split("=", 1) for text in tested)
+    if any(map(is_experiment, tasks)):
+        if len(tasks) > 1 or models or for_all:
+            raise BrainfmError(
+                "a comparison's file names its networks, sources and tasks itself: give it alone, without --models, "
+                "and --manifest as NAME=PLACE"
+            )
+        _run_experiment(tasks[0], given, elsewhere, corrupted=corrupted, **options)
+        return
+    if not models:
+        raise click.UsageError("Missing option '--models'.")
+    loaded = [load_task(name) for name in tasks]
+    if unknown := (given.keys() | elsewhere.keys()) - {task.name for task in loaded}:
         raise TaskError(f"--manifest {sorted(unknown)[0]}=…: no such task; write TASK=FILE.csv")
+    if own := [task.name for task in loaded if task.name in elsewhere and task.leave_out]:
+        raise TaskError(f"--test-manifest {own[0]}=…: it is tested on what it leaves out (leave_out); make two tasks")
+    loaded = [replace(task, test_manifest=elsewhere.get(task.name, task.test_manifest)) for task in loaded]
     if len(for_all) > 1:
         raise TaskError(f"--manifest {for_all[1]}: of which task? Write TASK=FILE.csv")
     data = [
@@ -159,10 +186,52 @@ def benchmark_command(
         for one in read_tasks(
             task,
             given.get(task.name) or next(iter(for_all), None) or _beside(name, task.manifest),
-            _beside(name, task.test_manifest),
+            Path(task.test_manifest) if task.name in elsewhere else _beside(name, task.test_manifest),
         )
     ]
     _run(data, models, modes, fractions=fractions, corrupted=corrupted, **options)
+
+
+def _run_experiment(
+    file: str,
+    places: dict[str, str],
+    tested: dict[str, str],
+    *,
+    output: Path,
+    settings: tuple[str, ...],
+    no_controls: bool,
+    refuse_overlap: bool,
+    replace_all: bool,
+    corrupted: bool,
+    keep_models: bool,
+    **_: Any,
+) -> None:
+    """Run a comparison's file, with the options that were given in place of its own fields."""
+    from brainfm.downstream.experiment import load_experiment, run_experiment
+    from brainfm.downstream.plan import read_settings
+    from brainfm.errors import BrainfmError, RunInterruptedError
+    from brainfm.train.trainer import INTERRUPTED
+
+    for option, was_given in (("--robustness", corrupted), ("--keep-models", keep_models)):
+        if was_given:
+            raise BrainfmError(f"{option} is not of a comparison's file; evaluate its models by --models local-dir:…")
+    ctx = click.get_current_context()
+    changes = {
+        name: ctx.params[name]
+        for name in ("modes", "fractions", "seeds", "epochs_scale")
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    changes |= {"epochs": None} if "epochs_scale" in changes else {}
+    changes |= {"controls": False} if no_controls else {}
+    experiment = load_experiment(file, places, tested, **changes)
+    experiment = replace(experiment, settings={**experiment.settings, **read_settings(settings)})
+    on_overlap: Any = "refuse" if refuse_overlap else "mark"
+    try:
+        page = run_experiment(experiment, output, on_overlap=on_overlap, replace_all=replace_all, progress=True)
+    except RunInterruptedError as stopped:
+        click.echo(str(stopped), err=True)
+        sys.exit(INTERRUPTED)
+    _say_results(page)
 
 
 def _beside(name: str, manifest: str) -> Path | None:
@@ -352,7 +421,6 @@ def _run(
 ) -> None:
     from brainfm.downstream.benchmark import benchmark
     from brainfm.downstream.plan import Plan, read_settings
-    from brainfm.downstream.results import read_evaluation
     from brainfm.errors import BrainfmError, RunInterruptedError
     from brainfm.train.trainer import INTERRUPTED
 
@@ -382,13 +450,27 @@ def _run(
         able = [model for model in models if resolve(model).cfg.has_weights]
         robustness(data, able, output, device=str(plan.settings.get("device", "auto")), progress=True)
         write_report(output)
+    _say_results(page)
+
+
+def _say_results(page: Path) -> None:
+    """Print the table, and what was left out; exit code 1 where that should have been used."""
+    from brainfm.downstream.results import read_evaluation
     from brainfm.system import launched
 
     if launched().rank != 0:
         return
+    output = page.parent
     click.echo((page.parent / "table.md").read_text(encoding="utf-8"))
     click.echo(f"{page}: the page with all tables and figures")
     evaluation = read_evaluation(output / "grid.json")
-    if failed := {(one.task, one.scan) for one in evaluation.left_out if one.failed}:
+    parts = {one.scan: one.failed for one in evaluation.left_out if not one.task}  # of a comparison
+    if parts:
+        click.echo(
+            f"{len(parts)} parts were left out, such as {next(iter(parts))}; see {output / 'left_out.csv'}", err=True
+        )
+    failed = {(one.task, one.scan) for one in evaluation.left_out if one.task and one.failed}
+    if failed:
         click.echo(f"{len(failed)} scans were left out; see {output / 'left_out.csv'}", err=True)
+    if failed or any(parts.values()):
         sys.exit(1)

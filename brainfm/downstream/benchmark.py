@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from brainfm.downstream.grid import Job, control_rows, list_jobs, model_rows, ta
 from brainfm.downstream.outcome import keep_splits, write_results
 from brainfm.downstream.plan import TRAINED, WITHOUT_TRAINING, Plan
 from brainfm.downstream.preflight import check_model, check_output, check_packages, check_splits, missing_files
-from brainfm.downstream.results import Candidate, Evaluation, read_evaluation
+from brainfm.downstream.results import Candidate, Evaluation, Unused, read_evaluation
 from brainfm.downstream.runs import (
     digest_of,
     digest_of_data,
@@ -48,6 +49,9 @@ def benchmark(
     output: str | os.PathLike[str],
     *,
     candidates: Sequence[Candidate] = (),
+    title: str = "",
+    statements: Sequence[str] = (),
+    left_out: Sequence[Unused] = (),
     on_overlap: Literal["mark", "refuse"] = "mark",
     replace_all: bool = False,
     progress: bool = False,
@@ -67,6 +71,9 @@ def benchmark(
             and `embeddings/`, `splits/`, `runs/` and, where the plan says so, `models/` kept.
         candidates: Of a comparison of encoders (`compare_encoders`), those whose embeddings the tasks' data hold, and
             those that are left out.
+        title: Of the page, in place of its usual one.
+        statements: Sentences for the top of the page.
+        left_out: What was left out before, each with its reason, for the page and `left_out.csv`.
         on_overlap: What is done with a model whose pretraining data hold a task's: "mark" its cells, or "refuse".
         replace_all: Remove another evaluation that the output holds; else it is an error, but that tasks, rows, seeds
             and fractions may be added.
@@ -102,6 +109,12 @@ def benchmark(
                 "then the same command without torchrun and --no-controls, for the probes"
             )
         evaluation = describe(data, rows, controls, notes, plan, cfgs, len(jobs), candidates)
+        evaluation = replace(
+            evaluation,
+            title=title or evaluation.title,
+            statements=(*statements, *evaluation.statements),
+            left_out=tuple(left_out),
+        )
         made_of = {one.task.name: digest_of_data(one) for one in data}
         digests = {job: digest_of(job, made_of[job.data.task.name], plan, cfgs) for job in jobs}
         if everyone.is_first:
@@ -172,7 +185,7 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
         if job.row.model in job.data.embeddings:
             continue
         if job.row.mode == "untrained" or (job.row.mode == "scratch" and cfg):
-            models.setdefault((cfg.architecture if cfg else job.row.model, False), []).append(job)
+            models.setdefault((job.row.model, False), []).append(job)
         elif cfg:
             models.setdefault((job.row.model, True), []).append(job)
     for (name, pretrained), jobs in sorted(models.items(), key=lambda item: not item[0][1]):  # weights first

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from brainfm.downstream.probe import LinearHead, Target, draw_head
 from brainfm.downstream.statistics import Kind
+from brainfm.downstream.volumes import read_volume
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.models.adaptation import add_adapters, add_lora, merge_lora, norms_and_biases
@@ -218,7 +219,7 @@ class FinetunedModel:
         with torch.inference_mode():
             for n, record in enumerate(records):
                 try:
-                    tensors.append(self.transform(record.image, record.mask))
+                    tensors.append(read_volume(self.transform, record))
                 except ScanError as error:
                     failed[n] = str(error)
                 if len(tensors) == batch_size:
@@ -297,7 +298,7 @@ class _LabelledData(TrainingData):
     def _view(self, epoch: int, item: int) -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(stream(self.seed, epoch, _VIEW, item).integers(2**63)))
-            return self.transform(self.records[item].image, self.records[item].mask)
+            return read_volume(self.transform, self.records[item])
 
     def collate(self, samples: Sequence[Any]) -> Batch:
         """Tensors side by side, with their targets."""
@@ -342,7 +343,7 @@ class _Supervised(Method):
             for n in mine:
                 record = self.val.records[n]
                 try:
-                    tensor = self.transform(record.image, record.mask)
+                    tensor = read_volume(self.transform, record)
                 except ScanError:
                     continue
                 like = next(self.encoder.parameters())

@@ -10,6 +10,7 @@ from pathlib import Path
 from brainfm.downstream.plan import MODES, TRAINED, Plan
 from brainfm.downstream.results import Candidate, Row
 from brainfm.downstream.task import TaskData
+from brainfm.downstream.untrained import built_as
 from brainfm.errors import BrainfmError, WeightsNotFoundError
 from brainfm.pretrained import PretrainedCfg
 
@@ -62,10 +63,10 @@ def list_jobs(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[
 
 def model_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
     """The rows of the models; raises BrainfmError where there are none, or weights that were never published."""
-    titles = short_names(list(cfgs))
+    titles = short_names(list(cfgs)) | dict(plan.titles)
     rows = []
     for model, cfg in cfgs.items():
-        modes = _modes(cfg, cfgs, plan)
+        modes = _modes(model, cfgs, plan)
         if not cfg.has_weights and cfg.ssl_method is not None and modes != ["scratch"]:
             raise WeightsNotFoundError(
                 f"no weights of {model} were published; pretrain it ('brainfm pretrain') and give local-dir:FOLDER, "
@@ -77,24 +78,30 @@ def model_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
     return rows
 
 
-def _modes(cfg: PretrainedCfg, cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[str]:
+def _modes(model: str, cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[str]:
     """The modes that a model is run in, of those that are planned."""
-    modes, baselines = list(dict.fromkeys(plan.modes)), [one for one in cfgs.values() if _is_baseline(one)]
-    if _is_baseline(cfg):
+    modes, baselines = list(dict.fromkeys(plan.modes)), _baselines(cfgs, plan)
+    if model in baselines:
         return [mode for mode in modes if mode == "scratch"]
     return [mode for mode in modes if mode != "scratch" or not baselines]
 
 
-def _is_baseline(cfg: PretrainedCfg) -> bool:
-    """Whether a model has no weights and was never meant to have any: it is trained from scratch."""
-    return not cfg.has_weights and cfg.ssl_method is None
+def _baselines(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[str]:
+    """The models that are trained from scratch: without weights, and never meant to have any, or so by the plan."""
+    return [
+        model
+        for model, cfg in cfgs.items()
+        if model in plan.scratch or (not cfg.has_weights and cfg.ssl_method is None)
+    ]
 
 
 def not_run(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> Iterator[str]:
     """A sentence for each model that is not run in all of the planned modes."""
-    baselines = [model for model, cfg in cfgs.items() if _is_baseline(cfg)]
-    for model, cfg in cfgs.items():
-        left = [MODES[mode] for mode in dict.fromkeys(plan.modes) if mode not in _modes(cfg, cfgs, plan)]
+    if plan.scratch:  # which says itself what stands for what
+        return
+    baselines = _baselines(cfgs, plan)
+    for model in cfgs:
+        left = [MODES[mode] for mode in dict.fromkeys(plan.modes) if mode not in _modes(model, cfgs, plan)]
         if left and model in baselines:
             yield f"{model} has no weights, and is not run as: {', '.join(left)}."
         elif left:
@@ -125,9 +132,23 @@ def control_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan, candidates: Sequ
     ]
     if not plan.controls:
         return compared
-    probed = {cfg.architecture for cfg in cfgs.values() if cfg.has_weights and not cfg.is_drawn}
-    untrained = [Row(name, "untrained", f"{name}, untrained, linear probe") for name in sorted(probed)]
+    untrained = [Row(name, "untrained", f"{title}, untrained, linear probe") for name, title in _untrained(cfgs, plan)]
     return [*untrained, *compared, COVARIATES]
+
+
+def _untrained(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[tuple[str, str]]:
+    """By which name each network of the models with weights is built untrained, and what it is called: each once."""
+    first: dict[str, str] = {}
+    for model in [*_baselines(cfgs, plan), *cfgs]:
+        if cfgs[model].has_weights and not cfgs[model].is_drawn:
+            first.setdefault(built_as(model), model)
+    short = short_names([*first.values()])
+    named = []
+    for built, model in first.items():
+        architecture = cfgs[model].architecture
+        title = plan.titles.get(model, f"{architecture} as in {short[model]}")
+        named.append((built, built) if built == architecture else (model, title))
+    return sorted(named, key=lambda one: one[1])
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:

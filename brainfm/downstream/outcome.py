@@ -43,7 +43,7 @@ def keep_splits(data: Sequence[TaskData], plan: Plan, output: Path) -> None:
 def write_results(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation, output: Path) -> Path:
     """Everything but the runs themselves; gives the page."""
     _write_tables(results, output)
-    columns, left_out, warnings = [], list[Unused](), list(evaluation.warnings)
+    columns, left_out, warnings = [], list(evaluation.left_out), list(evaluation.warnings)
     for column in evaluation.tasks:
         mine = {job: result for job, result in results.items() if job.data.task.name == column.name}
         data = next(iter(mine)).data

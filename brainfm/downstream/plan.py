@@ -54,6 +54,10 @@ class Plan:
         epochs_scale: Times the paper's epochs; at least one is run.
         settings: Fields of `Finetuning` in place of those of the mode's recipe (`brainfm.downstream.recipes`).
         controls: Add the same encoders untrained, and covariates alone.
+        epochs_of_all: Epochs of every mode that has them, in place of the paper's, which has more of them from scratch.
+        scratch: Those of the models that stand for no pretraining: trained from scratch whatever weights they have, in
+            place of all others.
+        titles: What models are called in tables, in place of their own names.
         keep_models: End each run on all training patients with a folder `models/…` of the model, for `predict`; those
             of controls are not kept.
     """
@@ -65,6 +69,9 @@ class Plan:
     epochs_scale: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     controls: bool = True
+    epochs_of_all: int | None = None
+    scratch: tuple[str, ...] = ()
+    titles: Mapping[str, str] = field(default_factory=dict)
     keep_models: bool = False
 
     def __post_init__(self) -> None:
@@ -72,9 +79,13 @@ class Plan:
             raise BrainfmError(f"unknown mode {strange[0]!r}; known: {', '.join(MODES)}")
         if self.seeds < 1 or self.epochs_scale <= 0 or not all(0 < one <= 1 for one in self.fractions):
             raise BrainfmError("seeds must be 1 or more, epochs_scale above 0, and fractions above 0 and at most 1")
+        if self.epochs_of_all is not None and self.epochs_of_all < 1:
+            raise BrainfmError(f"epochs are {self.epochs_of_all}, and must be 1 or more")
 
     def epochs(self, mode: str) -> int:
         """Epochs of a mode that has them."""
+        if self.epochs_of_all is not None:
+            return self.epochs_of_all
         return max(1, round(paper_epochs(mode) * self.epochs_scale))
 
     def of(self, mode: str) -> dict[str, Any]:
@@ -83,7 +94,8 @@ class Plan:
 
     def is_as_published(self, mode: str) -> bool:
         """Whether a mode is run by its recipe and nothing else."""
-        return mode in TRAINED and self.epochs_scale == 1 and not self.of(mode).keys() - set(FREE)
+        usual = self.epochs_scale == 1 and self.epochs_of_all is None
+        return mode in TRAINED and usual and not self.of(mode).keys() - set(FREE)
 
 
 def paper_epochs(mode: str) -> int:
@@ -94,7 +106,11 @@ def paper_epochs(mode: str) -> int:
 
 def read_settings(overrides: Sequence[str]) -> dict[str, Any]:
     """Fields of `Finetuning` from texts such as "lr=1e-3". Raises RecipeError for an unknown one or a wrong value."""
-    values = read_overrides({}, overrides)
+    return checked_settings(read_overrides({}, overrides))
+
+
+def checked_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `Finetuning` that may be set. Raises RecipeError as `read_settings`."""
     for ours in ("seed", "output", "epochs"):
         if ours in values:
             raise RecipeError(f"{ours} is not set here; see --seeds, --output and --epochs-scale")

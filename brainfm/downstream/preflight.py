@@ -9,6 +9,7 @@ from pathlib import Path
 from brainfm.downstream.finetuning import Finetuning, put_head
 from brainfm.downstream.split import subsample
 from brainfm.downstream.task import TaskData
+from brainfm.downstream.untrained import create_untrained
 from brainfm.errors import BrainfmError, MissingExtraError, ScanError
 from brainfm.factory import create_model
 from brainfm.files import write_text
@@ -54,7 +55,7 @@ def check_splits(data: TaskData, seeds: int, fractions: Iterable[float]) -> None
 
 def check_model(name: str, data: Sequence[TaskData], settings: Sequence[Finetuning], *, pretrained: bool) -> None:
     """Raise BrainfmError where weights cannot be had, or do not fit their contract, a task's scans or a setting."""
-    encoder = create_model(name, pretrained=pretrained)
+    encoder = create_model(name, pretrained=True) if pretrained else create_untrained(name)
     transform = create_transform(encoder)
     check_channels(encoder, transform.spec)
     for one in data:

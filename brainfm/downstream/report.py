@@ -240,7 +240,7 @@ def _left_out_table(run: Run) -> Table | None:
             Cell(names.get(one.task, one.task)),
             Cell(one.scan),
             Cell(one.why),
-            Cell(titles.get(one.row, one.row or "all")),
+            Cell(titles.get(one.row, one.row or ("all" if one.task else ""))),  # no task: a part of a comparison
         ]
         for one in left_out[:_MOST_SHOWN]
     ]

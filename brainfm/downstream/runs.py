@@ -24,6 +24,7 @@ from brainfm.downstream.probe import AdamProbe, FittedHead, LinearHead, fit_neig
 from brainfm.downstream.split import subsample
 from brainfm.downstream.statistics import AgeBiasCorrection, age_bias_correction, bootstrap_interval, metrics
 from brainfm.downstream.task import TaskData
+from brainfm.downstream.untrained import built_as, create_untrained
 from brainfm.embed import embed_for
 from brainfm.errors import BrainfmError
 from brainfm.factory import create_model
@@ -130,7 +131,7 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
     else:
         if row.mode == "untrained":
             torch.manual_seed(job.seed)
-            model, name = create_model(row.model), f"{row.model}.untrained{job.seed}"
+            model, name = create_untrained(row.model), f"{row.model}.untrained{job.seed}"
         else:
             model, name = create_model(row.model, pretrained=True), row.model
         frozen = sum(parameter.numel() for parameter in model.parameters())
@@ -183,7 +184,7 @@ def _trained(job: Job, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val
     """An encoder trained with a head, pretrained or from scratch; and the scans that it cannot use."""
     task, scratch, records = job.data.task, job.row.mode == "scratch", job.data.records
     torch.manual_seed(job.seed)
-    encoder = create_model(cfg.architecture if scratch else job.row.model, pretrained=not scratch)
+    encoder = create_untrained(job.row.model) if scratch else create_model(job.row.model, pretrained=True)
     settings = settings_of(job, plan, cfg, len(train), str(work))
     learned, chosen_by = (Labelled([records[n] for n in rows], job.data.labels[list(rows)]) for rows in (train, val))
     model = finetune(encoder, learned, chosen_by, task.kind, settings)
@@ -310,6 +311,8 @@ def digest_of(job: Job, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedC
     task = {name: value for name, value in task.items() if name not in ("test_manifest", "leave_out")}
     content: list[Any] = [task, made_of, job.row.mode, job.row.model, job.fraction, job.seed]
     content.append(None if cfg is None else [cfg.sha256, cfg.source])
+    if cfg is not None and job.row.mode in ("scratch", "untrained") and built_as(job.row.model) != cfg.architecture:
+        content[-1] = built_as(job.row.model)  # of its weights nothing is used
     if (vectors := job.data.embeddings.get(job.row.model)) is not None:
         content.append(hashlib.sha256(np.ascontiguousarray(vectors).tobytes()).hexdigest())
     if job.row.mode in RECIPE_OF:

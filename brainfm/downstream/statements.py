@@ -84,7 +84,7 @@ def describe(
         fractions=tuple(sorted({1.0, *plan.fractions})),
         notes=(*notes, *unstated(data, rows, cfgs, plan)),
         statements=(*not_run(cfgs, plan), *_compared(candidates), *statements(data, plan)),
-        warnings=(*_random(candidates), *_warnings(data, rows, cfgs)),
+        warnings=(*_random(candidates), *_warnings(data, rows, cfgs, plan)),
         candidates=tuple(candidates),
     )
 
@@ -141,7 +141,10 @@ def unstated(
 def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
     """Sentences on the methods and the data."""
     modes = [mode for mode in dict.fromkeys(plan.modes) if mode in RECIPE_OF]
-    if plan.epochs_scale != 1:
+    if plan.epochs_of_all is not None:
+        if trained := ", ".join(f"{MODES[m]} ({paper_epochs(m)})" for m in modes):
+            yield f"Epochs are {plan.epochs_of_all} alike, in place of the paper's: {trained}."
+    elif plan.epochs_scale != 1:
         epochs = ", ".join(f"{plan.epochs(m)} instead of {paper_epochs(m)} ({MODES[m]})" for m in modes)
         yield f"Epochs are scaled by {plan.epochs_scale:g}: {epochs}."
     if plan.settings:
@@ -192,11 +195,14 @@ def find_overlaps(data: Sequence[TaskData], models: Sequence[str], on_overlap: L
     return notes
 
 
-def _warnings(data: Sequence[TaskData], rows: Sequence[Row], cfgs: Mapping[str, PretrainedCfg]) -> Iterator[str]:
+def _warnings(
+    data: Sequence[TaskData], rows: Sequence[Row], cfgs: Mapping[str, PretrainedCfg], plan: Plan
+) -> Iterator[str]:
     models = dict.fromkeys(row.model for row in rows)
     if tests := [model for model in models if is_test_model(cfgs.get(model) or _cfg_of_table(data, model))]:
+        said = "; ".join(plan.titles.get(model, model) for model in tests)
         yield (
-            f"{', '.join(tests)}: a test model, pretrained on phantoms if at all, and no brain encoder. These numbers "
+            f"{said}: a test model, pretrained on phantoms if at all, and no brain encoder. These numbers "
             "show that code works, and say nothing of what a pretrained encoder can do."
         )
     for one in data:

@@ -301,6 +301,34 @@ def _export(
     save_state(aside, folder.parent / f"{what}.safetensors", method.said())
 
 
+def save_initial(recipe: Recipe, folder: Path) -> Path:
+    """Write a recipe's network with the initial weights of its seed, for its input, as a model's folder.
+
+    It is what no pretraining leaves of the recipe. A folder that was made of the same is left as it is.
+
+    Returns:
+        The folder, `export` in this one.
+
+    Raises:
+        RecipeError: The network does not take the recipe's arguments or size.
+        BrainfmError: As `contract_of` and `save_for_hub`.
+    """
+    spec, export = contract_of(recipe), folder / "export"
+    made = json.dumps(recipe.to_dict() | {"method": "", "output": ""})
+    if (export / HUB_CONFIG).is_file() and resolve(f"local-dir:{export}").cfg.recipe == made:
+        return export
+    torch.manual_seed(recipe.seed)
+    encoder = _encoder(recipe.model, recipe, spec)
+    overlay: dict[str, Any] = {"input_spec": _resized(spec, recipe.input_size), "recipe": made}
+    overlay |= {"ssl_method": None, "notes": f"Initial weights, drawn by seed {recipe.seed}: never trained."}
+    if recipe.contract is not None:
+        overlay["readout"] = Readout(encoder.global_pool)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        save_for_hub(encoder, export, pretrained_cfg_overlay=overlay)
+    return export
+
+
 def _public(model: str | None) -> str | None:
     """A model's name, of a folder on this machine its own alone."""
     scheme, colon, place = (model or "").partition("local-dir:")
