@@ -97,6 +97,7 @@ def network(name: str, way: str) -> nn.Module:
             upstream = of_monai(name)
     if upstream is not None:
         return upstream.eval()
+    torch.manual_seed(0)  # again: what could not be built has drawn numbers
     model = brainfm.create_model(name)
     return model if way == "upstream" else brainfm.optimize(model)
 

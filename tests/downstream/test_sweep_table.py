@@ -43,7 +43,7 @@ def test_table_joins_every_variant_with_its_scores_and_the_controls(swept):
     rows = rows_of(swept / "sweep.csv")
     assert [row["variant"] for row in rows[:2]] == ["patients=0.25", "patients=1.0"]
     assert [row["n_patients"] for row in rows[:2]] == ["5", "20"]
-    assert rows[2]["variant"] == "test_resnet_3d, untrained, linear probe"
+    assert rows[2]["variant"] == "test_resnet_3d as in patients=0.25, untrained, linear probe"  # on views of its size
     assert all(row["steps"] == "" for row in rows[2:])
     scores = [one for one in rows_of(swept / "evaluation" / "results.csv") if one["metric"] == "auc"]
     for row in rows[:2]:
