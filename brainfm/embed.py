@@ -175,7 +175,7 @@ def embed_files(
     report: str | os.PathLike[str] | None = None,
     in_memory: bool = False,
 ) -> list[Embeddings]:
-    """As `embed`, a table each model. Without `in_memory` only their files have vectors, and memory stays flat."""
+    """As `embed`, a table each model. Without `in_memory` only their files have vectors."""
     shard = options.shard
     if shard is not None and output is None:
         raise ValueError("a shard's rows are written to a folder; name it as output")
