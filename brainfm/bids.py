@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from brainfm.errors import BrainfmError, MissingExtraError
+from brainfm.errors import MissingExtraError
 from brainfm.paths import is_image, walk_folder
 
 # What BIDS calls an acquisition by; entities of derivatives (space, res, desc, …) are named where they differ alone.
@@ -265,10 +264,5 @@ def _bids2table() -> Any:
         import bids2table
         import pathspec  # noqa: F401
     except ModuleNotFoundError as error:
-        if sys.version_info < (3, 11):
-            raise BrainfmError(
-                "BIDS data sets are read by bids2table, which needs Python 3.11 or later; with this one, name the "
-                "files one by one, or list them in a manifest"
-            ) from error
         raise MissingExtraError(error.name or "bids2table", "bids") from error
     return bids2table
