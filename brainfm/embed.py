@@ -334,6 +334,8 @@ def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Em
         done.resume(((n, records[n]) for n in there), alone=options.shard is not None)
         if len(done):
             logger.info("%s: %d scans were done by an earlier run", job.output, len(done))
+        for n, reason in failed.items() if options.shard is not None else ():
+            done.fail(n, records[n], reason)
     resumed = len(done)
     todo = array("q", (n for n in mine if n not in done and n not in failed))
     size, workers = options.batch_size, options.num_workers
@@ -354,7 +356,7 @@ def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Em
                 else:
                     if outcome.cells is not None:
                         write_dense(outcome.cells, outcome.affine, maps[n], options.dense_dtype)
-                    done.add(n, records[n], outcome.vector)
+                    done.add(n, _with_map(records[n], maps[n]) if maps else records[n], outcome.vector)
                 bar.update()
         per_scan = (time.monotonic() - begun) / len(todo) if todo else None
         together = world > 1 and options.shard is None
@@ -556,11 +558,14 @@ def _table(
 ) -> Embeddings:
     rows = [records[n] for n in numbers]
     if maps:
-        rows = [
-            replace(row, extra=row.extra | {"dense_path": str(maps[n])}) for row, n in zip(rows, numbers, strict=True)
-        ]
+        rows = [_with_map(row, maps[n]) for row, n in zip(rows, numbers, strict=True)]
     there: Any = vectors if len(rows) else np.empty((0, width), dtype=np.float32)
     return Embeddings(there, rows, [(records[n], failed[n]) for n in sorted(failed)], origin)
+
+
+def _with_map(record: ScanRecord, path: Path) -> ScanRecord:
+    """A scan with where its dense features are."""
+    return replace(record, extra=record.extra | {"dense_path": str(path)})
 
 
 def _gathered(

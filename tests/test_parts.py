@@ -252,6 +252,27 @@ def test_shards_merged_are_the_table_of_one_run_to_the_bit(suffix, cohort, tmp_p
     assert sorted(p.name for p in merged.parent.iterdir()) == sorted(p.name for p in whole.parent.iterdir())
 
 
+def test_dense_features_are_named_in_the_merged_table_as_in_that_of_one_run(cohort, tmp_path):
+    dense = ("--dense", tmp_path / "maps")
+    _run("embed", cohort, *EMBED, *dense, "-o", tmp_path / "whole.csv")
+    for shard in ("1/2", "2/2"):
+        _run("embed", cohort, *EMBED, *dense, "-o", tmp_path / "parts", "--shard", shard)
+    _run("merge", tmp_path / "parts", "-o", tmp_path / "t.csv")
+    assert "dense_path" in (tmp_path / "whole.csv").read_text().splitlines()[0]
+    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_scan_that_failed_quality_control_is_a_failure_of_its_shard_and_not_missing(cohort, tmp_path):
+    lines = cohort.read_text().splitlines()
+    qc = ["qc", *("fail" if n == 2 else "pass" for n in range(7))]
+    cohort.write_text("\n".join(f"{line},{verdict}" for line, verdict in zip(lines, qc, strict=True)) + "\n")
+    _run("embed", cohort, *EMBED, "--strict-qc", "-o", tmp_path / "parts", "--shard", "1/1")
+    _, said = _run("merge", tmp_path / "parts", "-o", tmp_path / "t.csv")
+    assert "2 scans failed" in said
+    assert "in no part" not in said
+    assert "did not pass quality control" in (tmp_path / "t.errors.csv").read_text()
+
+
 def test_shard_that_is_missing_is_named_and_the_table_of_the_others_written(cohort, tmp_path):
     _run("embed", cohort, *EMBED, "-o", tmp_path / "parts", "--shard", "1/3")
     _run("embed", cohort, *EMBED, "-o", tmp_path / "parts", "--shard", "3/3")
