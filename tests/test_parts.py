@@ -368,6 +368,12 @@ def test_folder_without_a_shard_is_told_of_shards(cohort, tmp_path):
     assert "--shard i/n" in said
 
 
+def test_shard_without_a_scan_says_so(cohort, tmp_path):
+    code, said = _run("embed", cohort, *EMBED, "-o", tmp_path / "parts", "--shard", "9/9")
+    assert code == 0
+    assert "no scan is in shard 9/9 of 7" in said
+
+
 def test_nothing_to_merge_is_named(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         code, said = _run("merge", folder, "-o", tmp_path / "t.csv")

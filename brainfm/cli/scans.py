@@ -130,6 +130,8 @@ def embed_command(
         if len(table):
             of_all = f" (shard {part} of {len(records)} scans)" if part else ""
             click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each){of_all}")
+        elif part is not None and not many:
+            click.echo(f"no scan is in shard {part} of {len(records)}: there is nothing to do")
         if table.errors and many > 1:
             listed = f"; see {errors_path(path)}" if part is None else ""
             click.echo(f"{len(table.errors)} of {many} scans failed{listed}", err=True)
