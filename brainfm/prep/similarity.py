@@ -229,11 +229,22 @@ def _smooth(image: sitk.Image, mm: float) -> Tensor:
     voxels = _voxels(image)
     for axis, spacing in enumerate(image.GetSpacing()):
         side = min(1 / 3, (max(mm, _LEAST_SMOOTH_MM) / spacing) ** 2 / 4)  # the same spread, mm, whatever the spacing
-        shape, around = [1] * 5, [0] * 6
-        shape[4 - axis], around[2 * axis : 2 * axis + 2] = 3, (1, 1)
-        weights = torch.tensor((side, 1 - 2 * side, side)).reshape(shape)
-        voxels = F.conv3d(F.pad(voxels, around, mode="replicate"), weights)
+        voxels = _with_neighbours(voxels, 4 - axis, side)
     return voxels
+
+
+def _with_neighbours(voxels: Tensor, axis: int, side: float) -> Tensor:
+    """Each voxel with so much of both its neighbours along an axis; at an edge, of itself.
+
+    By sums, where torch's convolution of one channel would hold the volume several times.
+    """
+    count = voxels.shape[axis]
+    mixed = voxels * (1 - 2 * side)
+    mixed.narrow(axis, 1, count - 1).add_(voxels.narrow(axis, 0, count - 1), alpha=side)
+    mixed.narrow(axis, 0, count - 1).add_(voxels.narrow(axis, 1, count - 1), alpha=side)
+    for edge in (0, count - 1):
+        mixed.narrow(axis, edge, 1).add_(voxels.narrow(axis, edge, 1), alpha=side)
+    return mixed
 
 
 def _voxels(image: sitk.Image) -> Tensor:
