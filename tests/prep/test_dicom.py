@@ -196,12 +196,13 @@ def test_compressed_series_is_read_as_the_stored_one(compressor, array, tmp_path
     assert np.array_equal(to_array(read_source(folder).image), to_array(usual.image))
 
 
-def test_compressed_enhanced_file_is_read_frame_by_frame(array, tmp_path):
+@pytest.mark.parametrize("syntax", [uid.RLELossless, uid.JPEGLSLossless], ids=["RLE", "JPEG-LS"])
+def test_compressed_enhanced_file_is_read_frame_by_frame(syntax, array, tmp_path):
     frames = stack(array)[::-1]
     file = write_enhanced(tmp_path / "scan.dcm", frames)
     usual = to_array(read_source(file).image)
     made = pydicom.dcmread(file)
-    made.compress(uid.RLELossless)
+    made.compress(syntax)
     made.save_as(file)
     assert np.array_equal(to_array(read_source(file).image), usual)
 
