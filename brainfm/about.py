@@ -111,7 +111,8 @@ def _count(numbers: Sequence[int]) -> str:
 
 def _digest(cfg: PretrainedCfg) -> str | None:
     if cfg.sha256 or cfg.git_blob:
-        return f"sha256 {cfg.sha256}" if cfg.sha256 else f"git blob {cfg.git_blob}"
+        begins = "begins with " if cfg.sha256 and len(cfg.sha256) < 64 else ""
+        return f"sha256 {begins}{cfg.sha256}" if cfg.sha256 else f"git blob {cfg.git_blob}"
     return None if cfg.file or cfg.is_drawn else "none is known: later downloads are held to the first"
 
 

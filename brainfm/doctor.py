@@ -19,6 +19,7 @@ from brainfm.registry import get_pretrained_cfg, list_pretrained
 from brainfm.system import available_cores, computes_in_bfloat16, free_shared_memory
 from brainfm.version import __version__
 from brainfm.weights import HUB_WEIGHTS, cached_weights, default_cache_dir, read_checkpoint, wrong_digest
+from brainfm.weights.fetch import is_digest
 
 _LEAST_FREE_GB = 2.0  # in a cache: the largest weights of the zoo have 1.6 GB
 _LEAST_SHARED_GB = 0.5  # for the workers of a training
@@ -218,4 +219,4 @@ def _made_of_another(cfg: PretrainedCfg, converted: Path) -> bool:
     """Whether a converted copy, which is read whole, says that it was made of another file than the published one."""
     said = read_checkpoint(converted).provenance
     known = {"source_sha256": cfg.sha256, "source_git_blob": cfg.git_blob}
-    return any(value and said.get(key) != value for key, value in known.items())
+    return any(value and not is_digest(str(said.get(key)), value) for key, value in known.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from brainfm.models.features import FeatureMaps
 from brainfm.names import hub_mirror, resolve
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import network
+
+logger = logging.getLogger("brainfm")
 
 MAX_TENSORS = 10_000  # in a network that a config describes; the largest ViTs have some hundreds
 
@@ -143,7 +146,13 @@ def create_model(
     if wanted is not None:
         place = str(wanted) if checkpoint_path is not None else cfg.source
         model.weights_report = weights.load_checkpoint(model, wanted, place)
-        if getattr(model, "num_classes", num_classes) != num_classes:  # the file's own head is not the one asked for
+        if (
+            held := getattr(model, "num_classes", num_classes)
+        ) != num_classes:  # the file's own is not the one asked for
+            if held:
+                report, head = model.weights_report, model.classifier_name
+                logger.info("%s: left out %s, its classifier of %d outputs", place, head, held)
+                model.weights_report = replace(report, dropped=(head, *report.dropped))
             model.reset_classifier(num_classes)
     return (FeatureMaps(model, out_indices) if features_only else model).eval()
 

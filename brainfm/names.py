@@ -18,7 +18,7 @@ from brainfm.pretrained import PretrainedCfg, cfg_of, names_a_source
 from brainfm.registry import get_pretrained_cfg, has_network, is_model, network_of
 from brainfm.schema import as_tuples
 from brainfm.system import expanded
-from brainfm.weights.fetch import HUB_CONFIG, HUB_WEIGHTS, hub_file
+from brainfm.weights.fetch import HUB_CONFIG, HUB_WEIGHTS, hub_file, is_digest
 from brainfm.zoo.cards import Card
 
 CONFIG_FORMAT = 2  # of the config.json beside a model's weights, a card; a higher number is for a later brainfm to read
@@ -107,7 +107,7 @@ def _mirrored(published: PretrainedCfg, organisation: str, cache_dir: str | os.P
     provenance = dict(source.config.get("provenance", {}))
     for kind, wanted in (("sha256", published.sha256), ("git_blob", published.git_blob)):
         origin = str(provenance.get(f"source_{kind}"))
-        if wanted and origin.lower() != wanted.lower():
+        if wanted and not is_digest(origin, wanted):
             raise WeightsError(
                 f"{name}: was converted from a file with {kind} {origin}, and the published one has {wanted}; "
                 f"if you trust it, load it by its own name, hf-hub:{place}"

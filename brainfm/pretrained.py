@@ -31,7 +31,7 @@ class PretrainedCfg(Checked):
         page: The page from which people take it, where no program may.
         seed: Of an untrained control, whose weights are drawn.
         file: A file on this machine; comes before the Hub and the URL.
-        sha256: Of the file at the source; checked where given. None switches the check off.
+        sha256: Of the file at the source, or its first 8 digits; checked where given. None switches the check off.
         git_blob: The id that Git gives the file at the source, checked likewise.
         container: What the file at the source is, in words.
         keys: How its names become the network's.

@@ -14,6 +14,7 @@ CFG = PretrainedCfg(architecture="net", num_features=8)
     ("fields", "digest"),
     [
         ({"url": "https://lab.org/a.pt", "sha256": "ab" * 32}, "sha256 " + "ab" * 32),
+        ({"url": "https://lab.org/a.pt", "sha256": "ab" * 4}, "sha256 begins with " + "ab" * 4),
         ({"url": "https://lab.org/a.pt", "git_blob": "cd" * 20}, "git blob " + "cd" * 20),
         ({"url": "https://lab.org/a.pt"}, "none is known: later downloads are held to the first"),
         ({"file": "a.pt"}, None),

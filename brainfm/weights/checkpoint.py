@@ -67,7 +67,8 @@ class WeightsReport:
     Attributes:
         source: Where the weights came from.
         file: The local file that was read.
-        dropped: What the file held that the encoder does not need: a projector, a decoder, an optimiser's state.
+        dropped: What the file held that the encoder does not need: a projector, a decoder, an optimiser's state, and a
+            classifier of other outputs than were asked for.
     """
 
     source: str

@@ -132,9 +132,14 @@ def check_digest(path: Path, cfg: PretrainedCfg) -> None:
 def wrong_digest(path: Path, cfg: PretrainedCfg) -> tuple[str, str, str] | None:
     """The kind of digest, the file's and the cfg's, where these differ; None where they agree or the cfg has none."""
     for kind, expected, digest_of in (("sha256", cfg.sha256, file_sha256), ("git_blob", cfg.git_blob, file_git_blob)):
-        if expected is not None and (digest := digest_of(path)) != expected.lower():
+        if expected is not None and not is_digest(digest := digest_of(path), expected):
             return kind, digest, expected
     return None
+
+
+def is_digest(digest: str, expected: str) -> bool:
+    """Whether a digest is the expected one, or begins with it where only the first digits, 8 or more, are published."""
+    return len(expected) >= 8 and digest.lower().startswith(expected.lower())
 
 
 # --- The Hub --------------------------------------------------------------------------------------
@@ -144,7 +149,7 @@ def _from_hub(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
     path = hub_file(str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
     if cfg.sha256 and path.resolve().name == cfg.sha256.lower():
         return path  # hub_file has just held it to this name
-    if cfg.sha256 and not path.is_symlink() and file_sha256(path) != cfg.sha256.lower():
+    if cfg.sha256 and not path.is_symlink() and wrong_digest(path, cfg):
         path.unlink()  # a cache without links does not say what was announced: once more, then it is the Hub's
         path = hub_file(str(cfg.hub_id), cfg.hub_filename, cfg.hub_revision, cache_dir)
     check_digest(path, cfg)
@@ -304,12 +309,12 @@ def _from_url(cfg: PretrainedCfg, cache_dir: str | os.PathLike[str] | None) -> P
 
 
 def _seen_before(path: Path, cfg: PretrainedCfg, folder: Path) -> str:
-    """The sha256 of a file of which no digest was published, held to that of the first one; else an empty string.
+    """The sha256 of a file of which no whole digest was published, held to that of the first; else an empty string.
 
     Raises:
         WeightsError: It is another file than the first time.
     """
-    if cfg.sha256 or cfg.git_blob:
+    if _is_whole_sha256(cfg.sha256) or cfg.git_blob:
         return ""
     digest, pin = file_sha256(path), folder / _PIN
     seen = pin.read_text(encoding="utf-8").strip() if pin.is_file() else digest
@@ -326,8 +331,12 @@ def _keep(digest: str, cfg: PretrainedCfg, folder: Path) -> None:
     if digest and not (folder / _PIN).is_file():
         write_text(folder / _PIN, f"{digest}\n")
         logger.warning(
-            "%s: no digest of %s is published; its sha256 is %s, kept in %s", cfg.name, cfg.url, digest, folder
+            "%s: no whole digest of %s is published; its sha256 is %s, kept in %s", cfg.name, cfg.url, digest, folder
         )
+
+
+def _is_whole_sha256(digest: str | None) -> bool:
+    return digest is not None and len(digest) == 64
 
 
 @contextmanager
@@ -369,7 +378,8 @@ def _convert(source: Path, target: Path, cfg: PretrainedCfg) -> None:
     from brainfm.weights.checkpoint import read_checkpoint, save_state
 
     checkpoint = read_checkpoint(source, cfg.keys.take)
-    provenance = {"source": cfg.url, "source_sha256": cfg.sha256 or file_sha256(source), "left_out": checkpoint.dropped}
+    digest = cfg.sha256 if _is_whole_sha256(cfg.sha256) else file_sha256(source)
+    provenance = {"source": cfg.url, "source_sha256": digest, "left_out": checkpoint.dropped}
     provenance |= {"source_git_blob": cfg.git_blob} if cfg.git_blob else {}
     save_state(checkpoint.state, target, provenance)
     logger.info("%s: converted to %s, left out %s", source.name, target, ", ".join(checkpoint.dropped) or "nothing")

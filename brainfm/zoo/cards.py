@@ -203,7 +203,8 @@ class WeightsCard(Checked):
 
     Attributes:
         source: Where it is.
-        digest: "sha256:…" or "git-blob:…" of the file at the source, in hex; None where none is known.
+        digest: "sha256:…" or "git-blob:…" of the file at the source, in hex; None where none is known. Of a sha256, the
+            first 8 digits are enough, as torch.hub's file names have them.
         container: What the authors' file is, in words.
         keys: How its names become the network's.
         num_classes: Outputs of the classifier in the file; 0 for an encoder without one.
@@ -226,9 +227,12 @@ class WeightsCard(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.digest is not None and not re.fullmatch(
-            r"sha256:[0-9a-fA-F]{64}|git-blob:[0-9a-fA-F]{40}", self.digest
+            r"sha256:([0-9a-fA-F]{8}|[0-9a-fA-F]{64})|git-blob:[0-9a-fA-F]{40}", self.digest
         ):
-            raise ValueError(f"digest is {self.digest!r}, and must be sha256: and 64 hex digits, or git-blob: and 40")
+            raise ValueError(
+                f"digest is {self.digest!r}, and must be sha256: and 64 hex digits, or git-blob: and 40; or the first "
+                "8 digits of a sha256"
+            )
 
 
 @dataclass(frozen=True)

@@ -224,13 +224,14 @@ def test_digest_that_is_none_is_refused(digest):
         WeightsCard(digest=digest)
 
 
-@pytest.mark.parametrize("digest", [None, f"sha256:{'aB' * 32}", f"git-blob:{'aB' * 20}"])
+@pytest.mark.parametrize("digest", [None, f"sha256:{'aB' * 32}", "sha256:7615ae03", f"git-blob:{'aB' * 20}"])
 def test_digest_becomes_that_of_the_cfg(digest):
     model = ModelCard("resnet", num_features=8, weights={"v1": WeightsCard(digest=digest)})
     cfg = cfg_of(Card(models={"m": model}), "m")
     assert [cfg.sha256, cfg.git_blob] == {
         None: [None, None],
         f"sha256:{'aB' * 32}": ["aB" * 32, None],
+        "sha256:7615ae03": ["7615ae03", None],
         f"git-blob:{'aB' * 20}": [None, "aB" * 20],
     }[digest]
 
