@@ -1,4 +1,4 @@
-"""Analyses of encoders beside the evaluations of tasks: recovery of planted changes."""
+"""Analyses of encoders beside the evaluations of tasks: planted changes, and patients over time."""
 
 from __future__ import annotations
 
@@ -52,3 +52,40 @@ def _say_failed(failed: dict[str, str]) -> None:
     if failed:
         sys.exit(1)
 
+
+@click.command("longitudinal", cls=_ManyValues, context_settings=_HELP)
+@click.argument("labels", type=click.Path(path_type=Path))
+@click.option("--embeddings", "tables", multiple=True, required=True, metavar="TABLE", help="Of 'brainfm embed'.")
+@click.option("--time", required=True, metavar="COLUMN", help="When a scan was made, in years; age will do.")
+@click.option("--slope", default="", metavar="COLUMN", help="A measure at each scan, whose slope is predicted.")
+@click.option("--event", default="", metavar="COLUMN", help="1 where the patient had the event, else 0.")
+@click.option(
+    "--duration", default="", metavar="COLUMN", help="Years from the first scan to that, or to the last news."
+)
+@click.option("--covariates", multiple=True, help="Columns that a control predicts from without an image.")
+@click.option("--retest-years", default=0.25, show_default=True, help="Scans no further apart are test and retest.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the folds.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
+def longitudinal_command(labels: Path, tables: tuple[str, ...], output: Path, **options: Any) -> None:
+    """How well embeddings of patients repeat, how fast they change, and what that foretells.
+
+    LABELS is a table, a row a scan, joined with the tables as by 'brainfm probe'. OUTPUT has reliability.csv: ICC(2,1)
+    and ICC(3,1), the distance of test and retest against that of two patients, and the change a year; change_MODEL.csv,
+    the change of each patient, a table for 'brainfm probe'; scores.csv, of --slope (ridge) and --event (Cox,
+    concordance), by folds of patients; comparisons.csv of several tables, by mixed-effects models; and longitudinal.md.
+    """
+    from brainfm.downstream.longitudinal import longitudinal
+
+    found = longitudinal(labels, {name: name for name in tables}, output, **options)
+    for one in found.reliability:
+        click.echo(
+            f"{one.model}: ICC(2,1) {one.icc_agreement:.2f}; test to retest {one.within:.2f} of two patients' distance "
+            f"({one.pairs} pairs); change a year {one.change:.2f} ({one.followed} patients)"
+        )
+    for score in found.scores:
+        if score.metric in ("r2", "concordance"):
+            click.echo(
+                f"{score.task}: {score.model}, {score.features}: {score.metric} {score.value:.3f} "
+                f"({score.low:.3f} to {score.high:.3f})"
+            )
+    click.echo(f"{output / 'longitudinal.md'}: all of it")
