@@ -487,3 +487,178 @@ def test_oasis_refuses_a_table_that_is_neither(tmp_path, run_here):
     table = write_table(tmp_path / "other.csv", ["ID", "Age"], [["OAS1_0001_MR1", 60]])
     said = run_here("oasis.py", table, prepared(tmp_path / "scans", ["OAS1_0001_MR1"]), "-o", tmp_path / "o.csv")
     assert "neither OASIS-1's table (ID, M/F, Age, CDR) nor OASIS-3's" in said
+
+
+# --- ABIDE I, ADHD-200, OpenBHB, CNP, PPMI, HCP: hashed splits ---------------------------------------
+
+
+def split_of(records):
+    return {record.patient_id: record.extra["split"] for record in records}
+
+
+def test_abide1_is_joined_by_padded_ids_and_its_split_hangs_on_the_patient_alone(tmp_path, run_here):
+    header = ["SITE_ID", "SUB_ID", "DX_GROUP", "DSM_IV_TR", "AGE_AT_SCAN", "SEX", "HANDEDNESS_CATEGORY", "FIQ"]
+    rows = [["PITT", 50002 + n, 1 + n % 2, 1, 10 + n, 1 + n % 2, "R", -9999] for n in range(60)]
+    rows += [["PITT", 50900, 2, 0, -9999, 1, "R", 100], ["PITT", 50901, "", 0, 12, 1, "R", 100]]
+    table = write_table(tmp_path / "Phenotypic_V1_0b.csv", header, rows)
+    names = [f"Pitt/sub-{50002 + n:07d}/anat" for n in range(60)]
+    scans = prepared(tmp_path / "scans", [*names, "Pitt/sub-0050900", "Pitt/sub-0050901", "Pitt/sub-0059999"])
+    result = run("abide1.py", table, scans, "-o", tmp_path / "abide1.csv")
+    assert result.returncode == 0, result.stderr
+    records = read_manifest(tmp_path / "abide1.csv")
+    assert len(records) == 61
+    assert records[0].patient_id == "sub-0050002"
+    wanted = {"dataset": "ABIDE I", "asd": "1", "age": "10.00", "sex": "male", "site": "PITT"}
+    assert {name: records[0].extra[name] for name in wanted} == wanted
+    assert records[-1].extra["age"] == ""
+    assert "left out 1: no diagnostic group (Pitt/sub-0050901)" in result.stdout
+    assert "left out 1: no row in the table (Pitt/sub-0059999)" in result.stdout
+    whole = split_of(records)
+    assert set(whole.values()) == {"train", "val", "test"}
+
+    few = prepared(tmp_path / "few", names[::2])  # whoever has half of the scans has the same patients in test
+    assert run_here("abide1.py", table, few, "-o", tmp_path / "few.csv") == ""
+    half = split_of(read_manifest(tmp_path / "few.csv"))
+    assert half == {patient: whole[patient] for patient in half}
+    assert run_here("abide1.py", table, scans, "-o", tmp_path / "abide1.csv", "--seed", "1") == ""
+    assert split_of(read_manifest(tmp_path / "abide1.csv")) != whole
+
+
+def test_adhd200_keeps_the_holdout_of_the_competition(tmp_path, run_here):
+    header = ["participant_id", "gender", "age", "handedness", "dx", "secondary_dx "]
+    kinds = ["Typically Developing Children", "ADHD-Combined", "ADHD-Inattentive"]
+    for site in ("NYU", "KKI"):
+        (tmp_path / "raw" / site).mkdir(parents=True)
+        first = 10001 + 1000 * (site == "KKI")
+        rows = [[first + n, "Female", 9.5, "L", kinds[n % 3], ""] for n in range(30)]
+        rows += [rows[0], [first + 40, "Male", -999, "R", "pending", ""]]
+        write_table(tmp_path / "raw" / site / "participants.tsv", header, rows, delimiter="\t")
+    (tmp_path / "raw" / "Brown").mkdir()
+    write_table(
+        tmp_path / "raw" / "Brown" / "participants.tsv", ["participant_id", "age"], [[26001, 9]], delimiter="\t"
+    )
+    names = [f"NYU/sub-{10001 + n:07d}/ses-1" for n in range(30)] + [
+        f"KKI/sub-{11001 + n:07d}/ses-1" for n in range(30)
+    ]
+    scans = prepared(
+        tmp_path / "scans", [*names, "NYU/sub-0010001/ses-2", "NYU/sub-0010041/ses-1", "Brown/sub-0026001"]
+    )
+    test = write_table(tmp_path / "test.csv", ["ID", "Site", "DX"], [[11001 + n, 3, 0] for n in range(10)])
+    output = tmp_path / "adhd200.csv"
+    assert run_here("adhd200.py", tmp_path / "raw", scans, "-o", output, "--test-set", test) == ""
+    records = read_manifest(output)
+    assert len(records) == 60
+    assert {p for p, split in split_of(records).items() if split == "test"} == {
+        f"sub-{11001 + n:07d}" for n in range(10)
+    }
+    assert [record.extra["adhd"] for record in records[:3]] == ["0", "1", "1"]
+    assert (records[0].extra["site"], records[0].extra["sex"], records[0].scan_id) == ("NYU", "female", "ses-1")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no site in it has a participants.tsv" in run_here("adhd200.py", empty, scans, "-o", output)
+
+
+def test_openbhb_keeps_the_challenge_s_test_sets(tmp_path, run_here):
+    header = ["participant_id", "study", "sex", "age", "site", "diagnosis", "tiv", "magnetic_field_strength", "split"]
+    parts = ["train"] * 3 + ["internal_test", "external_test"]
+    rows = [
+        [f"{100000000000 + n}", n % 10, ["male", "female"][n % 2], 20.5 + n, n % 7, "control", 1400, 3.0, parts[n % 5]]
+        for n in range(60)
+    ]
+    rows.append(["200000000000", 1, "male", "", 1, "control", 1400, 3.0, "train"])
+    table = write_table(tmp_path / "participants.tsv", header, rows, delimiter="\t")
+    scans = prepared(tmp_path / "scans", [f"train/sub-{row[0]}/ses-1" for row in rows])
+    assert run_here("openbhb.py", table, scans, "-o", tmp_path / "openbhb.csv") == ""
+    records = read_manifest(tmp_path / "openbhb.csv")
+    assert len(records) == 60
+    for record in records:
+        assert (record.extra["split"] == "test") == record.extra["official"].endswith("test")
+    assert {record.extra["split"] for record in records} == {"train", "val", "test"}
+    assert (records[1].extra["age"], records[1].extra["sex"], records[1].extra["site"]) == ("21.5", "1", "1")
+
+
+def test_cnp_has_four_diagnoses_or_one_against_the_controls(tmp_path, run_here):
+    header = ["participant_id", "diagnosis", "age", "gender", "bart", "T1w", "ScannerSerialNumber", "ghost_NoGhost"]
+    kinds = ["CONTROL", "SCHZ", "BIPOLAR", "ADHD"]
+    rows = [[f"sub-{10159 + n}", kinds[n % 4], 30, "MF"[n % 2], 1, 1, "35343.0", "No_ghost"] for n in range(60)]
+    table = write_table(tmp_path / "participants.tsv", header, rows, delimiter="\t")
+    scans = prepared(tmp_path / "scans", [row[0] for row in rows])
+    output = tmp_path / "cnp.csv"
+    assert run_here("cnp.py", table, scans, "-o", output) == ""
+    records = read_manifest(output)
+    assert [record.extra["diagnosis"] for record in records[:4]] == ["0", "3", "2", "1"]
+    assert (records[0].extra["site"], records[0].extra["sex"]) == ("35343", "male")
+    assert run_here("cnp.py", table, scans, "-o", output, "--label", "schz") == ""
+    assert [record.extra["schz"] for record in read_manifest(output)] == ["0", "1"] * 15
+
+
+def test_ppmi_is_of_parkinsons_and_controls_and_takes_the_first_visit(tmp_path, run_here):
+    header = ["PATNO", "COHORT", "COHORT_DEFINITION", "ENROLL_DATE", "ENROLL_STATUS", "ENROLL_AGE", "CONCOHORT"]
+    kinds = ["Parkinson's Disease", "Healthy Control"]
+    rows = [[3000 + n, 1 + n % 2, kinds[n % 2], "01/2011", "Enrolled", 61.25, 1] for n in range(60)]
+    rows += [[40001, 4, "Prodromal", "01/2015", "Enrolled", 65, ""], [3900, 3, "SWEDD", "01/2011", "Enrolled", 60, ""]]
+    table = write_table(tmp_path / "Participant_Status_01Jan2026.csv", header, rows)
+    people = write_table(tmp_path / "Demographics.csv", ["PATNO", "SEX"], [[3000 + n, n % 2] for n in range(60)])
+    names = [f"sub-{3000 + n}/ses-BL" for n in range(60)]
+    scans = prepared(tmp_path / "scans", [*names, "sub-3000/ses-V04", "sub-40001/ses-BL", "sub-3900"])
+    output = tmp_path / "ppmi.csv"
+    assert run_here("ppmi.py", table, scans, "-o", output, "--demographics", people) == ""
+    records = read_manifest(output)
+    assert [record.extra["pd"] for record in records] == ["1", "0"] * 30
+    assert (records[0].scan_id, records[0].extra["age"], records[0].extra["sex"]) == ("ses-BL", "61.2", "female")
+
+
+def test_hcp_keeps_families_together_and_says_when_it_cannot(tmp_path, run_here):
+    rows = [[100206 + n, "S1200", "Q1", "MF"[n % 2], "26-30"] for n in range(90)]
+    table = write_table(tmp_path / "unrestricted.csv", ["Subject", "Release", "Acquisition", "Gender", "Age"], rows)
+    told = [[100206 + n, 22 + n % 14, f"F{n // 3}", ""] for n in range(90)]
+    restricted = write_table(tmp_path / "RESTRICTED.csv", ["Subject", "Age_in_Yrs", "Family_ID", "ZygositySR"], told)
+    scans = prepared(tmp_path / "scans", [str(row[0]) for row in rows])
+    output = tmp_path / "hcp.csv"
+    assert run_here("hcp.py", table, scans, "-o", output, "--restricted", restricted) == ""
+    splits = [record.extra["split"] for record in read_manifest(output)]
+    assert all(len(set(splits[n : n + 3])) == 1 for n in range(0, 90, 3))
+    assert set(splits) == {"train", "val", "test"}
+    assert run_here("hcp.py", table, scans, "-o", output, "--restricted", restricted, "--label", "age") == ""
+    assert [record.extra["age"] for record in read_manifest(output)[:2]] == ["22", "23"]
+    assert "is restricted data of HCP" in run_here("hcp.py", table, scans, "-o", output, "--label", "age")
+    result = run("hcp.py", table, scans, "-o", output)
+    assert "brothers and sisters may be in different parts" in result.stdout
+    alone = [record.extra["split"] for record in read_manifest(output)]
+    assert any(len(set(alone[n : n + 3])) > 1 for n in range(0, 90, 3))
+
+
+def test_hashed_parts_are_the_same_on_every_machine(monkeypatch):
+    """Numbers that were written down once: a change of the hash would be another split under the same name."""
+    monkeypatch.syspath_prepend(str(COHORTS))
+    from _common import hashed_split, split_hash
+
+    from brainfm.manifest import ScanRecord
+
+    records = [ScanRecord(f"{n}.nii", patient_id=f"sub-{n:04d}") for n in range(1000)]
+    splits = hashed_split("made up", records)
+    assert split_hash(records, splits) == "151eeaf59767"
+    shares = Counter(splits)
+    assert shares["train"] == pytest.approx(600, abs=40)
+    assert shares["test"] == pytest.approx(200, abs=35)
+
+
+def test_each_page_says_which_weights_saw_the_cohort():
+    """The list of each page in docs/cohorts is that of `pretraining_overlap`."""
+    import re
+
+    import brainfm
+
+    pages = sorted((COHORTS.parent.parent / "docs" / "cohorts").glob("*.md"))
+    names = [page.stem for page in pages if page.stem != "index"]
+    assert names == sorted({"abide1", "adhd200", "cnp", "hcp", "openbhb", "ppmi"})
+    for page in pages:
+        if page.stem == "index":
+            continue
+        text = page.read_text(encoding="utf-8")
+        (asked,) = re.findall(r'pretraining_overlap\(model, "(.+?)"\)', text)
+        found = [name for name in brainfm.list_pretrained() if brainfm.pretraining_overlap(name, asked)]
+        said = text.partition("## Which weights saw it")[2].partition("\n## ")[0]
+        assert re.findall(r"`([a-z0-9_]+\.[a-z0-9_]+)`", said) == found, page.name
+        assert "**Who may get it.**" in text
+        assert "Licence" in text

@@ -86,13 +86,14 @@ def test_case_spaces_and_punctuation_do_not_matter(name):
 
 
 def test_every_alias_is_found_in_every_spelling_and_belongs_to_a_cohort():
-    names = {cohort.name for cohort in SIMCLR.cohorts}
-    assert set(NAMES) <= names
+    cohorts = {one.name: one for name in brainfm.list_pretrained() for one in brainfm.get_pretrained_cfg(name).cohorts}
+    assert set(NAMES) <= set(cohorts)
+    everyone = PretrainedCfg(cohorts=tuple(cohorts.values()))
     for cohort, known in NAMES.items():
         for why, aliases in known.items():
             for alias in aliases:
                 for spelled in (alias, alias.upper(), alias.lower(), alias.replace(" ", "_")):
-                    found = {o.cohort.name: o.why for o in pretraining_overlap(SIMCLR, spelled)}
+                    found = {o.cohort.name: o.why for o in pretraining_overlap(everyone, spelled)}
                     assert found.get(cohort) == why, spelled
 
 
@@ -101,7 +102,13 @@ def test_aliases_are_long_enough_to_mean_something_and_not_given_twice():
     assert len(plain) == len(set(plain)) + sum(plain.count(p) - 1 for p in set(plain))
     assert min(len(alias) for _, alias in plain) >= 3
     shared = {alias for c, alias in plain for d, other in plain if alias == other and c != d}
-    assert shared == {"openbhb", "bhb", "bhb10k"}
+    assert shared == {"openbhb", "bhb", "bhb10k", "abidei", "abideii"}  # OpenBHB holds ABIDE, and ABIDE is so called
+
+
+def test_parts_of_a_collection_that_was_learned_from_are_found():
+    found = [name for name in ("IXI", "abide_1", "ABIDE II", "AIBL") if pretraining_overlap("anatcl_resnet18", name)]
+    assert found == ["IXI", "abide_1", "ABIDE II"]
+    assert [str(o.cohort.name) for o in pretraining_overlap("yaware_densenet121", "HCP-YA")] == ["HCP"]
 
 
 def test_answer_says_what_was_asked_and_why_in_one_line():

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from brainfm.cli.analysis import longitudinal_command, recovery_command
 from brainfm.cli.bids import bids_command
 from brainfm.cli.evaluation import (
     benchmark_command,
@@ -77,7 +78,7 @@ for _command in (
     *(fetch_command, convert_command, verify_command, push_command, export_command),
     *(phantom_command, synthesize_command, cache_group, prep_command, qc_command, bids_command),
     *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command),
-    *(compare_command, compare_encoders_command),
+    *(compare_command, compare_encoders_command, recovery_command, longitudinal_command),
 ):
     main.add_command(_command)
 takes_verbosity(main)

@@ -14,7 +14,7 @@ import numpy as np
 from brainfm import table
 from brainfm.downstream.account import few
 from brainfm.downstream.statistics import Kind
-from brainfm.downstream.task import LeftOut, Task, TaskData, kind_of, load_task, make_task, task_data
+from brainfm.downstream.task import LeftOut, Task, TaskData, kind_of, labelled, load_task, make_task, task_data
 from brainfm.errors import TaskError
 from brainfm.manifest import ScanRecord, is_channel_column, with_ids
 from brainfm.system import expanded
@@ -78,6 +78,7 @@ def read_embedded(
     kind: Kind | None = None,
     covariates: Sequence[str] = (),
     positive: str = "",
+    to_learn: bool = True,
 ) -> TaskData:
     """Labels and the embeddings of their scans, joined.
 
@@ -95,6 +96,7 @@ def read_embedded(
         kind: What the label is; None where its values leave no doubt (see `kind_of`).
         covariates: Columns of the labels that a control predicts from without an image.
         positive: Of a binary label the word that is 1.
+        to_learn: Whether there must be enough patients to split and to learn from.
 
     Raises:
         TaskError: There is no such column, nothing matches, a scan is there twice, or as `read_task`.
@@ -115,7 +117,7 @@ def read_embedded(
     (name, first), *others = read.items()
     scans = [replace(record, mask=None) for record in first.records]  # its files are not looked at
     joined = _join(rows, source, scans, name)
-    data = task_data(task, joined.records, source.name)
+    data = (task_data if to_learn else labelled)(task, joined.records, source.name)
     vectors = {name: first.vectors[[joined.places[id(record)] for record in data.records]]}
     for other, one in others:
         places = {_identity(record): n for n, record in enumerate(one.records)}
