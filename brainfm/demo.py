@@ -16,6 +16,7 @@ from brainfm.factory import create_model
 from brainfm.files import atomic_path
 from brainfm.inference import optimize
 from brainfm.manifest import ScanRecord
+from brainfm.picture import MASK_COLOUR, edge
 from brainfm.readout import Reader
 from brainfm.registry import get_pretrained_cfg
 from brainfm.table import Embeddings
@@ -57,7 +58,7 @@ def run(model_name: str, folder: str | os.PathLike[str]) -> DemoResult:
 
 
 def draw_tensor(tensor: Tensor, path: Path, pixels: int = 384) -> None:
-    """Write a PNG of the three middle planes of a [1, z, y, x] tensor, the outline of its non-zero voxels in red.
+    """Write a PNG of the three middle planes of a [1, z, y, x] tensor, its non-zero voxels outlined in yellow.
 
     From left to right: axial, coronal, sagittal; the scan's left is on the left, its front and top are up. Each panel
     is `pixels` wide and high at the most.
@@ -80,10 +81,6 @@ def _panel(plane: NDArray[np.float32], low: float, high: float, scale: int) -> N
     brain = plane != 0
     grey = np.where(brain, np.clip((plane - low) / (high - low), 0, 1) * 215 + 40, 0).astype(np.uint8)
     grey, brain = (np.repeat(np.repeat(a, scale, axis=0), scale, axis=1) for a in (grey, brain))
-    inner = brain.copy()
-    for axis in (0, 1):
-        for step in (-1, 1):
-            inner &= np.roll(brain, step, axis)
     rgb = np.repeat(grey[..., None], 3, axis=2)
-    rgb[brain & ~inner] = (230, 60, 50)
+    rgb[edge(brain)] = MASK_COLOUR
     return rgb

@@ -25,7 +25,7 @@ CONFIG_FORMAT = 2  # of the config.json beside a model's weights, a card; a high
 MAX_CONFIG_BYTES = 2**24  # a thousand times as long as those of this package
 
 _SCHEMES = ("hf-hub", "local-dir")
-_CARD_FIELDS = {item.name for item in fields(Card)}
+CARD_FIELDS = {item.name for item in fields(Card)}  # what of a config.json is a card
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _check_channels(cfg: PretrainedCfg) -> None:
 
 def _of_card(content: Mapping[str, Any]) -> ResolvedModel:
     """The one model of a config that is a card."""
-    card = Card.from_dict({key: value for key, value in content.items() if key in _CARD_FIELDS})
+    card = Card.from_dict({key: value for key, value in content.items() if key in CARD_FIELDS})
     if len(card.models) != 1:
         raise ValueError(f"it has {len(card.models)} models, and a folder holds one")
     [(architecture, model)] = card.models.items()

@@ -41,19 +41,16 @@ def render(template: str, **values: Any) -> str:
     return _environment(Path(template).suffix == ".tex").get_template(template).render(values)
 
 
-def render_page(template: str, styles: Sequence[str] = (), scripts: Sequence[str] = (), **values: Any) -> str:
+def render_page(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
     """A page of HTML, from a template that extends page.html.
 
     Args:
         template: Its name.
-        styles: Names of style sheets to put after page.css.
         scripts: Names of scripts to put after page.js.
         values: As of `render`; page.html asks for `title`.
     """
-    style, script = (
-        "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
-        for names in (["page.css", *styles], ["page.js", *scripts])
-    )
+    style = _text("page.css")
+    script = "".join(map(_text, ["page.js", *scripts]))
     return render(template, style=style, script=script, **values)
 
 
@@ -70,6 +67,10 @@ def latex(text: str) -> str:
 def content_hash(text: str) -> str:
     """The source expression of an inline script or style in a Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _text(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _base64(content: bytes) -> str:

@@ -184,7 +184,6 @@ def _write_page(call: Call, rows: list[dict[str, Any]], group: Group, origins: d
     counts = Counter(scan["verdict"] for scan in scans)
     page = render_page(
         "bids.html",
-        styles=["qc.css"],
         title=f"{name}: {len(rows)} T1w scan{'' if len(rows) == 1 else 's'}",
         complete=not (group.failed or group.not_run or group.problems),
         summary=", ".join(f"{number} {verdict}" for verdict, number in counts.items()),

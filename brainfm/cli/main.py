@@ -26,6 +26,7 @@ from brainfm.cli.models import (
     fetch_command,
     info_command,
     list_command,
+    publish_command,
     push_command,
     verify_command,
 )
@@ -75,7 +76,7 @@ def main(context: click.Context) -> None:
 
 for _command in (
     *(list_command, info_command, demo_command, doctor_command, embed_command, merge_command),
-    *(fetch_command, convert_command, verify_command, push_command, export_command),
+    *(fetch_command, convert_command, verify_command, push_command, publish_command, export_command),
     *(phantom_command, synthesize_command, cache_group, prep_command, qc_command, bids_command),
     *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command),
     *(compare_command, compare_encoders_command, recovery_command, longitudinal_command),

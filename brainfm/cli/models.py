@@ -157,6 +157,50 @@ def push_command(folder: str, repository: str, private: bool, revision: str | No
     click.echo(f"{name}\nsha256 {pinned}: with the commit above, what a cfg must pin")
 
 
+@click.command("publish")
+@click.argument("organisation", metavar="ORG")
+@click.argument("patterns", metavar="[PATTERN]...", nargs=-1)
+@click.option(
+    "--file",
+    "files",
+    metavar="MODEL=FILE",
+    multiple=True,
+    help="The weight file of MODEL, where it is not in the cache.",
+)
+@click.option("--private", is_flag=True, help="Make new repositories private.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go, and what is left out and why.")
+def publish_command(
+    organisation: str, patterns: tuple[str, ...], files: tuple[str, ...], private: bool, dry_run: bool
+) -> None:
+    """Convert and push every weight that is here and whose card lets it be passed on, to ORG/MODEL.TAG on the Hub.
+
+    PATTERN, such as 'medicalnet_*', picks models. What is there with an equal digest is not pushed again: after an
+    interruption, the same command goes on. In the end the pins are printed, as the cards have them. HF_TOKEN must have
+    the right to write. The exit code is 1 where a weight failed; the others are pushed all the same.
+    """
+    import yaml
+
+    from brainfm.hub import publish_all
+
+    named = [file.partition("=") for file in files]
+    if wrong := [name for name, equals, path in named if not (name and equals and path)]:
+        raise click.UsageError(f"--file {wrong[0]}: write MODEL=FILE")
+    pins, failed = {}, False
+    given = {name: path for name, _, path in named}
+    for one in publish_all(organisation, patterns, files=given, private=private, dry_run=dry_run):
+        where = f" → hf-hub:{one.repository}" * bool(one.repository) + f"@{one.revision}" * bool(one.revision)
+        click.echo(f"{one.state:9} {one.name}{where}" + (f": {one.why}" if one.why else ""))
+        failed |= one.state == "failed"
+        if one.revision:
+            pins[one.name] = one.pin
+    if pins:
+        click.echo(
+            "\nThe pins, for the weights on the models' cards:\n" + yaml.safe_dump(pins, sort_keys=False).rstrip()
+        )
+    if failed:
+        sys.exit(1)
+
+
 @click.command("verify")
 @click.argument("model")
 @click.option(

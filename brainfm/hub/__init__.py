@@ -7,6 +7,7 @@ uploads it, and `hf-hub:` reads it from there.
 
 from brainfm.hub.folder import convert, fetch, save_for_hub
 from brainfm.hub.golden import Check, verify
+from brainfm.hub.organisation import Published, publish_all
 from brainfm.hub.publish import push_to_hub
 
-__all__ = ["Check", "convert", "fetch", "push_to_hub", "save_for_hub", "verify"]
+__all__ = ["Check", "Published", "convert", "fetch", "publish_all", "push_to_hub", "save_for_hub", "verify"]

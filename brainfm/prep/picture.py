@@ -12,18 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.files import atomic_path
+from brainfm.picture import MASK_COLOUR, TEMPLATE_COLOUR, dashed, edge
 from brainfm.prep.image import sitk, template, to_array
 from brainfm.prep.quality import Prepared
 
 SHOWN_MM = 8  # around the brain
 _SLICES_MM = {2: (-30, 5, 40), 1: (-60, -20, 25), 0: (-35, 2, 35)}  # RAS: axial, coronal, sagittal
-_OUTLINE, _TEMPLATE_OUTLINE = (230, 60, 50), (70, 150, 230)
 
 
 def draw(prepared: Prepared, path: Path) -> None:
-    """Write a PNG: axial, coronal and sagittal slices, a row each; the mask's outline red, the template's brain's blue.
+    """Write a PNG: axial, coronal and sagittal slices, a row each.
 
-    Left is on the left, front and top are up.
+    The mask's outline is yellow, that of the template's brain blue and dashed. Left is on the left, front and
+    top are up.
     """
     from PIL import Image
 
@@ -58,14 +59,6 @@ def _around(brain: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _panel(grey: NDArray[np.float32], brain: NDArray[np.bool_], usual: NDArray[np.bool_]) -> NDArray[np.uint8]:
     rgb = np.repeat((grey * 255).astype(np.uint8)[..., None], 3, axis=2)
-    rgb[_edge(usual)] = _TEMPLATE_OUTLINE
-    rgb[_edge(brain)] = _OUTLINE
+    rgb[dashed(edge(usual))] = TEMPLATE_COLOUR
+    rgb[edge(brain)] = MASK_COLOUR
     return np.pad(rgb, ((2, 2), (2, 2), (0, 0)))
-
-
-def _edge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    inner = mask.copy()
-    for axis in (0, 1):
-        for step in (-1, 1):
-            inner &= np.roll(mask, step, axis)
-    return mask & ~inner

@@ -50,7 +50,6 @@ def write_page(folder: str | os.PathLike[str], output: str | os.PathLike[str]) -
     counts = Counter(verdicts)
     page = render_page(
         "qc.html",
-        styles=["qc.css"],
         scripts=["qc.js"],
         title=f"Quality of {len(records)} prepared scan{'' if len(records) == 1 else 's'}",
         all_pass=counts["pass"] + counts["accepted"] == len(records),

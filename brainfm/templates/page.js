@@ -1,5 +1,6 @@
 // A click on a column's head sorts the rows of each group by it, and by another click the other way round.
 for (const table of document.querySelectorAll("table")) {
+  if (table.classList.contains("scans")) saysWhatItIs(table);
   const heads = [...table.tHead.rows].at(-1).cells;
   for (const [column, head] of [...heads].entries()) {
     const button = document.createElement("button");
@@ -14,6 +15,19 @@ for (const table of document.querySelectorAll("table")) {
         body.append(...rows.sort((a, b) => compare(a.cells[column], b.cells[column], up ? 1 : -1)));
       }
     });
+  }
+}
+
+// A picture that was enlarged by a click or by the keyboard goes back on Escape.
+addEventListener("keydown", (event) => { if (event.key === "Escape" && document.activeElement.matches("img")) document.activeElement.blur(); });
+
+// A table that is laid out as cards has lost its roles, and is a table all the same to who has it read out.
+function saysWhatItIs(table) {
+  table.role = "table";
+  for (const part of [table.tHead, ...table.tBodies]) part.role = "rowgroup";
+  for (const row of table.rows) {
+    row.role = "row";
+    for (const cell of row.cells) cell.role = { col: "columnheader", row: "rowheader" }[cell.scope] ?? "cell";
   }
 }
 

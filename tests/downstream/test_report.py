@@ -391,6 +391,16 @@ def test_roc_is_the_mean_curve_and_area_over_seeds():
     np.testing.assert_allclose(line.get_ydata()[1:-1], 0.5)  # between 1 everywhere and 0 everywhere
 
 
+def test_roc_curves_are_told_apart_without_their_colours():
+    labels = np.array([0, 0, 1, 1.0])
+    rows = plots.looks([str(n) for n in range(7)])
+    curves = plots.roc([(look, [(labels, labels)]) for look in rows], "task").axes[0].lines[1:]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in curves}) == 7
+    assert all(
+        len(range(*slice(first, None, gap).indices(201))) > 5 for first, gap in (c.get_markevery() for c in curves)
+    )
+
+
 def test_label_efficiency_draws_means_and_bands(reported):
     look = plots.looks(["row"])[0]
     x, mean, sd = np.array([0.2, 1.0]), np.array([3.0, 2.0]), np.array([0.5, 0.25])

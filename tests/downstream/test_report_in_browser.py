@@ -1,12 +1,11 @@
 """The page as Chromium shows it."""
 
-import base64
-import hashlib
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from seen import faults_of, with_script
 from test_report import SCRIPT, TASKS, benchmark
 
 from brainfm.downstream.report import write_report
@@ -35,10 +34,7 @@ def page(tmp_path_factory) -> Path:
 
 def test_every_figure_is_shown_and_nothing_foreign_runs(page, chromium, tmp_path):
     """In a copy whose policy lets one more script in: the one that counts."""
-    digest = base64.b64encode(hashlib.sha256(COUNT.encode()).digest()).decode()
-    copy = page.read_text().replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
-    copy = copy.replace("</body>", f"<script>{COUNT}</script></body>")
-    (tmp_path / "copy.html").write_text(copy)
+    (tmp_path / "copy.html").write_text(with_script(page.read_text(), COUNT))
     body = re.search("<body.*?>", chromium("--window-size=400,800", "--dump-dom", f"file://{tmp_path}/copy.html"))[0]
     figures = list((page.parent / "figures").glob("*.svg"))
     assert f'data-shown="{len(figures)}"' in body
@@ -48,6 +44,10 @@ def test_every_figure_is_shown_and_nothing_foreign_runs(page, chromium, tmp_path
     assert values == sorted(values)
     assert 'data-wide="false"' in body  # on a phone, tables scroll by themselves
     assert "id=" not in body  # set by the titles' script
+
+
+def test_page_is_read_in_both_themes_on_a_phone_and_on_a_desk(page, chromium, tmp_path):
+    assert faults_of(page, chromium, tmp_path) == []
 
 
 def test_page_runs_under_its_own_policy(page, chromium):

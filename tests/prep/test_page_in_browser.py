@@ -1,13 +1,12 @@
 """The page of prepared scans as Chromium shows it."""
 
-import base64
-import hashlib
 import html
 import re
 
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from seen import faults_of, with_script
 from test_page import write_scan
 
 from brainfm.cli import main
@@ -54,10 +53,7 @@ def page(tmp_path):
 @pytest.mark.parametrize(("width", "picture"), [(1280, 600), (800, 700), (500, 400)])
 def test_everything_is_shown_and_sorted_whatever_the_width(width, picture, page, chromium, tmp_path):
     """In a copy whose policy lets one more script in: the one that looks. Chromium's windows have 500 px or more."""
-    digest = base64.b64encode(hashlib.sha256(LOOK.encode()).digest()).decode()
-    copy = page.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
-    copy = copy.replace("</body>", f"<script>{LOOK}</script></body>")
-    (tmp_path / "copy.html").write_text(copy, encoding="utf-8")
+    (tmp_path / "copy.html").write_text(with_script(page.read_text(encoding="utf-8"), LOOK), encoding="utf-8")
     body = re.search("<body.*?>", chromium(f"--window-size={width},900", "--dump-dom", f"file://{tmp_path}/copy.html"))[
         0
     ]
@@ -69,6 +65,10 @@ def test_everything_is_shown_and_sorted_whatever_the_width(width, picture, page,
     assert 'data-inside="true"' in body
     assert 'data-worst="litres"' in body
     assert 'data-wide="false"' in body
+
+
+def test_page_is_read_in_both_themes_on_a_phone_and_on_a_desk(page, chromium, tmp_path):
+    assert faults_of(page, chromium, tmp_path) == []
 
 
 def test_page_is_not_blank(page, chromium, tmp_path):
@@ -101,9 +101,7 @@ DECIDE = """
 
 
 def test_decisions_made_on_the_page_are_saved_and_taken(page, chromium, tmp_path):
-    digest = base64.b64encode(hashlib.sha256(DECIDE.encode()).digest()).decode()
-    copy = page.read_text(encoding="utf-8").replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
-    (tmp_path / "copy.html").write_text(copy.replace("</body>", f"<script>{DECIDE}</script></body>"), encoding="utf-8")
+    (tmp_path / "copy.html").write_text(with_script(page.read_text(encoding="utf-8"), DECIDE), encoding="utf-8")
     body = re.search("<body.*?>", chromium("--dump-dom", f"file://{tmp_path}/copy.html"), re.DOTALL)[0]
     said = {name: html.unescape(value) for name, value in re.findall(r'data-(\w+)="(.*?)"', body, re.DOTALL)}
     assert (said["before"], said["ready"]) == ("true", "true")
