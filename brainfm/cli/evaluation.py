@@ -42,6 +42,10 @@ def _common(command: Any) -> Any:
             "--replace", "replace_all", is_flag=True, help="Replace another evaluation that the output holds."
         ),
         click.option("--refuse-overlap", is_flag=True, help="Refuse models that were pretrained on a task's data."),
+        click.option(
+            "--harmonise", default="", metavar="combat|covbat", help="Also probe embeddings without what is of a site."
+        ),
+        click.option("--site", default="", metavar="COLUMN", help="That site, for --harmonise."),
     ):
         command = option(command)
     return command
@@ -204,6 +208,8 @@ def _run_experiment(
     replace_all: bool,
     corrupted: bool,
     keep_models: bool,
+    harmonise: str,
+    site: str,
     **_: Any,
 ) -> None:
     """Run a comparison's file, with the options that were given in place of its own fields."""
@@ -212,7 +218,11 @@ def _run_experiment(
     from brainfm.errors import BrainfmError, RunInterruptedError
     from brainfm.train.trainer import INTERRUPTED
 
-    for option, was_given in (("--robustness", corrupted), ("--keep-models", keep_models)):
+    for option, was_given in (
+        ("--robustness", corrupted),
+        ("--keep-models", keep_models),
+        ("--harmonise", harmonise or site),
+    ):
         if was_given:
             raise BrainfmError(f"{option} is not of a comparison's file; evaluate its models by --models local-dir:…")
     ctx = click.get_current_context()
@@ -418,6 +428,8 @@ def _run(
     fractions: tuple[float, ...] = (),
     corrupted: bool = False,
     keep_models: bool = False,
+    harmonise: str = "",
+    site: str = "",
 ) -> None:
     from brainfm.downstream.benchmark import benchmark
     from brainfm.downstream.plan import Plan, read_settings
@@ -435,6 +447,8 @@ def _run(
         settings=read_settings(settings),
         controls=not no_controls,
         keep_models=keep_models,
+        harmonise=harmonise,
+        site=site,
     )
     on_overlap: Any = "refuse" if refuse_overlap else "mark"
     try:

@@ -26,6 +26,7 @@ from brainfm.downstream.runs import (
     run_job,
     settings_of,
 )
+from brainfm.downstream.split import subsample
 from brainfm.downstream.statements import describe, find_overlaps
 from brainfm.downstream.task import TaskData
 from brainfm.errors import BrainfmError, TaskError
@@ -38,7 +39,7 @@ logger = logging.getLogger("brainfm")
 
 # What replacing an evaluation removes; embeddings hold for any.
 _WRITTEN = (
-    *("grid.json", "results.csv", "predictions.csv", "left_out.csv", "robustness.csv"),
+    *("grid.json", "results.csv", "predictions.csv", "left_out.csv", "robustness.csv", "harmonisation.csv"),
     *("table.md", "table.tex", "index.html", "figures", "models", "runs", "splits"),
 )
 
@@ -179,6 +180,9 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
             _check_can_be_kept(job)
     for one in {id(job.data): job.data for job in todo}.values():
         check_splits(one, plan.seeds, {job.fraction for job in todo})
+    for job in todo:
+        if job.row.harmonised:
+            _check_sites(job, plan)
     models: dict[tuple[str, bool], list[Job]] = {}
     for job in todo:
         cfg = cfgs.get(job.row.model)
@@ -194,6 +198,15 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
         for values in settings:
             values.shared_by(processes)
         check_model(name, list({id(job.data): job.data for job in jobs}.values()), settings, pretrained=pretrained)
+
+
+def _check_sites(job: Job, plan: Plan) -> None:
+    """Raise TaskError where a run's embeddings cannot be harmonised."""
+    from brainfm.downstream.harmonisation import check_sites
+
+    splits = job.data.split(job.seed)
+    train = subsample(job.data.records, job.data.labels, splits, job.fraction, kind=job.data.task.kind, seed=job.seed)
+    check_sites(job.data, plan.site, train, [n for n, part in enumerate(splits) if part == "test"])
 
 
 def _check_can_be_kept(job: Job) -> None:

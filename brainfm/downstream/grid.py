@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brainfm.downstream.plan import MODES, TRAINED, Plan
+from brainfm.downstream.plan import HARMONISE, HARMONISED, MODES, TRAINED, Plan
 from brainfm.downstream.results import Candidate, Row
 from brainfm.downstream.task import TaskData
 from brainfm.downstream.untrained import built_as
@@ -50,7 +50,7 @@ def list_jobs(data: Sequence[TaskData], rows: Sequence[Row], controls: Sequence[
         "finetune",
         "scratch",
     )
-    for row in sorted([*controls, *rows], key=lambda row: order.index(row.mode)):
+    for row in sorted([*controls, *rows], key=lambda row: order.index(row.base)):
         for one in data:
             if row.mode == "covariates" and not one.has_covariates:
                 continue
@@ -72,7 +72,9 @@ def model_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan) -> list[Row]:
                 f"no weights of {model} were published; pretrain it ('brainfm pretrain') and give local-dir:FOLDER, "
                 "or leave it out"
             )
-        rows += [Row(model, mode, f"{titles[model]}, {MODES[mode]}") for mode in modes]
+        rows += [
+            row for mode in modes for row in _with_harmonised(Row(model, mode, f"{titles[model]}, {MODES[mode]}"), plan)
+        ]
     if cfgs and not rows:
         raise BrainfmError(f"nothing to run: none of {', '.join(cfgs)} is run in {', '.join(plan.modes)}")
     return rows
@@ -115,11 +117,19 @@ def table_rows(data: Sequence[TaskData], plan: Plan, candidates: Sequence[Candid
     titles = short_names(tables)
     modes = [mode for mode in dict.fromkeys(plan.modes) if mode not in TRAINED]
     made_by = {name: f" ({model})" for one in data for name, model in one.made_by.items() if model != name}
-    return [
+    rows = [
         Row(model, mode, f"{titles[model]}{made_by.get(model, '')}, {MODES[mode]}")
         for model in tables
         for mode in modes
     ]
+    return [one for row in rows for one in _with_harmonised(row, plan)]
+
+
+def _with_harmonised(row: Row, plan: Plan) -> list[Row]:
+    """A row, and the one of the same mode on harmonised embeddings where that is planned."""
+    if not plan.harmonise or row.mode not in HARMONISED:
+        return [row]
+    return [row, Row(row.model, f"{row.mode}+{plan.harmonise}", f"{row.title}, after {HARMONISE[plan.harmonise]}")]
 
 
 def control_rows(cfgs: Mapping[str, PretrainedCfg], plan: Plan, candidates: Sequence[Candidate] = ()) -> list[Row]:

@@ -43,6 +43,7 @@ def keep_splits(data: Sequence[TaskData], plan: Plan, output: Path) -> None:
 def write_results(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation, output: Path) -> Path:
     """Everything but the runs themselves; gives the page."""
     _write_tables(results, output)
+    _write_sites(results, output / "harmonisation.csv")
     columns, left_out, warnings = [], list(evaluation.left_out), list(evaluation.warnings)
     for column in evaluation.tasks:
         mine = {job: result for job, result in results.items() if job.data.task.name == column.name}
@@ -106,13 +107,29 @@ def _write_tables(results: Mapping[Job, dict[str, Any]], output: Path) -> None:
     write_csv(output / "predictions.csv", [[*key_names, "patient_id", "label", "prediction", "positive"], *guesses])
 
 
+def _write_sites(results: Mapping[Job, dict[str, Any]], path: Path) -> None:
+    """How well sites are told apart in embeddings, as they are and harmonised; no file where none were."""
+    path.unlink(missing_ok=True)
+    rows = []
+    for job, result in results.items():
+        if found := result.get("sites"):
+            probes = [number for when in ("before", "after") for number in found[when] or (None,) * 3]
+            key = (job.data.task.name, job.row.model, job.row.mode, f"{job.fraction:g}", job.seed)
+            left = [found["left"][part] for part in ("train", "test")]
+            rows.append([*key, found["sites"], *map(_text, [found["chance"], *probes]), *left, result["n_test"]])
+    if rows:
+        probes = [f"site_{when}{end}" for when in ("before", "after") for end in ("", "_ci_low", "_ci_high")]
+        left = ["left_as_they_are_train", "left_as_they_are_test", "n_test"]
+        write_csv(path, [["task", "model", "mode", "fraction", "seed", "sites", "chance", *probes, *left], *rows])
+
+
 def _positive(data: TaskData) -> str:
     """The word of the class that is 1 in a binary task."""
     return data.classes[1] if data.task.kind == "binary" else ""
 
 
 def _tests(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation) -> Iterator[PairedTest]:
-    """Each row against each control, and against each that was trained from scratch, by all seeds."""
+    """Each row against each control and each trained from scratch, and a harmonised one against the plain one."""
     found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for job, result in results.items():
         if job.fraction == 1:
@@ -120,7 +137,8 @@ def _tests(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation) -> Ite
     baselines = [row for row in evaluation.rows if row.mode == "scratch"]
     for task in {job.data.task.name: job.data.task for job in results}.values():
         for one in evaluation.rows:
-            for other in [*([] if one.mode == "scratch" else baselines), *evaluation.controls]:
+            plain = [row for row in evaluation.rows if one.harmonised and row.key == f"{one.model}/{one.base}"]
+            for other in [*plain, *([] if one.mode == "scratch" else baselines), *evaluation.controls]:
                 if (task.name, one.key) in found and (task.name, other.key) in found:
                     yield _paired(task, one, other, found[task.name, one.key], found[task.name, other.key])
 

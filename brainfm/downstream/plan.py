@@ -36,6 +36,8 @@ NOT_OF = {  # settings that would make something else of a mode
     "probe_paper": (*_PRETRAINED_ONLY, "augment", "drop_path", "trained_positions", "global_pool"),
     **dict.fromkeys(_EFFICIENT, (*_WHAT, "trained_positions")),
 }
+HARMONISED = ("probe", "knn", "prototype")  # what learns from vectors, and can do so from harmonised ones too
+HARMONISE = {"combat": "ComBat", "covbat": "CovBat"}
 FREE = ("workers", "device")  # settings that change no result
 RESAMPLES = 1000
 
@@ -60,6 +62,9 @@ class Plan:
         titles: What models are called in tables, in place of their own names.
         keep_models: End each run on all training patients with a folder `models/…` of the model, for `predict`; those
             of controls are not kept.
+        harmonise: Of `HARMONISE`: run each mode that is `HARMONISED` once more, on embeddings from which that takes
+            away what is a site's.
+        site: The column that names it.
     """
 
     models: tuple[str, ...]
@@ -73,6 +78,8 @@ class Plan:
     scratch: tuple[str, ...] = ()
     titles: Mapping[str, str] = field(default_factory=dict)
     keep_models: bool = False
+    harmonise: str = ""
+    site: str = ""
 
     def __post_init__(self) -> None:
         if strange := [mode for mode in self.modes if mode not in MODES]:
@@ -81,6 +88,28 @@ class Plan:
             raise BrainfmError("seeds must be 1 or more, epochs_scale above 0, and fractions above 0 and at most 1")
         if self.epochs_of_all is not None and self.epochs_of_all < 1:
             raise BrainfmError(f"epochs are {self.epochs_of_all}, and must be 1 or more")
+        self._check_harmonise()
+
+    def _check_harmonise(self) -> None:
+        if not self.harmonise:
+            if self.site:
+                raise BrainfmError(f"--site {self.site}: what for? Say --harmonise combat or covbat")
+            return
+        if "long" in self.harmonise:
+            raise BrainfmError(
+                f"--harmonise {self.harmonise}: longitudinal ComBat fits a patient's own level, which is not known of "
+                "patients outside the training part, so it cannot be kept from the test part; use combat or covbat"
+            )
+        if self.harmonise not in HARMONISE:
+            raise BrainfmError(f"--harmonise {self.harmonise}: there are {', '.join(HARMONISE)}")
+        if not self.site:
+            raise BrainfmError(f"--harmonise {self.harmonise}: by which column? Say --site COLUMN")
+        if not set(self.modes) & set(HARMONISED):
+            raise BrainfmError(
+                f"--harmonise {self.harmonise}: {', '.join(MODES[mode] for mode in self.modes)}: learns from scans, "
+                "and has no embeddings that stay as they are; only probe, knn and prototype can be "
+                "harmonised ('brainfm probe', or --modes)"
+            )
 
     def epochs(self, mode: str) -> int:
         """Epochs of a mode that has them."""

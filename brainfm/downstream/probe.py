@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -27,7 +28,13 @@ _FOLDS = 5
 
 
 def fit_probe(
-    features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, patients: list[str] | None = None, seed: int = 0
+    features: NDArray[Any],
+    labels: NDArray[Any],
+    kind: Kind,
+    *,
+    patients: list[str] | None = None,
+    seed: int = 0,
+    before: Sequence[Any] = (),
 ) -> Any:
     """A linear model on standardised features: logistic or ridge regression, its strength by inner cross-validation.
 
@@ -37,6 +44,7 @@ def fit_probe(
         kind: What the labels are.
         patients: Whose the scans are; a patient is in one fold only.
         seed: Of the folds.
+        before: Transformers that come first, fitted with the rest on what each fold learns from.
 
     Returns:
         A fitted scikit-learn estimator for `predict_probe`.
@@ -54,11 +62,11 @@ def fit_probe(
     folds: Any
     scoring: Any
     if kind == "regression":
-        model = make_pipeline(StandardScaler(), Ridge())
+        model = make_pipeline(*before, StandardScaler(), Ridge())
         grid, scoring = {"ridge__alpha": RIDGE_ALPHA}, "neg_mean_squared_error"
         count, folds = len(set(groups)), GroupKFold
     else:
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+        model = make_pipeline(*before, StandardScaler(), LogisticRegression(max_iter=5000))
         grid, scoring = {"logisticregression__C": LOGISTIC_C}, _log_likelihood
         count, folds = min(len(set(groups[labels == label])) for label in np.unique(labels)), StratifiedGroupKFold
     splits = []
@@ -76,7 +84,9 @@ def fit_probe(
         )
 
 
-def fit_neighbours(features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, by_class: bool = False) -> Any:
+def fit_neighbours(
+    features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, by_class: bool = False, before: Sequence[Any] = ()
+) -> Any:
     """What embeddings say without training ("zero-shot" transfer): whom a scan is near, by standardised features.
 
     Args:
@@ -85,6 +95,7 @@ def fit_neighbours(features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, 
         kind: What the labels are.
         by_class: Take the nearest mean of a class, with probabilities by the variance within classes, as scikit-learn's
             `NearestCentroid` has them. A regression has no classes, and is the mean of the neighbours all the same.
+        before: Transformers that come first.
 
     Returns:
         A fitted scikit-learn estimator for `predict_probe`. Of neighbours it takes √n, a rule of thumb (ours), and
@@ -101,7 +112,7 @@ def fit_neighbours(features: NDArray[Any], labels: NDArray[Any], kind: Kind, *, 
         model: Any = KNeighborsRegressor(neighbours)
     else:
         model = NearestCentroid() if by_class else KNeighborsClassifier(neighbours)
-    return make_pipeline(StandardScaler(), model).fit(features.astype(np.float64), labels)
+    return make_pipeline(*before, StandardScaler(), model).fit(features.astype(np.float64), labels)
 
 
 def _log_likelihood(probe: Any, features: NDArray[Any], labels: NDArray[Any]) -> float:

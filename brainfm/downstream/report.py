@@ -11,16 +11,17 @@ import os
 import platform
 import string
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from brainfm.downstream import plots
 from brainfm.downstream.figures import Picture, drawings
 from brainfm.downstream.results import Column, Evaluation, Row, Run, read_run
+from brainfm.downstream.sections import sections
 from brainfm.downstream.statistics import HIGHER_IS_BETTER
+from brainfm.downstream.tables import Cell, Table
 from brainfm.downstream.wording import (
     NONE,
     RULE,
@@ -83,7 +84,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     for left in (folder / "figures").glob("*_*.*"):  # of an earlier report
         if left.stem not in drawn and left.stem.rpartition("_")[2] in _FIGURES and left.suffix in (".png", ".svg"):
             left.unlink()
-    content = _content(run)
+    content = _content(folder, run)
     figures = [(title, list(group)) for title, group in groupby(pictures, key=lambda picture: picture.task.title)]
     write_text(folder / "table.md", render("table.md", **content))
     write_text(folder / "table.tex", render("table.tex", **content))
@@ -91,7 +92,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     return folder / "index.html"
 
 
-def _content(run: Run) -> dict[str, Any]:
+def _content(folder: Path, run: Run) -> dict[str, Any]:
     """What the templates say of a run, by their names for it."""
     evaluation = run.evaluation
     return {
@@ -106,6 +107,7 @@ def _content(run: Run) -> dict[str, Any]:
         "sources": _sources(evaluation),
         "rule": RULE,
         "data": [table for table in (_encoder_table(run), *_share_tables(run), _left_out_table(run)) if table],
+        "sections": list(sections(folder, run)),
         "claims": [(task.title, claims(run, task)) for task in evaluation.tasks],
         "others": [table for table in (*_metric_tables(run), _test_table(run)) if table],
         "making": _making(evaluation),
@@ -113,56 +115,6 @@ def _content(run: Run) -> dict[str, Any]:
 
 
 # --- Tables ---------------------------------------------------------------------------------------
-
-
-class Cell(NamedTuple):
-    """Plain text, to be escaped by the template that prints it; `marks` are letters of footnotes."""
-
-    text: str
-    bold: bool = False
-    marks: str = ""
-
-
-class Span(NamedTuple):
-    """A title over columns `first` to `last`, counted from 1."""
-
-    title: str
-    first: int
-    last: int
-
-    @property
-    def columns(self) -> int:
-        """How many they are."""
-        return self.last - self.first + 1
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table to be printed in any language.
-
-    Attributes:
-        title: What it is.
-        head: For each column its title and, where columns have one title together, what this one is.
-        groups: Rows by group, a line between groups, each with its title ("" is none).
-    """
-
-    title: str
-    head: Sequence[tuple[str, str]]
-    groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]
-
-    @property
-    def two_lines(self) -> bool:
-        """Whether the head needs a second line."""
-        return any(under for _, under in self.head)
-
-    @property
-    def spans(self) -> list[Span]:
-        """The titles of the head, each once, and each column without one by itself."""
-        spans = []
-        for _, group in groupby(enumerate(self.head, start=1), key=lambda column: column[1][0] or column[0]):
-            places = [place for place, _ in group]
-            spans.append(Span(self.head[places[0] - 1][0], places[0], places[-1]))
-        return spans
 
 
 def _main_table(run: Run) -> Table:

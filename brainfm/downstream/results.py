@@ -152,6 +152,16 @@ class Row(_Part):
         """As `published` and `tests` name it: "model/mode"."""
         return f"{self.model}/{self.mode}"
 
+    @property
+    def base(self) -> str:
+        """The mode without what its embeddings are harmonised by: "probe" of "probe+combat"."""
+        return self.mode.partition("+")[0]
+
+    @property
+    def harmonised(self) -> str:
+        """What its embeddings are harmonised by; "" is nothing."""
+        return self.mode.partition("+")[2]
+
 
 @dataclass(frozen=True)
 class Note(_Part):

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -82,6 +83,8 @@ def run_job(
         "labels": labels.tolist(),
         "predictions": predictions.tolist(),
     }
+    if fitted.sites is not None:
+        content["sites"] = fitted.sites(kept)
     write_json(path, content)
     for work in path.parent.glob(f"{job.name}.*"):  # this run's, and those of one that stopped and was made otherwise
         if work.is_dir():
@@ -104,6 +107,7 @@ class _Fitted:
         embed: Rows → those whose scan can be read, and their embeddings.
         head: What the outputs mean, of a regression.
         probe: What was fitted on embeddings.
+        sites: Rows of the test part → what is known of the sites in the embeddings, where these are harmonised.
     """
 
     predict: Predict
@@ -113,6 +117,7 @@ class _Fitted:
     embed: Callable[[Sequence[int]], tuple[list[int], NDArray[np.float32]]]
     head: LinearHead | None = None
     probe: Any = None
+    sites: Callable[[Sequence[int]], dict[str, Any]] | None = None
 
 
 def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> _Fitted:
@@ -141,6 +146,18 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
     train, val = ([n for n in rows if n in readable] for rows in (train, val))
     if not val or len(set(labels[train].tolist())) < 2:
         raise BrainfmError(f"{task.name}: too few scans can be read{_one_of(failed)}")
+    vectors: NDArray[Any] = features
+    before: list[Any] = []
+    sites: Callable[[Sequence[int]], dict[str, Any]] | None = None
+    if row.harmonised:
+        from brainfm.downstream.harmonisation import Harmoniser, beside, describe_sites
+
+        columns, own = beside(job.data, plan.site, train), job.data.patients
+        features = np.hstack([vectors.astype(np.float64), columns])
+        before = [Harmoniser(row.harmonised, columns.shape[1] - 1)]
+        sites = partial(
+            describe_sites, vectors, columns, train, patients=own, method=row.harmonised, seed=job.seed, n=RESAMPLES
+        )
     if row.mode == "probe_adam":
         values = recipe_of(job, plan, None)
         fitted: Any = AdamProbe(**{one.name: values[one.name] for one in fields(AdamProbe)}).fit(
@@ -150,11 +167,13 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
             task.metric if task.selection == "metric" else "loss",
             seed=job.seed,
         )
-    elif row.mode in WITHOUT_TRAINING:
-        fitted = fit_neighbours(features[train], labels[train], task.kind, by_class=row.mode == "prototype")
+    elif row.base in WITHOUT_TRAINING:
+        fitted = fit_neighbours(
+            features[train], labels[train], task.kind, by_class=row.base == "prototype", before=before
+        )
     else:
         patients = [job.data.patients[n] for n in train]
-        fitted = fit_probe(features[train], labels[train], task.kind, patients=patients, seed=job.seed)
+        fitted = fit_probe(features[train], labels[train], task.kind, patients=patients, seed=job.seed, before=before)
 
     def predict(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
         kept = [n for n in rows if n in readable]
@@ -164,12 +183,12 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
 
     def embedded(rows: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
         kept = [n for n in rows if n in readable]
-        return kept, features[kept].astype(np.float32)
+        return kept, vectors[kept].astype(np.float32)
 
     head = fitted.head if isinstance(fitted, FittedHead) else None
-    size = 0 if row.mode in WITHOUT_TRAINING else (features.shape[1] + 1) * _outputs(job)
+    size = 0 if row.base in WITHOUT_TRAINING else (vectors.shape[1] + 1) * _outputs(job)
     of = None if frozen is None else frozen + size
-    return _Fitted(predict, failed, (size, of), model, embedded, head, fitted)
+    return _Fitted(predict, failed, (size, of), model, embedded, head, fitted, sites)
 
 
 def _outputs(job: Job) -> int:
@@ -315,6 +334,8 @@ def digest_of(job: Job, made_of: str, plan: Plan, cfgs: Mapping[str, PretrainedC
         content[-1] = built_as(job.row.model)  # of its weights nothing is used
     if (vectors := job.data.embeddings.get(job.row.model)) is not None:
         content.append(hashlib.sha256(np.ascontiguousarray(vectors).tobytes()).hexdigest())
+    if job.row.harmonised:
+        content.append([plan.site, [record.extra.get(plan.site) for record in job.data.records]])
     if job.row.mode in RECIPE_OF:
         content.append({name: value for name, value in recipe_of(job, plan, cfg).items() if name not in FREE})
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()

@@ -14,7 +14,17 @@ import torch
 
 from brainfm.downstream.account import is_test_model, label_words, shares
 from brainfm.downstream.grid import COVARIATES, not_run
-from brainfm.downstream.plan import MODES, NOT_OF, RECIPE_OF, RESAMPLES, TRAINED, Plan, paper_epochs
+from brainfm.downstream.plan import (
+    HARMONISE,
+    HARMONISED,
+    MODES,
+    NOT_OF,
+    RECIPE_OF,
+    RESAMPLES,
+    TRAINED,
+    Plan,
+    paper_epochs,
+)
 from brainfm.downstream.results import Candidate, Column, Evaluation, Note, Published, Row
 from brainfm.downstream.task import Task, TaskData
 from brainfm.errors import BrainfmError, ModelNameError
@@ -162,6 +172,7 @@ def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
     regressions = any(one.task.kind == "regression" for one in data)
     if regressions and any(m in _RAW_PROBES and plan.of(m).get("target") in (None, "raw") for m in modes):
         yield _RAW
+    yield from _harmonised(data, plan)
     yield f"Intervals: 95 %, bootstrap over patients ({RESAMPLES:,} resamples)."
     for one in data:
         title, patients = one.task.title, len(set(one.patients))
@@ -176,6 +187,23 @@ def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
         if one.classes:
             yield f"{title}: {label_words(one)}."
         yield from (f"{title}: {note}" for note in one.notes)
+
+
+def _harmonised(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
+    if not plan.harmonise:
+        return
+    not_of = [MODES[mode] for mode in dict.fromkeys(plan.modes) if mode not in HARMONISED]
+    yield (
+        f"Rows after {HARMONISE[plan.harmonise]} take what is of {plan.site} out of the embeddings, fitted on what a "
+        "run learns from alone, in each fold of the inner cross-validation anew. Scans of a site that is unknown, or "
+        "of which too few are learned from, stay as they are."
+        + (f" Not harmonised, for it learns from scans or by itself: {', '.join(not_of)}." if not_of else "")
+        + (" Models of these rows are not kept: of a new scan the site would have to be known." * plan.keep_models)
+    )
+    for one in data:
+        names = [name for name in one.task.covariates if name != plan.site]
+        said = f"protects {', '.join(names)}" if names else "protects no covariate: what goes with a site is lost too"
+        yield f"{one.task.title}: {HARMONISE[plan.harmonise]} {said}."
 
 
 def find_overlaps(data: Sequence[TaskData], models: Sequence[str], on_overlap: Literal["mark", "refuse"]) -> list[Note]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+from click.testing import CliRunner
+
+from brainfm.cli import main
 from brainfm.phantom import make_cohort
 
 
@@ -17,3 +21,15 @@ def phantoms(tmp_path_factory):
 def no_figures(monkeypatch):
     """Reports without their figures, which take most of the time of one."""
     monkeypatch.setattr("brainfm.downstream.report.drawings", lambda run: [])
+
+
+@pytest.fixture
+def run():
+    """Runs `brainfm …` in this process; gives its exit code and all that it says."""
+
+    def call(*arguments):
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        return SimpleNamespace(code=done.exit_code, said=done.output)
+
+    return call

@@ -1,0 +1,224 @@
+"""Harmonisation: ComBat's published numbers, fitted without the test part, and what it does to a planted site."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.decomposition import PCA
+
+from brainfm.downstream import outcome, probe, runs
+from brainfm.downstream.harmonisation import Harmoniser
+from brainfm.downstream.plan import Plan
+from brainfm.errors import BrainfmError
+from brainfm.manifest import ScanRecord
+from brainfm.table import Embeddings
+
+PEOPLE, WIDTH = 240, 6
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, no_figures):
+    """Few strengths and resamples: neither is what is tested."""
+    monkeypatch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
+    for module in (runs, outcome):
+        monkeypatch.setattr(module, "RESAMPLES", 50)
+
+
+@pytest.fixture
+def planted():
+    """Two sites that shift and widen three dimensions; one dimension that says the label, of which a site has more."""
+    draws = np.random.default_rng(0)
+    site = draws.integers(0, 2, PEOPLE)
+    label = (draws.random(PEOPLE) < np.array([0.4, 0.6])[site]).astype(int)
+    vectors = draws.standard_normal((PEOPLE, WIDTH))
+    vectors[:, 0] += 2 * label
+    vectors[:, 1:4] = vectors[:, 1:4] * np.array([1, 2])[site][:, None] + 3 * site[:, None]
+    return vectors.astype(np.float32), label, site
+
+
+@pytest.fixture
+def folder(planted, tmp_path):
+    """A table of embeddings, and one of labels."""
+    vectors, label, site = planted
+    names = [f"sub-{n:03}" for n in range(PEOPLE)]
+    Embeddings(vectors, [ScanRecord(f"{name}.nii", None, name) for name in names]).save(tmp_path / "vectors.npz")
+    people = {"participant_id": names, "sex": np.array(["F", "M"])[label], "site": np.array(["here", "there"])[site]}
+    pd.DataFrame(people).to_csv(tmp_path / "people.csv", index=False)
+    return tmp_path
+
+
+def probed(run, folder, output, *more):
+    tables = ("--embeddings", folder / "vectors.npz", "--label", "sex", "--no-controls", "-o", output)
+    return run("probe", folder / "people.csv", *tables, *more)
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_combat_gives_neurocombats_numbers():
+    """Those of neuroCombat 0.2.12 on the same rows, with a covariate; and each row for itself, as new rows are."""
+    draws = np.random.default_rng(1)
+    site, age = np.repeat([0, 1, 2], [8, 6, 6]), np.round(draws.normal(50, 10, 20))
+    features = draws.normal(size=(20, 4)) * np.array([1, 2, 0.5])[site][:, None] + site[:, None] + 0.05 * age[:, None]
+    rows = np.hstack([features, site[:, None], age[:, None]])
+    fitted = Harmoniser("combat", 1).fit(rows)
+    found = fitted.transform(rows)
+    np.testing.assert_allclose(found[[0, 9, 19]], np.loadtxt(io.StringIO(NEUROCOMBAT)), atol=2e-4)
+    np.testing.assert_allclose(np.concatenate([fitted.transform(row[None]) for row in rows]), found, rtol=1e-10)
+
+
+NEUROCOMBAT = """
+3.80466 3.11033 4.79344 4.73212
+4.71648 3.42331 1.93350 3.00076
+2.63273 3.56208 2.10519 3.81434
+"""
+
+
+def test_covbat_takes_away_a_sites_covariance_which_combat_leaves():
+    draws = np.random.default_rng(2)
+    site = np.repeat([0, 1], 400)
+    common, own = draws.standard_normal((800, 1)), draws.standard_normal((800, 5))
+    features = np.where(site[:, None] == 1, 0.8 * common + 0.6 * own, own)  # as wide, but the dimensions go together
+    rows = np.hstack([features, site[:, None]])
+
+    def between(found):
+        pairs = [np.corrcoef(found[site == n], rowvar=False)[np.triu_indices(5, 1)].mean() for n in (0, 1)]
+        return abs(pairs[0] - pairs[1])
+
+    combat, covbat = (Harmoniser(how).fit(rows).transform(rows) for how in ("combat", "covbat"))
+    assert between(combat) > 0.5
+    assert between(covbat) < 0.25
+    scores = PCA(1).fit_transform((combat - combat.mean(axis=0)) / combat.std(axis=0))[:, 0]
+    assert scores[site == 1].std() > 1.5 * scores[site == 0].std()
+    scores = PCA(1).fit(combat).transform(covbat)[:, 0]
+    assert scores[site == 1].std() == pytest.approx(scores[site == 0].std(), rel=0.02)
+
+
+def test_sites_that_were_not_fitted_stay_as_they_are(planted):
+    vectors, _, site = planted
+    rows = np.hstack([vectors, site[:, None]])
+    strange = np.array([[*vectors[0], 7], [*vectors[0], -1], [*vectors[0], 0]])
+    found = Harmoniser().fit(np.vstack([rows, strange[:1]])).transform(strange)
+    np.testing.assert_array_equal(found[0], vectors[0])
+    np.testing.assert_array_equal(found[1], vectors[0])
+    assert np.abs(found[2] - vectors[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["combat", "covbat"])
+def test_planted_site_falls_to_chance_and_the_label_does_not(method, run, folder):
+    result = probed(run, folder, folder / "out", "--harmonise", method, "--site", "site", "--seeds", 2)
+    assert result.code == 0, result.said
+    for row in rows_of(folder / "out" / "harmonisation.csv"):
+        assert float(row["site_before"]) > 0.85
+        assert float(row["site_after_ci_low"]) <= float(row["chance"]) == 0.5
+        assert float(row["site_after"]) < 0.65
+    auc = {}
+    for row in rows_of(folder / "out" / "results.csv"):
+        if row["metric"] == "auc":
+            auc.setdefault(row["mode"], []).append(float(row["value"]))
+    assert min(auc[f"probe+{method}"]) > 0.8
+    evaluation = json.loads((folder / "out" / "grid.json").read_text())
+    [pair] = evaluation["tests"]
+    assert (pair["first"].endswith(f"/probe+{method}"), pair["second"].endswith("/probe")) == (True, True)
+    name = {"combat": "ComBat", "covbat": "CovBat"}[method]
+    page = (folder / "out" / "index.html").read_text()
+    for text in (f"linear probe, after {name}", "<h2>Sites</h2>", f"{name} protects no covariate"):
+        assert text in page
+
+
+def test_harmonisation_is_fitted_on_training_rows_alone_in_every_fold(run, folder, planted, monkeypatch):
+    """Every fit, of the inner folds too, is looked at: none has seen a row of validation or test."""
+    seen = []
+    fit = Harmoniser.fit
+    monkeypatch.setattr(Harmoniser, "fit", lambda self, rows, labels=None: seen.append(rows) or fit(self, rows, labels))
+    assert probed(run, folder, folder / "out", "--harmonise", "combat", "--site", "site", "--seeds", 1).code == 0
+    split = [row["split"] for row in rows_of(folder / "out" / "splits" / "sex.0.csv")]
+    part = {vector.tobytes(): name for vector, name in zip(planted[0].astype(np.float64), split, strict=True)}
+    parts = [[part[row[:WIDTH].tobytes()] for row in np.ascontiguousarray(rows)] for rows in seen]
+    assert {name for names in parts for name in names} == {"train"}
+    assert len(seen) > 10
+    assert min(map(len, parts)) < split.count("train") == max(map(len, parts))
+
+
+def test_test_part_changes_nothing_of_what_is_fitted(run, folder, planted):
+    """Other embeddings of the test part: the same harmonisation and probe, by the predictions of the other rows."""
+    args = ("--harmonise", "combat", "--site", "site", "--seeds", 1)
+    assert probed(run, folder, folder / "first", *args).code == 0
+    split = np.array([row["split"] for row in rows_of(folder / "first" / "splits" / "sex.0.csv")])
+    vectors = planted[0].copy()
+    moved = np.flatnonzero(split == "test")[1:]
+    vectors[moved] = 100 * vectors[moved][:, ::-1] + 7
+    names = [f"sub-{n:03}" for n in range(PEOPLE)]
+    Embeddings(vectors, [ScanRecord(f"{name}.nii", None, name) for name in names]).save(folder / "vectors.npz")
+    assert probed(run, folder, folder / "second", *args).code == 0
+    first, second = (
+        [row["prediction"] for row in rows_of(folder / where / "predictions.csv") if row["mode"] == "probe+combat"]
+        for where in ("first", "second")
+    )
+    assert first[0] == second[0]
+    assert first[1:] != second[1:]
+
+
+def test_site_that_training_does_not_have_is_left_and_counted(run, folder):
+    people = pd.read_csv(folder / "people.csv", dtype=str)
+    people.loc[:3, "site"] = ["elsewhere", "elsewhere", "", "n/a"]
+    people["split"] = ["test"] * 4 + [("train", "train", "train", "val", "test")[n % 5] for n in range(PEOPLE - 4)]
+    people.to_csv(folder / "people.csv", index=False)
+    assert probed(run, folder, folder / "out", "--harmonise", "combat", "--site", "site", "--seeds", 1).code == 0
+    [row] = rows_of(folder / "out" / "harmonisation.csv")
+    assert (row["sites"], row["left_as_they_are_train"], row["left_as_they_are_test"]) == ("2", "0", "4")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--harmonise", "combat"), "by which column? Say --site COLUMN"),
+        (("--site", "site"), "what for? Say --harmonise combat or covbat"),
+        (("--harmonise", "combat", "--site", "scanner"), "--site scanner: there is no such column; it has"),
+        (("--harmonise", "combat", "--site", "sex"), "is what is to be predicted"),
+        (("--harmonise", "longcombat", "--site", "site"), "longitudinal ComBat fits a patient's own level"),
+        (("--harmonise", "zscore", "--site", "site"), "there are combat, covbat"),
+        (("--harmonise", "combat", "--site", "one"), "one has 1 values with 5 training scans or more"),
+        (
+            ("--harmonise", "combat", "--site", "site", "--covariates", "again"),
+            "the covariates again tell site, or one another, exactly",
+        ),
+    ],
+)
+def test_what_cannot_be_harmonised_is_refused_by_name(more, message, run, folder):
+    people = pd.read_csv(folder / "people.csv")
+    people.assign(one="x", again=people["site"]).to_csv(folder / "people.csv", index=False)
+    result = probed(run, folder, folder / "out", "--seeds", 1, *more)
+    assert result.code == 1
+    assert message in result.said
+
+
+def test_site_that_is_held_out_and_fine_tuning_are_refused_by_name(run, folder):
+    people = pd.read_csv(folder / "people.csv")
+    people["split"] = np.where(people["site"] == "there", "test", np.where(np.arange(PEOPLE) % 4, "train", "val"))
+    people["site"] = people["site"].where(people["site"] == "there", np.arange(PEOPLE) % 2)
+    people.to_csv(folder / "people.csv", index=False)
+    result = probed(run, folder, folder / "out", "--harmonise", "combat", "--site", "site")
+    assert "no scan of the test part is of a site that is in training" in result.said
+    with pytest.raises(BrainfmError, match="fine-tuned: learns from scans, and has no embeddings that stay as they"):
+        Plan(models=("test_vit_3d",), modes=("finetune",), harmonise="combat", site="site")
+
+
+def test_covariates_are_protected(planted):
+    """A dimension that follows age, of which one site has more: unprotected, its slope is taken for the site's."""
+    draws = np.random.default_rng(3)
+    site = np.repeat([0, 1], 100)
+    age = draws.normal(50, 5, 200) + 10 * site
+    features = np.stack([0.1 * age, draws.standard_normal(200)], axis=1) + 0.1 * draws.standard_normal((200, 2))
+    rows = np.hstack([features, site[:, None], age[:, None]])
+    protected = Harmoniser("combat", 1).fit(rows).transform(rows)
+    bare = Harmoniser("combat").fit(rows[:, :3]).transform(rows[:, :3])
+    assert np.ptp([protected[site == n, 0].mean() for n in (0, 1)]) == pytest.approx(1, abs=0.15)
+    assert np.ptp([bare[site == n, 0].mean() for n in (0, 1)]) < 0.05
