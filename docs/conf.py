@@ -15,11 +15,11 @@ project = "brainfm"
 author = "the authors of brainfm"
 copyright = "the authors of brainfm; Apache-2.0"
 release = brainfm.__version__
-exclude_patterns = ["_build", "_ext", "gallery"]
+exclude_patterns = ["_build", "_ext", "gallery", "generated/*.md"]  # what is included in other pages is no page
 
 extensions = [
     *("myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click", "sphinx_copybutton"),
-    "sphinx_gallery.gen_gallery",
+    *("sphinx_gallery.gen_gallery", "generate"),  # the last is _ext/generate.py
 ]
 
 html_theme = "furo"
@@ -31,6 +31,7 @@ myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "signature"
+default_role = "code"  # docstrings have `one` backtick around code
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
