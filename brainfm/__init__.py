@@ -79,7 +79,9 @@ _MODULES = {
     "zoo.cards": ("Cohort", "Score"),
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names}
-_SUBMODULES = ("contract", "downstream", "hub", "models", "phantom", "prep", "scan", "table", "train", "transforms")
+_SUBMODULES = (
+    *("contract", "downstream", "hub", "models", "phantom", "prep", "scan", "sklearn", "table", "train", "transforms"),
+)
 
 __all__ = [*sorted(_WHERE)]
 

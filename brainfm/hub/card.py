@@ -6,22 +6,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
 from brainfm.about import (
     COHORT_COLUMNS,
     NO_COHORTS,
     NO_CONTRACT,
     SCORE_COLUMNS,
-    THIRD_PARTY,
     Row,
     about_weight,
-    millions,
 )
-from brainfm.factory import create_model
 from brainfm.models.encoder import Encoder
 from brainfm.pretrained import PretrainedCfg
-from brainfm.registry import Listing, list_models, list_pretrained, listing
+from brainfm.registry import Listing, get_pretrained_cfg, list_models, listing
 from brainfm.render import render
 
 # The Hub's identifiers of licences are SPDX's in lower case; these are the ones weights are given.
@@ -51,13 +46,13 @@ def model_card(model: Encoder, config: Mapping[str, Any]) -> str:
         notes=known.notes,
         place=PLACE,
         golden=config.get("golden") is not None,
-        monai=_fenced(monai, "python") if monai else "",
-        contract=_fenced(known.contract) if known.contract else NO_CONTRACT,
+        monai=fenced(monai, "python") if monai else "",
+        contract=fenced(known.contract) if known.contract else NO_CONTRACT,
         facts=_list({label: value for label, value in known.facts.items() if label != "digest"}),  # see its provenance
-        cohorts=_table([*known.cohorts, total], COHORT_COLUMNS) if known.cohorts else NO_COHORTS,
-        scores=_table(known.scores, SCORE_COLUMNS) if known.scores else "",
+        cohorts=table([*known.cohorts, total], COHORT_COLUMNS) if known.cohorts else NO_COHORTS,
+        scores=table(known.scores, SCORE_COLUMNS) if known.scores else "",
         provenance=_list({label.replace("_", " "): value for label, value in provenance.items() if value}),
-        citation=_fenced(known.citation, "bibtex") if known.citation else "",
+        citation=fenced(known.citation, "bibtex") if known.citation else "",
     )
 
 
@@ -91,41 +86,29 @@ net.load_state_dict(load_file("model.safetensors"))"""
 
 
 def model_table() -> str:
-    """The registered models as a Markdown table, those with weights first, as README shows it."""
-    names = list_pretrained() + [name for name in list_models() if not listing(name).source]
-    head = ("model", "what it is", "embedding", "parameters", "input", "weights", "licence of the weights")
-    table = _table([_line(listing(name)) for name in names], head)
-    doubtful = [name for name in names if listing(name).source and listing(name).facts == "third-party"]
-    return table + (f"\n\n† {THIRD_PARTY[0].upper()}{THIRD_PARTY[1:]}." if doubtful else "")
+    """The encoders with published weights as a Markdown table, as README shows it, and the names of the others."""
+    lines = [listing(get_pretrained_cfg(name).name) for name in list_models()]
+    published = [line for line in lines if line.source and not line.source.startswith(("in this package", "drawn"))]
+    others = [line for line in lines if line not in published]
+    head = ("encoder", "what it is", "takes", "licence of the weights")
+    without = ", ".join(f"`{_architecture(line)}`" for line in others)
+    return f"{table(map(_line, published), head)}\n\nControls, test models and networks without weights: {without}."
 
 
 def _line(model: Listing) -> Row:
-    with torch.device("meta"):  # only counted
-        parameters = _parameters(create_model(model.name))
-    licence = model.licence or "not stated"
-    return (
-        f"`{model.name}`",
-        model.title,
-        f"{model.num_features}-d",
-        millions(parameters),
-        _input(model),
-        _link(model.source) + (" †" if model.facts == "third-party" else "") if model.source else "none published",
-        licence + "; gated" * model.gated + "; not to be passed on" * (not model.redistribute) if model.source else "–",
-    )
+    licence = (model.licence or "not stated").removeprefix("LicenseRef-")
+    limits = "; gated" * model.gated + "; not to be passed on" * (not model.redistribute)
+    return (f"`{_architecture(model)}`", model.title, _input(model), licence + limits)
+
+
+def _architecture(model: Listing) -> str:
+    return model.name.partition(".")[0]
 
 
 def _input(model: Listing) -> str:
     """What goes in, such as "T1w, MNI152NLin2009cSym"."""
     channels = " + ".join(model.channels) if len(model.channels) > 1 else model.modality
     return ", ".join(filter(None, (channels, model.space))) or "–"
-
-
-def _link(source: str) -> str:
-    """Where weights are, as Markdown that can be clicked."""
-    if source.startswith("hf-hub:"):
-        repository = source.removeprefix("hf-hub:").partition("@")[0]
-        return f"[{repository}](https://huggingface.co/{repository})"
-    return f"[{source.partition('://')[2].partition('/')[0]}]({source})" if "://" in source else source
 
 
 def _parameters(model: Encoder) -> int:
@@ -135,21 +118,23 @@ def _parameters(model: Encoder) -> int:
 # --- Markdown -------------------------------------------------------------------------------------
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Text that stays in its line, and in its cell of a table, and opens no HTML; links in it stay links."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _list(facts: Mapping[str, str]) -> str:
-    return "\n".join(f"- {label}: {_inline(value)}" for label, value in facts.items())
+    return "\n".join(f"- {label}: {inline(value)}" for label, value in facts.items())
 
 
-def _table(rows: Iterable[Row], head: Row) -> str:
-    lines = [head, ("---",) * len(head), *(tuple(map(_inline, row)) for row in rows)]
+def table(rows: Iterable[Row], head: Row, *, html: bool = False) -> str:
+    """Rows of cells as a table. With `html` cells are Markdown already, and may hold tags."""
+    clean = str if html else inline
+    lines = [head, ("---",) * len(head), *(tuple(map(clean, row)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _fenced(text: str, language: str = "") -> str:
+def fenced(text: str, language: str = "") -> str:
     """Text as code, in a fence that it does not hold itself."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
