@@ -19,12 +19,13 @@ exclude_patterns = ["_build", "_ext", "gallery", "generated/*.md"]  # what is in
 
 extensions = [
     *("myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_click", "sphinx_copybutton"),
-    *("sphinx_gallery.gen_gallery", "generate"),  # the last is _ext/generate.py
+    *("sphinx_gallery.gen_gallery", "generate", "offline"),  # the last two are in _ext
 ]
 
 html_theme = "furo"
 html_title = "brainfm"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 
 myst_enable_extensions = ["deflist"]

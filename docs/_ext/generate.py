@@ -72,8 +72,8 @@ def _picture(page: encoders.Page, number: int) -> str:
     shape = "×".join(map(str, volume.stored.shape))
     alt = "Three grey slices of a brain: the middle planes of the tensor across its first, second and third axis."
     return (
-        f"![{alt}](../pictures/tensor_{number}.png)\n\n*What it is given of the packaged sample scan: {shape} voxels, the "
-        "middle planes across the tensor's three axes, as the encoder has them.*"
+        f"![{alt}](../pictures/tensor_{number}.png)\n\n*What it is given of the packaged sample scan: {shape} voxels, "
+        "the middle planes across the tensor's three axes, as the encoder has them.*"
     )
 
 
