@@ -75,7 +75,7 @@ gains = (page.parent / "table.md").read_text().partition("## Gains")[2].partitio
 print(gains.strip())
 
 # %%
-# For every encoder of the registry whose contract your scans meet, what each costs and what is left out with its reason,
-# there is one command: ``brainfm compare-encoders prep/ --label age -o results/``.
+# For every encoder of the registry whose contract your scans meet, what each costs and what is left out with its
+# reason, there is one command: ``brainfm compare-encoders prep/ --label age -o results/``.
 
 folder.cleanup()
