@@ -35,9 +35,7 @@ patients, sites = table.columns()["patient_id"], np.array(table.columns()["site"
 
 found = retrieval(table.vectors, patients)
 again = same_patient_similarity(table.vectors, patients)
-print(
-    f"the nearest scan is the same patient's in {found.fraction:.0%} of {found.scans} scans; by chance {found.chance:.0%}"
-)
+print(f"the nearest scan is the same patient's in {found.fraction:.0%} of scans; by chance {found.chance:.0%}")
 print(f"cosine similarity within patients {again.within:.3f}, between patients {again.between:.3f}")
 
 # %%
