@@ -22,7 +22,7 @@ from brainfm.downstream.task import load_task, read_task
 from brainfm.phantom import make_cohort
 
 folder = tempfile.TemporaryDirectory()
-manifest = make_cohort(64, Path(folder.name) / "phantoms", spacing=4.0)
+manifest = make_cohort(48, Path(folder.name) / "phantoms", spacing=4.0)
 
 # %%
 # A *task* says what is predicted, by which metric, and which covariates a control may use. ``phantom_disease`` comes

@@ -24,7 +24,7 @@ from brainfm.phantom import make_cohort
 
 folder = tempfile.TemporaryDirectory()
 model = brainfm.create_model("test_resnet_3d", pretrained=True)
-table = brainfm.embed(make_cohort(40, Path(folder.name) / "phantoms", spacing=4.0), model)
+table = brainfm.embed(make_cohort(32, Path(folder.name) / "phantoms", spacing=4.0), model)
 sex = np.array(table.columns()["sex"], dtype=int)
 
 # %%

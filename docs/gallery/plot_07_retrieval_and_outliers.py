@@ -26,7 +26,7 @@ from brainfm.downstream.knowledge import (
 from brainfm.phantom import make_cohort
 
 folder = tempfile.TemporaryDirectory()
-manifest = make_cohort(32, Path(folder.name) / "phantoms", spacing=4.0, scans_per_patient=2)
+manifest = make_cohort(24, Path(folder.name) / "phantoms", spacing=4.0, scans_per_patient=2)
 table = brainfm.embed(manifest, "test_resnet_3d")
 patients, sites = table.columns()["patient_id"], np.array(table.columns()["site"])
 
@@ -51,8 +51,8 @@ print(f"the site is read at {leak.balanced_accuracy:.0%} balanced accuracy; chan
 first = np.array(table.columns()["scan_id"]) == "ses-1"
 reference = OutOfDistribution().fit(table.vectors[first], np.array(patients)[first])
 spec = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
-second = [record for record, is_first in zip(table.records, first, strict=True) if not is_first][:16]
-levels = (0.1, 0.2, 0.4)
+second = [record for record, is_first in zip(table.records, first, strict=True) if not is_first][:12]
+levels = (0.1, 0.25, 0.5)
 spoiled = [brainfm.embed(corrupted(second, "noise", level, spec=spec), "test_resnet_3d") for level in levels]
 distances = [reference.distance(table.vectors[~first]), *(reference.distance(each.vectors) for each in spoiled)]
 
@@ -68,7 +68,7 @@ left.set(title="first two components; lines join a patient's scans", xticks=[], 
 right.boxplot(distances, tick_labels=["as scanned", *map(str, levels)], medianprops={"color": "black"})
 right.set(
     title="how unlike the reference a second scan is",
-    xlabel="noise, in the unit of the corruption's levels",
+    xlabel="noise added (std, as a fraction of the brain's)",
     ylabel="Mahalanobis distance",
 )
 plt.show()

@@ -22,7 +22,7 @@ from brainfm.train.recipe import load_recipe
 
 folder = tempfile.TemporaryDirectory()
 here = Path(folder.name)
-manifest = make_cohort(48, here / "phantoms", spacing=4.0)
+manifest = make_cohort(32, here / "phantoms", spacing=4.0)
 
 # %%
 # Everything that a run depends on is one *recipe*: a YAML file that comes with the package, and ``key=value`` for what
@@ -30,7 +30,7 @@ manifest = make_cohort(48, here / "phantoms", spacing=4.0)
 
 recipe = load_recipe(
     "test_resnet_3d",
-    [f"manifest={manifest}", f"output={here / 'run'}", "epochs=6", "batch_size=16", "workers=0", "device=cpu"],
+    [f"manifest={manifest}", f"output={here / 'run'}", "epochs=4", "batch_size=16", "workers=0", "device=cpu"],
 )
 print(recipe.method, recipe.model, f"· {recipe.epochs} epochs of batches of {recipe.batch_size} · lr {recipe.lr}")
 
@@ -52,11 +52,11 @@ losses = [step["loss"] for step in steps if "loss" in step]
 # recognise a phantom in a second scan? The encoder goes by the name of its folder; its rivals are the same network as
 # it was drawn, and the packaged weights, which saw more.
 
-twice = make_cohort(24, here / "twice", spacing=4.0, scans_per_patient=2, seed=1)
+twice = make_cohort(16, here / "twice", spacing=4.0, scans_per_patient=2, seed=1)
 torch.manual_seed(0)
 encoders = {
     "as drawn": brainfm.create_model("test_resnet_3d"),
-    f"{recipe.epochs} epochs of 48": brainfm.create_model(f"local-dir:{export}", pretrained=True),
+    f"{recipe.epochs} epochs of 32": brainfm.create_model(f"local-dir:{export}", pretrained=True),
     "15 epochs of 600": brainfm.create_model("test_resnet_3d", pretrained=True),
 }
 tables = {name: brainfm.embed(twice, encoder) for name, encoder in encoders.items()}
@@ -74,7 +74,7 @@ right.invert_yaxis()
 plt.show()
 
 # %%
-# Whatever the bars say here, they say it of 24 phantoms. The control is what matters: a network as it was drawn is a
+# Whatever the bars say here, they say it of 16 phantoms. The control is what matters: a network as it was drawn is a
 # better encoder of 3D scans than one would think, and pretraining has to beat it.
 
 folder.cleanup()

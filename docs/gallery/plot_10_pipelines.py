@@ -33,7 +33,7 @@ from brainfm.sklearn import BrainEncoder
 from brainfm.transforms import InputTransformd
 
 folder = tempfile.TemporaryDirectory()
-manifest = make_cohort(24, Path(folder.name) / "phantoms", spacing=4.0)
+manifest = make_cohort(20, Path(folder.name) / "phantoms", spacing=4.0)
 with manifest.open() as file:
     rows = list(csv.DictReader(file))
 scans = [(str(manifest.parent / row["image_path"]), str(manifest.parent / row["mask_path"])) for row in rows]
@@ -61,7 +61,7 @@ print("MONAI:", list(of_monai.shape))
 # as of a patient who moved.
 
 subject = torchio.Subject(image=torchio.ScalarImage(scans[0][0]), mask=torchio.LabelMap(scans[0][1]))
-moved = torchio.RandomGhosting(num_ghosts=4, axes=("AP",), intensity=(1.0, 1.0))(subject)
+moved = torchio.RandomGhosting(num_ghosts=4, axes=(1,), intensity=(1.0, 1.0))(subject)
 tensors = [transform(each.image, mask=each.mask) for each in (subject, moved)]
 
 figure, panels = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")

@@ -20,7 +20,7 @@ import brainfm
 from brainfm.phantom import VENTRICLES_CENTRE, VENTRICLES_SIZE_MM, make_cohort
 
 folder = tempfile.TemporaryDirectory()
-patients = 24
+patients = 16
 table = brainfm.embed(
     make_cohort(patients, Path(folder.name) / "phantoms", spacing=4.0, scans_per_patient=2), "test_resnet_3d"
 )

@@ -25,7 +25,7 @@ from brainfm.phantom import make_cohort
 from brainfm.sklearn import BrainEncoder
 
 folder = tempfile.TemporaryDirectory()
-manifest = make_cohort(80, Path(folder.name) / "phantoms", spacing=4.0)
+manifest = make_cohort(64, Path(folder.name) / "phantoms", spacing=4.0)
 cohort = pd.read_csv(manifest).set_index("patient_id", drop=False)
 for column in ("image_path", "mask_path"):
     cohort[column] = [str(manifest.parent / path) for path in cohort[column]]
