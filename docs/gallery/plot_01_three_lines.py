@@ -32,8 +32,8 @@ print(z.shape)
 print(brainfm.describe(transform.spec))
 
 # %%
-# So this is what was in the file, and this is what the network saw: on another grid, the axes in another order, z-scored
-# inside the mask and 0 outside. Both pictures are the same axial plane, with the front of the head at the top.
+# So this is what was in the file, and this is what the network saw: on another grid, the axes in another order,
+# z-scored inside the mask and 0 outside. Both pictures are the same axial plane, with the front of the head at the top.
 
 scan = nib.load(SAMPLE_SCAN)
 tensor = transform(SAMPLE_SCAN, mask=SAMPLE_MASK)[0].numpy()  # [z, y, x]
@@ -52,9 +52,9 @@ for axes in (left, right):
 plt.show()
 
 # %%
-# A contract is more than a recipe: it is checked. Here is the same brain with a header that puts it 40 mm too far to the
-# front. A network would take it without a word, and give numbers that mean nothing; the transform refuses it, and says
-# why.
+# A contract is more than a recipe: it is checked. Here is the same brain with a header that puts it 40 mm too far to
+# the front. A network would take it without a word, and give numbers that mean nothing; the transform refuses it, and
+# says why.
 
 moved = scan.affine.copy()
 moved[1, 3] += 40

@@ -29,7 +29,7 @@ folder = tempfile.TemporaryDirectory()
 # A cohort is a manifest: a table with a row a scan, here written with the phantoms themselves. Your own needs a column
 # ``image_path``; ``mask_path``, ``patient_id`` and labels are taken where they are there.
 
-manifest = make_cohort(40, Path(folder.name) / "phantoms", spacing=4.0, scans_per_patient=2)
+manifest = make_cohort(32, Path(folder.name) / "phantoms", spacing=4.0, scans_per_patient=2)
 print("".join(manifest.read_text().splitlines(keepends=True)[:3]))
 
 # %%

@@ -22,7 +22,7 @@ from brainfm.downstream.task import load_task, read_task
 from brainfm.phantom import make_cohort
 
 folder = tempfile.TemporaryDirectory()
-manifest = make_cohort(64, Path(folder.name) / "phantoms", spacing=4.0)
+manifest = make_cohort(48, Path(folder.name) / "phantoms", spacing=4.0)
 
 # %%
 # A *task* says what is predicted, by which metric, and which covariates a control may use. ``phantom_disease`` comes
@@ -75,7 +75,7 @@ gains = (page.parent / "table.md").read_text().partition("## Gains")[2].partitio
 print(gains.strip())
 
 # %%
-# For every encoder of the registry whose contract your scans meet, what each costs and what is left out with its reason,
-# there is one command: ``brainfm compare-encoders prep/ --label age -o results/``.
+# For every encoder of the registry whose contract your scans meet, what each costs and what is left out with its
+# reason, there is one command: ``brainfm compare-encoders prep/ --label age -o results/``.
 
 folder.cleanup()
