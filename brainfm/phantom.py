@@ -128,12 +128,15 @@ class Phantom:
         mask: [x, y, z] uint8, 1 in the brain and 0 outside it.
         affine: [4, 4] from voxel indices to RAS millimetres.
         labels: The patient's labels.
+        tissue: [x, y, z] uint8, what a voxel of the mask is most of: 1 CSF, 2 grey and 3 white matter; else 0. A lesion
+            is CSF.
     """
 
     image: _Array
     mask: NDArray[np.uint8]
     affine: NDArray[np.float64]
     labels: Labels
+    tissue: NDArray[np.uint8]
 
 
 def make_cohort(
@@ -220,8 +223,8 @@ def make_phantom(patient: int, scan: int = 0, *, spacing: float = 1.0, seed: int
     with _one_thread():
         anatomy = _Anatomy.draw(labels, _random(seed, "anatomy", patient))
         acquisition = _Acquisition.draw(labels.site, seed, _random(seed, "scan", patient, scan))
-        image, mask = _scanned(anatomy, acquisition, spacing)
-    return Phantom(image, mask, _grid(spacing).affine("RAS"), labels)
+        image, mask, tissue = _scanned(anatomy, acquisition, spacing)
+    return Phantom(image, mask, _grid(spacing).affine("RAS"), labels, tissue)
 
 
 def make_labels(patient: int, *, seed: int = 0) -> Labels:
@@ -380,22 +383,26 @@ class _Acquisition:
         return noise * np.float32(self.noise_std)
 
 
-def _scanned(anatomy: _Anatomy, acquisition: _Acquisition, spacing: float) -> tuple[_Array, NDArray[np.uint8]]:
-    """The image and mask, both [x, y, z]."""
+def _scanned(
+    anatomy: _Anatomy, acquisition: _Acquisition, spacing: float
+) -> tuple[_Array, NDArray[np.uint8], NDArray[np.uint8]]:
+    """The image, mask and tissue, all [x, y, z]."""
     grid, near = _grid(spacing), _near_brain(anatomy, acquisition, spacing)
     image, mask = np.zeros(grid.shape, np.float32), np.zeros(grid.shape, np.uint8)
+    tissue = np.zeros_like(mask)
     for first in range(0, grid.shape[0], _SLAB):
         slab = slice(first, first + _SLAB)
         points = acquisition.to_head(_voxel_centres(grid, slab)[near[slab]])
         csf, white, brain = anatomy.tissue(points, spacing)
         image[slab][near[slab]] = acquisition.intensities(csf, white, points)
         mask[slab][near[slab]] = brain > 0.5
+        tissue[slab][near[slab]] = (1 + np.argmax([csf, 1 - csf - white, white], axis=0)) * (brain > 0.5)
     image += acquisition.noise(grid)
     image *= np.float32(WHITE_MATTER_LEVEL * acquisition.gain)
     np.rint(image.clip(1), out=image)
     image *= mask
     image -= np.rint(np.float32(WHITE_MATTER_LEVEL * acquisition.gain))  # outside the brain too, as WhiteStripe does
-    return image, mask
+    return image, mask, tissue
 
 
 def _near_brain(anatomy: _Anatomy, acquisition: _Acquisition, spacing: float) -> NDArray[np.bool_]:

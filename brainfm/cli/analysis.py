@@ -1,4 +1,4 @@
-"""Analyses of encoders beside the evaluations of tasks: planted changes, and patients over time."""
+"""Analyses of encoders beside the evaluations of tasks: planted changes, patients over time, dense features."""
 
 from __future__ import annotations
 
@@ -89,3 +89,61 @@ def longitudinal_command(labels: Path, tables: tuple[str, ...], output: Path, **
                 f"({score.low:.3f} to {score.high:.3f})"
             )
     click.echo(f"{output / 'longitudinal.md'}: all of it")
+
+
+@click.command("segment", cls=_ManyValues, context_settings=_HELP)
+@click.argument("scans", nargs=-1, metavar="[SCANS]...")
+@click.option("--model", "models", multiple=True, required=True, help="Name of the model; repeat it for several.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--phantoms", type=click.IntRange(4), help="So many phantoms, whose tissues are known, instead of SCANS.")
+@click.option("--labels", default="", metavar="COLUMN", help="The manifest's column of label files; else tissues.")
+@click.option("--stages", type=click.Choice(["last", "all"]), default="last", show_default=True, help="Of which maps.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--device", default="auto", show_default=True)
+def segment_command(scans: tuple[str, ...], phantoms: int | None, **options: Any) -> None:
+    """Segment scans by a linear probe on dense features, and score it on patients that it did not learn from.
+
+    SCANS are what 'brainfm embed' takes. OUTPUT has dice.csv, each class with its interval over patients, and the
+    controls: the same network untrained, and the intensity alone. Without --labels the classes are tissues by
+    intensity, of T1w scans. Exit code 1: scans were left out.
+    """
+    from brainfm.downstream.segmentation import probe_segmentation
+
+    found, failed = probe_segmentation(
+        (scans[0] if len(scans) == 1 else list(scans)) if scans else None,
+        phantoms=phantoms or 0,
+        progress=True,
+        **options,
+    )
+    for one in found:
+        click.echo(
+            f"{one.model:34} {one.features:11} {one.label:14} Dice {one.dice:.3f} ({one.low:.3f} to {one.high:.3f}), "
+            f"{one.patients} patients"
+        )
+    click.echo(f"{options['output'] / 'dice.csv'}: these lines as a table")
+    _say_failed(failed)
+
+
+@click.command("regions", context_settings=_HELP)
+@click.argument("scans", nargs=-1, required=True, metavar="SCANS...")
+@click.option("--model", required=True, help="Name of the model.")
+@click.option("--atlas", required=True, type=click.Path(path_type=Path), help="Whole numbers in MNI152, NIfTI.")
+@click.option("--space", default="MNI152NLin2009cAsym", show_default=True, help="The atlas's template.")
+@click.option("--names", type=click.Path(path_type=Path), help="A table with the columns label and name.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The table: .csv, .parquet, .npz.")
+@click.option("--device", default="auto", show_default=True)
+def regions_command(
+    scans: tuple[str, ...], model: str, atlas: Path, space: str, names: Path | None, output: Path, device: str
+) -> None:
+    """Average dense features over the regions of an atlas: a table, a row a scan and a block of columns a region.
+
+    SCANS are what 'brainfm embed' takes. OUTPUT's .regions.csv says which columns are whose. A contract for scans in
+    their own space takes those that 'brainfm prep' prepared. Exit code 1: scans failed.
+    """
+    from brainfm.downstream.regions import embed_regions, read_atlas, regions_path
+
+    found = read_atlas(atlas, space=space, names=names)
+    given = scans[0] if len(scans) == 1 else list(scans)
+    table = embed_regions(given, model, found, output, device=device, progress=True)
+    click.echo(f"{len(table)} scans → {output} ({len(found.numbers)} regions, see {regions_path(output)})")
+    _say_failed({record.name: reason for record, reason in table.errors})

@@ -9,7 +9,12 @@ from typing import Any
 
 import click
 
-from brainfm.cli.analysis import longitudinal_command, recovery_command
+from brainfm.cli.analysis import (
+    longitudinal_command,
+    recovery_command,
+    regions_command,
+    segment_command,
+)
 from brainfm.cli.bids import bids_command
 from brainfm.cli.evaluation import (
     benchmark_command,
@@ -80,6 +85,7 @@ for _command in (
     *(phantom_command, synthesize_command, cache_group, prep_command, qc_command, bids_command),
     *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command),
     *(compare_command, compare_encoders_command, recovery_command, longitudinal_command),
+    *(segment_command, regions_command),
 ):
     main.add_command(_command)
 takes_verbosity(main)
