@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -89,6 +89,17 @@ SUFFIXES = {"T1w": "T1w", "T2w": "T2w", "FLAIR": "FLAIR", "T1c": "T1w"}
 _OWN_SPACES = ("individual", "native", "orig", "scanner", "T1w")  # of the person, and no template's
 
 
+class Rightly(str):
+    """Why something is left out that by the standard is no scan to be taken, such as a phase image: all is well."""
+
+    __slots__ = ()
+
+
+def wrongly(left_out: Mapping[str, str]) -> dict[str, str]:
+    """Of what is left out, and why, that of which something is wrong: it cannot be read, or may be a scan."""
+    return {path: why for path, why in left_out.items() if not isinstance(why, Rightly)}
+
+
 @dataclass(frozen=True, slots=True)
 class BidsImage:
     """An image of a data set.
@@ -154,7 +165,7 @@ class BidsDataset:
                 others[subject].add(image.entities.get("suffix", "images without a suffix"))
         for subject, suffixes in others.items():
             has = f", but {', '.join(sorted(suffixes))}" if suffixes else ""
-            left_out[str(self.root / subject)] = f"no {contrast} image in it{has}"
+            left_out[str(self.root / subject)] = Rightly(f"no {contrast} image in it{has}")
         return taken, left_out
 
     def _misplaced(self, image: BidsImage) -> str:
@@ -223,13 +234,13 @@ def _why_not(image: BidsImage, contrast: str) -> str:
     """Why an image with the suffix of a contrast is not taken as one; "" where it is."""
     found = image.entities
     if image.ignored:
-        return "named in .bidsignore"
+        return Rightly("named in .bidsignore")
     if found.get("part", "mag") != "mag":
-        return f"part-{found['part']}: no magnitude image"
+        return Rightly(f"part-{found['part']}: no magnitude image")
     if "chunk" in found:
-        return f"chunk-{found['chunk']}: a piece of an image; join the pieces, and name the whole"
+        return Rightly(f"chunk-{found['chunk']}: a piece of an image; join the pieces, and name the whole")
     if contrast == "T1w" and "ce" in found:
-        return f"ce-{found['ce']}: after contrast agent, no plain T1w; name the file itself to take it as one"
+        return Rightly(f"ce-{found['ce']}: after contrast agent, no plain T1w; name the file itself to take it as one")
     known, allowed = _entities_of(found["suffix"])
     if wrong := [f"{name}-{found[name]}" for name in found if name in known - allowed]:
         return f"{' and '.join(wrong)}: an image called {found['suffix']} has no such entity in BIDS; what is it?"

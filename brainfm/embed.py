@@ -6,9 +6,9 @@ import logging
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
@@ -21,7 +21,7 @@ from brainfm.batches import MOST_SCANS, Batches, PreparedScan, prepared_scans
 from brainfm.dense import DenseDType, dense_affine, dense_paths, write_dense
 from brainfm.errors import ScanError
 from brainfm.factory import create_model
-from brainfm.files import held, one_line, progress_bar, sweep, write_json
+from brainfm.files import check_writable, held, one_line, progress_bar, sweep
 from brainfm.inference import DTypeName, optimize, resolve_device, resolve_dtype
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.encoder import Encoder
@@ -30,8 +30,9 @@ from brainfm.names import resolve
 from brainfm.overlap import overlap_of_scans
 from brainfm.parts import About, Parts, Vectors
 from brainfm.readout import Reader
+from brainfm.report import Run, current, reporting
 from brainfm.shards import Shard
-from brainfm.system import expanded, give_back_memory, joined, launched, own_cores, peak_memory
+from brainfm.system import expanded, give_back_memory, joined, launched, own_cores
 from brainfm.table import Embeddings, Origin, check_folder, check_output, files_of, write
 from brainfm.transforms import check_channels, create_transform
 from brainfm.version import __version__
@@ -136,9 +137,9 @@ def embed(
         dense: A folder for dense features: the last feature map of each scan as NIfTI [x, y, z, C], whose affine puts
             every cell where it looks. The table's column `dense_path` names the files.
         dense_dtype: Of the dense features; see `brainfm.dense.write_dense`.
-        report: Where to write, as JSON, what was done: the table's origin, counts, seconds, those a scan (read,
-            prepared and embedded, without the weights' loading), the most bytes that the process has held, the scans
-            that failed, and what of a folder was left out; of several models, `<name>.<model>.json`.
+        report: Where to write, as JSON, what was done (`brainfm.report.RunReport`): counts, scans that failed, what of
+            a folder was left out, seconds by step, memory, versions; and of the table, or under `models` of each, its
+            origin and the seconds a scan (read, prepared and embedded, without the weights' loading).
         on_error: "skip" notes a bad scan and goes on, "raise" stops at it.
         strict_qc: Refuse scans that `brainfm prep` judged to have failed and nobody accepted by `brainfm qc`, and those
             that somebody rejected; without it, the column `qc` says so.
@@ -161,7 +162,9 @@ def embed(
     """
     part = Shard.of(shard) if isinstance(shard, str) else shard
     options = Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress, part)
-    tables = embed_files(scans, model, options, output=output, dense=dense, report=report, in_memory=True)
+    told = {"output": None if output is None else str(output), "dtype": str(dtype), "device": str(device)}
+    with reporting(report, "embed", told, (), told["output"]) if report is not None else nullcontext() as run:
+        tables = embed_files(scans, model, options, output=output, dense=dense, run=run, in_memory=True)
     return tables[0] if isinstance(model, nn.Module | str) else tables
 
 
@@ -172,10 +175,10 @@ def embed_files(
     *,
     output: str | os.PathLike[str] | None = None,
     dense: str | os.PathLike[str] | None = None,
-    report: str | os.PathLike[str] | None = None,
+    run: Run | None = None,
     in_memory: bool = False,
 ) -> list[Embeddings]:
-    """As `embed`, a table each model. Without `in_memory` only their files have vectors."""
+    """As `embed`, a table each model. Without `in_memory` only their files have vectors; `run` is told what is done."""
     shard = options.shard
     if shard is not None and output is None:
         raise ValueError("a shard's rows are written to a folder; name it as output")
@@ -186,14 +189,15 @@ def embed_files(
     names = [_file_name(each) for each in models]
     if len(set(names)) != len(names):
         raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
-    jobs = [_job(each, several, records, output, dense, report, shard) for each in models]
+    jobs = [_job(each, several, records, output, dense, run, shard) for each in models]
     check_found(records)
     with ExitStack() as outputs:
         for job in jobs:
             if job.output is not None and shard is None:
                 outputs.enter_context(held(job.output))
             for folder in (job.dense, job.output if shard else None):
-                if folder is not None and folder.is_dir():
+                if folder is not None:
+                    check_writable(folder)
                     sweep(folder)
         outputs.enter_context(joined())
         return [_embed(records, job, options, in_memory) for job in jobs]
@@ -232,11 +236,11 @@ def embed_for(
         if output is not None:
             outputs.enter_context(held(output))
         outputs.enter_context(joined())
-        return _embed(records, _Job(model, output, None, None, write), options, in_memory=True)
+        return _embed(records, _Job(model, output, None, write=write), options, in_memory=True)
 
 
 def path_of(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> Path:
-    """Where `embed` writes the table or the report `path`: of one of several models, at `<name>.<model>.<ending>`."""
+    """Where `embed` writes the table `path`: of one of several models, at `<name>.<model>.<ending>`."""
     path = expanded(path)
     return path if model is None else path.with_name(f"{path.stem}.{_file_name(model)}{path.suffix}")
 
@@ -255,14 +259,16 @@ class _Job:
         model: The encoder, or its name.
         output: The path of the table, or of a shard the folder of parts; or None.
         dense: The folder for dense features, or None.
-        report: The report's path, or None.
+        run: What is told of it, or None.
+        details: What of the run is this table's own.
         write: What makes the file of the table.
     """
 
     model: nn.Module | str
     output: Path | None
     dense: Path | None
-    report: Path | None
+    run: Run | None = None
+    details: dict[str, Any] = field(default_factory=dict)
     write: Callable[[Embeddings, Path], None] = write
 
 
@@ -272,24 +278,28 @@ def _job(
     records: list[ScanRecord],
     output: str | os.PathLike[str] | None,
     dense: str | os.PathLike[str] | None,
-    report: str | os.PathLike[str] | None,
+    run: Run | None,
     shard: Shard | None,
 ) -> _Job:
     """A job with its own paths, checked as far as can be before hours of work for others."""
     own = model if one_of_several else None
     folder = None if dense is None else expanded(dense) / (_file_name(model) if one_of_several else "")
+    details: dict[str, Any] = {} if run is None else run.details
+    if one_of_several:
+        details = details.setdefault("models", {}).setdefault(_file_name(model), {})
     job = _Job(
         model,
         None if output is None else path_of(output, own),
         folder,
-        None if report is None else path_of(report, own),
+        run,
+        details,
     )
+    if run is not None and job.output is not None:
+        run.check_apart(files_of(job.output))
     if job.output is not None and shard is not None:
         check_folder(job.output, records)
     elif job.output is not None:
         check_output(job.output, records)
-        if job.report is not None and job.report.resolve() in [path.resolve() for path in files_of(job.output)]:
-            raise ScanError(f"{job.report}: is written with the table {job.output.name}; give the report another name")
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ScanError(f"{folder}: dense features are written to a folder, and this is a file")
     if isinstance(model, FeatureMaps):
@@ -305,8 +315,8 @@ def _job(
 
 def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Embeddings:
     """One model's table."""
-    started = time.monotonic()
-    encoder = create_model(job.model, pretrained=True) if isinstance(job.model, str) else job.model
+    with current().step("loading the model"):
+        encoder = create_model(job.model, pretrained=True) if isinstance(job.model, str) else job.model
     transform = create_transform(encoder)
     for overlap in overlap_of_scans(encoder, records):
         logger.warning("%s: an evaluation on it is one on training data", overlap)
@@ -341,12 +351,13 @@ def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Em
     size, workers = options.batch_size, options.num_workers
     most = size if size != "auto" else MOST_SCANS if place.type == "cuda" else 1
     batches = Batches(prepared_scans(records, todo, transform, workers, workers + most), size, place)
+    coming = current().waited("waiting for scans", batches)
     shown = options.progress and rank == 0
     bar = progress_bar(total=len(mine), unit="scan", doing="embedding", shown=shown, done=len(mine) - len(todo))
     begun = time.monotonic()
     try:
         with own_cores(place), bar:
-            for n, outcome in _embedded(reader, batches, place):
+            for n, outcome in _embedded(reader, coming, place):
                 if isinstance(outcome, ScanError):
                     if options.on_error == "raise":
                         raise outcome
@@ -370,8 +381,10 @@ def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Em
         if in_memory:
             table = replace(table, vectors=np.asarray(table.vectors))
         if rank == 0 and job.output is not None and options.shard is None:
-            job.write(table, job.output)
+            with current().step("writing"):
+                job.write(table, job.output)
     except BaseException:
+        _tell(job, records, len(mine), len(done), resumed, failed)
         with suppress(OSError):
             done.flush()
         raise
@@ -379,10 +392,9 @@ def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Em
         _wait_for_all(world)  # each has read what it returns
         if rank == 0:
             done.remove()
-    if rank == 0 and job.report is not None:
-        report = _report(table, job.output, resumed, time.monotonic() - started)
-        cost = {"seconds_per_scan": per_scan, **_memory(place), "device": _named(place)}
-        write_json(job.report, report | cost | {"left_out": records.left_out})
+    asked = len(mine) if options.shard is not None else len(records)
+    _tell(job, records, asked, len(table), resumed, failed)
+    job.details.update(origin=origin.to_dict(), seconds_per_scan=per_scan, device=_named(place))
     return table
 
 
@@ -416,17 +428,14 @@ def origin_of(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> Orig
     )
 
 
-def _report(table: Embeddings, output: Path | None, resumed: int, seconds: float) -> dict[str, Any]:
-    assert table.origin is not None
-    return {
-        "origin": table.origin.to_dict(),
-        "output": None if output is None else str(output),
-        "scans": table.origin.scans,
-        "embedded": len(table),
-        "of_an_earlier_run": resumed,
-        "failed": [{"scan": record.name, "error": reason} for record, reason in table.errors],
-        "seconds": round(seconds, 3),
-    }
+def _tell(job: _Job, records: Listing, asked: int, embedded: int, resumed: int, failed: dict[int, str]) -> None:
+    """Tell the run that is reported how far this table is."""
+    if job.run is not None:
+        job.run.asked, job.run.done, job.run.of_an_earlier_run = asked, embedded, resumed
+        job.run.left_out = records.left_out
+        for n in sorted(failed):
+            job.run.fail(records[n].name or f"scan {n}", failed[n])
+        job.details.update(output=None if job.output is None else str(job.output), scans=asked, embedded=embedded)
 
 
 def _failed_qc(record: ScanRecord) -> str:
@@ -442,12 +451,6 @@ def _failed_qc(record: ScanRecord) -> str:
         f"{record.name}: its preparation did not pass quality control (prep.json beside it: {quality}); look at its "
         "qc.png, accept it by 'brainfm qc', prepare it in another way, or embed without --strict-qc"
     )
-
-
-def _memory(place: torch.device) -> dict[str, int | None]:
-    """The most bytes that this process has held, and on a GPU those of torch there."""
-    on_gpu = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
-    return {"peak_memory": peak_memory(), "peak_gpu_memory": on_gpu}
 
 
 def _named(place: torch.device) -> str:
@@ -504,7 +507,9 @@ class _Embedded:
     affine: NDArray[np.float64]
 
 
-def _embedded(reader: Reader, batches: Batches, device: torch.device) -> Iterator[tuple[int, _Embedded | ScanError]]:
+def _embedded(
+    reader: Reader, batches: Iterable[tuple[list[int], list[PreparedScan] | ScanError]], device: torch.device
+) -> Iterator[tuple[int, _Embedded | ScanError]]:
     """What each scan becomes, or the reason why it does not."""
     for numbers, scans in batches:
         if isinstance(scans, ScanError):

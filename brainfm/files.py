@@ -210,6 +210,17 @@ def _open_text(path: Path) -> TextIO:
     return path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
 
 
+def check_writable(folder: Path) -> None:
+    """Make a folder, where it is not there. Raises BrainfmError where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tried = temporary_path(folder / "writable")
+        tried.touch()
+        tried.unlink()
+    except OSError as error:
+        raise BrainfmError(f"{folder}: nothing can be written there ({error}); name another output") from error
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
     return _digest(path, hashlib.sha256())
@@ -248,8 +259,8 @@ def one_line(error: BaseException, most: int = 300) -> str:
 def progress_bar(items: Any = None, *, total: int | None, unit: str, doing: str, shown: bool, done: int = 0) -> Any:
     """A bar around an iterator, or to be told of each item by `update`; of bytes where the unit is "B".
 
-    It is drawn on a terminal or in a notebook, and nowhere else: not into files and pipes, nor where `TQDM_DISABLE` is
-    set.
+    It is a step of the run that is reported (`brainfm.report`), drawn or not. It is drawn on a terminal or in a
+    notebook, and nowhere else: not into files and pipes, nor where `TQDM_DISABLE` is set.
 
     Args:
         items: What is gone through; None for a bar that is told.
@@ -261,13 +272,21 @@ def progress_bar(items: Any = None, *, total: int | None, unit: str, doing: str,
     """
     from tqdm.auto import tqdm
 
+    from brainfm.report import current
+
     size = _terminal_size()
     shown = shown and os.environ.get("TQDM_DISABLE", "0") in ("", "0") and (size is not None or _in_notebook())
     # A terminal that does not know its size says 0 by 0, and tqdm would draw nothing there.
     room = {"ncols": 80, "nrows": 24} if size is not None and 0 in size else {}
-    return tqdm(
-        items, total=total, initial=done, unit=unit, unit_scale=unit == "B", desc=doing, disable=not shown, **room
+    step = current().step(doing, unit, total, done)
+    bar = tqdm(
+        None if items is None else step.through(items),
+        **{"total": total, "initial": done, "unit": unit, "unit_scale": unit == "B", "desc": doing},
+        **{"disable": not shown, **room},
     )
+    if items is None:
+        step.follow(bar)
+    return bar
 
 
 def _terminal_size() -> os.terminal_size | None:

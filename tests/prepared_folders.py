@@ -42,6 +42,8 @@ def write(folder, head, brain, *, field=None, lifted_by=0.0, affine_of_voxels=OW
         "settings": {},
         "verdict": "pass",
         "quality": [],
+        "seconds": {"read": 0.5, "bias": 1.5},
+        "peak_memory_gb": 0.1,
     }
     (folder / "prep.json").write_text(json.dumps(record | fields))
     return folder

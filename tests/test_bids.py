@@ -13,9 +13,10 @@ from bids_examples import data_sets, row_of
 from click.testing import CliRunner
 
 from brainfm import MissingExtraError, ScanError
-from brainfm.bids import bids_ids, read_bids
+from brainfm.bids import bids_ids, read_bids, wrongly
 from brainfm.cli import main
 from brainfm.manifest import list_scans
+from brainfm.prep import batch
 from brainfm.prep.source import find_sources
 
 pytest.importorskip("bids2table", reason="needs the extra [bids], which needs Python 3.11")
@@ -79,6 +80,7 @@ def test_what_only_looks_like_a_t1w_image_is_left_out_with_the_reason(name, spac
     assert len(listed) == 1
     assert listed.left_out.keys() == {str(folder / odd)}
     assert listed.left_out[str(folder / odd)].startswith(LEFT_OUT[name])
+    assert bool(wrongly(listed.left_out)) == ("has no such entity" in LEFT_OUT[name])
 
 
 @pytest.mark.parametrize("name", ["_part-mag", "_rec-norm", "_echo-1", "_acq-mprage_run-01", "_task-rest", "_mine-1"])
@@ -102,7 +104,7 @@ def test_entities_of_a_t1w_image_and_those_of_nobody_s_are_taken(name, tmp_path)
 def test_image_in_a_place_that_says_otherwise_than_its_name_is_left_out(name, reason, tmp_path):
     found = find_sources([dataset(tmp_path, name, anat("_T1w.nii", "sub-03"))])
     assert [source.name for source in found] == ["sub-03"]
-    assert found.left_out == {str(tmp_path / name): reason}
+    assert found.left_out == wrongly(found.left_out) == {str(tmp_path / name): reason}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,7 @@ def test_subject_without_a_t1w_image_is_named_with_what_it_has_instead(names, ha
     found = find_sources([tmp_path])
     assert [source.name for source in found] == ["sub-02"]
     assert found.left_out == {str(tmp_path / "sub-01"): f"no T1w image in it{has}"}
+    assert wrongly(found.left_out) == {}
 
 
 def test_derivatives_inside_are_a_data_set_of_their_own(tmp_path):
@@ -230,6 +233,27 @@ def test_image_whose_file_is_named_itself_is_taken_without_the_index(tmp_path, m
     for listing in (list_scans, lambda path: find_sources([path])):
         with pytest.raises(MissingExtraError, match="bids2table is not installed; run: pip install"):
             listing(folder)
+
+
+@pytest.mark.parametrize(("odd", "code"), [("_part-phase", 0), ("_ce-gad", 0), ("_inv-1", 1)])
+@pytest.mark.parametrize("command", ["embed", "prep"])
+def test_exit_code_is_of_what_may_be_a_scan_and_not_of_what_is_none(
+    command, odd, code, small_sample, tmp_path, monkeypatch
+):
+    def prepared(todo, output, jobs, threads, bar, ended):
+        for task in todo:
+            ended(task.name, {"seconds": {}, "peak_memory_gb": 0.0, "verdict": "pass", "quality": []})
+
+    monkeypatch.setattr(batch, "_run", prepared)
+    space = MNI if command == "embed" else ""
+    folder = dataset(tmp_path / "data", anat(f"{odd}{space}_T1w.nii.gz"))
+    (folder / anat(f"{space}_T1w.nii.gz")).symlink_to(small_sample[0])
+    if space:
+        (folder / anat(f"{MNI[:-7]}brain_mask.nii.gz")).symlink_to(small_sample[1])
+    arguments = [folder, "-o", tmp_path / "out.csv", *(["--model", "test_resnet_3d"] if space else [])]
+    result = CliRunner().invoke(main, [command, *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    assert f"{odd}{space}_T1w.nii.gz: {odd[1:]}: " in result.output
 
 
 def test_commands_say_what_they_left_out_and_why(small_sample, tmp_path):

@@ -1,5 +1,6 @@
 """The BIDS App: what its calls select, what it writes where, and what it leaves alone."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from brainfm.prep import batch
 from brainfm.prep.pipeline import Settings
 from brainfm.prep.quality import RANGES
 from brainfm.prep.source import source_sha256
+from brainfm.report import read_report
 
 pytest.importorskip("bids2table", reason="needs the extra [bids], which needs Python 3.11")
 
@@ -94,6 +96,11 @@ CALLS = [
     ("--session-label 1", [0, 1, 3]),
     ("--session_label ses-2 --participant-label 01", [2]),
     ("--participant-label 01 --session-label 1 2 --nprocs 8 --omp-nthreads 4 --mem 16GB -w WORK", [0, 1, 2]),
+    (
+        "--participant_label sub-01 sub-02 --skip-bids-validation --nthreads 2 --omp-nthreads 1 --mem-mb 8000",
+        [0, 1, 2, 3],
+    ),
+    ("--participant_label=sub-03 --work-dir WORK --stop_on_first_crash --n-cpus=1", [4]),
     ("--shard 1/2", [0, 2, 4]),
     ("--shard 2/2 --stop-on-first-crash --participant-label 01", [1]),
 ]
@@ -118,7 +125,7 @@ CONFIGURED = [  # --config-file: a participant 01 is not the number 1, and what 
 @pytest.fixture
 def selected(bids, prepared, tmp_path, monkeypatch):
     """The numbers of the scans that a call is of."""
-    monkeypatch.setattr(participant, "_embed", lambda *_: None)
+    monkeypatch.setattr(participant, "_embed", lambda *_: set())
 
     def of(arguments):
         words = arguments.replace("WORK", str(tmp_path / "work")).split()
@@ -211,7 +218,12 @@ def test_version_and_help():
 
 
 def listing(folder):
-    return {path.relative_to(folder): path.lstat().st_mtime_ns for path in (folder, *folder.rglob("*"))}
+    """All that is in a folder, by content; and when each folder changed, which a file that came and went would show."""
+    found = {}
+    for path in (folder, *sorted(folder.rglob("*"))):
+        content = None if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        found[path.relative_to(folder)] = (path.lstat().st_mtime_ns, content)
+    return found
 
 
 def test_participants_and_group_of_a_data_set_that_is_left_as_it_is(bids, prepared, tmp_path):
@@ -269,6 +281,8 @@ def test_participants_and_group_of_a_data_set_that_is_left_as_it_is(bids, prepar
     assert len(table.read(output / "group_desc-testvit_embedding.parquet")) == 4
     page = (output / "group_T1w.html").read_text(encoding="utf-8")
     assert "a slab: 9 slices" in page
+    assert '<tr><th scope="row">a slab: … slices</th><td>1</td></tr>' in page  # by kind
+    assert '<tr><th scope="row">preparing: bias</th><td>6.0</td><td>1.50</td></tr>' in page  # of four scans
     assert "no T1w image in it, but T2w" in page
     assert page.count("data:image/png;base64,") == 4
 
@@ -290,6 +304,30 @@ def test_what_is_done_is_left_as_it_is_and_what_changed_is_done_again(bids, prep
     changed.with_suffix(".json").unlink()
     assert call(*arguments, "-w", tmp_path / "work").exit_code == 0
     assert [path for path in made if path.stat().st_mtime_ns != made[path]] == [changed]
+
+
+def test_each_call_leaves_its_report_and_the_page_says_what_all_of_them_took(bids, prepared, tmp_path, monkeypatch):
+    arguments = (bids, tmp_path / "out", "participant", "--model", MODEL)
+    for labels in (("01",), ("01", "02")):
+        call(*arguments, "--participant-label", *labels, "--report", tmp_path / "run.json")
+    reports = sorted(map(read_report, (tmp_path / "out" / "logs").iterdir()), key=lambda one: one.asked)
+    said = [(one.command, one.state, one.asked, one.done, one.of_an_earlier_run) for one in reports]
+    assert said == [("brainfm bids", "done", 3, 3, 0), ("brainfm bids", "done", 4, 3, 3)]
+    assert reports[1].failures == {"a slab: … slices": 1}
+    assert read_report(tmp_path / "run.json") == reports[1]
+
+    def broken(*_):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(participant, "_embed", broken)
+    assert call(*arguments, "--participant-label", "03").exit_code == 1
+    (tmp_path / "out" / "logs" / "participant-0.json").write_text("{}")
+    assert call(bids, tmp_path / "out", "group", "--report", tmp_path / "group.json").exit_code == 1
+    group = read_report(tmp_path / "group.json")
+    assert (group.asked, group.done, len(group.failed)) == (5, 3, 1)
+    page = (tmp_path / "out" / "group_T1w.html").read_text(encoding="utf-8")
+    assert page.count("<td>done</td>") == 2
+    assert "<td>failed: RuntimeError: stopped</td>" in page
 
 
 def test_first_crash_stops_where_that_is_wanted(bids, prepared, tmp_path):

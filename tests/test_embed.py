@@ -21,13 +21,14 @@ from click.testing import CliRunner
 from torch import nn
 
 import brainfm
-from brainfm import ScanError, system
+from brainfm import BrainfmError, ScanError, system
 from brainfm.cli import main
 from brainfm.contract import InputSpec, Readout
 from brainfm.embed import Embeddings
 from brainfm.files import held, temporary_path
 from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder, stage
+from brainfm.report import read_report
 
 module = sys.modules["brainfm.embed"]  # which the function of the same name hides
 
@@ -494,19 +495,37 @@ def test_tables_of_two_models_are_not_joined_and_those_of_one_are(pairs, tmp_pat
 def test_report_says_what_was_done(pairs, bad, tmp_path):
     output, report = tmp_path / "out.csv", tmp_path / "run.json"
     model = interrupted([*pairs, bad[1]], output, report=report)
-    assert not report.exists()
+    stopped = read_report(report)
+    assert (stopped.state, stopped.asked, stopped.done, len(stopped.failed)) == ("interrupted", 7, 3, 0)
     table = brainfm.embed([*pairs, bad[1]], model, output=output, report=report)
     said = json.loads(report.read_text())
     assert brainfm.table.Origin.from_dict(said.pop("origin")) == table.origin
     assert 0 < said.pop("seconds_per_scan") < said.pop("seconds") < 600
     assert said.pop("peak_memory") > 1e7
     assert said.pop("device").startswith("cpu, ")
+    assert said.pop("versions")["brainfm"] == brainfm.__version__
+    steps = said.pop("steps")
+    assert list(steps) == ["loading the model", "embedding", "waiting for scans", "writing"]
+    assert {name: steps["embedding"][name] for name in ("unit", "of", "done", "earlier")} == {
+        **{"unit": "scan", "of": 7, "done": 7, "earlier": 3},
+    }
+    (kind,) = said.pop("failures")
+    for name in ("arguments", "machine", "started", "ended"):
+        assert said.pop(name)
     assert said == {
+        "command": "embed",
+        "state": "done",
+        "error": "",
+        "exit_code": 0,
+        "inputs": [],
         "output": str(output),
+        "unit": "scan",
+        "asked": 7,
         "scans": 7,
+        "done": 6,
         "embedded": 6,
         "of_an_earlier_run": 3,
-        "failed": [{"scan": str(bad[1]), "error": table.errors[0][1]}],
+        "failed": [{"scan": str(bad[1]), "error": table.errors[0][1], "kind": kind}],
         "left_out": {},
         "peak_gpu_memory": None,
     }
@@ -514,7 +533,7 @@ def test_report_says_what_was_done(pairs, bad, tmp_path):
 
 @pytest.mark.parametrize("name", ["out.csv", "out.json", "out.errors.csv"])
 def test_report_in_the_place_of_the_tables_own_files_is_refused_before_any_work(name, pairs, tmp_path, counted):
-    with pytest.raises(ScanError, match="give the report another name"):
+    with pytest.raises(BrainfmError, match="give the report another name"):
         brainfm.embed(pairs, Pooled(), output=tmp_path / "out.csv", report=tmp_path / name)
     assert counted() == 0
 
@@ -549,14 +568,17 @@ def test_several_models_give_a_table_each(kind, pairs, second, tmp_path):
     np.testing.assert_array_equal(tables[0].vectors * 2, tables[1].vectors)
     model_names = ["test_resnet_3d.phantoms", "other"]
     assert [table.origin.model for table in tables] == model_names
-    assert names(tmp_path) == sorted(
-        f"{stem}.{name}.{ending}"
-        for name in model_names
-        for stem, ending in (("out", "csv"), ("out", "json"), ("run", "json"))
-    )
+    assert names(tmp_path) == [
+        *sorted(
+            f"{stem}.{name}.{ending}" for name in model_names for stem, ending in (("out", "csv"), ("out", "json"))
+        ),
+        "run.json",
+    ]
+    said = json.loads((tmp_path / "run.json").read_text())["models"]
     for name, table in zip(model_names, tables, strict=True):
         assert brainfm.table.read(tmp_path / f"out.{name}.csv").origin == table.origin
-        assert json.loads((tmp_path / f"run.{name}.json").read_text())["output"] == str(tmp_path / f"out.{name}.csv")
+        assert said[name]["output"] == str(tmp_path / f"out.{name}.csv")
+        assert said[name]["origin"] == table.origin.to_dict()
 
 
 def test_one_model_in_a_list_gives_a_list(pairs, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -448,3 +449,34 @@ def test_vectors_read_as_they_are_asked_for_are_written_as_those_in_memory(endin
         write(table, tmp_path / f"lazy{suffix}")
         np.testing.assert_array_equal(read(tmp_path / f"lazy{suffix}").vectors, [VECTOR, VECTOR * 2])
     assert isinstance(Path(table.records[0].image), Path)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that nobody may write to")
+@pytest.mark.parametrize(
+    "command", [("-o", "/proc/parts", "--shard", "1/1"), ("-o", "/proc/t.csv")], ids=["shard", "table"]
+)
+def test_output_that_cannot_be_written_is_named_before_any_scan_is_read(command, cohort, monkeypatch):
+    module = importlib.import_module("brainfm.embed")
+    monkeypatch.setattr(module, "prepared_scans", lambda *_: pytest.fail("a scan is read"))
+    code, said = _run("embed", cohort, *EMBED, *command)
+    assert code == 1
+    assert "/proc" in said
+    assert "Error: " in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
+def test_table_that_cannot_be_written_leaves_the_parts_and_no_half_of_it(error, cohort, tmp_path, monkeypatch):
+    _run("embed", cohort, *EMBED, "-o", tmp_path / "parts", "--shard", "1/1")
+    before = {path: path.read_bytes() for path in (tmp_path / "parts").iterdir()}
+
+    def lost(_):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr("brainfm.files.sync", lost)
+        code, said = _run("merge", tmp_path / "parts", "-o", tmp_path / "out" / "t.csv")
+    assert code == 1
+    assert error.strerror in said.splitlines()[-1]
+    assert list((tmp_path / "out").iterdir()) == []
+    assert {path: path.read_bytes() for path in (tmp_path / "parts").iterdir()} == before
+    assert _run("merge", tmp_path / "parts", "-o", tmp_path / "out" / "t.csv")[1].startswith("6 scans")

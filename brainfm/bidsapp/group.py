@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,15 +16,18 @@ import numpy as np
 import pandas as pd
 
 from brainfm.bids import DESCRIPTION
-from brainfm.bidsapp.participant import Call, check_description
+from brainfm.bidsapp.call import LOGS, Call, check_description
 from brainfm.bidsapp.selection import RAW, select
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, one_line, write_text
 from brainfm.manifest import ScanRecord
 from brainfm.prep.quality import RANGES
 from brainfm.render import render_page
+from brainfm.report import RunReport, current, kind_of, read_report
 from brainfm.table import Embeddings, Origin, write
 from brainfm.version import __version__
+
+logger = logging.getLogger("brainfm")
 
 _ORDER = {"unreadable": 0, "fail": 0, "look": 1, "rejected": 3, "accepted": 4}  # on the page; the others between
 _IDS = ("subject_id", "session_id")
@@ -57,6 +61,7 @@ def run(call: Call) -> Group:
         ScanError: No participant's call has left a scan.
         BrainfmError: A file that one has left is damaged.
     """
+    reported = current()
     found = [_read(path) for path in sorted(call.output.glob("sub-*/**/*_T1w.json"))]
     rows = [row for row in found if isinstance(row.get("bids_name"), str)]
     if not rows:
@@ -84,6 +89,10 @@ def run(call: Call) -> Group:
         if table.origin is not None:
             origins[label] = table.origin
     _write_page(call, rows, group, origins)
+    reported.asked, reported.done = len(rows) + len(group.not_run), len(rows) - len(group.failed)
+    reported.left_out = group.left_out
+    for name, why in group.failed.items():
+        reported.fail(name, why)
     return group
 
 
@@ -182,6 +191,7 @@ def _write_page(call: Call, rows: list[dict[str, Any]], group: Group, origins: d
     except BrainfmError:
         name = call.bids_dir.name
     counts = Counter(scan["verdict"] for scan in scans)
+    calls = _calls(call.output)
     page = render_page(
         "bids.html",
         title=f"{name}: {len(rows)} T1w scan{'' if len(rows) == 1 else 's'}",
@@ -190,10 +200,35 @@ def _write_page(call: Call, rows: list[dict[str, Any]], group: Group, origins: d
         scans=scans,
         ranges=RANGES,
         group=group,
+        failures=Counter(kind_of(why) for row in rows for why in row["errors"].values()).most_common(),
+        calls=calls,
+        steps=_steps(calls),
         tables={path.name: (many, origins[label_in(path)]) for path, many in group.tables.items()},
         version=__version__,
     )
     write_text(call.output / "group_T1w.html", page)
+
+
+def _calls(output: Path) -> list[RunReport]:
+    """The reports that the participants' calls left, in the order of their beginning; a damaged one is passed over."""
+    found = []
+    for path in (output / LOGS).glob("participant-*.json"):
+        try:
+            found.append(read_report(path))
+        except BrainfmError as error:
+            logger.warning("%s", error)
+    return sorted(found, key=lambda call: call.started)
+
+
+def _steps(calls: Iterable[RunReport]) -> dict[str, tuple[float, float | None]]:
+    """Each step of all calls: its seconds, and those for each thing that was gone through in it, such as a scan."""
+    seconds: dict[str, float] = defaultdict(float)
+    many: dict[str, int] = defaultdict(int)
+    for call in calls:
+        for name, step in call.steps.items():
+            seconds[name] += step.seconds
+            many[name] += step.done - step.earlier
+    return {name: (total, total / many[name] if many[name] else None) for name, total in seconds.items()}
 
 
 def label_in(path: Path) -> str:

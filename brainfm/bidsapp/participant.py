@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,87 +17,25 @@ import numpy as np
 import torch
 
 from brainfm.bids import DESCRIPTION
-from brainfm.bidsapp.selection import RAW, Scan, Wanted, select
+from brainfm.bidsapp.call import LOGS, PREPARED, Call, check_description, label_of
+from brainfm.bidsapp.selection import RAW, Scan, select
 from brainfm.embed import Options, embed_files, origin_of
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.factory import create_model
-from brainfm.files import atomic_path, file_sha256, one_line, write_json, write_text
+from brainfm.files import atomic_path, file_sha256, write_json, write_text
 from brainfm.manifest import Listing, ScanRecord
 from brainfm.prep.batch import Outcome, prepare_all
 from brainfm.prep.source import find_sources
+from brainfm.report import current
 from brainfm.scan.layout import PICTURE, RECORD
 from brainfm.scan.prepared import read_record
 from brainfm.scan.verdict import verdict_of
-from brainfm.shards import Shard
-from brainfm.system import available_cores
 from brainfm.table import Origin
 from brainfm.version import __version__
 
-PREPARED = "prepared"  # the folder of prepared scans, in the work dir or the output
 BIDS_VERSION = "1.10.0"  # that the derivatives are written by
-GB_A_SCAN = 1.5  # of memory that the preparation of one takes; benchmarks/README.md has 1.3
 _AT_ONCE = 256  # scans are embedded, and their files written
-_IGNORED = (f"{PREPARED}/", "group_*", "sub-*/figures/", "*_embedding.npy", "*_embedding.json")
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a call of the BIDS App says.
-
-    Attributes:
-        bids_dir: The data set; it is only read.
-        output: The derivatives' folder.
-        wanted: Which scans.
-        derivatives: Name → folder of data sets with T1w images in MNI152 space, which are then taken as they are.
-        work_dir: Where prepared scans are kept, in `prepared`; None is the output.
-        models: Names of encoders.
-        n_cpus: Cores to use in all; None is all that there are.
-        omp_nthreads: Of them for one scan; None divides them among as many scans as the memory holds.
-        mem_gb: Memory to keep below, roughly; None is no limit.
-        stop_on_first_crash: Whether the first scan that fails ends it.
-        shard: Which of several equal parts of the scans.
-        device: Of torch.
-        validate: Whether `dataset_description.json` has to be what BIDS says.
-        progress: Show bars.
-    """
-
-    bids_dir: Path
-    output: Path
-    wanted: Wanted = field(default_factory=Wanted)
-    derivatives: Mapping[str, Path] = field(default_factory=dict)
-    work_dir: Path | None = None
-    models: Sequence[str] = ("simclr_resnet18_3d",)
-    n_cpus: int | None = None
-    omp_nthreads: int | None = None
-    mem_gb: float | None = None
-    stop_on_first_crash: bool = False
-    shard: Shard = field(default_factory=Shard)
-    device: str = "auto"
-    validate: bool = True
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        labels = [label_of(model) for model in self.models]
-        if twice := {label for label in labels if labels.count(label) > 1}:
-            raise BrainfmError(f"two models would both be called {twice.pop()}: {', '.join(self.models)}; name one")
-        root = self.bids_dir.resolve()
-        for path in filter(None, (self.output, self.work_dir)):
-            inside = path.resolve()
-            if (root == inside or root in inside.parents) and root / "derivatives" not in inside.parents:
-                raise BrainfmError(f"{path}: in the data set, which is only read; name a folder elsewhere")
-
-    @property
-    def prepared(self) -> Path:
-        """The folder of prepared scans."""
-        return (self.work_dir or self.output) / PREPARED
-
-    @property
-    def threads(self) -> tuple[int, int]:
-        """How many scans are prepared at once, and with how many threads each."""
-        cores = self.n_cpus or available_cores()
-        most = cores if self.mem_gb is None else max(1, int(self.mem_gb / GB_A_SCAN))
-        jobs = max(1, min(most, cores // (self.omp_nthreads or 1)))
-        return jobs, self.omp_nthreads or max(1, cores // jobs)
+_IGNORED = (f"{PREPARED}/", f"{LOGS}/", "group_*", "sub-*/figures/", "*_embedding.npy", "*_embedding.json")
 
 
 @dataclass
@@ -113,17 +53,12 @@ class Done:
     left_out: dict[str, str]
 
 
-def label_of(model: str) -> str:
-    """What a model is called in names of files: `simclr_resnet18_3d` → `simclrresnet18`."""
-    architecture, _, tag = model.partition(".")
-    return "".join(letter for letter in f"{architecture.removesuffix('_3d')}{tag}" if letter.isalnum())
-
-
 def run(call: Call) -> Done:
     """Prepare and embed the scans of a call; what is there already, made by the same, is left as it is.
 
     Of each scan the output gets `sub-…/anat/…_T1w.json` with its quality, or why it failed, and for each model
-    `…_desc-<model>_embedding.npy`, a vector, with what made it in the `.json` beside it.
+    `…_desc-<model>_embedding.npy`, a vector, with what made it in the `.json` beside it. A run that is reported has its
+    report in `logs/` too, from which the group level says what all calls cost.
 
     Raises:
         ScanError: There is no such data set, participant, session or scan; or, with `stop_on_first_crash`, a scan.
@@ -131,20 +66,29 @@ def run(call: Call) -> Done:
     """
     if call.validate:
         check_description(call.bids_dir)
-    chosen, left_out = select(call.bids_dir, call.derivatives, call.wanted)
+    reported = current()
+    with reported.step("listing"):
+        chosen, left_out = select(call.bids_dir, call.derivatives, call.wanted)
     scans = [chosen[n] for n in call.shard.numbers(len(chosen))]
     call.output.mkdir(parents=True, exist_ok=True)
     _describe(call)
-    encoders = {model: create_model(model, pretrained=True) for model in call.models}
+    reported.also(_report_path(call.output))
+    reported.left_out = left_out
+    with reported.step("loading the models"):
+        encoders = {model: create_model(model, pretrained=True) for model in call.models}
     errors: dict[str, dict[str, str]] = {scan.name: {} for scan in scans}
     if not call.derivatives:
         scans = _prepared(call, chosen, scans, errors)
+    there = {scan.name for scan in scans}
     with _threads(call.n_cpus):
         for model, encoder in encoders.items():
-            _embed(call, model, encoder, [scan for scan in scans if scan.record is not None], errors)
+            there &= _embed(call, model, encoder, [scan for scan in scans if scan.record is not None], errors)
     for scan in scans:
         _write_quality(call, scan, errors[scan.name])
     failed = {name: "; ".join(whys.values()) for name, whys in errors.items() if whys}
+    for name, why in failed.items():
+        reported.fail(name, why)
+    reported.asked, reported.done, reported.of_an_earlier_run = len(scans), len(scans) - len(failed), len(there)
     return Done(len(scans), failed, left_out)
 
 
@@ -180,8 +124,8 @@ def _prepared(call: Call, chosen: list[Scan], scans: list[Scan], errors: dict[st
     return made
 
 
-def _embed(call: Call, model: str, encoder: Any, scans: list[Scan], errors: dict[str, dict[str, str]]) -> None:
-    """Write the vector of each scan that a model has not embedded as it is now."""
+def _embed(call: Call, model: str, encoder: Any, scans: list[Scan], errors: dict[str, dict[str, str]]) -> set[str]:
+    """Write the vector of each scan that a model has not embedded as it is now; returns the names of those it had."""
     meant = origin_of(encoder).digest
     todo = [scan for scan in scans if not _is_embedded(call, scan, model, meant)]
     for first in range(0, len(todo), _AT_ONCE):
@@ -199,6 +143,7 @@ def _embed(call: Call, model: str, encoder: Any, scans: list[Scan], errors: dict
             _write_embedding(call, part[str(record.image)], model, vector, table.origin)
         for record, why in table.errors:
             errors[part[str(record.image)].name][model] = why
+    return {scan.name for scan in scans} - {scan.name for scan in todo}
 
 
 @contextmanager
@@ -311,17 +256,10 @@ def picture_path(output: Path, scan: Scan) -> Path:
     return output / scan.place.parts[0] / "figures" / f"{scan.name}_desc-qc_T1w.png"
 
 
-def check_description(folder: Path) -> dict[str, Any]:
-    """A data set's description. Raises BrainfmError for one that lacks what BIDS requires."""
-    path = folder / DESCRIPTION
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-        missing = [name for name in ("Name", "BIDSVersion") if not content.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise BrainfmError(f"{path}: {one_line(error)}; write it, or give --skip-bids-validation") from error
-    if missing:
-        raise BrainfmError(f"{path}: does not say {' and '.join(missing)}; write it, or give --skip-bids-validation")
-    return dict(content)
+def _report_path(output: Path) -> Path:
+    """Of the report of this call, beside those of others, on other machines too."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return output / LOGS / f"participant-{now:%Y%m%dT%H%M%S}-{secrets.token_hex(3)}.json"
 
 
 def _describe(call: Call) -> None:

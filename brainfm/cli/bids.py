@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from brainfm.cli.reported import reported
+
 _FOLDER = click.Path(path_type=Path)
 # Those that take one or more values, as BIDS Apps have it: --participant-label 01 02.
 _SEVERAL = ("--participant-label", "--session-label", "--derivatives", "-d", "--model")
@@ -85,6 +87,7 @@ def _configured(ctx: click.Context, param: click.Parameter, path: Path | None) -
     return path
 
 
+@reported(inputs="bids_dir", output="output_dir")
 @click.command("bids", cls=_BidsApp, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bids_dir", type=_FOLDER)
 @click.argument("output_dir", type=_FOLDER, metavar="OUT_DIR")
@@ -152,16 +155,18 @@ def bids_command(
     participant prepares each scan (or takes the derivatives given) and writes a vector a model beside its quality;
     group makes of all that is in OUT_DIR the tables group_T1w.tsv and group_desc-MODEL_embedding.parquet, and the page
     group_T1w.html. BIDS_DIR is only read. The same command goes on where it stopped; calls of different participants,
-    and shards, may share OUT_DIR. Exit code 1: some scans failed, and the others are done.
+    and shards, may share OUT_DIR. Exit code 1: some scans failed, cannot be read, or are not where BIDS has them; the
+    others are done. What by BIDS is no T1w scan is named, and is no failure.
     """
-    from brainfm.bidsapp import group, participant
+    from brainfm.bids import wrongly
+    from brainfm.bidsapp.call import Call
     from brainfm.bidsapp.selection import Wanted, read_filters
     from brainfm.errors import BrainfmError
     from brainfm.shards import Shard
 
     if len(dict(derivatives)) != len(derivatives):
         raise BrainfmError("two derivatives have the same name; give them others: -d NAME=PATH")
-    call = participant.Call(
+    call = Call(
         bids_dir,
         output_dir,
         Wanted(participant_label, session_label, read_filters(bids_filter_file) if bids_filter_file else {}),
@@ -173,12 +178,20 @@ def bids_command(
         progress=sys.stderr.isatty(),
         **options,
     )
-    done = participant.run(call) if level == "participant" else group.run(call)
+    done: Any
+    if level == "participant":
+        from brainfm.bidsapp import participant
+
+        done = participant.run(call)
+    else:
+        from brainfm.bidsapp import group
+
+        done = group.run(call)
     for path, why in done.left_out.items():
         click.echo(f"left out: {path}: {why}", err=True)
     for name, why in done.failed.items():
         click.echo(f"{name}: {why}", err=True)
-    if isinstance(done, group.Group):
+    if level == "group":
         for table, many in done.tables.items():
             click.echo(f"{many} scans → {table}")
         click.echo(f"{done.scans} scans → {output_dir / 'group_T1w.tsv'}, {output_dir / 'group_T1w.html'}")
@@ -190,5 +203,5 @@ def bids_command(
     else:
         click.echo(f"{done.scans - len(done.failed)} of {done.scans} scans → {output_dir}")
         bad = bool(done.failed)
-    if bad:
+    if bad or wrongly(done.left_out):
         sys.exit(1)

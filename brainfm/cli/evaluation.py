@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from brainfm.cli.reported import reported
+
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -54,6 +56,7 @@ def _common(command: Any) -> Any:
 _keep = click.option("--keep-models", is_flag=True, help="Keep each run's model, for 'brainfm predict'.")
 
 
+@reported(inputs="inputs")
 @click.command("predict", context_settings=_HELP)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
@@ -83,9 +86,11 @@ def predict_command(
     the predicted class and the set of those that are not refused; and how unlike the training scans it is. Scans that
     fail are listed in OUTPUT's .errors.csv, and the exit code is 1.
     """
+    from brainfm.bids import wrongly
     from brainfm.downstream.predicting import predict
     from brainfm.errors import ScanError
     from brainfm.manifest import Listing, ScanRecord, list_scans
+    from brainfm.report import current
     from brainfm.system import launched
     from brainfm.table import errors_path
 
@@ -102,6 +107,10 @@ def predict_command(
         progress=True,
         **options,
     )
+    run, wrong = current(), wrongly(records.left_out)
+    run.asked, run.done, run.left_out = len(records), len(found.table), records.left_out
+    for record, why in found.errors:
+        run.fail(record.name, why)
     if launched().rank == 0:
         for _, message in found.errors[:10]:
             click.echo(f"ScanError: {message}", err=True)
@@ -109,13 +118,13 @@ def predict_command(
         if found.errors and len(records) > 1:
             click.echo(f"{len(found.errors)} of {len(records)} scans failed; see {errors_path(output)}", err=True)
         if records.left_out:
-            click.echo(
-                f"{len(records.left_out)} folders were left out, such as {next(iter(records.left_out))}", err=True
-            )
-    if records.left_out or found.errors:
+            path, why = next(iter((wrong or records.left_out).items()))
+            click.echo(f"{len(records.left_out)} left out, such as {path}: {why}", err=True)
+    if wrong or found.errors:
         sys.exit(1)
 
 
+@reported(inputs="tasks", unit="run")
 @click.command("benchmark", cls=_ManyValues, context_settings=_HELP)
 @click.argument("tasks", nargs=-1, required=True)
 @click.option("--models", multiple=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
@@ -265,6 +274,7 @@ def _own(command: Any) -> Any:
     return command
 
 
+@reported(inputs="labels", unit="run")
 @click.command("probe", cls=_ManyValues, context_settings=_HELP)
 @click.argument("labels", type=click.Path(path_type=Path))
 @click.option(
@@ -326,6 +336,7 @@ def compare_command(first: Path, second: Path, labels: Path | None, label: str, 
         click.echo(f"{output}: a row a scan")
 
 
+@reported(inputs="scans", unit="encoder")
 @click.command("compare-encoders", cls=_ManyValues, context_settings=_HELP)
 @click.argument("scans", nargs=-1, required=True, metavar="SCANS...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
@@ -350,7 +361,9 @@ def compare_encoders_command(
     """
     from brainfm.downstream.encoders import compare_encoders
     from brainfm.downstream.wording import NONE, cost_text
+    from brainfm.report import current
 
+    run = current()
     found = compare_encoders(
         scans[0] if len(scans) == 1 else list(scans),
         output,
@@ -359,6 +372,15 @@ def compare_encoders_command(
         progress=True,
         **options,
     )
+    run.asked, run.done = len(found), sum(bool(one.weights) for one in found)
+    run.details["encoders"] = [one.to_dict() for one in found]
+    for one in found:
+        if one.reason in ("error", "memory"):
+            run.fail(one.model, one.why)
+        elif not one.weights:
+            run.left_out[one.model] = one.why
+        elif one.failed:
+            run.fail(one.model, f"{one.failed} scans failed; see {output / 'encoders.csv'}")
     if options["label"]:
         click.echo((output / "table.md").read_text(encoding="utf-8"))
     else:
@@ -374,6 +396,7 @@ def compare_encoders_command(
         sys.exit(1)
 
 
+@reported(inputs="manifest", unit="run")
 @click.command("finetune", cls=_ManyValues, context_settings=_HELP)
 @click.argument("manifest", type=click.Path(path_type=Path))
 @click.option("--models", multiple=True, required=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
@@ -470,6 +493,7 @@ def _run(
 def _say_results(page: Path) -> None:
     """Print the table, and what was left out; exit code 1 where that should have been used."""
     from brainfm.downstream.results import read_evaluation
+    from brainfm.report import current
     from brainfm.system import launched
 
     if launched().rank != 0:
@@ -478,6 +502,12 @@ def _say_results(page: Path) -> None:
     click.echo((page.parent / "table.md").read_text(encoding="utf-8"))
     click.echo(f"{page}: the page with all tables and figures")
     evaluation = read_evaluation(output / "grid.json")
+    run = current()
+    for one in evaluation.left_out:
+        if one.failed:
+            run.fail(one.scan, one.why)
+        else:
+            run.left_out[one.scan] = one.why
     parts = {one.scan: one.failed for one in evaluation.left_out if not one.task}  # of a comparison
     if parts:
         click.echo(

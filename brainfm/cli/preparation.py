@@ -9,9 +9,12 @@ from typing import Any
 
 import click
 
+from brainfm.cli.reported import reported
+
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
+@reported(inputs="inputs")
 @click.command("prep", context_settings=_HELP)
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Gets a folder a scan.")
@@ -91,15 +94,21 @@ def prep_command(
     with image_path). Of several DICOM images the one is taken that alone can be T1w, else none. Each scan gets a folder
     in OUTPUT that 'brainfm embed OUTPUT' takes for any encoder of T1w scans: the head in its own space, its brain mask,
     qc.png, and prep.json with the matrices to MNI152. The same command goes on where it stopped. Scans that fail, by an
-    error or by their quality, are listed, and the exit code is 1.
+    error or by their quality, are listed, and the exit code is 1; so is what cannot be read, or may be a scan. What by
+    BIDS is no T1w scan, such as a phase image, is listed as left out, and is no failure.
     """
+    from brainfm.bids import wrongly
     from brainfm.prep.batch import prepare_all
     from brainfm.prep.pipeline import Settings
+    from brainfm.report import current
     from brainfm.scan.verdict import verdict_of
     from brainfm.shards import Shard
 
+    run = current()
+
     def said(name: str, outcome: dict[str, Any] | str) -> None:
         if isinstance(outcome, str):
+            run.fail(name, outcome)
             click.echo(f"{name}: ScanError: {outcome}", err=True)
             return
         seconds = sum(outcome["seconds"].values())
@@ -128,10 +137,14 @@ def prep_command(
         earlier = f"; {report.found} were there already" if report.found else ""
         click.echo(f"{output}: {_scans(len(verdicts))} prepared ({counts}){earlier}")
         click.echo(f"look at them:  brainfm qc {output} -o qc.html")
+    run.asked, run.done = len(verdicts) + len(report.failed), len(verdicts)
+    run.of_an_earlier_run, run.left_out = report.found, report.left_out
+    run.details["verdicts"] = dict(Counter(verdicts.values()).most_common())
     failed = {name: f"could not be prepared: {why}" for name, why in report.failed.items()}
     for name, verdict in verdicts.items():
         if verdict in ("fail", "unreadable"):
             failed[name] = "; ".join(_reasons(report.records[name], "fail")) or "its decisions.json cannot be read"
+            run.fail(name, failed[name])
     if {"pass", "accepted"} & set(verdicts.values()):
         strict = " --strict-qc" if any(name in verdicts for name in failed) else ""
         click.echo(f"embed them:    brainfm embed {output} -o embeddings.csv{strict}")
@@ -141,7 +154,7 @@ def prep_command(
             click.echo(f"  {name}: {reason}", err=True)
     for path, why in report.left_out.items():
         click.echo(f"left out: {path}: {why}", err=True)
-    if failed or report.left_out:
+    if failed or wrongly(report.left_out):
         sys.exit(1)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from brainfm.cli.reported import reported
+
 
 @click.command("demo")
 @click.option("--model", help="The model; by default the published one if its weights are here, else the test model.")
@@ -36,6 +38,7 @@ def demo_command(model: str | None, output: str) -> None:
         )
 
 
+@reported(inputs="inputs")
 @click.command("embed")
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--output", required=True, help="The table: .csv, .parquet or .npz; of a shard a folder.")
@@ -63,7 +66,6 @@ def demo_command(model: str | None, output: str) -> None:
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
 @click.option("--dense", metavar="FOLDER", help="Write each scan's dense features there too, NIfTI of [x, y, z, C].")
 @click.option("--dense-dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
-@click.option("--report", metavar="FILE.json", help="Write what was done: origin, counts, seconds, failed scans.")
 @click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
 @click.option("--strict-qc", is_flag=True, help="Refuse scans that failed in 'brainfm prep' or by 'brainfm qc'.")
 def embed_command(
@@ -77,25 +79,29 @@ def embed_command(
     strict: bool,
     shard: str | None,
     dense: str | None,
-    report: str | None,
     **options: Any,
 ) -> None:
     """Embed scans into a table, a row a scan.
 
     INPUT is a scan (.nii, .nii.gz, .mgz), a manifest (.csv with image_path, or a column a channel such as t1w_path, and
     mask_path), a TurboPrep folder, or a BIDS-derivatives folder. What made the table is in it, of a .csv in the .json
-    beside it. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1. Each of several models has
-    its own files, NAME.MODEL.csv and so on.
+    beside it. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1; so is it where a part of a
+    folder cannot be read, or may be a scan. What by BIDS is no T1w scan, such as a phase image, is named, and is no
+    failure. Each of several models has its own files, NAME.MODEL.csv and so on.
     """
     import brainfm
+    from brainfm.bids import wrongly
     from brainfm.embed import Options, embed_files, path_of
     from brainfm.manifest import Listing, ScanRecord, list_scans
+    from brainfm.report import current
     from brainfm.shards import Shard
-    from brainfm.table import FORMATS, check_folder, check_output, errors_path
+    from brainfm.table import FORMATS, check_folder, check_output, errors_path, files_of
 
+    run = current()
     is_folder = Path(output).suffix not in FORMATS
     part = Shard.of(shard) if shard else Shard.of_slurm() if is_folder else None
     if part is None:
+        run.check_apart(files_of(Path(output)))
         check_output(Path(output))
     else:
         check_folder(Path(output))
@@ -104,7 +110,8 @@ def embed_command(
             raise brainfm.ScanError("--mask goes with one scan; list several with their masks in a manifest")
         records = Listing([ScanRecord(inputs[0], mask)])
     else:
-        records = list_scans(inputs)
+        with run.step("listing"):
+            records = list_scans(inputs)
     models = tuple(dict.fromkeys(models))
     encoders: list[Any] = list(models)
     if checkpoint is not None:
@@ -121,7 +128,7 @@ def embed_command(
         **options,
     )
     encoder = encoders if several else encoders[0]
-    tables = embed_files(records, encoder, choices, output=output, dense=dense, report=report)
+    tables = embed_files(records, encoder, choices, output=output, dense=dense, run=run)
     for model, table in zip(models, tables, strict=True):
         path = path_of(output, model if several else None)
         for _, message in table.errors[:10]:
@@ -135,12 +142,15 @@ def embed_command(
         if table.errors and many > 1:
             listed = f"; see {errors_path(path)}" if part is None else ""
             click.echo(f"{len(table.errors)} of {many} scans failed{listed}", err=True)
+    wrong = wrongly(records.left_out)
     if records.left_out:
-        click.echo(f"{len(records.left_out)} folders were left out, such as {next(iter(records.left_out))}", err=True)
-    if records.left_out or any(table.errors for table in tables):
+        place, why = next(iter((wrong or records.left_out).items()))
+        click.echo(f"{len(records.left_out)} left out, such as {place}: {why}", err=True)
+    if wrong or any(table.errors for table in tables):
         sys.exit(1)
 
 
+@reported(inputs="folders")
 @click.command("merge")
 @click.argument("folders", nargs=-1, required=True, metavar="PARTS...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The table: .csv, .parquet, .npz.")
@@ -151,11 +161,21 @@ def merge_command(folders: tuple[str, ...], output: Path) -> None:
     the others is written. PARTS are left as they are.
     """
     from brainfm.parts import merge
-    from brainfm.table import check_output, errors_path, write
+    from brainfm.report import current
+    from brainfm.table import check_output, errors_path, files_of, write
 
+    run = current()
+    run.check_apart(files_of(output))
     check_output(output)
-    merged = merge(folders)
-    write(merged.table, output)
+    with run.step("reading the parts"):
+        merged = merge(folders)
+    with run.step("writing"):
+        write(merged.table, output)
+    run.done = len(merged.table)
+    run.asked = run.done + len(merged.table.errors) + merged.missing
+    run.details |= {"missing": merged.missing, "shards_to_run_again": list(merged.shards)}
+    for record, why in merged.table.errors:
+        run.fail(record.name, why)
     click.echo(f"{len(merged.table)} scans → {output} ({merged.table.vectors.shape[1]} numbers each)")
     if merged.table.errors:
         click.echo(f"{len(merged.table.errors)} scans failed; see {errors_path(output)}", err=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import click
 
+from brainfm.cli.reported import reported
 
+
+@reported(inputs="bundle", output="folder", unit="volume")
 @click.command("synthesize")
 @click.option("--n", "count", type=click.IntRange(1), required=True, help="Volumes.")
 @click.option("--out", "folder", required=True, metavar="DIR")
@@ -34,6 +37,7 @@ def synthesize_command(
     are on its own scale, from 0 to 1. DIR gets a NIfTI a volume, whole heads at 1 mm, and manifest.csv, whose column
     source says "synthetic". The same command goes on with a run that stopped.
     """
+    from brainfm.report import current
     from brainfm.synthesis import read_range, synthesize
 
     manifest = synthesize(
@@ -48,4 +52,8 @@ def synthesize_command(
         device=device,
         progress=True,
     )
+    run = current()
+    drawn = run.step("drawing")
+    run.asked = run.done = count
+    run.of_an_earlier_run = count - int(drawn.done)
     click.echo(f"{manifest}: {count} synthetic volumes, drawn by a model and not of people")

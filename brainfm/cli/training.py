@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from brainfm.cli.reported import reported
 from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
 from brainfm.system import launched, says
 
@@ -22,6 +23,7 @@ def cache_group() -> None:
     """Scans prepared for training."""
 
 
+@reported(inputs="manifest", output="folder")
 @cache_group.command("build")
 @click.argument("manifest")
 @click.argument("folder", metavar="DIR")
@@ -40,6 +42,7 @@ def cache_build(manifest: str, folder: str, model: str, workers: int, shard: str
     cannot be read are listed, and the exit code is 1.
     """
     import brainfm
+    from brainfm.report import current
     from brainfm.shards import Shard
     from brainfm.train.cache import build_cache
     from brainfm.train.sources import read_source
@@ -47,9 +50,15 @@ def cache_build(manifest: str, folder: str, model: str, workers: int, shard: str
     spec = brainfm.get_pretrained_cfg(model).input_spec
     if spec is None:
         raise brainfm.BrainfmError(f"{model} has no input contract to build a cache for")
-    records, root = read_source(manifest)
+    run = current()
+    with run.step("listing"):
+        records, root = read_source(manifest)
     part = Shard.of(shard) if shard else None
     report = build_cache(records, folder, spec, root=root, workers=workers, shard=part, progress=True)
+    run.done, run.of_an_earlier_run = report.written + report.found, report.found
+    run.asked = len(records) if part is None else len(part.numbers(len(records)))
+    for name, reason in report.refused.items():
+        run.fail(name, reason)
     click.echo(f"{folder}: {report.written} scans written, {report.found} were there, {len(report.refused)} refused")
     for reason in list(report.refused.values())[:10]:
         click.echo(f"ScanError: {reason}", err=True)
@@ -61,6 +70,7 @@ _REASONS = 5  # of refused scans that a dry run prints
 _CTRL_C = 130  # exit code of any program that a person interrupts
 
 
+@reported(inputs="recipe", unit="step")
 @click.command("pretrain", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("recipe", metavar="[RECIPE]")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -95,7 +105,9 @@ def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, see
 
 def _run(recipe: str, overrides: tuple[str, ...], dry_run: bool, seeds: int, debug: bool) -> int:
     """Run the command, and return its exit code."""
-    rank = launched().rank
+    from brainfm.report import current
+
+    run, rank = current(), launched().rank
     logger = logging.getLogger("brainfm")
     debug = debug or logger.level == logging.DEBUG  # `brainfm --debug pretrain`
     try:
@@ -116,7 +128,9 @@ def _run(recipe: str, overrides: tuple[str, ...], dry_run: bool, seeds: int, deb
             return _sweep(variants, tasks, seeds)
         from brainfm.train.pretraining import pretrain
 
-        folder = pretrain(load_recipe(recipe, plain), progress=sys.stderr.isatty())
+        settled = load_recipe(recipe, plain)
+        run.inputs, run.output = tuple(settled.sources) or (settled.manifest,), settled.output
+        folder = pretrain(settled, progress=sys.stderr.isatty())
         if rank == 0:
             click.echo(f"{folder}: load it with create_model('local-dir:{folder}')")
         return 0
@@ -135,6 +149,7 @@ def _run(recipe: str, overrides: tuple[str, ...], dry_run: bool, seeds: int, deb
             raise
         known = isinstance(error, BrainfmError | OSError)
         line = f"{type(error).__name__}: {' '.join(str(error).split())}" + ("" if known else " (--debug shows where)")
+        run.error = line
         if says(line):
             click.echo(line if launched().world == 1 else f"rank {rank}: {line}", err=True)
         return 1

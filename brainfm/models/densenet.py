@@ -1,7 +1,7 @@
-"""3D DenseNets (Huang et al. 2017) on MONAI's own network, as SynthBA and y-Aware contrastive learning use them.
+"""3D DenseNets (Huang et al. 2017) as MONAI has them, as SynthBA and y-Aware contrastive learning use them.
 
-MONAI's `DenseNet` is built and its modules are taken over under the same names, so that a state dict of one loads
-strictly in the other; it computes the same in MONAI 1.3 to 1.6. MONAI is imported when a model is built, not before.
+The modules have the names of those of MONAI's `DenseNet`, 1.3 to 1.6, so that a state dict of one loads strictly in the
+other, and compute the same. MONAI itself is not imported for them: that takes longer than to embed a scan.
 """
 
 from __future__ import annotations
@@ -9,15 +9,65 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder, Halved, stage
 from brainfm.models.fast.chain import Chained, is_plain
 
+_BOTTLENECK = 4  # times the growth: channels between a layer's two convolutions
+
+
+class _DenseLayer(nn.Module):
+    """What it is given, and after its channels those that it adds."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        between = _BOTTLENECK * growth
+        self.layers = nn.Sequential()
+        self.layers.add_module("norm1", nn.BatchNorm3d(inputs))
+        self.layers.add_module("relu1", nn.ReLU(inplace=True))
+        self.layers.add_module("conv1", nn.Conv3d(inputs, between, 1, bias=False))
+        self.layers.add_module("norm2", nn.BatchNorm3d(between))
+        self.layers.add_module("relu2", nn.ReLU(inplace=True))
+        self.layers.add_module("conv2", nn.Conv3d(between, growth, 3, padding=1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.layers(x)], 1)
+
+
+def _features(inputs: int, stem: int, growth: int, layers: Sequence[int]) -> nn.Sequential:
+    """Stem, dense blocks with transitions between them, and the last norm."""
+    features = nn.Sequential()
+    features.add_module("conv0", nn.Conv3d(inputs, stem, 7, 2, padding=3, bias=False))
+    features.add_module("norm0", nn.BatchNorm3d(stem))
+    features.add_module("relu0", nn.ReLU(inplace=True))
+    features.add_module("pool0", nn.MaxPool3d(3, stride=2, padding=1))
+    width = stem
+    for number, many in enumerate(layers, start=1):
+        block = nn.Sequential()
+        for n in range(1, many + 1):
+            block.add_module(f"denselayer{n}", _DenseLayer(width, growth))
+            width += growth
+        features.add_module(f"denseblock{number}", block)
+        if number < len(layers):
+            transition = nn.Sequential()
+            transition.add_module("norm", nn.BatchNorm3d(width))
+            transition.add_module("relu", nn.ReLU(inplace=True))
+            transition.add_module("conv", nn.Conv3d(width, width // 2, 1, bias=False))
+            transition.add_module("pool", Halved())
+            features.add_module(f"transition{number}", transition)
+            width //= 2
+    features.add_module("norm5", nn.BatchNorm3d(width))
+    for module in features.modules():
+        if isinstance(module, nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight)
+    return features
+
 
 class DenseNet(Chained, Encoder):
-    """MONAI's 3D DenseNet as an encoder: [B, in_chans, D, H, W] → the last map before its ReLU, whose mean is after it.
+    """A 3D DenseNet as an encoder: [B, in_chans, D, H, W] → the last map before its ReLU, whose mean is after it.
 
     Args:
         layers: In each of the dense blocks: (6, 12, 24, 16) is DenseNet-121, (6, 12, 48, 32) DenseNet-201.
@@ -46,16 +96,11 @@ class DenseNet(Chained, Encoder):
         global_pool: str | None = None,
         drop_rate: float = 0.0,
     ) -> None:
-        from monai.networks.nets.densenet import DenseNet as MonaiDenseNet
-
         super().__init__(num_classes, in_chans, global_pool, drop_rate)
-        network = MonaiDenseNet(3, in_chans, 1, init_features=stem, growth_rate=growth, block_config=tuple(layers))
-        self.features = network.features
-        for number in range(1, len(layers)):
-            transition: Any = getattr(self.features, f"transition{number}")
-            transition.pool = Halved()
+        self.features = _features(in_chans, stem, growth, layers)
         self.class_layers = nn.Module()
-        self.features.norm5 = network.features.norm5 if last_norm else nn.Identity()
+        if not last_norm:
+            self.features.norm5 = nn.Identity()
         # The stem's kernels are odd and centred; a transition pools two cells, and its first looks between them.
         stages, width, step, offset = [stage("features.relu0", stem, (2, 2, 2))], stem, 4, 0.0
         for number, count in enumerate(layers, start=1):
@@ -67,7 +112,7 @@ class DenseNet(Chained, Encoder):
         self.reset_classifier(num_classes)
 
     def _stage(self, number: int, x: Any, needed: bool) -> Tensor:  # noqa: ARG002 - the contract's
-        part = self.features
+        part: Any = self.features
         if number == 0:
             return self._run(lambda x: self.through([part.conv0, part.norm0, part.relu0], x), x)
         before: Any = getattr(part, f"transition{number - 1}") if number > 1 else part.pool0
@@ -88,7 +133,8 @@ class DenseNet(Chained, Encoder):
         return joined
 
     def _finish(self, x: Tensor) -> Tensor:
-        return self.features.norm5(x)  # type: ignore[no-any-return]
+        norm: Any = self.features.norm5
+        return norm(x)  # type: ignore[no-any-return]
 
     def pool(self, features: Tensor) -> Tensor:
         return F.relu(features).mean(dim=(2, 3, 4))

@@ -24,6 +24,7 @@ from brainfm.prep.contrast import t1w_of, whose
 from brainfm.prep.longitudinal import align_all, is_aligned
 from brainfm.prep.pipeline import STEPS, Settings, is_done, prepare
 from brainfm.prep.source import find_sources
+from brainfm.report import current
 from brainfm.scan.layout import RECORD
 from brainfm.scan.prepared import read_record
 from brainfm.shards import Shard
@@ -110,7 +111,8 @@ def prepare_all(
     settings = settings or Settings()
     settings.tools()
     device = _checked(device)
-    sources = find_sources([Path(item) for item in inputs], settings.contrast)
+    with current().step("listing"):
+        sources = find_sources([Path(item) for item in inputs], settings.contrast)
     # By the inputs, not by what is left of them: a run that goes on, and a shard, compute as the unbroken one would.
     threads = threads or max(1, available_cores() // max(1, min(jobs, len(sources))))
     if shard is not None:
@@ -129,8 +131,14 @@ def prepare_all(
     report = Report(left_out=sources.left_out)
     outcomes: dict[str, Outcome] = {}
 
+    run = current()
+
     def ended(name: str, outcome: Outcome) -> None:
         outcomes[name] = outcome
+        if not isinstance(outcome, str):
+            run.held(outcome["peak_memory_gb"] * 1e9)
+            for step, seconds in outcome["seconds"].items():
+                run.took(f"preparing: {step}", seconds, "scan")
         if said:
             said(name, outcome)
 
@@ -157,7 +165,7 @@ def prepare_all(
                     )
             except (BrainfmError, OSError) as error:
                 ended(source.name, one_line(error))
-        with _Bar(len(sources), len(sources) - len(todo), progress) as bar:
+        with _Bar("preparing", "scan", len(sources), len(sources) - len(todo), progress) as bar:
             _run(todo, folder, jobs, threads, bar, ended)
         if settings.longitudinal:
             _align_visits(folder, outcomes, settings, jobs, threads, progress)
@@ -198,19 +206,18 @@ def _align_visits(
                 why = f"its visits could not be brought together: {outcome}"
                 outcomes[name] = why if isinstance(outcome, str) else read_record(output / name) or why
 
-    with _Bar(len(tasks), 0, progress) as bar:
+    with _Bar("aligning", "person", len(tasks), 0, progress) as bar:
         _run(tasks, output, jobs, threads, bar, ended)
 
 
 class _Bar:
-    """A bar of many scans that moves at each step of each, and says what is being done."""
+    """A bar of many scans, or persons, that moves at each step of each, and says what is being done."""
 
-    def __init__(self, scans: int, done: int, shown: bool) -> None:
+    def __init__(self, doing: str, unit: str, many: int, done: int, shown: bool) -> None:
         self._whole = sum(STEPS.values())
-        self._scans, self._done = scans, done
-        self._passed: dict[str, int] = {}
-        todo = (scans - done) * self._whole
-        self._bar = progress_bar(total=todo, unit="part", doing="preparing", shown=shown and todo > 0)
+        self._of, self._done = f"{many} {unit}s", done
+        self._passed: dict[str, float] = {}
+        self._bar = progress_bar(total=many, unit=unit, doing=doing, shown=shown and many > done, done=done)
         self._bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
 
     def __enter__(self) -> _Bar:
@@ -222,20 +229,20 @@ class _Bar:
     def begun(self, name: str, step: str) -> None:
         steps = list(STEPS)
         before = sum(STEPS[each] for each in steps[: steps.index(step)]) if step in STEPS else 0
-        self._bar.set_postfix_str(f"{self._done} of {self._scans} scans, {name}: {step}", refresh=False)
-        self._move(name, before)
+        self._bar.set_postfix_str(f"{self._done} of {self._of}, {name}: {step}", refresh=False)
+        self._move(name, before / self._whole)
 
     def ended(self, name: str) -> None:
         self._done += 1
-        self._bar.set_postfix_str(f"{self._done} of {self._scans} scans", refresh=False)
-        self._move(name, self._whole)
+        self._bar.set_postfix_str(f"{self._done} of {self._of}", refresh=False)
+        self._move(name, 1)
         self._bar.clear()  # a line is printed now
 
     def tick(self) -> None:
         """The clock goes on while a step lasts."""
         self._bar.refresh()
 
-    def _move(self, name: str, to: int) -> None:
+    def _move(self, name: str, to: float) -> None:
         self._bar.update(max(0, to - self._passed.get(name, 0)))
         self._passed[name] = max(to, self._passed.get(name, 0))
         self._bar.refresh()

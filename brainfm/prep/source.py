@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.bids import DESCRIPTION, SUFFIXES, BidsDataset, BidsImage, is_bids, read_bids
+from brainfm.bids import DESCRIPTION, SUFFIXES, BidsDataset, BidsImage, Rightly, is_bids, read_bids
 from brainfm.contract import Reorient, Volume
 from brainfm.errors import ScanError
 from brainfm.files import file_sha256
@@ -218,7 +218,9 @@ def bids_heads(dataset: BidsDataset, left_out: dict[str, str], contrast: Contras
     """
     images, why = dataset.of_contrast(contrast)
     why |= {
-        str(image.path): f"space-{image.template}: resampled; 'brainfm embed' takes derivatives, where in MNI152 space"
+        str(image.path): Rightly(
+            f"space-{image.template}: resampled; 'brainfm embed' takes derivatives, where in MNI152 space"
+        )
         for image in images
         if image.template
     }

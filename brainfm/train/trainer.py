@@ -22,6 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
 from brainfm.files import one_line, progress_bar, write_csv, write_text
+from brainfm.report import current
 from brainfm.system import peak_memory
 from brainfm.train.checkpoint import Progress, read_newest, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
@@ -184,6 +185,8 @@ class Trainer:
         if self.group.is_first:
             rows = [(self._name(n), reason) for n, reason in sorted(self.bad.items())]
             write_csv(self.folder / "bad_scans.csv", [("image_path", "error"), *rows])
+            for row in rows:
+                current().fail(*row)
         if len(self.bad) > self.settings.max_bad_fraction * len(self.data.records):
             first = next(iter(self.bad.values()))
             raise BrainfmError(

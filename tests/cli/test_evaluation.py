@@ -17,6 +17,7 @@ from brainfm.downstream.plan import MODES
 from brainfm.files import held
 from brainfm.manifest import ScanRecord
 from brainfm.phantom import make_cohort
+from brainfm.report import read_report
 from brainfm.table import Embeddings, Origin
 
 PEOPLE = 24
@@ -176,11 +177,19 @@ def test_ctrl_c_in_a_training_is_exit_code_130_and_the_same_command_goes_on(name
     scaled = ("--seeds", 1, "--epochs-scale", "0.02", "--no-controls", "--set", "workers=0", "device=cpu")
     command = commands(phantoms, tmp_path / "out")[name]
     command = (*command[: command.index("-o") + 2], *scaled, *(("--modes", "finetune") if name == "benchmark" else ()))
+    command += ("--report", tmp_path / "run.json")
     stopped = run(*command)
     assert stopped.code == 130
+    said = read_report(tmp_path / "run.json")
+    assert (said.command, said.state, said.unit, said.asked, said.done) == (
+        *(f"brainfm {name}", "interrupted", "run", 1, 0),
+    )
     assert stopped.err[-1].startswith("interrupted; what is finished is kept")
     done = run(*command)
     assert done.code == 0, done.err
+    said = read_report(tmp_path / "run.json")
+    assert (said.state, said.exit_code, said.asked, said.done) == ("done", 0, 1, 1)
+    assert {"benchmark", "training"} <= said.steps.keys()
     assert len(epochs) <= 3  # two epochs, of which the first may be ended twice
 
 
@@ -200,8 +209,12 @@ def test_compare_encoders_prints_scores_beside_cost_and_names_what_is_left_out(r
     assert f"1 encoders were left out; see {out / 'left_out.csv'}" in result.err
     assert "swinbrain.mai_lab" in (out / "left_out.csv").read_text()
     assert "Encoders left out: 1" in (out / "index.html").read_text()
-    result = run("compare-encoders", phantoms, *asked[:-1], tmp_path / "cost")
+    result = run("compare-encoders", phantoms, *asked[:-1], tmp_path / "cost", "--report", tmp_path / "run.json")
     assert result.code == 0, result.err
+    said = read_report(tmp_path / "run.json")
+    assert (said.state, said.unit, said.asked, said.done) == ("done", "encoder", 2, 1)
+    assert list(said.left_out) == ["swinbrain.mai_lab"]
+    assert len(said.details["encoders"]) == 2
     named, weights, width, seconds, memory = result.out.splitlines()[1].split()
     assert (named, weights, width) == ("test_resnet_3d.phantoms", "trained", "128")
     assert float(seconds) > 0

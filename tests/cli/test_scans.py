@@ -130,7 +130,10 @@ def test_embed_of_many_bad_scans_shows_the_first_ten(run, tmp_path):
             ("a.nii", "-o", "out.csv", *SMALL, "--model", "test_vit_3d", "--checkpoint", "x.pt"),
             "BrainfmError: --checkpoint goes with one model",
         ),
-        (("a.nii", "-o", "out.csv", *SMALL, "--report", "out.json"), "ScanError: out.json: is written with the table"),
+        (
+            ("a.nii", "-o", "out.csv", *SMALL, "--report", "out.json"),
+            "BrainfmError: out.json: is written with the table",
+        ),
     ],
 )
 def test_embed_with_a_wrong_argument_is_one_line(arguments, message, run, tmp_path, monkeypatch):
@@ -200,10 +203,11 @@ def test_embed_with_several_models_writes_each_ones_own_files(run, tmp_path, sma
         f"1 scans → {tmp_path / 'out.test_resnet_3d.csv'} (128 numbers each)",
         f"1 scans → {tmp_path / 'out.test_vit_3d.csv'} (96 numbers each)",
     ]
+    report = json.loads((tmp_path / "run.json").read_text())
     for model in ("test_resnet_3d", "test_vit_3d"):
         assert f"1 of 2 scans failed; see {tmp_path / f'out.{model}.errors.csv'}" in result.err
         assert read(tmp_path / f"out.{model}.csv").origin.model == f"{model}.phantoms"
-        assert json.loads((tmp_path / f"run.{model}.json").read_text())["origin"]["model"] == f"{model}.phantoms"
+        assert report["models"][model]["origin"]["model"] == f"{model}.phantoms"
         assert len(list((tmp_path / "maps" / model).iterdir())) == 1
     assert not (tmp_path / "out.csv").exists()
     expected = brainfm.embed([small_sample[0]], small_model).vectors

@@ -1,9 +1,8 @@
-"""3D ResNets on MONAI's own network, as Kaczmarek et al. 2025 (arXiv 2509.10620) pretrained them with SimCLR.
+"""3D ResNets as MONAI has them, as Kaczmarek et al. 2025 (arXiv 2509.10620) pretrained them with SimCLR.
 
-MONAI's `ResNet` is built and its modules are taken over under the same names, so that a state dict of one loads
-strictly in the other. Ours is the encoder contract around them, and what other publications changed in the network:
-AnatCL's stem has a stride, and MedicalNet's last stages (Chen et al. 2019, arXiv 1904.00625) keep the size of the map
-and dilate their kernels. MONAI is imported when a model is built, not before.
+The modules are those of MONAI's `ResNet` (`blocks`), so that a state dict of one loads strictly in the other. Around
+them are the encoder contract, and what other publications changed in the network: AnatCL's stem has a stride, and
+MedicalNet's last stages (Chen et al. 2019, arXiv 1904.00625) keep the size of the map and dilate their kernels.
 """
 
 from __future__ import annotations
@@ -13,36 +12,21 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.adaptation import merged
 from brainfm.models.encoder import Encoder, computing_in, stage
 from brainfm.models.fast.chain import Chained, is_traced
 from brainfm.models.fast.folding import fold_batch_norms, weights_made_anew
+from brainfm.models.resnet.blocks import Basic, Bottleneck, Shortcut, draw, residual_stage
 from brainfm.models.resnet.checkpointed import pooled_stem, residual_block
 from brainfm.models.resnet.streamed import streamed_features
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class PaddedShortcut(nn.Module):
-    """Shortcut A of He et al. 2016: every `stride`-th voxel, and channels of zeros after those that are there.
-
-    It has no parameters. A gradient passes through it, as it does not in MedicalNet's code, which detaches it.
-    """
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__()
-        self.channels, self.stride = channels, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, 0, 0, self.channels - x.shape[1]))
-
-
 class ResNet(Chained, Encoder):
-    """MONAI's 3D ResNet (7×7×7 stem, residual blocks in four stages) as an encoder.
+    """A 3D ResNet (7×7×7 stem, residual blocks in four stages) as an encoder.
 
     Args:
         block: "basic" (ResNet-18) or "bottleneck" (ResNet-50).
@@ -50,7 +34,7 @@ class ResNet(Chained, Encoder):
         widths: Channels of each stage, before a bottleneck's expansion by 4.
         stem_stride: Of the first convolution.
         shortcut: Where a stage changes the map's size or width: "B", a 1×1×1 convolution and a norm, or "A", see
-            `PaddedShortcut`.
+            `brainfm.models.resnet.blocks.PaddedShortcut`.
         shortcut_bias: Whether the convolutions of shortcut B have a bias.
         dilations: Of each stage's 3×3×3 kernels. A stage whose dilation is above 1 keeps the size of its map.
         num_classes: Outputs of the classifier `fc`; 0 for none.
@@ -73,7 +57,7 @@ class ResNet(Chained, Encoder):
         layers: Sequence[int] = (2, 2, 2, 2),
         widths: Sequence[int] = (64, 128, 256, 512),
         stem_stride: int = 1,
-        shortcut: Literal["A", "B"] = "B",
+        shortcut: Shortcut = "B",
         shortcut_bias: bool = True,
         dilations: Sequence[int] = (1, 1, 1, 1),
         *,
@@ -82,25 +66,19 @@ class ResNet(Chained, Encoder):
         global_pool: str | None = None,
         drop_rate: float = 0.0,
     ) -> None:
-        from monai.networks.nets.resnet import ResNet as MonaiResNet
-
         super().__init__(num_classes, in_chans, global_pool, drop_rate)
-        network = MonaiResNet(
-            block=block,
-            layers=list(layers),
-            block_inplanes=list(widths),
-            spatial_dims=3,
-            n_input_channels=in_chans,
-            conv1_t_stride=stem_stride,
-            shortcut_type=shortcut,
-            feed_forward=False,
-            bias_downsample=shortcut_bias,
-        )
-        for name, module in network.named_children():
-            self.add_module(name, module)
-        for name, dilation in zip(_STAGES, dilations, strict=True):
-            _dilate(self._part(name), dilation)
-        expansion = 4 if block == "bottleneck" else 1
+        kind = Bottleneck if block == "bottleneck" else Basic
+        expansion, inputs = kind.expansion, widths[0]
+        self.conv1 = nn.Conv3d(in_chans, inputs, 7, stem_stride, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm3d(inputs)
+        self.act = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
+        for n, (name, width, many, dilation) in enumerate(zip(_STAGES, widths, layers, dilations, strict=True)):
+            stride = 1 if n == 0 else 2
+            self.add_module(name, residual_stage(kind, inputs, width, many, stride, dilation, shortcut, shortcut_bias))
+            inputs = width * expansion
+        self.avgpool = nn.AdaptiveAvgPool3d((1, 1, 1))
+        draw(self)
         self.num_features = widths[-1] * expansion
         # Kernels are odd and padded to keep every voxel, so that cell 0 of every stage is centred on voxel 0.
         step = stem_stride
@@ -175,18 +153,3 @@ class ResNet(Chained, Encoder):
         fast._streams = True
         slabs = "stem and first three stages by slabs, without what is empty (unless traced)"
         return computing_in(fast, dtype, ("BatchNorm folded", slabs))
-
-
-def _dilate(blocks: nn.Module, dilation: int) -> None:
-    """Give the blocks of a stage of MONAI's their dilation, and shortcut A, which is a function there, as a module."""
-    for block in blocks.children():
-        shortcut: Any = getattr(block, "downsample", None)
-        if dilation > 1:
-            for conv in block.modules():
-                if isinstance(conv, nn.Conv3d):
-                    conv.stride = (1, 1, 1)
-                    if conv.kernel_size == (3, 3, 3):
-                        conv.dilation = conv.padding = (dilation,) * 3
-        if shortcut is not None and not isinstance(shortcut, nn.Module):
-            arguments = shortcut.keywords
-            block.downsample = PaddedShortcut(arguments["planes"], 1 if dilation > 1 else arguments["stride"])

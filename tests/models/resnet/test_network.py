@@ -74,19 +74,33 @@ def test_stem_keeps_every_voxel():
     assert features.shape == (1, 512, 10, 12, 12)
 
 
-def test_monai_is_imported_when_a_model_is_built_and_not_before():
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_drawn_as_monai_draws_them(name):
+    torch.manual_seed(7)
+    ours = brainfm.create_model(name).state_dict()
+    torch.manual_seed(7)
+    theirs = monai_network(name).state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_no_scan_waits_for_what_the_encoder_does_not_need(small_sample, tmp_path):
+    """All that MONAI imports takes longer than torch."""
     code = """
 import sys
-import brainfm
-brainfm.list_models(), brainfm.get_pretrained_cfg("simclr_resnet18_3d").input_spec
-assert "monai" not in sys.modules, "imported by import brainfm"
-brainfm.create_model("test_vit_3d")
-assert "monai" not in sys.modules, "imported by a ViT"
-brainfm.create_model("test_resnet_3d")
-assert "monai" in sys.modules
+from brainfm.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ended:
+    assert not ended.code
+heavy = {"monai", "sklearn", "matplotlib", "scipy.ndimage", "tensorboard", "huggingface_hub", "torch._dynamo"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    scan = [small_sample[0], "--mask", small_sample[1], "--model", "test_resnet_3d", "-o", tmp_path / "t.csv"]
+    command = [sys.executable, "-c", code, "embed", *map(str, scan)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "t.csv").is_file()
 
 
 @pytest.mark.parametrize("key", ["layer2.0.downsample.0.bias", "layer4.0.downsample.0.bias"])
