@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from brainfm.version import __version__
+
 _FOLDER = click.Path(path_type=Path)
 # Those that take one or more values, as BIDS Apps have it: --participant-label 01 02.
 _SEVERAL = ("--participant-label", "--session-label", "--derivatives", "-d", "--model")
@@ -132,7 +134,7 @@ def _configured(ctx: click.Context, param: click.Parameter, path: Path | None) -
     metavar="FILE",
     help="YAML or JSON of these options, such as n-cpus: 4; what is said here goes before.",
 )
-@click.version_option(package_name="brainfm", prog_name="brainfm")
+@click.version_option(__version__, prog_name="brainfm")
 def bids_command(
     bids_dir: Path,
     output_dir: Path,
