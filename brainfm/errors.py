@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import traceback
 
+from brainfm.version import DISTRIBUTION
+
 MOST_LETTERS = 4000  # of a message: what a file holds in place of a name may be as long as the file
 
 
@@ -18,6 +20,14 @@ class BrainfmError(Exception):
     """Any refusal by brainfm; the command line and notebooks print it as one line, whatever text of a file it quotes.
 
     A notebook shows its traceback after `logging.getLogger("brainfm").setLevel("DEBUG")`.
+
+    Example:
+        >>> import brainfm
+        >>> try:
+        ...     brainfm.create_transform("test_resnet_3d")("no_such_scan.nii.gz")
+        ... except brainfm.BrainfmError as error:
+        ...     print(type(error).__name__)
+        ScanError
     """
 
     def __str__(self) -> str:
@@ -34,23 +44,69 @@ class BrainfmError(Exception):
 
 
 class ScanError(BrainfmError):
-    """A scan, a mask or a list of scans that cannot give the tensor its input contract describes."""
+    """A scan, a mask or a list of scans that cannot give the tensor its input contract describes.
+
+    Example:
+        >>> import brainfm
+        >>> try:
+        ...     brainfm.create_transform("test_resnet_3d")("no_such_scan.nii.gz")
+        ... except brainfm.ScanError as error:
+        ...     print(f"{type(error).__name__}: {error}")
+        ScanError: ...no_such_scan.nii.gz...
+    """
 
 
 class WeightsError(BrainfmError):
-    """A weight file that is not what it should be: unreadable, of another architecture, or with another hash."""
+    """A weight file that is not what it should be: unreadable, of another architecture, or with another hash.
+
+    Example:
+        >>> import brainfm
+        >>> try:
+        ...     brainfm.create_model("test_resnet_3d", checkpoint_path="mask.nii.gz")
+        ... except brainfm.WeightsError as error:
+        ...     print(f"{type(error).__name__}: {error}")
+        WeightsError: mask.nii.gz...
+    """
 
 
 class WeightsNotFoundError(WeightsError):
-    """Weights that do not exist, or cannot be reached from here."""
+    """Weights that do not exist, or cannot be reached from here.
+
+    Example:
+        >>> import brainfm
+        >>> try:
+        ...     brainfm.create_model("vit_tiny_3d", pretrained=True)
+        ... except brainfm.WeightsNotFoundError as error:
+        ...     print(f"{type(error).__name__}: {error}")
+        WeightsNotFoundError: no weights of vit_tiny_3d are published; ...
+    """
 
 
 class LicenceError(WeightsError):
-    """Weights whose licence asks something first, or does not let them be passed on."""
+    """Weights whose licence asks something first, or does not let them be passed on.
+
+    Example:
+        >>> import brainfm
+        >>> try:
+        ...     brainfm.create_model("yaware_densenet121", pretrained=True)
+        ... except brainfm.LicenceError as error:
+        ...     print(f"{type(error).__name__}: {error}")
+        LicenceError: yaware_densenet121...: the licence of its weights is not stated...
+    """
 
 
 class RecipeError(BrainfmError):
-    """A training recipe with an unknown field or a value that cannot be."""
+    """A training recipe with an unknown field or a value that cannot be.
+
+    Example:
+        >>> from brainfm.train.recipe import load_recipe
+        >>> import brainfm
+        >>> try:
+        ...     load_recipe("test_resnet_3d", ["epoch=3"])
+        ... except brainfm.RecipeError as error:
+        ...     print(f"{type(error).__name__}: {error}")
+        RecipeError: ...epoch...
+    """
 
 
 class RunInterruptedError(BrainfmError):
@@ -62,11 +118,26 @@ class TaskError(BrainfmError, ValueError):
 
 
 class ModelNameError(BrainfmError, ValueError):
-    """A model name that means nothing here, or could mean two things."""
+    """A model name that means nothing here, or could mean two things.
+
+    Example:
+        >>> import brainfm
+        >>> try:
+        ...     brainfm.create_model("test_resnet")
+        ... except brainfm.ModelNameError as error:
+        ...     print(f"{type(error).__name__}: {error}")
+        ModelNameError: unknown model 'test_resnet'; did you mean ...test_resnet_3d...?
+    """
 
 
 class MissingExtraError(BrainfmError, ImportError):
-    """A part of brainfm whose optional packages are not installed; the message names all that its extra lacks."""
+    """A part of brainfm whose optional packages are not installed; the message names all that its extra lacks.
+
+    Example:
+        >>> import brainfm
+        >>> print(brainfm.MissingExtraError("umap", "none"))
+        umap is not installed; run: pip install umap
+    """
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install {' '.join(_lacking(package, extra))}")
@@ -75,7 +146,7 @@ class MissingExtraError(BrainfmError, ImportError):
 def _lacking(package: str, extra: str) -> list[str]:
     """What pip is to be given: a package, and what else its extra lacks by this package's own metadata.
 
-    Not `brainfm[extra]`: on PyPI that name is another package's.
+    Not the name and [extra]: `brainfm` on PyPI is another package's.
     """
     wanted = lacking(extra) or {}
     named = wanted.pop(package.lower(), package)
@@ -98,7 +169,7 @@ def lacking(extra: str = "") -> dict[str, str] | None:
             return None
 
     try:
-        needs = [Requirement(line) for line in requires("brainfm") or ()]
+        needs = [Requirement(line) for line in requires(DISTRIBUTION) or ()]
     except PackageNotFoundError:
         return None
     wanted = {}

@@ -24,4 +24,5 @@ def edge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def dashed(line: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A line [rows, columns] with gaps as long as its dashes."""
-    return line & (np.indices(line.shape).sum(axis=0) // _DASH % 2 == 0)
+    shown: NDArray[np.bool_] = line & (np.indices(line.shape).sum(axis=0) // _DASH % 2 == 0)
+    return shown

@@ -126,7 +126,7 @@ def chromium(tmp_path):
         quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
         command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
         command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
 
     return run
 

@@ -67,7 +67,8 @@ def with_script(page: str, script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "script-src " in page
     page = page.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
-    return page.replace("</body>", f"<script>{script}</script></body>")
+    before, end, after = page.rpartition("</body>")  # a script of the page's own may speak of it as well
+    return f"{before}<script>{script}</script>{end}{after}"
 
 
 def faults_of(page: Path, chromium, folder: Path, *arguments: str) -> list[str]:

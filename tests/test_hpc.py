@@ -155,7 +155,7 @@ def test_what_the_containers_copy_is_what_the_package_is_built_of(tmp_path):
     needed = [*json.loads(re.search(r"license-files = (\[.*\])", project)[1])]
     needed += re.findall(r'^(?:readme|path) = "(.*)"', project, re.MULTILINE)
     needed += json.loads(re.search(r"\nwheel.*|\npackages = (\[.*\])", project)[1])
-    assert len(needed) == 5
+    assert len(needed) == 6
     assert all((tmp_path / "src" / name).exists() for name in needed)
 
 

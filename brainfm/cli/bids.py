@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from brainfm.cli.reported import reported
+from brainfm.version import __version__
 
 _FOLDER = click.Path(path_type=Path)
 # Those that take one or more values, as BIDS Apps have it: --participant-label 01 02.
@@ -135,7 +136,7 @@ def _configured(ctx: click.Context, param: click.Parameter, path: Path | None) -
     metavar="FILE",
     help="YAML or JSON of these options, such as n-cpus: 4; what is said here goes before.",
 )
-@click.version_option(package_name="brainfm", prog_name="brainfm")
+@click.version_option(__version__, prog_name="brainfm")
 def bids_command(
     bids_dir: Path,
     output_dir: Path,

@@ -40,6 +40,8 @@ from brainfm.cli.scans import demo_command, embed_command, merge_command, phanto
 from brainfm.cli.synthesis import synthesize_command
 from brainfm.cli.training import cache_group, pretrain_command
 from brainfm.cli.verbosity import apply, takes_verbosity, wants
+from brainfm.cli.viewing import view_command
+from brainfm.version import __version__
 
 EPILOG = "Documentation: README.md. Every refusal says what to do next."
 
@@ -68,7 +70,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="brainfm")
+@click.version_option(__version__, prog_name="brainfm")
 @click.pass_context
 def main(context: click.Context) -> None:
     """Pretrained encoders for 3D brain MRI, each with the exact input its weights expect."""
@@ -82,7 +84,7 @@ def main(context: click.Context) -> None:
 for _command in (
     *(list_command, info_command, demo_command, doctor_command, embed_command, merge_command),
     *(fetch_command, convert_command, verify_command, push_command, publish_command, export_command),
-    *(phantom_command, synthesize_command, cache_group, prep_command, qc_command, bids_command),
+    *(phantom_command, synthesize_command, cache_group, prep_command, qc_command, view_command, bids_command),
     *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command),
     *(compare_command, compare_encoders_command, recovery_command, longitudinal_command),
     *(segment_command, regions_command),

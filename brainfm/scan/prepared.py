@@ -113,7 +113,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         if not {"input", "settings", "verdict", "quality"} <= record.keys():
             raise ValueError("fields are missing")
         if record.get("format", 1) > FORMAT:
-            raise ScanError(f"{path}: written by a later version of brainfm; update: pip install --upgrade brainfm")
+            raise ScanError(f"{path}: written by a later version of brainfm; update brainfm")
         for name in ("rigid", "affine"):
             if record.get("format") == FORMAT and np.shape(record[name] or np.eye(4)) != (4, 4):
                 raise ValueError(f"{name} is no matrix of 4 by 4")
