@@ -48,6 +48,13 @@ def _common(command: Any) -> Any:
             "--harmonise", default="", metavar="combat|covbat", help="Also probe embeddings without what is of a site."
         ),
         click.option("--site", default="", metavar="COLUMN", help="That site, for --harmonise."),
+        click.option("--folds", default=0, type=click.IntRange(0), help="Nested cross-validation, --seeds times."),
+        click.option(
+            "--fairness", multiple=True, metavar="COLUMN", help="Also say every metric by groups, such as sex."
+        ),
+        click.option(
+            "--least-group", default=20, show_default=True, type=click.IntRange(2), help="Test patients of a group."
+        ),
     ):
         command = option(command)
     return command
@@ -126,7 +133,8 @@ def predict_command(
 
 @reported(inputs="tasks", unit="run")
 @click.command("benchmark", cls=_ManyValues, context_settings=_HELP)
-@click.argument("tasks", nargs=-1, required=True)
+@click.argument("tasks", nargs=-1)
+@click.option("--from", "sheet", type=click.Path(path_type=Path), help="The run.json of results, to make them again.")
 @click.option("--models", multiple=True, help="Such as simclr_resnet18_3d or local-dir:FOLDER.")
 @click.option(
     "--modes",
@@ -149,6 +157,7 @@ def benchmark_command(
     manifests: tuple[str, ...],
     tested: tuple[str, ...],
     corrupted: bool,
+    sheet: Path | None,
     **options: Any,
 ) -> None:
     """Evaluate models on TASKS: names that ship with brainfm (age_ixi), or YAML files; and write tables and a page.
@@ -161,6 +170,9 @@ def benchmark_command(
     of it, --modes, --fractions, --seeds, --epochs-scale and --set replace its own, and what cannot be run is left out
     with its reason.
 
+    --from RESULTS/run.json does again what made RESULTS, an evaluation of any command, by its data sheet, and says
+    whether results.csv is the same to the byte; nothing else but -o is given with it.
+
     Exit code 1: there was an error, or scans are left out that are not there
     or cannot be read; the results of the others are written. 75: a signal stopped a training, which can go on. 130:
     Ctrl-C.
@@ -170,6 +182,11 @@ def benchmark_command(
     from brainfm.downstream.task import load_task
     from brainfm.errors import BrainfmError, TaskError
 
+    if sheet is not None:
+        _run_again(sheet, options["output"])
+        return
+    if not tasks:
+        raise click.UsageError("Missing argument 'TASKS...'.")
     for_all = [text for text in manifests if "=" not in text]
     given = dict(text.split("=", 1) for text in manifests if "=" in text)
     if alone := [text for text in tested if "=" not in text]:
@@ -205,6 +222,67 @@ def benchmark_command(
     _run(data, models, modes, fractions=fractions, corrupted=corrupted, **options)
 
 
+def _run_again(sheet: Path, output: Path) -> None:
+    """Do what made a results folder once more, where it was done; exit code 1 where the results are not the same."""
+    from contextlib import chdir
+
+    from brainfm.downstream.sheet import SHEET, differences, read_sheet
+    from brainfm.errors import BrainfmError
+
+    ctx = click.get_current_context()
+    others = [
+        name
+        for name in ctx.params
+        if name not in ("sheet", "output") and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if others:
+        raise BrainfmError(f"--from {sheet} has all options itself; leave {', '.join(others)} out")
+    earlier, output = read_sheet(sheet), output.absolute()
+    made = earlier["command"]
+    command = {one.name: one for one in (probe_command, finetune_command, benchmark_command)}.get(made["name"])
+    if command is None:
+        raise BrainfmError(f"{sheet}: made by {made['name']!r}, which is not probe, finetune or benchmark")
+    if output.resolve() == sheet.absolute().parent.resolve():
+        raise BrainfmError(f"{output} holds the results that are to be made again; name another folder")
+    known = {one.name: one for one in command.params}
+    if strange := made["options"].keys() - known.keys():
+        raise BrainfmError(f"{sheet}: {made['name']} has no option {', '.join(sorted(strange))}; of another brainfm?")
+    options = {name: _typed(known[name], value) for name, value in made["options"].items()}
+    again = click.Context(command, info_name=made["name"], parent=ctx)
+    again.params = {**options, "output": output, "replace_all": False, **({"sheet": None} if "sheet" in known else {})}
+    code: Any = 0
+    try:
+        with chdir(made["folder"]), again:
+            again.invoke(command.callback, **again.params)  # type: ignore[arg-type]
+    except OSError as error:
+        raise BrainfmError(f"{sheet}: its command was run in {made['folder']}, which is not there ({error})") from error
+    except SystemExit as stopped:  # scans were left out, as before
+        code = stopped.code
+        if not (output / SHEET).exists():
+            raise
+    now = read_sheet(output / SHEET)
+    if now["results"] == earlier["results"]:
+        click.echo(f"{output / 'results.csv'}: the same to the byte as {sheet.parent / 'results.csv'}")
+        sys.exit(code)
+    why = "; ".join(differences(earlier, now)) or "nothing that is known of: chance in the hardware, or in a library?"
+    raise BrainfmError(f"{output / 'results.csv'} differs from {sheet.parent / 'results.csv'}. Not the same: {why}")
+
+
+def _typed(parameter: click.Parameter, value: Any) -> Any:
+    """An option as the command takes it, from plain data."""
+    if parameter.multiple if isinstance(parameter, click.Option) else parameter.nargs != 1:
+        return tuple(value)
+    return Path(value) if isinstance(parameter.type, click.Path) and value is not None else value
+
+
+def _command() -> dict[str, Any]:
+    """The command that is being run, as plain data, for `run.json`."""
+    ctx = click.get_current_context()
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in ctx.params.items()}
+    options = {name: value for name, value in plain.items() if name not in ("output", "replace_all", "sheet")}
+    return {"name": ctx.command.name, "folder": str(Path.cwd()), "options": options}
+
+
 def _run_experiment(
     file: str,
     places: dict[str, str],
@@ -219,6 +297,8 @@ def _run_experiment(
     keep_models: bool,
     harmonise: str,
     site: str,
+    folds: int,
+    fairness: tuple[str, ...],
     **_: Any,
 ) -> None:
     """Run a comparison's file, with the options that were given in place of its own fields."""
@@ -231,6 +311,8 @@ def _run_experiment(
         ("--robustness", corrupted),
         ("--keep-models", keep_models),
         ("--harmonise", harmonise or site),
+        ("--folds", folds),
+        ("--fairness", fairness),
     ):
         if was_given:
             raise BrainfmError(f"{option} is not of a comparison's file; evaluate its models by --models local-dir:…")
@@ -453,6 +535,9 @@ def _run(
     keep_models: bool = False,
     harmonise: str = "",
     site: str = "",
+    folds: int = 0,
+    fairness: tuple[str, ...] = (),
+    least_group: int = 20,
 ) -> None:
     from brainfm.downstream.benchmark import benchmark
     from brainfm.downstream.plan import Plan, read_settings
@@ -464,7 +549,8 @@ def _run(
     plan = Plan(
         models=models,
         modes=modes,
-        seeds=seeds,
+        seeds=seeds * (folds or 1),
+        folds=folds,
         fractions=fractions,
         epochs_scale=epochs_scale,
         settings=read_settings(settings),
@@ -472,10 +558,14 @@ def _run(
         keep_models=keep_models,
         harmonise=harmonise,
         site=site,
+        fairness=fairness,
+        least_group=least_group,
     )
     on_overlap: Any = "refuse" if refuse_overlap else "mark"
     try:
-        page = benchmark(data, plan, output, on_overlap=on_overlap, replace_all=replace_all, progress=True)
+        page = benchmark(
+            data, plan, output, on_overlap=on_overlap, replace_all=replace_all, command=_command(), progress=True
+        )
     except RunInterruptedError as stopped:
         click.echo(str(stopped), err=True)
         sys.exit(INTERRUPTED)

@@ -8,9 +8,10 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from brainfm.downstream.account import few
+from brainfm.downstream.fairness import check_groups
 from brainfm.downstream.grid import Job, control_rows, list_jobs, model_rows, table_rows
 from brainfm.downstream.outcome import keep_splits, write_results
 from brainfm.downstream.plan import TRAINED, WITHOUT_TRAINING, Plan
@@ -26,6 +27,7 @@ from brainfm.downstream.runs import (
     run_job,
     settings_of,
 )
+from brainfm.downstream.sheet import write_sheet
 from brainfm.downstream.split import subsample
 from brainfm.downstream.statements import describe, find_overlaps
 from brainfm.downstream.task import TaskData
@@ -39,7 +41,8 @@ logger = logging.getLogger("brainfm")
 
 # What replacing an evaluation removes; embeddings hold for any.
 _WRITTEN = (
-    *("grid.json", "results.csv", "predictions.csv", "left_out.csv", "robustness.csv", "harmonisation.csv"),
+    *("grid.json", "results.csv", "predictions.csv", "left_out.csv", "robustness.csv"),
+    *("harmonisation.csv", "fairness.csv", "disparities.csv", "certainty.csv", "run.json"),
     *("table.md", "table.tex", "index.html", "figures", "models", "runs", "splits"),
 )
 
@@ -55,6 +58,7 @@ def benchmark(
     left_out: Sequence[Unused] = (),
     on_overlap: Literal["mark", "refuse"] = "mark",
     replace_all: bool = False,
+    command: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Path:
     """Run a grid of evaluations, or what is left of it, and write its report.
@@ -78,6 +82,7 @@ def benchmark(
         on_overlap: What is done with a model whose pretraining data hold a task's: "mark" its cells, or "refuse".
         replace_all: Remove another evaluation that the output holds; else it is an error, but that tasks, rows, seeds
             and fractions may be added.
+        command: What made this, for `run.json`, so that `brainfm benchmark --from` can do it again.
         progress: Show a progress bar.
 
     Returns:
@@ -103,12 +108,15 @@ def benchmark(
     output.mkdir(parents=True, exist_ok=True)
     with held(output), process_group(str(plan.settings.get("device", "auto"))) as everyone:
         data = [one if one.embeddings else one.without(missing_files(one)) for one in data]
+        data = [_in_folds(one, plan.folds) for one in data]
         jobs = list(list_jobs(data, rows, controls, plan))
         if everyone.world > 1 and any(job.row.mode not in TRAINED for job in jobs):
             raise BrainfmError(
                 "only training uses several processes: under torchrun give --modes finetune scratch --no-controls, and "
                 "then the same command without torchrun and --no-controls, for the probes"
             )
+        for one in data:
+            check_groups(one, plan.fairness, plan.least_group)
         evaluation = describe(data, rows, controls, notes, plan, cfgs, len(jobs), candidates)
         evaluation = replace(
             evaluation,
@@ -134,7 +142,9 @@ def benchmark(
                 run_job(job, plan, digests[job], cfgs, output, everyone)
                 bar.update()
         if everyone.is_first:
-            return write_results({job: read_result(job, output) for job in jobs}, evaluation, output)
+            page = write_results({job: read_result(job, output) for job in jobs}, evaluation, output, plan)
+            write_sheet(output, data, plan, cfgs, made_of, command)
+            return page
     return output / "index.html"
 
 
@@ -198,6 +208,13 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
         for values in settings:
             values.shared_by(processes)
         check_model(name, list({id(job.data): job.data for job in jobs}.values()), settings, pretrained=pretrained)
+
+
+def _in_folds(data: TaskData, folds: int) -> TaskData:
+    if folds and (data.given_split is not None or data.elsewhere):
+        said = "its table says the split" if data.given_split is not None else "it is tested elsewhere"
+        raise TaskError(f"{data.task.name}: {said}, so there are no --folds to draw; leave them out")
+    return replace(data, folds=folds) if folds else data
 
 
 def _check_sites(job: Job, plan: Plan) -> None:

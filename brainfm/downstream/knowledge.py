@@ -344,7 +344,9 @@ class OutOfDistribution:
         if folds < 2:
             raise ValueError(f"folds is {folds}, and must be at least 2")
         self.folds, self.seed = folds, seed
-        self._fitted: list[tuple[Any, _Array]] = []  # an estimator, and the sorted distances of scans held out of it
+        self._fitted: list[
+            tuple[_Shrunk, _Array]
+        ] = []  # an estimator, and the sorted distances of scans held out of it
 
     def fit(self, vectors: ArrayLike, patient_ids: ArrayLike | None = None) -> OutOfDistribution:
         """Learn the reference; returns itself.
@@ -357,10 +359,6 @@ class OutOfDistribution:
             ValueError: Fewer patients than folds; or as of `retrieval`.
             MissingExtraError: scikit-learn is not installed.
         """
-        try:
-            from sklearn.covariance import LedoitWolf
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("scikit-learn", "eval") from error
         matrix = _matrix(vectors)
         ids = np.arange(len(matrix)) if patient_ids is None else _column(patient_ids, "patient_ids", len(matrix))
         patients, patient = np.unique(ids, return_inverse=True)
@@ -370,8 +368,8 @@ class OutOfDistribution:
         self._fitted = []
         for number in range(self.folds):
             held_out = fold == number
-            estimator = LedoitWolf().fit(matrix[~held_out])
-            self._fitted.append((estimator, np.sort(_mahalanobis(estimator, matrix[held_out]))))
+            estimator = _Shrunk(matrix[~held_out])
+            self._fitted.append((estimator, np.sort(estimator.distances(matrix[held_out]))))
         return self
 
     def score(self, vectors: ArrayLike) -> _Array:
@@ -381,20 +379,20 @@ class OutOfDistribution:
             ValueError: Nothing was fitted, the width is another, or a number is not finite.
         """
         matrix = self._new(vectors)
-        nearer = [np.searchsorted(own, _mahalanobis(estimator, matrix)) for estimator, own in self._fitted]
+        nearer = [np.searchsorted(own, estimator.distances(matrix)) for estimator, own in self._fitted]
         percentile: _Array = 100 * np.sum(nearer, axis=0) / sum(len(own) for _, own in self._fitted)
         return percentile
 
     def distance(self, vectors: ArrayLike) -> _Array:
         """[n]: the Mahalanobis distance of each of [n, d] embeddings, the mean over the folds; errors as of `score`."""
         matrix = self._new(vectors)
-        distance: _Array = np.mean([_mahalanobis(estimator, matrix) for estimator, _ in self._fitted], axis=0)
+        distance: _Array = np.mean([estimator.distances(matrix) for estimator, _ in self._fitted], axis=0)
         return distance
 
     def _new(self, vectors: ArrayLike) -> _Array:
         if not self._fitted:
             raise ValueError("fit a reference first: OutOfDistribution().fit(vectors)")
-        matrix, width = _matrix(vectors), len(self._fitted[0][0].location_)
+        matrix, width = _matrix(vectors), len(self._fitted[0][0].mean)
         if matrix.shape[1] != width:
             raise ValueError(
                 f"vectors have {matrix.shape[1]} dimensions, and the reference {width}: another encoder's?"
@@ -402,9 +400,29 @@ class OutOfDistribution:
         return matrix
 
 
-def _mahalanobis(estimator: Any, matrix: _Array) -> _Array:
-    distance: _Array = np.sqrt(estimator.mahalanobis(matrix))
-    return distance
+class _Shrunk:
+    """Mean and Ledoit & Wolf's covariance of [n, d], by its n principal axes: no [d, d] matrix is inverted."""
+
+    def __init__(self, matrix: _Array) -> None:
+        try:
+            from sklearn.covariance import ledoit_wolf_shrinkage
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("scikit-learn", "eval") from error
+        self.mean = matrix.mean(axis=0)
+        centred = matrix - self.mean
+        shrinkage, rest = float(ledoit_wolf_shrinkage(matrix)), float((centred**2).mean())
+        _, singular, self.axes = np.linalg.svd(centred, full_matrices=False)
+        floor = max(shrinkage * rest, np.finfo(float).tiny)
+        self.along = (1 - shrinkage) * singular**2 / len(matrix) + floor
+        self.across = floor if len(self.axes) < matrix.shape[1] else np.inf  # all axes are there: across is nothing
+
+    def distances(self, matrix: _Array) -> _Array:
+        """[n]: the Mahalanobis distance of each row of [n, d]."""
+        away = matrix - self.mean
+        parts = away @ self.axes.T
+        across = np.maximum((away**2).sum(axis=1) - (parts**2).sum(axis=1), 0)
+        distances: _Array = np.sqrt((parts**2 / self.along).sum(axis=1) + across / self.across)
+        return distances
 
 
 # --- Checks ---------------------------------------------------------------------------------------

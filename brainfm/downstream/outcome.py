@@ -11,17 +11,28 @@ from typing import Any
 import numpy as np
 
 from brainfm.downstream.account import class_patients, few, unused
+from brainfm.downstream.certainty import columns_of, write_certainty
+from brainfm.downstream.fairness import metrics_by_group, write_fairness
 from brainfm.downstream.grid import Job
 from brainfm.downstream.plan import RESAMPLES, Plan
 from brainfm.downstream.report import write_report
 from brainfm.downstream.results import Candidate, Evaluation, PairedTest, Row, Unused
 from brainfm.downstream.split import save_split
-from brainfm.downstream.statistics import paired_bootstrap_over_runs
+from brainfm.downstream.statistics import (
+    PairedDifference,
+    ResampledTest,
+    corrected_resampled_t_test,
+    holm,
+    paired_bootstrap_over_runs,
+    patients_needed,
+)
 from brainfm.downstream.task import Task, TaskData
 from brainfm.downstream.wording import too_small
 from brainfm.files import write_csv, write_json
 
 logger = logging.getLogger("brainfm")
+
+RESAMPLED = "corrected resampled t-test"
 
 _SIZES = ("n_train", "n_test", "trained_parameters", "parameters")
 
@@ -40,10 +51,12 @@ def keep_splits(data: Sequence[TaskData], plan: Plan, output: Path) -> None:
                 save_split(path, one.records, one.split(seed))
 
 
-def write_results(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation, output: Path) -> Path:
+def write_results(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation, output: Path, plan: Plan) -> Path:
     """Everything but the runs themselves; gives the page."""
     _write_tables(results, output)
     _write_sites(results, output / "harmonisation.csv")
+    write_certainty(output, results, RESAMPLES)
+    write_fairness(output, list(metrics_by_group(results, plan.fairness, plan.least_group, RESAMPLES)))
     columns, left_out, warnings = [], list(evaluation.left_out), list(evaluation.warnings)
     for column in evaluation.tasks:
         mine = {job: result for job, result in results.items() if job.data.task.name == column.name}
@@ -71,7 +84,7 @@ def write_results(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation,
     for text in warnings:
         logger.warning("%s", text)
     write_left_out(output, evaluation.candidates, left_out)
-    tests = tuple(_tests(results, evaluation))
+    tests = _adjusted(list(_tests(results, evaluation)))
     evaluation = replace(
         evaluation, tasks=tuple(columns), tests=tests, warnings=tuple(warnings), left_out=tuple(left_out)
     )
@@ -98,13 +111,16 @@ def _write_tables(results: Mapping[Job, dict[str, Any]], output: Path) -> None:
         for name, numbers in result["metrics"].items():
             sizes = [result[name] for name in _SIZES[:2]] + [result.get(name) for name in _SIZES[2:]]  # new ones
             scores.append([*key, name, *map(_text, numbers), *sizes, _positive(job.data)])
-        for patient, label, guess in zip(result["patients"], result["labels"], result["predictions"], strict=True):
+        cases = zip(result["patients"], result["labels"], result["predictions"], columns_of(job, result), strict=True)
+        for patient, label, guess, sure in cases:
             shown = guess[int(label)] if isinstance(guess, list) else guess
-            guesses.append([*key, patient, f"{label:.9g}", f"{shown:.9g}", _positive(job.data)])
+            guesses.append([*key, patient, f"{label:.9g}", f"{shown:.9g}", _positive(job.data), *sure])
     key_names = ["task", "model", "mode", "fraction", "seed"]
     columns = [*key_names, "metric", "value", "ci_low", "ci_high", *_SIZES, "positive"]
     write_csv(output / "results.csv", [columns, *scores])
-    write_csv(output / "predictions.csv", [[*key_names, "patient_id", "label", "prediction", "positive"], *guesses])
+    head = [*key_names, "patient_id", "label", "prediction", "positive"]
+    head += ["low", "high", "set", "unlike", "out_of_distribution"]
+    write_csv(output / "predictions.csv", [head, *guesses])
 
 
 def _write_sites(results: Mapping[Job, dict[str, Any]], path: Path) -> None:
@@ -140,7 +156,41 @@ def _tests(results: Mapping[Job, dict[str, Any]], evaluation: Evaluation) -> Ite
             plain = [row for row in evaluation.rows if one.harmonised and row.key == f"{one.model}/{one.base}"]
             for other in [*plain, *([] if one.mode == "scratch" else baselines), *evaluation.controls]:
                 if (task.name, one.key) in found and (task.name, other.key) in found:
-                    yield _paired(task, one, other, found[task.name, one.key], found[task.name, other.key])
+                    pair = found[task.name, one.key], found[task.name, other.key]
+                    yield _paired(task, one, other, *pair)
+                    if (split := _resampled(task, one, other, *pair)) is not None:
+                        yield split
+
+
+def _adjusted(tests: Sequence[PairedTest]) -> tuple[PairedTest, ...]:
+    """The tests with p-values that are adjusted over all of the same name."""
+    adjusted: dict[int, float | None] = {}
+    for name in dict.fromkeys(test.test for test in tests):
+        own = [n for n, test in enumerate(tests) if test.test == name]
+        adjusted.update(zip(own, holm([tests[n].p_value for n in own]), strict=True))
+    return tuple(replace(test, p_holm=adjusted[n]) for n, test in enumerate(tests))
+
+
+def _resampled(
+    task: Task, one: Row, other: Row, first: Mapping[int, Mapping[str, Any]], second: Mapping[int, Mapping[str, Any]]
+) -> PairedTest | None:
+    """The corrected resampled t-test over the seeds; None where there are no two, or they share one split."""
+    seeds = sorted(first.keys() & second.keys())
+    if len(seeds) < 2 or len({tuple(first[seed]["rows"]) for seed in seeds}) < 2:
+        return None
+    values = np.array(
+        [[result[seed]["metrics"][task.metric][0] for seed in seeds] for result in (first, second)], dtype=np.float64
+    )
+    if not np.isfinite(values).all():
+        return None
+    ratio = float(np.mean([first[seed]["n_test"] / first[seed]["n_train"] for seed in seeds]))
+    found = corrected_resampled_t_test(values[0] - values[1], ratio)
+    return _tested(task, one, other, RESAMPLED, found)
+
+
+def _tested(task: Task, one: Row, other: Row, name: str, found: PairedDifference | ResampledTest) -> PairedTest:
+    difference, low, high, p = map(_finite, (found.difference, found.ci_low, found.ci_high, found.p_value))
+    return PairedTest(task.name, one.key, other.key, name, difference, low, high, p)
 
 
 def _paired(
@@ -155,8 +205,9 @@ def _paired(
         ours, theirs = (np.array(r["predictions"])[place] for r, place in zip(pair, places, strict=True))
         runs.append((labels, ours, theirs, patients))
     found = paired_bootstrap_over_runs(runs, task.kind, task.metric, n=RESAMPLES)
-    numbers = (found.difference, found.ci_low, found.ci_high, found.p_value)
-    return PairedTest(task.name, one.key, other.key, "paired bootstrap", *map(_finite, numbers))
+    people = len({patient for *_, patients in runs for patient in patients.tolist()})
+    needed = patients_needed(found.difference, found.standard_error, people)
+    return replace(_tested(task, one, other, "paired bootstrap", found), patients=people, patients_needed=needed)
 
 
 def _finite(value: float) -> float | None:

@@ -65,6 +65,11 @@ class Plan:
         harmonise: Of `HARMONISE`: run each mode that is `HARMONISED` once more, on embeddings from which that takes
             away what is a site's.
         site: The column that names it.
+        folds: Nested cross-validation: each of so many parts is tested once by what learned from the others, the
+            strength of a probe chosen by the inner cross-validation; seeds are then runs, a multiple of the folds. 0 is
+            a split drawn anew by each seed.
+        fairness: Columns by whose groups of people every metric is said too.
+        least_group: Patients that a group has in the test part at least; smaller ones are put together, or left out.
     """
 
     models: tuple[str, ...]
@@ -80,6 +85,9 @@ class Plan:
     keep_models: bool = False
     harmonise: str = ""
     site: str = ""
+    folds: int = 0
+    fairness: tuple[str, ...] = ()
+    least_group: int = 20
 
     def __post_init__(self) -> None:
         if strange := [mode for mode in self.modes if mode not in MODES]:
@@ -88,6 +96,10 @@ class Plan:
             raise BrainfmError("seeds must be 1 or more, epochs_scale above 0, and fractions above 0 and at most 1")
         if self.epochs_of_all is not None and self.epochs_of_all < 1:
             raise BrainfmError(f"epochs are {self.epochs_of_all}, and must be 1 or more")
+        if self.folds and (self.folds < 3 or self.seeds % self.folds):
+            raise BrainfmError(f"--folds is {self.folds}, and must be 3 or more, and seeds a multiple of it")
+        if self.least_group < 2:
+            raise BrainfmError(f"--least-group is {self.least_group}, and must be 2 or more")
         self._check_harmonise()
 
     def _check_harmonise(self) -> None:

@@ -24,6 +24,8 @@ from brainfm.table import Embeddings, text_columns, write_errors
 
 logger = logging.getLogger("brainfm")
 
+OUT_OF = 0.95  # of scans like the training part are not said to be out of its distribution
+
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
@@ -75,7 +77,8 @@ def predict(
         `low` and `high` (infinite where the validation part is too small for the coverage). Of classes `p_CLASS` for
         each, the predicted `prediction`, and `set`, all classes that are not refused, joined by |. Then `distance`, the
         Mahalanobis distance of the embedding from the training part's, and `unlike`, the percentage of the validation
-        part's scans that were nearer: 100 is farther than any.
+        part's scans that were nearer: 100 is farther than any. `out_of_distribution` is 1 where it is farther than
+        such scans are 1 time in 20; never where the validation part has fewer than 19.
 
     Raises:
         WeightsNotFoundError, WeightsError: The folder holds no model that predicts, or a damaged one.
@@ -148,5 +151,6 @@ def predictions_of(
             "|".join(name for name, is_in in zip(head.classes, row, strict=True) if is_in) for row in sets
         ]
     distances = model.distances(vectors) if len(table) else np.empty(0)
-    columns |= {"distance": distances, "unlike": model.percentiles(distances)}
+    far = distances > radius(model.arrays["val.distances"], OUT_OF)
+    columns |= {"distance": distances, "unlike": model.percentiles(distances), "out_of_distribution": far.astype(int)}
     return pd.DataFrame(columns)

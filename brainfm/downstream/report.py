@@ -20,6 +20,7 @@ from brainfm.downstream import plots
 from brainfm.downstream.figures import Picture, drawings
 from brainfm.downstream.results import Column, Evaluation, Row, Run, read_run
 from brainfm.downstream.sections import sections
+from brainfm.downstream.sheet import SHEET
 from brainfm.downstream.statistics import HIGHER_IS_BETTER
 from brainfm.downstream.tables import Cell, Table
 from brainfm.downstream.wording import (
@@ -31,6 +32,7 @@ from brainfm.downstream.wording import (
     decimals_of,
     mean_std,
     metric_name,
+    needed_text,
     number,
     p_value_text,
     parameters_text,
@@ -230,6 +232,7 @@ def _test_table(run: Run) -> Table | None:
     """The paired tests; None without any."""
     titles = {row.key: row.title for row in run.evaluation.everything}
     tasks = {task.name: task for task in run.evaluation.tasks}
+    adjusted = any(test.p_holm is not None for test in run.evaluation.tests)  # not in what was written before
     rows = []
     for test in run.evaluation.tests:
         task = tasks.get(test.task)
@@ -240,8 +243,13 @@ def _test_table(run: Run) -> Table | None:
             numbers[1:], p_value = [NONE, NONE], NONE
         names = [title, titles.get(test.first, test.first), titles.get(test.second, test.second), test.test]
         cells = [*names, numbers[0], f"{numbers[1]} to {numbers[2]}", p_value]
+        if adjusted:
+            small = bool(task and task.too_small)
+            cells.append(NONE if small else p_value_text(test.p_holm))
+            cells.append(NONE if small or test.patients_needed is None else needed_text(test))
         rows.append([Cell(text) for text in cells])
-    head = ("Column", "First", "Second", "Test", "Difference (first − second)", "Interval", "p")
+    head = ["Column", "First", "Second", "Test", "Difference (first − second)", "Interval", "p"]
+    head += ["p (Holm, over the table)", "Patients for 80 % power"] if adjusted else []
     return Table("Paired tests, over all seeds", [(name, "") for name in head], [("", rows)]) if rows else None
 
 
@@ -273,6 +281,7 @@ def _making(evaluation: Evaluation) -> dict[str, str]:
         "Command": evaluation.command,
         "Made by": evaluation.made_by,
         "Date": evaluation.date,
+        "Again": f"brainfm benchmark --from {SHEET} -o ANOTHER_FOLDER" if evaluation.command else "",
         "Report": f"brainfm {__version__}, Python {platform.python_version()}, {packages}",
     }
     return {name: value for name, value in facts.items() if value}

@@ -175,7 +175,18 @@ class Note(_Part):
 
 @dataclass(frozen=True)
 class PairedTest(_Part):
-    """A test of two rows ("model/mode") on the same patients, of all seeds; None is a number that could not be had."""
+    """A test of two rows ("model/mode") on the same patients, of all seeds; None is a number that could not be had.
+
+    Attributes:
+        task, first, second: What is compared.
+        test: Its name.
+        difference: First minus second.
+        ci_low, ci_high: Its 95 % interval.
+        p_value: Two-sided.
+        p_holm: That, adjusted over all tests of this name in the table.
+        patients: In the test parts of all seeds.
+        patients_needed: For the difference to be seen with a power of 80 %.
+    """
 
     task: str
     first: str
@@ -185,6 +196,9 @@ class PairedTest(_Part):
     ci_low: float | None = None
     ci_high: float | None = None
     p_value: float | None = None
+    p_holm: float | None = None
+    patients: int | None = None
+    patients_needed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from brainfm.downstream.certainty import percentiles_unlike, radii
 from brainfm.downstream.features import head_sizes, name_of, read_features, table_of
 from brainfm.downstream.finetuning import Finetuning, Labelled, finetune, read_recipe
 from brainfm.downstream.grid import Job
@@ -53,7 +54,7 @@ def run_job(
         fitted = _trained(job, plan, cfgs[job.row.model], train, val, work)
     else:
         fitted = _probed(job, plan, train, val, output)
-    correct = _correction(job.data, fitted.predict, val)
+    correct = _correction(job.data, fitted.val)
     kept, predictions = fitted.predict(test)  # everything is chosen: the one look at the test part
     if correct is not None:
         predictions = correct(predictions, job.data.labels[kept])
@@ -62,6 +63,8 @@ def run_job(
     if not everyone.is_first:
         return
     failed = fitted.failed
+    looked_at, held_out = fitted.val
+    known = job.data.labels[looked_at]
     labels, patients = job.data.labels[kept], [job.data.patients[n] for n in kept]
     values = metrics(labels, predictions, task.kind)
     intervals = {
@@ -82,7 +85,10 @@ def run_job(
         "patients": patients,
         "labels": labels.tolist(),
         "predictions": predictions.tolist(),
+        "certainty": radii(known, held_out if correct is None else correct(held_out, known), task.kind),
     }
+    if fitted.unlike is not None:
+        content["unlike"] = fitted.unlike(kept)
     if fitted.sites is not None:
         content["sites"] = fitted.sites(kept)
     write_json(path, content)
@@ -105,9 +111,11 @@ class _Fitted:
         sizes: How many numbers were trained, and of how many where that is known.
         model: The encoder that learned or was probed, where there is one.
         embed: Rows → those whose scan can be read, and their embeddings.
+        val: The predictions of the validation part.
         head: What the outputs mean, of a regression.
         probe: What was fitted on embeddings.
         sites: Rows of the test part → what is known of the sites in the embeddings, where these are harmonised.
+        unlike: Rows → how unlike the training part they are, as percentiles; None where there is no embedding.
     """
 
     predict: Predict
@@ -115,9 +123,11 @@ class _Fitted:
     sizes: tuple[int, int | None]
     model: Encoder | None
     embed: Callable[[Sequence[int]], tuple[list[int], NDArray[np.float32]]]
+    val: tuple[list[int], NDArray[np.float64]]
     head: LinearHead | None = None
     probe: Any = None
     sites: Callable[[Sequence[int]], dict[str, Any]] | None = None
+    unlike: Callable[[Sequence[int]], list[float] | None] | None = None
 
 
 def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], output: Path) -> _Fitted:
@@ -188,7 +198,8 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
     head = fitted.head if isinstance(fitted, FittedHead) else None
     size = 0 if row.base in WITHOUT_TRAINING else (vectors.shape[1] + 1) * _outputs(job)
     of = None if frozen is None else frozen + size
-    return _Fitted(predict, failed, (size, of), model, embedded, head, fitted, sites)
+    unlike = None if row.mode == "covariates" else partial(percentiles_unlike, vectors, train, job.data.patients)
+    return _Fitted(predict, failed, (size, of), model, embedded, predict(val), head, fitted, sites, unlike)
 
 
 def _outputs(job: Job) -> int:
@@ -220,9 +231,9 @@ def _trained(job: Job, plan: Plan, cfg: PretrainedCfg, train: Sequence[int], val
         there = {id(record) for record in table.records}
         return [n for n, record in zip(rows, scans, strict=True) if id(record) in there], table.vectors
 
-    predict(val)  # says which of them were not looked at
+    held_out = predict(val)
     sizes = model.trained_parameters, model.parameters
-    return _Fitted(predict, failed, sizes, model.encoder, embedded, model.head)
+    return _Fitted(predict, failed, sizes, model.encoder, embedded, held_out, model.head)
 
 
 def is_to_keep(job: Job, plan: Plan) -> bool:
@@ -284,11 +295,11 @@ def _keep(
     )
 
 
-def _correction(data: TaskData, predict: Predict, val: Sequence[int]) -> AgeBiasCorrection | None:
+def _correction(data: TaskData, val: tuple[list[int], NDArray[np.float64]]) -> AgeBiasCorrection | None:
     """The task's correction of age bias, learned on the validation part."""
     if data.task.age_bias == "keep":
         return None
-    kept, predictions = predict(val)
+    kept, predictions = val
     try:
         return age_bias_correction(data.labels[kept], predictions, rule=data.task.age_bias)
     except ValueError as error:
@@ -319,7 +330,13 @@ def digest_of_data(data: TaskData) -> str:
     """Says which scans a task has, as they are now, with their labels, patients, split and covariates."""
     name = (lambda record: [record.name, record.scan_id]) if data.embeddings else name_of  # files are not looked at
     scans = [[name(r), r.patient_id, *(r.extra.get(one) for one in data.task.covariates)] for r in data.records]
-    content = [scans, data.labels.tolist(), data.given_split, *([data.elsewhere] if data.elsewhere else [])]
+    content = [
+        scans,
+        data.labels.tolist(),
+        data.given_split,
+        *([data.elsewhere] if data.elsewhere else []),
+        *([data.folds] if data.folds else []),
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
+from brainfm.downstream.certainty import COVERAGE, UNLIKE
 from brainfm.downstream.results import Run
 from brainfm.downstream.tables import Cell, Table
-from brainfm.downstream.wording import NONE, mean_std, span_text
+from brainfm.downstream.wording import (
+    NONE,
+    arrow,
+    decimals_of,
+    mean_std,
+    metric_name,
+    number,
+    p_value_text,
+    span_text,
+    summary_text,
+)
 from brainfm.errors import BrainfmError
 
-_WORDS = ("task", "model", "mode", "column", "group", "metric", "lowest", "highest")
+_WORDS = ("task", "model", "mode", "column", "group", "metric", "lowest", "highest", "note")
 
 
 class Section(NamedTuple):
@@ -27,9 +38,45 @@ class Section(NamedTuple):
 
 def sections(folder: Path, run: Run) -> Iterator[Section]:
     """The sections that there are numbers for."""
-    for make in (_sites,):
+    for make in (_certainty, _sites, _groups):
         if section := make(folder, run):
             yield section
+
+
+def _certainty(folder: Path, run: Run) -> Section | None:
+    found = _read(folder / "certainty.csv", run)
+    if found is None:
+        return None
+    tables = []
+    for title, own in found.groupby("task", sort=False):
+        task = next(one for one in run.evaluation.tasks if one.title == title)
+        regression = task.kind == "regression"
+        levels = own["nominal"].drop_duplicates().tolist()
+        decimals = decimals_of(run, task, "mae") if regression else 2
+        size = f"Width at 90 %{f' ({task.unit})' if task.unit else ''}" if regression else "Classes in a set at 90 %"
+        calibration = [] if regression else ["brier", "ece"]
+        lines = []
+        for row in run.evaluation.everything:
+            mine = own[own["row"] == row.title].set_index("nominal")
+            if mine.empty:
+                continue
+            line = [row.title, *(_interval(mine.loc[level].rename({"coverage": "value"}), 3) for level in levels)]
+            wide, flagged = mine.loc[COVERAGE, "size"], mine["out_of_distribution"].iloc[0]
+            line.append(NONE if math.isnan(wide) else number(wide, decimals))
+            line += [summary_text(run.summary(task, row, name), 3, run.evaluation.seeds) for name in calibration]
+            lines.append([*line, NONE if math.isnan(flagged) else f"{100 * flagged:.1f} %"])
+        head = ["Row", *(f"{100 * level:g} %" for level in levels), size, *(metric_name(task, n) for n in calibration)]
+        scans = int(own["val_scans"].min())
+        what = f"{title}: how often intervals or sets held the truth, by {scans} validation scans or more"
+        tables.append(_table(what, (*head, "Unlike training"), lines))
+    text = (
+        "Intervals and sets are split-conformal: as wide as the validation part's errors ask for, so that new scans "
+        "like these are held as often as said; at 90 %, each test scan's are in predictions.csv. They promise nothing "
+        "for another site or scanner. Coverage is of all seeds, with a 95 % interval by bootstrap over patients. "
+        "Unlike training: test scans whose embedding is farther from the training part than that part's own are "
+        f"{UNLIKE:g} times in 100 (Mahalanobis distance, cross-fitted): 5 % of scans that are like it."
+    )
+    return Section("Certainty", text, tables)
 
 
 def _sites(folder: Path, run: Run) -> Section | None:
@@ -51,7 +98,66 @@ def _sites(folder: Path, run: Run) -> Section | None:
     return Section("Sites", text, [_table("Sites read from the embeddings", head, lines)])
 
 
-def _table(title: str, head: tuple[str, ...], lines: list[list[str]]) -> Table:
+def _groups(folder: Path, run: Run) -> Section | None:
+    found, worst = _read(folder / "fairness.csv", run), _read(folder / "disparities.csv", run)
+    if found is None:
+        return None
+    tables = []
+    shown = {task.title: task for task in run.evaluation.tasks}
+    for (title, column, metric), own in found.groupby(["task", "column", "metric"], sort=False):
+        task = shown[title]
+        if metric not in (task.metric, "coverage"):
+            continue
+        decimals = decimals_of(run, task, metric)
+        names = own["group"].drop_duplicates().tolist()
+        patients = own.drop_duplicates("group").set_index("group")["patients"]
+        head = [name + ("" if math.isnan(patients[name]) else f" ({int(patients[name])})") for name in names]
+        lines = []
+        for row, mine in own.groupby("row", sort=False):
+            cells = mine.set_index("group")
+            lines.append([str(row), *(_interval(cells.loc[name], decimals) for name in names)])
+        said = own[own["note"] != ""].drop_duplicates("group")[["group", "note"]].itertuples(index=False)
+        notes = "".join(f"; {name}: {why}" for name, why in said if metric == task.metric)
+        what = metric_name(task, metric) + (" of 90 % intervals or sets" if metric == "coverage" else arrow(metric))
+        tables.append(_table(f"{title}: {what} by {column} (test patients){notes}", ["Row", *head], lines))
+    lines = []
+    for one in () if worst is None else worst.itertuples():
+        task = shown[one.task]
+        if one.metric in (task.metric, "coverage"):
+            decimals, (first, second) = decimals_of(run, task, one.metric), (one.lowest, one.highest)
+            ends = f"{number(one.ci_low, decimals)} to {number(one.ci_high, decimals)}"
+            sizes = f"{first} ({one.patients_lowest:.0f}), {second} ({one.patients_highest:.0f})"
+            key = [one.task, one.row, one.column, metric_name(task, one.metric), sizes]
+            lines.append([*key, number(one.difference, decimals), ends, *map(p_value_text, (one.p_value, one.p_holm))])
+    if lines:
+        names = [
+            "Column",
+            "Row",
+            "By",
+            "Metric",
+            "Lowest, highest (patients)",
+            "Difference",
+            "Interval",
+            "p",
+            "p (Holm)",
+        ]
+        tables.append(_table("The largest disparity", names, lines))
+    text = (
+        "Means over the seeds, with 95 % intervals by bootstrap over patients. p is how often patients dealt to the "
+        "groups at random have as large a difference between any two; the interval is of the two named, which are the "
+        "extremes of all, and lies too far from 0 where there are many. Every other metric is in fairness.csv and "
+        "disparities.csv."
+    )
+    return Section("Fairness", text, tables)
+
+
+def _interval(one: pd.Series, decimals: int) -> str:
+    if math.isnan(one["value"]):
+        return NONE
+    return f"{number(one['value'], decimals)} [{number(one['ci_low'], decimals)}, {number(one['ci_high'], decimals)}]"
+
+
+def _table(title: str, head: Sequence[str], lines: list[list[str]]) -> Table:
     return Table(title, [(name, "") for name in head], [("", [[Cell(text) for text in line] for line in lines])])
 
 

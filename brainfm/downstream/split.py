@@ -81,6 +81,47 @@ def make_split(
     return splits
 
 
+def make_fold(
+    records: Sequence[ScanRecord], labels: Iterable[Any], *, kind: Kind, folds: int, fold: int, seed: int = 0
+) -> list[str]:
+    """A fold of a cross-validation by patient: one part of `folds` is test, the next is val, and the others are train.
+
+    Over all folds each patient is in test once, and in val once. Stratified as `make_split` is.
+
+    Args:
+        records: As of `make_split`.
+        labels: As of `make_split`.
+        kind: As of `make_split`.
+        folds: 3 or more.
+        fold: Which of them, from 0.
+        seed: Another one, other folds.
+
+    Raises:
+        BrainfmError: As `make_split`; a class has fewer patients than folds.
+        ValueError: An argument is out of range.
+    """
+    if folds < 3 or not 0 <= fold < folds:
+        raise ValueError(f"fold {fold} of {folds}: there must be 3 or more, one each for train, val and test")
+    patients = _patients(records)
+    values = _patient_labels(records, patients, labels, kind)
+    if kind == "regression" and len(values) < folds:
+        raise BrainfmError(f"{len(values)} patients are too few for {folds} folds")
+    for label, count in zip(*np.unique(values, return_counts=True), strict=True) if kind != "regression" else ():
+        if count < folds:
+            raise BrainfmError(
+                f"class {label} has {count} patient(s), and {folds} folds need one each: give fewer --folds, or leave "
+                "the class out"
+            )
+    splits, place = [""] * len(records), 0
+    for stratum in _strata(values, kind, folds, seed):
+        for patient in stratum:
+            part = {fold: "test", (fold + 1) % folds: "val"}.get(place % folds, "train")
+            for row in patients[patient]:
+                splits[row] = part
+            place += 1  # goes on from stratum to stratum: no fold gets all that is left over
+    return splits
+
+
 def subsample(
     records: Sequence[ScanRecord],
     labels: Iterable[Any],

@@ -228,12 +228,14 @@ class PairedDifference:
         difference: First minus second, whatever the metric's direction.
         ci_low, ci_high: The percentile bootstrap interval of the difference.
         p_value: Two-sided.
+        standard_error: The standard deviation of the resamples' differences.
     """
 
     difference: float
     ci_low: float
     ci_high: float
     p_value: float
+    standard_error: float = float("nan")
 
 
 def paired_bootstrap_test(
@@ -319,7 +321,122 @@ def paired_bootstrap_over_runs(
     known = differences[~np.isnan(differences)]
     rarer = min((known <= 0).sum(), (known >= 0).sum())
     p_value = min(1.0, 2 * (1 + rarer) / (1 + len(known))) if len(known) else float("nan")
-    return PairedDifference(observed, low, high, float(p_value))
+    error = float(known.std(ddof=1)) if len(known) > 1 else float("nan")
+    return PairedDifference(observed, low, high, float(p_value), error)
+
+
+@dataclass(frozen=True)
+class GroupMetric:
+    """A metric of a group of patients, and its percentile bootstrap interval; nan is undefined."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclass(frozen=True)
+class Disparity:
+    """The largest difference between two groups.
+
+    Attributes:
+        lowest, highest: The groups with the least and the most of the metric, by number.
+        difference: Highest minus lowest.
+        ci_low, ci_high: The percentile bootstrap interval of the difference of these two. They are the extremes of what
+            was looked at, so it lies too far from 0 where there are many groups; the p-value does not.
+        p_value: How often patients dealt to the groups at random have as large a difference between any two.
+    """
+
+    lowest: int
+    highest: int
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+
+
+def metric_by_group(
+    runs: Sequence[tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
+    kind: Kind,
+    metric: str,
+    *,
+    n: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[list[GroupMetric], Disparity | None]:
+    """A metric of each group of patients, its mean over several runs, and the largest difference between two groups.
+
+    Patients are drawn as in `paired_bootstrap_over_runs`, for all runs and groups at once. For the p-value the groups
+    are permuted among patients, of a classification among those whose scans have the same classes, so that groups with
+    more of a class are no disparity by themselves. A patient with scans in several groups is dealt with the first.
+
+    Args:
+        runs: For each run labels, predictions, the number of each case's group from 0 (below 0 is none), and patients.
+        kind: As of `metrics`.
+        metric: One of the kind's, or "coverage": then predictions are whether an interval or a set held the label.
+        n: Resamples, and permutations.
+        level: Of confidence.
+        seed: Of both.
+
+    Returns:
+        The metric by group; and the disparity, None where fewer than two groups have the metric.
+
+    Raises:
+        ValueError: As of `bootstrap_interval`.
+    """
+    function = _mean_of_predictions if metric == "coverage" else _metric(kind, metric)
+    pairs = [_finite(y, p) if metric == "coverage" else _checked(y, p, kind) for y, p, *_ in runs]
+    labels = np.concatenate([y for y, _ in pairs])
+    member = np.concatenate([np.asarray(groups) for *_, groups, _ in runs])
+    patient = _group_numbers(np.concatenate([np.asarray(patients) for *_, patients in runs]), len(labels))
+    ends, count = np.cumsum([len(y) for y, _ in pairs])[:-1], int(member.max()) + 1
+
+    def by_group(weights: _Array, members: NDArray[np.intp]) -> _Array:
+        each = np.empty((len(weights), count))
+        for number in range(count):
+            own = np.split(weights * (members == number), ends, axis=1)
+            found = np.stack([function(y, p, w) for (y, p), w in zip(pairs, own, strict=True)])
+            known = ~np.isnan(found)
+            each[:, number] = np.where(known, found, 0).sum(axis=0) / known.sum(axis=0)
+        return each
+
+    once = np.ones((1, len(labels)))
+    observed = _over(iter([once]), partial(by_group, members=member))[0]
+    drawn = _over(_resamples(labels, kind, patient, n, seed), partial(by_group, members=member))
+    groups = [
+        GroupMetric(float(value), *_percentiles(drawn[:, number], level)) for number, value in enumerate(observed)
+    ]
+    if np.isfinite(observed).sum() < 2:
+        return groups, None
+    lowest, highest = int(np.nanargmin(observed)), int(np.nanargmax(observed))
+    difference = float(observed[highest] - observed[lowest])
+    dealt = np.concatenate(list(_permuted(labels, kind, patient, member, n, seed)))
+    weights = np.ones((min(n, max(1, _CHUNK // len(labels))), len(labels)))
+    parts = (dealt[start : start + len(weights)] for start in range(0, n, len(weights)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        random = np.concatenate([by_group(weights[: len(part)], part) for part in parts])
+    spread = np.nanmax(random, axis=1) - np.nanmin(random, axis=1)
+    p_value = (1 + int((spread >= difference - 1e-12).sum())) / (1 + n)
+    ends_of = _percentiles(drawn[:, highest] - drawn[:, lowest], level)
+    return groups, Disparity(lowest, highest, difference, *ends_of, p_value)
+
+
+def _mean_of_predictions(_: _Array, predictions: _Array, weights: _Array) -> _Array:
+    return _mean(predictions, weights)
+
+
+def _permuted(
+    labels: _Array, kind: Kind, patient: NDArray[np.intp], member: NDArray[np.intp], n: int, seed: int
+) -> Iterator[NDArray[np.intp]]:
+    """[1, cases]: groups dealt to other patients of the same stratum, n times; who has none keeps none."""
+    first = np.unique(patient, return_index=True)[1]
+    own = member[first]
+    strata = [members[own[members] >= 0] for members in _strata(labels, kind, patient)]
+    draw = np.random.default_rng(seed)
+    for _ in range(n):
+        dealt = own.copy()
+        for members in strata:
+            dealt[members] = own[draw.permutation(members)]
+        yield dealt[None, patient]
 
 
 def _resamples(labels: _Array, kind: Kind, groups: ArrayLike | None, n: int, seed: int) -> Iterator[_Array]:
@@ -327,13 +444,7 @@ def _resamples(labels: _Array, kind: Kind, groups: ArrayLike | None, n: int, see
     if n < 1:
         raise ValueError(f"n is {n}; at least one resample is needed")
     group = _group_numbers(groups, len(labels))
-    size = group.max() + 1
-    strata = [np.arange(size)]
-    if kind != "regression":
-        present = np.zeros((size, int(labels.max()) + 1), dtype=bool)
-        present[group, labels.astype(int)] = True
-        stratum = np.unique(present, axis=0, return_inverse=True)[1].ravel()
-        strata = [np.flatnonzero(stratum == number) for number in range(stratum.max() + 1)]
+    size, strata = group.max() + 1, _strata(labels, kind, group)
     draw = np.random.default_rng(seed)
     chunk = max(1, _CHUNK // len(labels))
     for start in range(0, n, chunk):
@@ -342,6 +453,17 @@ def _resamples(labels: _Array, kind: Kind, groups: ArrayLike | None, n: int, see
         for members in strata:
             counts[:, members] = draw.multinomial(len(members), np.full(len(members), 1 / len(members)), size=rows)
         yield counts[:, group]
+
+
+def _strata(labels: _Array, kind: Kind, group: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    """Groups of cases whose labels are the same classes; of a regression, all of them together."""
+    size = group.max() + 1
+    if kind == "regression":
+        return [np.arange(size)]
+    present = np.zeros((size, int(labels.max()) + 1), dtype=bool)
+    present[group, labels.astype(int)] = True
+    stratum = np.unique(present, axis=0, return_inverse=True)[1].ravel()
+    return [np.flatnonzero(stratum == number) for number in range(stratum.max() + 1)]
 
 
 def _group_numbers(groups: ArrayLike | None, cases: int) -> NDArray[np.intp]:
@@ -374,6 +496,102 @@ def _metric(kind: Kind, name: str) -> _Metric:
     if name not in _METRICS[kind]:
         raise ValueError(f"no metric {name!r} of kind {kind!r}; there are {', '.join(_METRICS[kind])}")
     return _METRICS[kind][name]
+
+
+# --- Repeated splits, several tests, and how many patients ------------------------------------------
+
+
+@dataclass(frozen=True)
+class ResampledTest:
+    """Two models compared over repeated splits of the same patients.
+
+    Attributes:
+        difference: First minus second, the mean over the splits.
+        ci_low, ci_high: Its interval.
+        t: The difference over its standard error.
+        p_value: Two-sided.
+    """
+
+    difference: float
+    ci_low: float
+    ci_high: float
+    t: float
+    p_value: float
+
+
+def corrected_resampled_t_test(differences: ArrayLike, test_to_train: float, *, level: float = 0.95) -> ResampledTest:
+    """The corrected resampled t-test of Nadeau & Bengio 2003 (doi:10.1023/A:1024068626366).
+
+    Repeated splits share training scans, and their differences are not independent: the variance of their mean is not
+    1/J of their variance, but (1/J + tested/trained) of it. Of r times k-fold cross-validation the same formula is used
+    (Bouckaert & Frank 2004, doi:10.1007/978-3-540-24775-3_3).
+
+    Args:
+        differences: [J] of a metric of two models, a split each.
+        test_to_train: Scans tested by scans trained on, such as 1/3.
+        level: Of confidence.
+
+    Returns:
+        The test, with J − 1 degrees of freedom. All but the difference is nan where there is one split, or where splits
+        do not differ; of no difference in any, p is 1.
+
+    Raises:
+        ValueError: A difference is not finite, there is none, or the ratio is not above 0.
+    """
+    values = np.asarray(differences, dtype=np.float64).ravel()
+    if not len(values) or not np.isfinite(values).all() or not test_to_train > 0:
+        raise ValueError("a resampled t-test needs finite differences, and a ratio of test to training scans above 0")
+    mean, nan = float(values.mean()), float("nan")
+    if not values.any():
+        return ResampledTest(0.0, 0.0, 0.0, 0.0, 1.0)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return ResampledTest(mean, nan, nan, nan, nan)
+    error = float(np.sqrt((1 / len(values) + test_to_train) * values.var(ddof=1)))
+    student = _scipy_stats().t(len(values) - 1)
+    margin = float(student.isf((1 - _check_level(level)) / 2)) * error
+    t = mean / error
+    return ResampledTest(mean, mean - margin, mean + margin, t, float(2 * student.sf(abs(t))))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values of one family of tests, adjusted as Holm 1979 has it; None and nan are no tests, and stay None."""
+    places = [n for n, p in enumerate(p_values) if p is not None and p == p]
+    adjusted: list[float | None] = [None] * len(p_values)
+    if places:
+        try:
+            from statsmodels.stats.multitest import multipletests
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("statsmodels", "eval") from error
+        found = multipletests([p_values[n] for n in places], method="holm")[1]
+        for place, p in zip(places, found, strict=True):
+            adjusted[place] = float(p)
+    return adjusted
+
+
+def patients_needed(
+    difference: float, standard_error: float, patients: int, *, power: float = 0.8, alpha: float = 0.05
+) -> int | None:
+    """How many patients a test part needs for a true difference of this size to be seen.
+
+    Of a two-sided paired test by the normal approximation: ((z(1 − α/2) + z(power)) · σ / difference)², with σ the
+    standard error at hand times the root of its patients. It takes for granted that the observed difference is the true
+    one, which flatters what was found large by chance.
+
+    Args:
+        difference: Between two models.
+        standard_error: Of the difference, such as `PairedDifference` has.
+        patients: That the standard error is of.
+        power: The chance to see it.
+        alpha: The level of the test.
+
+    Returns:
+        None where there is no difference, or its error is not known.
+    """
+    if not (np.isfinite([difference, standard_error]).all() and difference and standard_error > 0):
+        return None
+    norm = _scipy_stats().norm
+    effect = abs(difference) / (standard_error * np.sqrt(patients))
+    return max(2, int(np.ceil(((norm.isf(alpha / 2) + norm.ppf(power)) / effect) ** 2)))
 
 
 # --- DeLong ---------------------------------------------------------------------------------------

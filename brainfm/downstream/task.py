@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from brainfm.columns import MOST_CLASSES, in_order, plain_kind
 from brainfm.downstream.covariates import encoded, numbers_of
 from brainfm.downstream.probe import Target
-from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, UNUSED, check_split, make_split
+from brainfm.downstream.split import PAPER_FRACTIONS, SPLITS, UNUSED, check_split, make_fold, make_split
 from brainfm.downstream.statistics import HIGHER_IS_BETTER, Kind, metrics
 from brainfm.errors import BrainfmError, TaskError
 from brainfm.files import one_line
@@ -149,6 +149,8 @@ class TaskData:
         labels: [n]: float64 for a regression, else int64 from 0.
         classes: The words of the classes.
         given_split: "train", "val" or "test" of each scan, where the manifest says it.
+        folds: Of a cross-validation in place of splits drawn apart: seed n is fold n, and after all of them come those
+            of another; 0 is none.
         elsewhere: Whether each scan is of the site or cohort that is the test part, of which nothing is learned; () is
             a task that is tested on a part of its own.
         left_out: What is not used: rows without a label, scans that are not there.
@@ -167,6 +169,7 @@ class TaskData:
     made_by: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     elsewhere: tuple[bool, ...] = ()
+    folds: int = 0
 
     @property
     def patients(self) -> list[str]:
@@ -192,6 +195,10 @@ class TaskData:
             return [{"": "test", "test": UNUSED}.get(part, part) for part in parts]
         if self.given_split is not None:
             return self.given_split
+        if self.folds:
+            again, fold = divmod(seed, self.folds)
+            kind = self.task.kind
+            return make_fold(self.records, self.labels, kind=kind, folds=self.folds, fold=fold, seed=again)
         return make_split(self.records, self.labels, kind=self.task.kind, fractions=self.task.fractions, seed=seed)
 
     def at(self, rows: Iterable[int]) -> TaskData:

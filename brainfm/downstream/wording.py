@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from brainfm.downstream.results import Column, Row, Run, Summary, sign
+from brainfm.downstream.results import Column, PairedTest, Row, Run, Summary, sign
 from brainfm.downstream.statistics import HIGHER_IS_BETTER
 
 _TITLES = {
@@ -19,6 +19,7 @@ _TITLES = {
 }
 _IN_UNITS = ("mae", "rmse")
 NONE = "–"
+_MOST_NEEDED = 100_000  # patients: above, a number says no more than that
 
 RULE = (
     "A gain is claimed only over the controls, and by one test over all seeds: a row is above its controls where the "
@@ -89,6 +90,13 @@ def p_value_text(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def needed_text(test: PairedTest) -> str:
+    """Such as "310 (here 84)"."""
+    needed = test.patients_needed or 0
+    shown = f"{needed:,}" if needed <= _MOST_NEEDED else f"over {_MOST_NEEDED:,}"
+    return f"{shown} (here {test.patients:,})" if test.patients else shown
+
+
 def progress_text(run: Run) -> str:
     """How many of the planned runs are in."""
     planned = run.evaluation.runs
@@ -126,7 +134,11 @@ def claims(run: Run, task: Column) -> list[str]:
 def _claim(run: Run, task: Column, row: Row) -> str:
     side, decimals = sign(task.metric), decimals_of(run, task, task.metric)
     controls = [control for control in run.evaluation.controls if control.key not in task.without]
-    tests = {test.second: test for test in run.evaluation.tests if (test.task, test.first) == (task.name, row.key)}
+    tests = {
+        test.second: test
+        for test in run.evaluation.tests
+        if (test.task, test.first) == (task.name, row.key) and test.test != "corrected resampled t-test"
+    }
     found = run.summary(task, row)
     if found is None:
         return "no result yet."

@@ -125,7 +125,8 @@ def test_planted_site_falls_to_chance_and_the_label_does_not(method, run, folder
             auc.setdefault(row["mode"], []).append(float(row["value"]))
     assert min(auc[f"probe+{method}"]) > 0.8
     evaluation = json.loads((folder / "out" / "grid.json").read_text())
-    [pair] = evaluation["tests"]
+    pair, over_splits = evaluation["tests"]
+    assert over_splits["test"] == "corrected resampled t-test"
     assert (pair["first"].endswith(f"/probe+{method}"), pair["second"].endswith("/probe")) == (True, True)
     name = {"combat": "ComBat", "covbat": "CovBat"}[method]
     page = (folder / "out" / "index.html").read_text()
@@ -141,10 +142,16 @@ def test_harmonisation_is_fitted_on_training_rows_alone_in_every_fold(run, folde
     assert probed(run, folder, folder / "out", "--harmonise", "combat", "--site", "site", "--seeds", 1).code == 0
     split = [row["split"] for row in rows_of(folder / "out" / "splits" / "sex.0.csv")]
     part = {vector.tobytes(): name for vector, name in zip(planted[0].astype(np.float64), split, strict=True)}
-    parts = [[part[row[:WIDTH].tobytes()] for row in np.ascontiguousarray(rows)] for rows in seen]
+
+    def parts_of(rows):
+        return [part[row[:WIDTH].tobytes()] for row in np.ascontiguousarray(rows)]
+
+    parts = [parts_of(rows) for rows in seen]
     assert {name for names in parts for name in names} == {"train"}
     assert len(seen) > 10
     assert min(map(len, parts)) < split.count("train") == max(map(len, parts))
+    Harmoniser().fit(np.hstack([planted[0], planted[2][:, None]]).astype(np.float64))  # a leak, put in on purpose
+    assert set(parts_of(seen[-1])) == {"train", "val", "test"}
 
 
 def test_test_part_changes_nothing_of_what_is_fitted(run, folder, planted):

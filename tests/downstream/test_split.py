@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from brainfm.downstream.split import SPLITS, check_split, load_split, make_split, save_split, subsample
+from brainfm.downstream.split import SPLITS, check_split, load_split, make_fold, make_split, save_split, subsample
 from brainfm.errors import BrainfmError
 from brainfm.manifest import ScanRecord, read_manifest
 
@@ -375,3 +375,31 @@ def test_a_fraction_outside_the_range_is_refused(fraction):
 def test_a_fraction_of_one_class_is_refused():
     with pytest.raises(BrainfmError, match="the label is 0 for each of 2 patients"):
         subsample(cohort(4), [0, 0, 1, 1], ["train", "train", "val", "test"], 0.5, kind="binary")
+
+
+# --- Folds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["binary", "regression"])
+def test_each_patient_is_tested_once_and_validated_once_over_the_folds(kind):
+    records = [ScanRecord(f"{n}.nii", None, f"p{n // 2:03}") for n in range(94)]
+    draws = np.random.default_rng(0)
+    labels = np.repeat(draws.integers(0, 2, 47) if kind == "binary" else draws.normal(size=47), 2)
+    splits = np.array([make_fold(records, labels, kind=kind, folds=5, fold=n) for n in range(5)])
+    for part in ("test", "val"):
+        assert ((splits == part).sum(axis=0) == 1).all()
+        assert np.ptp((splits == part).sum(axis=1)) <= 2  # scans: to within one patient
+    for one in splits:
+        check_split(records, one.tolist())
+        if kind == "binary":
+            assert abs(labels[one == "test"].mean() - labels.mean()) < 0.1
+    assert splits[0].tolist() == make_fold(records, labels, kind=kind, folds=5, fold=0)
+    assert splits[0].tolist() != make_fold(records, labels, kind=kind, folds=5, fold=0, seed=1)
+
+
+def test_folds_that_cannot_be_are_refused():
+    records = [ScanRecord(f"{n}.nii", None, f"p{n}") for n in range(12)]
+    with pytest.raises(BrainfmError, match="class 1 has 4 patient"):
+        make_fold(records, [0] * 8 + [1] * 4, kind="binary", folds=5, fold=0)
+    with pytest.raises(ValueError, match="3 or more"):
+        make_fold(records, [0, 1] * 6, kind="binary", folds=2, fold=0)
