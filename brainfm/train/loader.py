@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from brainfm.errors import ScanError
 from brainfm.files import one_line
 from brainfm.system import free_shared_memory
 from brainfm.train.data import TrainingData
@@ -72,6 +73,18 @@ def loading(
             patience.cancel()
             held.close()
             closes.close()
+
+
+def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
+    """An epoch of a loader; an error of a worker says what was wrong there, without the worker's traceback.
+
+    Raises:
+        ScanError: No scan can be read in place of one that cannot.
+    """
+    try:
+        yield from loader
+    except ScanError as error:
+        raise ScanError(str(error).rpartition(f"{ScanError.__name__}: ")[2].strip()) from None
 
 
 def affordable_workers(workers: int, batch_bytes: int) -> int:

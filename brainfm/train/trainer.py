@@ -27,7 +27,7 @@ from brainfm.system import peak_memory
 from brainfm.train.checkpoint import Progress, read_newest, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
 from brainfm.train.distributed import ProcessGroup, synchronise_batch_norm
-from brainfm.train.loader import STOPPING, loading
+from brainfm.train.loader import STOPPING, batches_of, loading
 from brainfm.train.optim import learning_rate, make_optimiser
 from brainfm.train.recipe import Training
 from brainfm.train.step import Method
@@ -116,7 +116,7 @@ class Trainer:
                 self.sampler.epoch, self.sampler.first_step = self.progress.epoch, self.progress.step
                 costs = []
                 waiting = time.perf_counter()
-                for loaded in loader:
+                for loaded in batches_of(loader):
                     started = time.perf_counter()
                     metrics = self._step(self.data.batch(loaded, self.group.device))
                     ended = time.perf_counter()

@@ -5,7 +5,7 @@ brainfm synthesize --n 200 --bundle FOLDER --out synthetic/
 
 It draws volumes like blurred phantoms, which contracts of brains take: no people, no published model, nothing to learn
 of brains from. It stands in for the latent diffusion model of Pinaya et al. 2022, whose layout its files have, where
-that cannot be had. The latent is as small as 4×4×6×4 numbers, so that six minutes of one processor core are enough to
+that cannot be had. The latent is as small as 4×5×7×5 numbers, so that six minutes of one processor core are enough to
 fit it: drawn in a finer latent, volumes fall apart after as many.
 
 What it is told, from 0 to 1: sex, age, how much of the brain is dark (for the ventricles), and how large the brain is.
@@ -27,7 +27,7 @@ from brainfm.files import progress_bar, write_json
 from brainfm.phantom import make_phantom
 from brainfm.synthesis import AUTOENCODER, CONDITIONS, PUBLISHED
 
-LATENT = (4, 4, 6, 4)  # of 32×48×32 voxels of 5×4.7×5 mm, the bundle's box
+LATENT = (4, 5, 7, 5)  # of 40×56×40 voxels of 4 mm, the bundle's box: coarser ones the 4 mm contract refuses
 AUTOENCODER_ARGS = dict(PUBLISHED.autoencoder) | {
     "latent_channels": LATENT[0],
     "channels": [4, 8, 16, 16],
@@ -38,11 +38,11 @@ AUTOENCODER_ARGS = dict(PUBLISHED.autoencoder) | {
 DIFFUSION_ARGS = dict(PUBLISHED.diffusion) | {
     "in_channels": LATENT[0] + len(CONDITIONS),
     "out_channels": LATENT[0],
-    "channels": [32, 64],
+    "channels": [32],
     "num_res_blocks": 1,
     "norm_num_groups": 8,
-    "attention_levels": [False, True],
-    "num_head_channels": [0, 32],
+    "attention_levels": [True],
+    "num_head_channels": [32],
 }
 STEPS, BETA = 1000, (0.0015, 0.0205)
 OUTSIDE = -0.25  # what the decoder learns outside the brain: cut to 0, so that a brain has an edge
@@ -118,7 +118,7 @@ def fit_autoencoder(volumes: torch.Tensor, steps: int) -> tuple[AutoencoderKL, t
     optimiser = torch.optim.Adam(network.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
     for _ in progress_bar(range(steps), total=steps, unit="step", doing="autoencoder", shown=True):
-        batch = volumes[torch.randint(len(volumes), (2,))]
+        batch = volumes[torch.randint(len(volumes), (1,))]
         mean, std = network.encode(batch)
         made = network.decode(mean + std * torch.randn_like(std))
         divergence = 0.5 * (mean**2 + std**2 - 2 * std.log() - 1).mean()

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from forked_ranks import run_ranks
 
 import brainfm
-from brainfm import BrainfmError, RecipeError
+from brainfm import BrainfmError, RecipeError, ScanError
 from brainfm.cli.main import main
 from brainfm.contract import Resize
 from brainfm.errors import RunInterruptedError
@@ -474,6 +474,15 @@ def test_too_many_bad_scans_stop_the_run_with_their_list(recipe, cohort, tmp_pat
         pretrain(recipe(manifest=str(tmp_path / "bad.csv")))
     assert "no such file" in (tmp_path / "run" / "bad_scans.csv").read_text()
     pretrain(recipe(manifest=str(tmp_path / "bad.csv"), output=str(tmp_path / "other"), max_bad_fraction=0.5))
+
+
+def test_run_without_a_readable_scan_says_why_in_one_line_though_a_worker_read_it(recipe, tmp_path):
+    """As of scans that are coarser than the contract: before, the line was a traceback of the worker."""
+    rows = "".join(f"{tmp_path / str(n)}.nii.gz,{n}\n" for n in range(4))
+    (tmp_path / "gone.csv").write_text(f"image_path,patient_id\n{rows}")
+    with pytest.raises(ScanError) as refusal:
+        pretrain(recipe(manifest=str(tmp_path / "gone.csv"), workers=1))
+    assert re.fullmatch(r"11 scans in a row cannot be read; the last: .+\.nii\.gz: no such file", str(refusal.value))
 
 
 @pytest.mark.parametrize(
