@@ -6,6 +6,7 @@ import json
 import locale
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from typing import Any
 
 from loopback_hub import LoopbackHub
 
+# A shell has its jobs in the background ignore Ctrl-C, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if processes := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch is imported: share the cores
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(processes)))
 _CACHES = tempfile.TemporaryDirectory(prefix="brainfm-tests-")
