@@ -482,7 +482,9 @@ def test_run_without_a_readable_scan_says_why_in_one_line_though_a_worker_read_i
     (tmp_path / "gone.csv").write_text(f"image_path,patient_id\n{rows}")
     with pytest.raises(ScanError) as refusal:
         pretrain(recipe(manifest=str(tmp_path / "gone.csv"), workers=1))
-    assert re.fullmatch(r"11 scans in a row cannot be read; the last: .+\.nii\.gz: no such file", str(refusal.value))
+    assert re.fullmatch(
+        r"11 scans in a row cannot be read; the last: .+\.nii\.gz: no such file; check the path", str(refusal.value)
+    )
 
 
 @pytest.mark.parametrize(
