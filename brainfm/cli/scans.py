@@ -85,16 +85,19 @@ def embed_command(
     INPUT is a scan (.nii, .nii.gz, .mgz), a manifest (.csv with image_path, or a column a channel such as t1w_path, and
     mask_path), a TurboPrep folder, or a BIDS-derivatives folder. What made the table is in it, of a .csv in the .json
     beside it. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1. Each of several models has
-    its own files, NAME.MODEL.csv and so on.
+    its own files, NAME.MODEL.csv and so on, or where OUTPUT is a folder embeddings.MODEL.csv there; each scan is read
+    once for all.
     """
     import brainfm
-    from brainfm.embed import Options, embed_files, path_of
+    from brainfm.embed import Options, embed_files, path_of, table_path
     from brainfm.manifest import Listing, ScanRecord, list_scans
     from brainfm.shards import Shard
     from brainfm.table import FORMATS, check_folder, check_output, errors_path
 
     is_folder = Path(output).suffix not in FORMATS
     part = Shard.of(shard) if shard else Shard.of_slurm() if is_folder else None
+    models = tuple(dict.fromkeys(models))
+    output = str(table_path(output, len(models), part))
     if part is None:
         check_output(Path(output))
     else:
@@ -105,7 +108,6 @@ def embed_command(
         records = Listing([ScanRecord(inputs[0], mask)])
     else:
         records = list_scans(inputs)
-    models = tuple(dict.fromkeys(models))
     encoders: list[Any] = list(models)
     if checkpoint is not None:
         if len(models) != 1:
