@@ -81,10 +81,10 @@ def test_folder_is_read_once_for_several_contracts_and_resampled_for_each(prepar
     transforms = [InputTransform(replace(contract, registration=how)) for how in ("rigid", "linear")]
     ((_, made),) = prepared_scans([ScanRecord(prepared)], [(0, [0, 1])], transforms, 0, 1)
     assert opened == {"head.nii.gz": 1, "brain_mask.nii.gz": 1}
-    assert [torch.equal(scan.tensor, of(prepared)) for (_, scan), of in zip(made, transforms, strict=True)] == [
-        True
-    ] * 2
-    assert not torch.equal(made[0][1].tensor, made[1][1].tensor)
+    rigid, linear = (scan.tensor for _, scan in made)
+    assert torch.equal(rigid, transforms[0](prepared))
+    assert torch.equal(linear, transforms[1](prepared))
+    assert not torch.equal(rigid, linear)
 
 
 def test_contract_of_another_orientation_is_the_same_image(prepared, contract):
