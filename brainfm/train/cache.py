@@ -275,7 +275,7 @@ def key_of(record: ScanRecord, root: str | os.PathLike[str]) -> str:
 
 
 def _relative(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> str:
-    """As `os.path.relpath`, which takes ten times as long; for there are many."""
+    """As `os.path.relpath`, in half the time; for there are many."""
     text, start = os.fspath(path), os.path.join(root, "")  # noqa: PTH118
     start = "" if start == os.path.join(".", "") else start  # noqa: PTH118
     inner = text[len(start) :]
