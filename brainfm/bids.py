@@ -11,27 +11,33 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from brainfm.errors import MissingExtraError
-from brainfm.paths import is_image, walk_folder
+from brainfm.paths import is_folder, is_image, leads_nowhere, walk_folder
 
 # What BIDS calls an acquisition by; entities of derivatives (space, res, desc, …) are named where they differ alone.
 ACQUISITION = ("ses", "sample", "task", "acq", "ce", "rec", "dir", "run", "echo", "flip", "inv", "mt", "part", "proc")
 _SUFFIX = r"(?:T1w|T2w|T2starw|FLAIR|PDw|PDT2|UNIT1|MPRAGE|mask|brain)"
+_AFTER_LABEL = re.compile(rf"_(?=[A-Za-z0-9]+-)|_{_SUFFIX}$")
+_ENDING = re.compile(r"(?i)\.(nii|mgz|mgh|dcm)(\.\w+)?$")
 
 
 def bids_ids(path: Path) -> tuple[str, str]:
     """Patient and scan of a file's name, or of the folders right above it; empty without any."""
-    found = entities(path)
-    return _patient(path), "_".join(f"{key}-{found[key]}" for key in ACQUISITION if key in found)
+    names = _names_of(path)
+    found = _entities_in(names)
+    return _patient(names), "_".join(f"{key}-{found[key]}" for key in ACQUISITION if key in found)
 
 
 def entities(path: Path) -> dict[str, str]:
     """The BIDS entities of a file, without the patient, and its suffix; what its name says goes before its folders."""
-    names = _names_of(path)
+    return _entities_in(_names_of(path))
+
+
+def _entities_in(names: list[str]) -> dict[str, str]:
     found = {"suffix": names[0].rpartition("_")[2]}
     for name in names:
         for part in name.split("_"):
@@ -43,7 +49,7 @@ def entities(path: Path) -> dict[str, str]:
 
 def stem(path: Path) -> str:
     """A file's name without the ending of an image."""
-    return re.sub(r"(?i)\.(nii|mgz|mgh|dcm)(\.\w+)?$", "", path.name)
+    return _ENDING.sub("", path.name)
 
 
 def _names_of(path: Path) -> list[str]:
@@ -52,20 +58,20 @@ def _names_of(path: Path) -> list[str]:
     Only `anat` and `ses-…` may stand between a file and its `sub-…` folder: a folder further up is no patient.
     """
     names = [stem(path)]
-    for folder in path.parents:
-        names.append(folder.name)
-        if folder.name != "anat" and not folder.name.startswith("ses-"):
+    for folder in reversed(path.parts[:-1]):
+        names.append(folder)
+        if folder != "anat" and not folder.startswith("ses-"):
             break
     return names
 
 
-def _patient(path: Path) -> str:
+def _patient(names: list[str]) -> str:
     """`sub-…` of a file's name, or of its folder's: whole where that is more, as `sub-002_S_0295`, which is no BIDS."""
-    file, *folders = _names_of(path)
+    file, *folders = names
     named = re.search(r"(?:^|_)sub-[^_]+", file)
     for folder in folders:
         if folder.startswith("sub-"):
-            whole = re.split(rf"_(?=[A-Za-z0-9]+-)|_{_SUFFIX}$", folder)[0]
+            whole = _AFTER_LABEL.split(folder)[0]
             if named is None or f"{file}_".startswith(f"{whole}_"):
                 return whole
     return next((_label(name) for name in (file, *folders) if re.search(r"(?:^|_)sub-[^_]", name)), "")
@@ -160,7 +166,7 @@ class BidsDataset:
                 taken.append(image)
         named = {self.subject_of(image.path) for image in taken} | {self.subject_of(path) for path in left_out}
         others: dict[str, set[str]] = {path.name: set() for path in self.subjects if path.name not in named}
-        for image in self.images:
+        for image in self.images if others else ():
             if image.entities["datatype"] == "anat" and (subject := self.subject_of(image.path)) in others:
                 others[subject].add(image.entities.get("suffix", "images without a suffix"))
         for subject, suffixes in others.items():
@@ -183,7 +189,11 @@ class BidsDataset:
 
     def _inner(self, path: Path | str) -> list[str]:
         """The parts of a path within the data set."""
-        return _within(self.root, path).split(os.sep)  # noqa: PTH206 - not Path.parts, for there are many
+        return os.fspath(path)[self._start :].split(os.sep)  # noqa: PTH206 - not Path.parts, for there are many
+
+    @cached_property
+    def _start(self) -> int:
+        return _start_of_inner(self.root)
 
     def inside(self) -> list[Path]:
         """The data sets in its `derivatives`, which are listed where they are named themselves."""
@@ -209,25 +219,27 @@ def read_bids(folder: Path) -> BidsDataset:
         MissingExtraError: bids2table is not installed. A guess from the names would list other scans than it does.
     """
     parse = _bids2table().parse_bids_entities
-    subjects = [path for path in folder.iterdir() if path.name.startswith("sub-")]
-    gone = {str(path): "a link that leads nowhere" for path in subjects if path.is_symlink() and not path.exists()}
-    subjects = [path for path in subjects if path.is_dir()]
-    subjects.sort(key=lambda path: (path.is_symlink(), path.name))  # what a link leads to again is there already
-    files, folders, closed = walk_folder(*subjects)
+    start = _start_of_inner(folder)
+    with os.scandir(folder) as entries:
+        named = [entry for entry in entries if entry.name.startswith("sub-")]
+    gone = {str(folder / each.name): "a link that leads nowhere" for each in named if leads_nowhere(each)}
+    subjects = sorted((each.is_symlink(), each.name) for each in named if is_folder(each))
+    # What a link leads to again is there already.
+    files, folders, closed = walk_folder(*(folder / name for _, name in subjects))
     left_out = gone | closed
     is_ignored = _ignored(folder)
     images = []
     for path in filter(is_image, files):
-        inner = _within(folder, path)
+        inner = os.fspath(path)[start:]
         # A folder such as sub-002_S_0295 is none of the standard's, and what is in it has no datatype there.
         found = {"datatype": path.parent.name} | parse(inner)
         images.append(BidsImage(path, found, is_ignored(inner.replace(os.sep, "/"))))
-    return BidsDataset(folder, images, files, sorted({*subjects} & {*folders}), left_out)
+    return BidsDataset(folder, images, files, [place for place in folders if place.parent == folder], left_out)
 
 
-def _within(root: Path, path: Path | str) -> str:
-    """A path within a data set; as text, for there are many."""
-    return os.fspath(path)[len(os.fspath(root / "_")) - 1 :]
+def _start_of_inner(root: Path) -> int:
+    """Where in a path within a folder, as text, what is within it begins."""
+    return len(os.fspath(root / "_")) - 1
 
 
 def _why_not(image: BidsImage, contrast: str) -> str:
@@ -241,22 +253,22 @@ def _why_not(image: BidsImage, contrast: str) -> str:
         return Rightly(f"chunk-{found['chunk']}: a piece of an image; join the pieces, and name the whole")
     if contrast == "T1w" and "ce" in found:
         return Rightly(f"ce-{found['ce']}: after contrast agent, no plain T1w; name the file itself to take it as one")
-    known, allowed = _entities_of(found["suffix"])
-    if wrong := [f"{name}-{found[name]}" for name in found if name in known - allowed]:
+    foreign = _entities_foreign_to(found["suffix"])
+    if wrong := [f"{name}-{found[name]}" for name in found if name in foreign]:
         return f"{' and '.join(wrong)}: an image called {found['suffix']} has no such entity in BIDS; what is it?"
     return ""
 
 
 @cache
-def _entities_of(suffix: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The short names of all of the standard's entities, and of those that an image in `anat` of a suffix may have."""
+def _entities_foreign_to(suffix: str) -> frozenset[str]:
+    """The short names of the standard's entities that no image in `anat` of a suffix may have."""
     from bidsschematools.schema import load_schema
 
     schema = load_schema()
     short = {entity: schema.objects.entities[entity].name for entity in schema.rules.entities}
     rules = [*schema.rules.files.raw.anat.values(), *schema.rules.files.deriv.imaging.values()]
     allowed = {short[entity] for rule in rules if suffix in rule.suffixes for entity in rule.entities}
-    return frozenset(short.values()), frozenset(allowed)
+    return frozenset(short.values()) - allowed
 
 
 def _ignored(folder: Path) -> Callable[[str], bool]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
@@ -33,7 +32,7 @@ from brainfm.readout import Reader
 from brainfm.report import Run, current, reporting
 from brainfm.shards import Shard
 from brainfm.system import expanded, give_back_memory, joined, launched, own_cores
-from brainfm.table import Embeddings, Origin, check_folder, check_output, files_of, write
+from brainfm.table import FORMATS, Embeddings, Origin, check_folder, check_output, files_of, write
 from brainfm.transforms import check_channels, create_transform
 from brainfm.version import __version__
 from brainfm.weights import weights_digest
@@ -120,6 +119,10 @@ def embed(
     file changed in between are done again. A second run with the same `output` is refused while the first lasts. Under
     torchrun each process takes its share, and rank 0 writes and returns all.
 
+    Several models share one pass over the scans: each file is read and inflated once, brought once to each of their
+    input contracts, and given to one encoder after the other, all of which are in memory. A scan that an earlier run
+    embedded with one of them is read for the others alone.
+
     With `shard` the parts are what is written, to a folder that any number of shards share without waiting for one
     another; `brainfm.parts.merge`, or 'brainfm merge', makes the table of them.
 
@@ -133,7 +136,8 @@ def embed(
         dtype: See `brainfm.optimize`; "auto" is float32.
         num_workers: Threads that read and prepare scans ahead of the encoder; 0 reads in turn.
         output: Where to write the table: .csv, .parquet or .npz. Failed scans are listed in `<name>.errors.csv`. Of
-            several models, each has its table: `<name>.<model>.csv`. With `shard`, a folder of parts.
+            several models, each has its table: `<name>.<model>.csv`, in a folder `embeddings.<model>.csv`. With
+            `shard`, a folder of parts.
         dense: A folder for dense features: the last feature map of each scan as NIfTI [x, y, z, C], whose affine puts
             every cell where it looks. The table's column `dense_path` names the files.
         dense_dtype: Of the dense features; see `brainfm.dense.write_dense`.
@@ -186,6 +190,7 @@ def embed_files(
     give_back_memory()  # what reading a table of many left
     several = not isinstance(model, nn.Module | str)
     models: list[nn.Module | str] = [model] if isinstance(model, nn.Module | str) else list(model)
+    output = None if output is None else table_path(output, len(models), shard)
     names = [_file_name(each) for each in models]
     if len(set(names)) != len(names):
         raise ValueError(f"the models have the same name, {', '.join(names)}: embed them one by one")
@@ -200,7 +205,7 @@ def embed_files(
                     check_writable(folder)
                     sweep(folder)
         outputs.enter_context(joined())
-        return [_embed(records, job, options, in_memory) for job in jobs]
+        return _embed(records, jobs, options, in_memory)
 
 
 def embed_for(
@@ -236,7 +241,13 @@ def embed_for(
         if output is not None:
             outputs.enter_context(held(output))
         outputs.enter_context(joined())
-        return _embed(records, _Job(model, output, None, write=write), options, in_memory=True)
+        return _embed(records, [_Job(model, output, None, write=write)], options, in_memory=True)[0]
+
+
+def table_path(output: str | os.PathLike[str], models: int, shard: Shard | None) -> Path:
+    """The table that `output` names; of several models, where it names a folder, `embeddings.csv` in that."""
+    path = expanded(output)
+    return path / "embeddings.csv" if models > 1 and shard is None and path.suffix not in FORMATS else path
 
 
 def path_of(path: str | os.PathLike[str], model: nn.Module | str | None = None) -> Path:
@@ -313,89 +324,188 @@ def _job(
     return job
 
 
-def _embed(records: Listing, job: _Job, options: Options, in_memory: bool) -> Embeddings:
-    """One model's table."""
-    with current().step("loading the model"):
-        encoder = create_model(job.model, pretrained=True) if isinstance(job.model, str) else job.model
-    transform = create_transform(encoder)
-    for overlap in overlap_of_scans(encoder, records):
-        logger.warning("%s: an evaluation on it is one on training data", overlap)
-    rank, world = launched().rank, launched().world
+def _embed(records: Listing, jobs: Sequence[_Job], options: Options, in_memory: bool) -> list[Embeddings]:
+    """A table each job, of one pass over the scans: each is read once, and goes to the encoders in turn."""
     place = resolve_device(options.device)
-    width = getattr(encoder, "num_features", 0)
-    origin = origin_of(encoder, options.dtype)
-    network = optimize(encoder, options.dtype) if options.optimised else encoder
-    reader = Reader(network.to(place), dense=job.dense is not None)
-    del encoder  # where a name was given, its weights are not kept twice
+    runs = [_Run(records, job, options, place) for job in jobs]
+    asked = ((n, [number for number, run in enumerate(runs) if n in run]) for n in runs[0].scans)
+    wanted = ((n, numbers) for n, numbers in asked if numbers)
+    size, workers = options.batch_size, options.num_workers
+    most = size if size != "auto" else MOST_SCANS if place.type == "cuda" else 1
+    ahead = workers + max(1, most // len(runs))  # about as many tensors wait for many encoders as for one
+    prepared = prepared_scans(records, wanted, [run.transform for run in runs], workers, ahead)
+    total, left = len(runs[0].scans) * len(runs), sum(n in run for run in runs for n in run.scans)
+    shown, unit = options.progress and launched().rank == 0, "scan" if len(runs) == 1 else "embedding"
+    bar = progress_bar(total=total, unit=unit, doing="embedding", shown=shown, done=total - left)
+    begun, read = time.monotonic(), 0
+    try:
+        with own_cores(place), bar, closing(prepared):  # else what is interrupted would read on
+            for n, scans in current().waited("waiting for scans", prepared):
+                read += 1
+                for number, scan in scans:
+                    bar.update(runs[number].take(n, scan))
+            for run in runs:
+                bar.update(run.take_rest())
+        per_scan = (time.monotonic() - begun) / read if read else None
+        tables = [run.table(per_scan, in_memory) for run in runs]
+    except BaseException:
+        _tell(runs)
+        for run in runs:
+            run.keep()
+        raise
+    _tell(runs)
+    return tables
 
-    mine = (options.shard or Shard()).numbers(len(records))[rank::world]
-    failed = {n: reason for n in mine if (reason := _failed_qc(records[n]))} if options.strict_qc else {}
-    if failed and options.on_error == "raise":
-        raise ScanError(failed[min(failed)])
-    maps = [] if job.dense is None else dense_paths(records, job.dense)
-    # A row goes with its map: of a run with other maps, or none, no row is taken.
-    made_by = origin.digest if job.dense is None else f"{origin.digest} {options.dense_dtype} {job.dense.resolve()}"
-    made_by += "" if options.optimised else " not optimised"
-    done: _Rows | Parts = _Rows(mine)
-    if job.output is not None:
-        about = About(made_by, replace(origin, scans=len(records)).to_dict(), str(options.shard or Shard(rank, world)))
-        done = Parts(job.output if options.shard else parts_path(job.output), about, mine)
-        there = (n for n in mine if n not in failed and (not maps or maps[n].is_file()))
+
+class _Run:
+    """One model's table, from what an earlier run left to the files.
+
+    Args:
+        records: All scans.
+        job: The model, and where its files go.
+        options: Those of all models.
+        place: The device.
+
+    Attributes:
+        scans: The numbers of those that this process embeds.
+        transform: The model's.
+        reported: The run that is told of it, or None.
+    """
+
+    def __init__(self, records: Listing, job: _Job, options: Options, place: torch.device) -> None:
+        self._records, self._job, self._options, self._place = records, job, options, place
+        with current().step("loading the model"):
+            encoder = create_model(job.model, pretrained=True) if isinstance(job.model, str) else job.model
+        self.transform = create_transform(encoder)
+        for overlap in overlap_of_scans(encoder, records):
+            logger.warning("%s: an evaluation on it is one on training data", overlap)
+        self._width = getattr(encoder, "num_features", 0)
+        self._origin = origin_of(encoder, options.dtype)
+        network = optimize(encoder, options.dtype) if options.optimised else encoder
+        self._reader = Reader(network.to(place), dense=job.dense is not None)
+        self._batches = Batches(options.batch_size, place)
+        self._maps = [] if job.dense is None else dense_paths(records, job.dense)
+
+        shard, launch = options.shard, launched()
+        self.scans = (shard or Shard()).numbers(len(records))[launch.rank :: launch.world]
+        self._failed: dict[int, str] = {}
+        if options.strict_qc:
+            self._failed = {n: reason for n in self.scans if (reason := _failed_qc(records[n]))}
+        if self._failed and options.on_error == "raise":
+            raise ScanError(self._failed[min(self._failed)])
+        self._done = self._resumed(shard or Shard(launch.rank, launch.world))
+        self._known = self._there = len(self._done)
+        self._is_written = False
+        self.reported, self._asked, self._said = job.run, len(self.scans), dict[str, Any]()
+
+    def _resumed(self, part: Shard) -> _Rows | Parts:
+        """The rows, with those that an earlier run finished."""
+        records, job, options, maps = self._records, self._job, self._options, self._maps
+        if job.output is None:
+            return _Rows(self.scans)
+        # A row goes with its map: of a run with other maps, or none, no row is taken.
+        digest = self._origin.digest
+        made_by = digest if job.dense is None else f"{digest} {options.dense_dtype} {job.dense.resolve()}"
+        made_by += "" if options.optimised else " not optimised"
+        about = About(made_by, replace(self._origin, scans=len(records)).to_dict(), str(part))
+        done = Parts(job.output if options.shard else parts_path(job.output), about, self.scans)
+        there = (n for n in self.scans if n not in self._failed and (not maps or maps[n].is_file()))
         done.resume(((n, records[n]) for n in there), alone=options.shard is not None)
         if len(done):
             logger.info("%s: %d scans were done by an earlier run", job.output, len(done))
-        for n, reason in failed.items() if options.shard is not None else ():
+        for n, reason in self._failed.items() if options.shard is not None else ():
             done.fail(n, records[n], reason)
-    resumed = len(done)
-    todo = array("q", (n for n in mine if n not in done and n not in failed))
-    size, workers = options.batch_size, options.num_workers
-    most = size if size != "auto" else MOST_SCANS if place.type == "cuda" else 1
-    batches = Batches(prepared_scans(records, todo, transform, workers, workers + most), size, place)
-    coming = current().waited("waiting for scans", batches)
-    shown = options.progress and rank == 0
-    bar = progress_bar(total=len(mine), unit="scan", doing="embedding", shown=shown, done=len(mine) - len(todo))
-    begun = time.monotonic()
-    try:
-        with own_cores(place), bar:
-            for n, outcome in _embedded(reader, coming, place):
-                if isinstance(outcome, ScanError):
-                    if options.on_error == "raise":
-                        raise outcome
-                    failed[n] = str(outcome)
-                    if options.shard is not None:
-                        done.fail(n, records[n], failed[n])
-                else:
-                    if outcome.cells is not None:
-                        write_dense(outcome.cells, outcome.affine, maps[n], options.dense_dtype)
-                    done.add(n, _with_map(records[n], maps[n]) if maps else records[n], outcome.vector)
-                bar.update()
-        per_scan = (time.monotonic() - begun) / len(todo) if todo else None
-        together = world > 1 and options.shard is None
-        if together or options.shard is not None:
-            done.flush()
-        numbers, vectors = done.taken()
+        return done
+
+    def __contains__(self, n: int) -> bool:
+        """Whether a scan is still to be embedded."""
+        return n not in self._done and n not in self._failed
+
+    def take(self, n: int, scan: PreparedScan | ScanError) -> int:
+        """Embed another scan, or have it wait for its batch; how many scans are done with it."""
+        if isinstance(scan, ScanError):
+            self._keep(n, scan)
+            return 1
+        return sum(map(self._embed, self._batches.add(n, scan)))
+
+    def take_rest(self) -> int:
+        """Embed the scans that wait; how many."""
+        return sum(map(self._embed, self._batches.rest()))
+
+    def _embed(self, batch: list[tuple[int, PreparedScan]]) -> int:
+        for (n, _), outcome in zip(
+            batch, _outcomes(self._reader, [scan for _, scan in batch], self._place), strict=True
+        ):
+            self._keep(n, outcome)
+        return len(batch)
+
+    def _keep(self, n: int, outcome: _Embedded | ScanError) -> None:
+        record, maps = self._records[n], self._maps
+        if isinstance(outcome, ScanError):
+            if self._options.on_error == "raise":
+                raise outcome
+            self._failed[n] = str(outcome)
+            if self._options.shard is not None:
+                self._done.fail(n, record, self._failed[n])
+            return
+        if outcome.cells is not None:
+            write_dense(outcome.cells, outcome.affine, maps[n], self._options.dense_dtype)
+        self._done.add(n, _with_map(record, maps[n]) if maps else record, outcome.vector)
+        self._there += 1
+
+    def keep(self) -> None:
+        """Leave what is finished to the run that goes on."""
+        with suppress(OSError):
+            if not self._is_written:
+                self._done.flush()
+
+    def tell(self, told: Run, *, others: bool) -> None:
+        """Tell the run that is reported how far this table is; it counts what all of the tables have."""
+        job, asked = self._job, self._asked
+        told.asked = asked
+        told.done = min(told.done, self._there) if others else self._there
+        told.of_an_earlier_run = min(told.of_an_earlier_run, self._known) if others else self._known
+        told.left_out = self._records.left_out
+        for n in sorted(self._failed):
+            told.fail(self._records[n].name or f"scan {n}", self._failed[n])
+        job.details.update(
+            output=None if job.output is None else str(job.output), scans=asked, embedded=self._there, **self._said
+        )
+
+    def table(self, per_scan: float | None, in_memory: bool) -> Embeddings:
+        """The table of all scans, written; of several processes each gives the same."""
+        records, job, shard = self._records, self._job, self._options.shard
+        rank, world = launched().rank, launched().world
+        together = world > 1 and shard is None
+        if together or shard is not None:
+            self._done.flush()
+        numbers, vectors = self._done.taken()
+        failed = self._failed
         if together:
             numbers, vectors, failed = _gathered(numbers, vectors, failed)
-        origin = replace(origin, scans=len(records), failed=len(failed))
-        table = _table(records, maps, numbers, vectors, failed, width, origin)
+        origin = replace(self._origin, scans=len(records), failed=len(failed))
+        table = _table(records, self._maps, numbers, vectors, failed, self._width, origin)
         if in_memory:
             table = replace(table, vectors=np.asarray(table.vectors))
-        if rank == 0 and job.output is not None and options.shard is None:
+        if rank == 0 and job.output is not None and shard is None:
             with current().step("writing"):
                 job.write(table, job.output)
-    except BaseException:
-        _tell(job, records, len(mine), len(done), resumed, failed)
-        with suppress(OSError):
-            done.flush()
-        raise
-    if isinstance(done, Parts) and options.shard is None:
-        _wait_for_all(world)  # each has read what it returns
-        if rank == 0:
-            done.remove()
-    asked = len(mine) if options.shard is not None else len(records)
-    _tell(job, records, asked, len(table), resumed, failed)
-    job.details.update(origin=origin.to_dict(), seconds_per_scan=per_scan, device=_named(place))
-    return table
+        self._is_written = True
+        if isinstance(self._done, Parts) and shard is None:
+            _wait_for_all(world)  # each has read what it returns
+            if rank == 0:
+                self._done.remove()
+        self._there, self._failed = len(table), failed
+        self._asked = len(records) if shard is None else len(self.scans)
+        self._said = {"origin": origin.to_dict(), "seconds_per_scan": per_scan, "device": _named(self._place)}
+        return table
+
+
+def _tell(runs: Sequence[_Run]) -> None:
+    """Tell the run that is reported how far the tables are."""
+    for number, run in enumerate(runs):
+        if (told := run.reported) is not None:
+            run.tell(told, others=number > 0)
 
 
 def _wait_for_all(world: int) -> None:
@@ -426,16 +536,6 @@ def origin_of(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> Orig
         brainfm=__version__,
         torch=torch.__version__,
     )
-
-
-def _tell(job: _Job, records: Listing, asked: int, embedded: int, resumed: int, failed: dict[int, str]) -> None:
-    """Tell the run that is reported how far this table is."""
-    if job.run is not None:
-        job.run.asked, job.run.done, job.run.of_an_earlier_run = asked, embedded, resumed
-        job.run.left_out = records.left_out
-        for n in sorted(failed):
-            job.run.fail(records[n].name or f"scan {n}", failed[n])
-        job.details.update(output=None if job.output is None else str(job.output), scans=asked, embedded=embedded)
 
 
 def _failed_qc(record: ScanRecord) -> str:
@@ -507,17 +607,6 @@ class _Embedded:
     affine: NDArray[np.float64]
 
 
-def _embedded(
-    reader: Reader, batches: Iterable[tuple[list[int], list[PreparedScan] | ScanError]], device: torch.device
-) -> Iterator[tuple[int, _Embedded | ScanError]]:
-    """What each scan becomes, or the reason why it does not."""
-    for numbers, scans in batches:
-        if isinstance(scans, ScanError):
-            yield numbers[0], scans
-        else:
-            yield from zip(numbers, _outcomes(reader, scans, device), strict=True)
-
-
 def _outcomes(reader: Reader, scans: Sequence[PreparedScan], device: torch.device) -> list[_Embedded | ScanError]:
     """What each scan of a batch becomes. Where one of them fails, or all together are too large, each goes alone."""
     try:
@@ -535,7 +624,8 @@ def _outcomes(reader: Reader, scans: Sequence[PreparedScan], device: torch.devic
 
 def _forward(reader: Reader, scans: Sequence[PreparedScan], device: torch.device) -> list[_Embedded | ScanError]:
     tensors = [scan.tensor for scan in scans]
-    joined = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]  # one is not copied
+    alone = len(tensors) == 1 and not scans[0].shared  # which is not copied
+    joined = tensors[0][None] if alone else torch.stack(tensors)
     if device.type == "cuda":
         joined = joined.pin_memory()
     features = reader(joined.to(device, non_blocking=True), [scan.mask for scan in scans])

@@ -417,7 +417,8 @@ def _identified(records: list[ScanRecord], patients: list[str], scans: list[str]
                 named_patient if is_missing(patient) else patient,
                 named_scan if is_missing(scan) else scan,
             )
-        records[n] = replace(records[n], patient_id=patient, scan_id=scan)
+        if (patient, scan) != (records[n].patient_id, records[n].scan_id):
+            records[n] = replace(records[n], patient_id=patient, scan_id=scan)
     guessed = [
         record.patient_id for record, known in zip(records, given, strict=True) if record.patient_id and not known
     ]
@@ -456,12 +457,16 @@ def _from_folder(folder: Path) -> Listing:
 def bids_scans(dataset: BidsDataset) -> Listing:
     """The T1w images in MNI152 space of BIDS derivatives, each with its brain mask. Raises ScanError without one."""
     images, left_out = dataset.of_contrast("T1w")
-    in_mni = [image for image in images if image.template.startswith("MNI152")]
+    in_mni: list[BidsImage] = []
+    others: list[BidsImage] = []
+    for image in images:
+        (in_mni if image.template.startswith("MNI152") else others).append(image)
     if not in_mni:
         _refuse_bids(dataset, images, left_out)
     masks = {_same_scan(image): image.path for image in dataset.images if _is_brain_mask(image)}
     records = [ScanRecord(image.path, masks.get(_same_scan(image)), *image.ids) for image in _finest(in_mni)]
-    elsewhere = {image.path.parent for image in images} - {image.path.parent for image in in_mni}
+    elsewhere = {image.path.parent for image in others}
+    elsewhere -= {image.path.parent for image in in_mni} if others else set()
     left_out |= {str(place): "no T1w image in MNI152 space in it" for place in sorted(elsewhere)}
     return _listed(dataset.root, records, left_out)
 
@@ -524,24 +529,26 @@ def _prepared_record(scan: Path, image: Path, folder: Path) -> ScanRecord:
 
 def _same_scan(image: BidsImage, *but: str) -> frozenset[tuple[str, str]]:
     """What an image and its mask have in common."""
-    return frozenset((name, value) for name, value in image.entities.items() if name not in ("desc", *_FORM, *but))
+    their_own = ("desc", *_FORM, *but)
+    return frozenset(entity for entity in image.entities.items() if entity[0] not in their_own)
 
 
 def _is_brain_mask(image: BidsImage) -> bool:
     return (image.entities.get("suffix"), image.entities.get("desc")) == ("mask", "brain")
 
 
-def _finest(images: list[BidsImage]) -> list[BidsImage]:
-    """One image a scan and space: the smallest `res-` where there are several."""
+def _finest(images: Sequence[BidsImage]) -> list[BidsImage]:
+    """One image a scan and space, in their order: the smallest `res-` where there are several."""
     best: dict[Any, BidsImage] = {}
     for image in sorted(images, key=_resolution):
         best.setdefault((image.entities.get("desc"), _same_scan(image, "res")), image)
-    return sorted(best.values(), key=lambda image: image.path)
+    chosen = set(map(id, best.values()))
+    return [image for image in images if id(image) in chosen]
 
 
-def _resolution(image: BidsImage) -> tuple[int, Path]:
+def _resolution(image: BidsImage) -> int:
     resolution = image.entities.get("res", "")
-    return (int(resolution) if resolution.isdecimal() else 0, image.path)
+    return int(resolution) if resolution.isdecimal() else 0
 
 
 # --- Who is who -----------------------------------------------------------------------------------
@@ -579,7 +586,8 @@ def _with_one_id(records: Sequence[ScanRecord]) -> list[list[int]]:
     for n, record in enumerate(records):
         if record.patient_id and record.name:
             same.setdefault((record.patient_id, record.scan_id), []).append(n)
-    return [numbers for numbers in same.values() if len({records[n].name for n in numbers}) > 1]
+    several = (numbers for numbers in same.values() if len(numbers) > 1)
+    return [numbers for numbers in several if len({records[n].name for n in numbers}) > 1]
 
 
 def _first_path(record: ScanRecord) -> Path:

@@ -14,6 +14,7 @@ from urllib.request import url2pathname
 from brainfm.errors import ScanError
 
 _IMAGES = (".nii", ".nii.gz", ".nii.bz2", ".nii.xz", ".nii.zst", ".mgz", ".mgh")  # in any case
+_PLAIN = re.compile(r"[\w./][\w ./+=-]*", re.ASCII)  # of a path: nothing that may mean something else; most are so
 _PASSED_OVER = ("__MACOSX", "@eaDir", "lost+found")  # folders of systems, beside those that begin with a dot
 
 
@@ -34,6 +35,11 @@ def path_of(text: str, folder: Path) -> Path:
     `~` is the home of who runs this; quotes around it and `file://` are taken off, and `\` is `/` where that finds it.
     Raises ScanError for a path of Windows on another system.
     """
+    text = text if _PLAIN.fullmatch(text) else _as_meant(text)
+    return on_disk(folder / text)
+
+
+def _as_meant(text: str) -> str:
     text = unprinted(text)
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1].strip()
@@ -41,7 +47,7 @@ def path_of(text: str, folder: Path) -> Path:
         text = url2pathname(urlsplit(text).path)
     if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|\\\\", text):
         raise ScanError(f"{text}: a path of Windows, and this is another system; write where the file is here")
-    return on_disk(folder / os.path.expanduser(text))  # noqa: PTH111 - which raises where there is no home
+    return os.path.expanduser(text)  # noqa: PTH111 - which raises where there is no home
 
 
 def on_disk(path: Path) -> Path:
@@ -84,36 +90,56 @@ def walk_folder(*tops: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
     systems keep for themselves is passed over: `._…`, `.DS_Store`, `.git`, `.Trashes` and all that begins with a dot,
     `__MACOSX`, `@eaDir`. The link of an image that is not there is one of the files.
     """
-    files: list[Path] = []
-    folders: list[Path] = []
+    files: list[str] = []
+    folders: list[str] = []
     closed: dict[str, str] = {}
     seen: set[tuple[int, int]] = set()
-    places = [*tops]
-
-    def note(error: OSError) -> None:
-        closed[str(error.filename)] = f"cannot be read: {error.strerror}"
-
+    places = [os.fspath(top) for top in tops]
     for top in places:  # which grows
-        for name, inner, names in os.walk(top, onerror=note):
-            place = Path(name)
-            state = place.stat()
-            if (state.st_dev, state.st_ino) in seen:
-                inner.clear()
+        inner = [top]
+        while inner:
+            place = inner.pop()
+            try:
+                state = os.stat(place)  # noqa: PTH116 - here and below no Path, for there are many
+                if (state.st_dev, state.st_ino) in seen:
+                    continue
+                with os.scandir(place) as entries:
+                    found = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                closed[str(error.filename)] = f"cannot be read: {error.strerror}"
                 continue
             seen.add((state.st_dev, state.st_ino))
-            inner[:] = [each for each in inner if not each.startswith(".") and each not in _PASSED_OVER]
             folders.append(place)
-            places += [place / link for link in sorted(inner) if (place / link).is_symlink()]
-            for path in (place / file for file in names if not file.startswith(".")):
-                if is_image(path) or not _leads_nowhere(path):
-                    files.append(path)
+            found = [entry for entry in found if not entry.name.startswith(".")]
+            below = [each for each in found if is_folder(each) and each.name not in _PASSED_OVER]
+            places += [each.path for each in below if each.is_symlink()]
+            inner += [each.path for each in reversed(below) if not each.is_symlink()]
+            for entry in found:
+                if is_folder(entry):
+                    continue
+                if entry.name.lower().endswith(_IMAGES) or not leads_nowhere(entry):
+                    files.append(entry.path)
                 else:
-                    closed[str(path)] = "a link that leads nowhere"
-    return sorted(files), sorted(folders), closed
+                    closed[str(Path(entry.path))] = "a link that leads nowhere"
+    return _in_order(files), _in_order(folders), closed
 
 
-def _leads_nowhere(path: Path) -> bool:
+def _in_order(paths: list[str]) -> list[Path]:
+    """Paths in the order of `Path`, which compares them by their parts; as text, for there are many."""
+    return [Path(path) for path in sorted(paths, key=lambda path: path.replace(os.sep, "\0"))]
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a folder, or a link to one."""
     try:
-        return path.is_symlink() and not path.exists()
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False
+
+
+def leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a link to what is not there."""
+    try:
+        return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110
     except OSError:
         return False

@@ -16,19 +16,19 @@ def test_batch_grows_to_what_the_gpu_holds_after_the_first_scan(monkeypatch, fre
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2 * gigabyte)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: (2 + cached) * gigabyte)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free * gigabyte), 0))
-    scans = iter((n, prepared(torch.zeros(1, 2, 2, 2))) for n in range(40))
-    sizes = [len(numbers) for numbers, _ in Batches(scans, "auto", torch.device("cuda"))]
+    sizes = sizes_of([(1, 2, 2, 2)] * 40)
     assert sizes[:2] == [1, size]
     assert sum(sizes) == 40
 
 
-def prepared(tensor):
-    return PreparedScan("a scan", tensor, None, np.eye(4))
+def sizes_of(shapes):
+    batches = Batches("auto", torch.device("cuda"))
+    scans = (PreparedScan("a scan", torch.zeros(shape), None, np.eye(4)) for shape in shapes)
+    full = [len(batch) for n, scan in enumerate(scans) for batch in batches.add(n, scan)]
+    return full + [len(batch) for batch in batches.rest()]
 
 
 def test_grown_batch_holds_fewer_of_larger_scans(monkeypatch):
     monkeypatch.setattr(Batches, "_scans_that_fit", lambda self: 8)
     shapes = [(1, 2, 2, 2)] * 9 + [(1, 2, 2, 8)] * 5 + [(1, 1, 1, 1)] * 16 + [(1, 16, 16, 16)] * 2
-    scans = iter((n, prepared(torch.zeros(shape))) for n, shape in enumerate(shapes))
-    sizes = [len(numbers) for numbers, _ in Batches(scans, "auto", torch.device("cuda"))]
-    assert sizes == [1, 8, 2, 2, 1, 16, 1, 1]
+    assert sizes_of(shapes) == [1, 8, 2, 2, 1, 16, 1, 1]

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import forked_ranks
@@ -613,6 +615,85 @@ def test_wrong_model_among_several_is_refused_before_any_work(other, reason, sec
     with pytest.raises(ValueError, match=reason):
         brainfm.embed(pairs, [second, other()], output=tmp_path / "out.csv")
     assert counted() == 0
+
+
+def contracted(model, name, **changes):
+    """A model under another name, with another input contract."""
+    cfg = model.pretrained_cfg
+    model.pretrained_cfg = replace(cfg, architecture=name, tag="", input_spec=replace(cfg.input_spec, **changes))
+    return model
+
+
+class Overwriting(Pooled):
+    """An encoder that leaves nothing of its input."""
+
+    def forward(self, x):
+        vectors = super().forward(x)
+        x.zero_()
+        return vectors
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """How often each compressed file was opened to be inflated."""
+    counts, real = Counter(), brainfm.scan.read.open_packed
+
+    def open_packed(path, *arguments):
+        counts[str(path)] += 1
+        return real(path, *arguments)
+
+    monkeypatch.setattr(brainfm.scan.read, "open_packed", open_packed)
+    return counts
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (2, 2)])
+def test_several_models_read_each_file_once_and_give_the_tables_of_runs_of_their_own(
+    batch_size, num_workers, small_sample, second, opened, tmp_path
+):
+    folders = [shutil.copytree(small_sample[0].parent, tmp_path / f"{n}") for n in range(3)]
+    bent = contracted(Pooled(), "bent", operations=second.pretrained_cfg.input_spec.operations[:-1])
+    overwriting = contracted(Overwriting(), "overwriting")
+    models = [overwriting, second, bent, contracted(Pooled(3.0), "third")]
+    options = {"batch_size": batch_size, "num_workers": num_workers}
+    tables = brainfm.embed(folders, models, output=tmp_path / "out.csv", **options)
+    assert opened == {str(path): 1 for folder in folders for path in folder.iterdir()}
+    for model, table in zip(models, tables, strict=True):
+        np.testing.assert_array_equal(table.vectors, brainfm.embed(folders, model, **options).vectors)
+        assert len(brainfm.table.read(tmp_path / f"out.{model.pretrained_cfg.name}.csv")) == 3
+
+
+def test_scan_that_one_contract_refuses_is_an_error_of_that_model_alone(pairs, bad, second, tmp_path):
+    strict = contracted(Pooled(), "strict", mask="file")
+    scans = [pairs[0], pairs[1][0], bad[2]]
+    free, of_file = brainfm.embed(scans, [contracted(second, "free"), strict], output=tmp_path / "out.csv")
+    assert [record.image for record in free.records] == [str(pairs[0][0]), str(pairs[1][0])]
+    assert [record.image for record in of_file.records] == [str(pairs[0][0])]
+    errors = {name: [row["error"] for row in rows(tmp_path / f"out.{name}.errors.csv")] for name in ("free", "strict")}
+    assert len(errors["free"]) == 1
+    assert ["needs a brain mask" in error for error in errors["strict"]] == [True, False]
+    assert errors["strict"][1] == errors["free"][0]
+
+
+def test_scan_that_is_done_for_one_model_is_read_for_the_others_alone(pairs, second, tmp_path, monkeypatch):
+    class Halting(Pooled):
+        seen: list[int] = []  # noqa: RUF012
+
+    monkeypatch.setattr(Halting, "interrupt_at", 2)
+    halting = contracted(Halting(2.0), "halting", operations=second.pretrained_cfg.input_spec.operations[:-1])
+    with pytest.raises(KeyboardInterrupt):
+        brainfm.embed(pairs, [Pooled(), halting], output=tmp_path / "out.csv", num_workers=0)
+    assert (Pooled.seen, Halting.seen) == ([1] * 3, [1] * 2)
+    monkeypatch.setattr(Halting, "interrupt_at", None)
+    brought = []
+    real = brainfm.transforms.load_scan
+    monkeypatch.setattr(
+        brainfm.transforms, "load_scan", lambda image, mask, **how: brought.append(image) or real(image, mask, **how)
+    )
+    tables = brainfm.embed(pairs, [Pooled(), halting], output=tmp_path / "out.csv", num_workers=0)
+    assert (Pooled.seen, Halting.seen) == ([1] * 6, [1] * 6)
+    assert sorted(brought) == sorted(str(path) for path, _ in [*pairs[2:], *pairs[3:]])
+    np.testing.assert_array_equal(tables[1].vectors, brainfm.embed(pairs, halting).vectors)
+    assert not list(tmp_path.glob(".out*"))
 
 
 # --- Memory ---------------------------------------------------------------------------------------

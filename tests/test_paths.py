@@ -88,3 +88,15 @@ def test_walk_passes_over_what_systems_keep_for_themselves(tmp_path):
         touch(tmp_path / name)
     files, folders, closed = walk_folder(tmp_path)
     assert (files, folders, closed) == ([kept], [tmp_path, tmp_path / "p1"], {})
+
+
+@posix
+def test_walk_is_in_the_order_of_paths_and_has_what_links_lead_to_once(tmp_path):
+    names = ("b/z.nii", "b-1/a.nii", "b.nii", "b/c/y.nii", "b c/x.nii", "a/x.nii")
+    made = [touch(tmp_path / name) for name in names]
+    for link, place in (("0", "b"), ("b/back", "."), ("b/gone", "nothing"), ("b/itself", "b/itself")):
+        (tmp_path / link).symlink_to(tmp_path / place)
+    files, folders, closed = walk_folder(tmp_path)
+    assert files == sorted(made)
+    assert folders == sorted({tmp_path, *(path.parent for path in made)})
+    assert closed == {str(tmp_path / "b" / name): "a link that leads nowhere" for name in ("gone", "itself")}

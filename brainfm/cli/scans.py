@@ -87,11 +87,12 @@ def embed_command(
     mask_path), a TurboPrep folder, or a BIDS-derivatives folder. What made the table is in it, of a .csv in the .json
     beside it. Scans that fail are listed in OUTPUT's .errors.csv, and the exit code is 1; so is it where a part of a
     folder cannot be read, or may be a scan. What by BIDS is no T1w scan, such as a phase image, is named, and is no
-    failure. Each of several models has its own files, NAME.MODEL.csv and so on.
+    failure. Each of several models has its own files, NAME.MODEL.csv and so on, or where OUTPUT is a folder
+    embeddings.MODEL.csv there; each scan is read once for all.
     """
     import brainfm
     from brainfm.bids import wrongly
-    from brainfm.embed import Options, embed_files, path_of
+    from brainfm.embed import Options, embed_files, path_of, table_path
     from brainfm.manifest import Listing, ScanRecord, list_scans
     from brainfm.report import current
     from brainfm.shards import Shard
@@ -100,6 +101,8 @@ def embed_command(
     run = current()
     is_folder = Path(output).suffix not in FORMATS
     part = Shard.of(shard) if shard else Shard.of_slurm() if is_folder else None
+    models = tuple(dict.fromkeys(models))
+    output = str(table_path(output, len(models), part))
     if part is None:
         run.check_apart(files_of(Path(output)))
         check_output(Path(output))
@@ -112,7 +115,6 @@ def embed_command(
     else:
         with run.step("listing"):
             records = list_scans(inputs)
-    models = tuple(dict.fromkeys(models))
     encoders: list[Any] = list(models)
     if checkpoint is not None:
         if len(models) != 1:

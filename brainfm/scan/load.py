@@ -113,9 +113,9 @@ def image_of(image: ScanLike, spec: InputSpec | None = None) -> ImageLike:
 
 def name_of(image: Any) -> str:
     """What a scan is called in messages: its path, or the paths of its channels; empty for images in memory."""
-    if is_mapping(image):
-        return ", ".join(filter(None, map(name_of, image.values())))
-    return str(image) if isinstance(image, str | os.PathLike) else ""
+    if isinstance(image, str | os.PathLike):
+        return str(image)
+    return ", ".join(filter(None, map(name_of, image.values()))) if is_mapping(image) else ""
 
 
 class _Found(NamedTuple):

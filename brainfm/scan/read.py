@@ -6,7 +6,9 @@ import io
 import math
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -31,6 +33,25 @@ if TYPE_CHECKING:
 ImageLike: TypeAlias = "str | os.PathLike[str] | SpatialImage | tuple[ArrayLike, ArrayLike] | Any"
 
 
+# What was read in a block of `each_file_once`, with what was asked for: an id may be another's once that is gone.
+_kept: ContextVar[dict[Any, tuple[Any, StoredImage | ScanError]] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def each_file_once() -> Iterator[None]:
+    """Within the block `read_image` reads and inflates an image once, however often: for several contracts of a scan.
+
+    Its memory is given back at the end. It holds for this thread alone.
+    """
+    kept: dict[Any, tuple[Any, StoredImage | ScanError]] = {}
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+        kept.clear()  # the traceback of an error in it leads back to it
+
+
 def read_image(image: ImageLike, what: str = "scan") -> StoredImage:
     """The stored voxels of an image, not scaled, not reoriented; on an uncompressed file they are mapped, not read.
 
@@ -41,6 +62,22 @@ def read_image(image: ImageLike, what: str = "scan") -> StoredImage:
     Raises:
         ScanError: The file is missing, damaged or no image, the image is not 3-D, or its orientation is not known.
     """
+    kept = _kept.get()
+    if kept is None:
+        return _read(image, what)
+    key = (os.fspath(image) if isinstance(image, str | os.PathLike) else id(image), what)
+    if key not in kept:
+        try:
+            kept[key] = image, _read(image, what)
+        except ScanError as error:
+            kept[key] = image, error
+    found = kept[key][1]
+    if isinstance(found, ScanError):
+        raise found
+    return found
+
+
+def _read(image: ImageLike, what: str) -> StoredImage:
     if isinstance(image, str | os.PathLike):
         return _from_file(Path(image), what)
     if isinstance(image, bytes | bytearray):

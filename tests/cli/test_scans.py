@@ -214,6 +214,18 @@ def test_embed_with_several_models_writes_each_ones_own_files(run, tmp_path, sma
     np.testing.assert_array_equal(read(tmp_path / "out.test_resnet_3d.csv").vectors, expected)
 
 
+def test_embed_with_several_models_writes_their_tables_to_a_folder(run, tmp_path, small_sample):
+    models = ("--model", "test_resnet_3d", "--model", "test_vit_3d")
+    result = run("embed", small_sample[0], "-o", f"{tmp_path / 'made'}/", *models)
+    assert (result.code, result.err) == (0, [])
+    tables = [tmp_path / "made" / f"embeddings.{model}.csv" for model in ("test_resnet_3d", "test_vit_3d")]
+    assert [line.split(" → ")[1] for line in result.out.splitlines()] == [
+        f"{tables[0]} (128 numbers each)",
+        f"{tables[1]} (96 numbers each)",
+    ]
+    assert [len(read(table)) for table in tables] == [1, 1]
+
+
 def test_embed_with_a_model_named_twice_embeds_once(run, tmp_path, small_sample):
     result = run("embed", small_sample[0], "-o", tmp_path / "out.csv", *SMALL, *SMALL)
     assert result.code == 0

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from prepared_folders import AFFINE, OWN, RIGID, SHAPE, moved_head, write
 from scipy import ndimage
 
 import brainfm
 from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
+from brainfm.batches import prepared_scans
 from brainfm.contract import Grid, InputSpec
 from brainfm.errors import ScanError
+from brainfm.manifest import ScanRecord
 from brainfm.prep.store import save
 from brainfm.scan.prepared import for_contract, read_prepared
 from brainfm.scan.resample import resample
+from brainfm.transforms import InputTransform
 
 GRID = Grid((91, 109, 91), (2.0, 2.0, 2.0), (-90.0, -126.0, -72.0))
 
@@ -66,6 +71,20 @@ def test_affine_contract_takes_the_affine_matrix(prepared, contract):
     scan = brainfm.load_scan(prepared, spec=replace(contract, registration="linear"))
     brain = sampled(prepared, "brain_mask.nii.gz", GRID, matrix="affine") > 0.5
     assert np.allclose(scan.image[0], sampled(prepared, "head.nii.gz", GRID, matrix="affine") * brain, atol=1e-3)
+
+
+def test_folder_is_read_once_for_several_contracts_and_resampled_for_each(prepared, contract, monkeypatch):
+    opened, real = Counter(), brainfm.scan.read.open_packed
+    monkeypatch.setattr(
+        brainfm.scan.read, "open_packed", lambda path, *more: opened.update([path.name]) or real(path, *more)
+    )
+    transforms = [InputTransform(replace(contract, registration=how)) for how in ("rigid", "linear")]
+    ((_, made),) = prepared_scans([ScanRecord(prepared)], [(0, [0, 1])], transforms, 0, 1)
+    assert opened == {"head.nii.gz": 1, "brain_mask.nii.gz": 1}
+    rigid, linear = (scan.tensor for _, scan in made)
+    assert torch.equal(rigid, transforms[0](prepared))
+    assert torch.equal(linear, transforms[1](prepared))
+    assert not torch.equal(rigid, linear)
 
 
 def test_contract_of_another_orientation_is_the_same_image(prepared, contract):

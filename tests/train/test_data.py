@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import mmap
+import os
 import shutil
 import zlib
 from collections import Counter
@@ -227,6 +229,35 @@ def test_bad_scan_is_listed_and_the_rest_is_built(records, small_spec, tmp_path)
     assert "gone.nii.gz" in data[0, 1].failed[0][1]
 
 
+@pytest.mark.parametrize("shard", [None, "1/1"])
+def test_scan_that_failed_twice_is_listed_and_passed_over_until_it_changes(
+    shard, records, small_spec, tmp_path, caplog
+):
+    bad = tmp_path / "bad, as it is.nii.gz"
+    bad.write_bytes(b"no image")
+    scans, folder = [records[0], ScanRecord(bad, records[1].mask, "x")], tmp_path / "cache"
+    listed = folder / ("quarantine.1-of-1.csv" if shard else "quarantine.csv")
+
+    def build():
+        return build_cache(scans, folder, small_spec, shard=Shard.of(shard) if shard else None)
+
+    build()
+    assert not listed.exists()
+    assert list(build().refused) == [str(bad)]
+    assert str(bad) in listed.read_text()
+    bad.touch()
+    bad.write_bytes(b"no image")  # as large as before, and of another time
+    assert "passed over" not in caplog.text
+    build()
+    assert not listed.exists()
+    build()
+    report = build()
+    assert (report.written, report.found, list(report.refused)) == (0, 1, [str(bad)])
+    assert "1 scans that failed twice are passed over" in caplog.text
+    shutil.copy(records[1].image, bad)
+    assert (build().written, listed.exists()) == (1, False)
+
+
 def test_cache_of_another_contract_no_cache_and_a_damaged_one_are_refused(cache, spec, small_spec, tmp_path, records):
     with pytest.raises(BrainfmError, match="another input contract"):
         ScanCache(cache, spec)
@@ -254,6 +285,15 @@ def test_cache_that_cannot_be_mapped_is_read(cache, records, cohort, small_spec,
     monkeypatch.setattr(mmap, "mmap", refuse)
     found = ScanCache(cache, small_spec).read(key, box)
     assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("root", [".", "/data", "/data/", "data", "../data", "/data/a", "/"])
+@pytest.mark.parametrize(
+    "path", ["/data/a/b.nii", "data/a.nii", "a.nii", "../data/a.nii", "/data/../a.nii", "/database/a", "./a.nii"]
+)
+def test_key_is_of_the_path_as_the_system_has_it_relative_to_the_root(path, root):
+    expected = hashlib.sha256(f"{os.path.relpath(path, root)}\0".encode()).hexdigest()[:20]
+    assert key_of(ScanRecord(path), root) == expected
 
 
 def test_build_by_the_wrong_contract_does_not_block_the_right_one(cohort, tmp_path):
