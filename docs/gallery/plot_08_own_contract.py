@@ -49,6 +49,7 @@ spec = brainfm.InputSpec(
     orientation="RAS",
     grid=brainfm.Grid(shape=(64, 76, 64), spacing=(3.0, 3.0, 3.0), origin=(-95.0, -131.0, -77.0)),
     skull_strip="required",
+    mask="file or nonzero",
     intensities="raw",
     operations=(Transpose((2, 1, 0)), SquareRoot(), ZScore(region="mask")),
     output_shape=(1, 64, 76, 64),

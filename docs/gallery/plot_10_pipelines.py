@@ -61,7 +61,7 @@ print("MONAI:", list(of_monai.shape))
 # as of a patient who moved.
 
 subject = torchio.Subject(image=torchio.ScalarImage(scans[0][0]), mask=torchio.LabelMap(scans[0][1]))
-moved = torchio.RandomGhosting(num_ghosts=4, axes=(1,), intensity=(1.0, 1.0))(subject)
+moved = torchio.RandomGhosting(num_ghosts=4, axes=(1,), intensity=(0.6, 0.6))(subject)
 tensors = [transform(each.image, mask=each.mask) for each in (subject, moved)]
 
 figure, panels = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
@@ -118,7 +118,7 @@ with warnings.catch_warnings():
 trainer.save_checkpoint(Path(folder.name) / "last.ckpt")
 
 # %%
-# The checkpoint loads by name, its head left out where none is asked for:
+# The checkpoint loads by its path, as it is, here with its head:
 
 again = brainfm.create_model("test_resnet_3d", checkpoint_path=Path(folder.name) / "last.ckpt", num_classes=2)
 print(

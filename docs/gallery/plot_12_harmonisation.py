@@ -68,10 +68,14 @@ for place, ((_, name), values) in enumerate(scores.items()):
 for start, chance in ((-0.5, 0.25), (2.0, 0.5)):
     axes.plot([start, start + 2], [chance, chance], color="black", lw=1, ls="--")
 axes.set(xticks=[0.5, 3.0], xticklabels=["site", "sex"], ylabel="balanced accuracy, 5 folds", ylim=(0, 1))
-axes.legend(loc="lower right")
+axes.legend(loc="upper left")
 plt.show()
 
 # %%
+# The bars' whiskers are the folds' standard deviation, and they are wide: 64 scans, 16 a site, are few. A score *below*
+# chance is no mistake of the plot: with each site's mean gone from the training scans, the little that chance left of
+# it in them points away from where the held-out scans of that site lie.
+#
 # Three things that no harmonisation mends. A site that is not among the training scans has no shift that could be
 # learned, and ``ComBat`` refuses it. Where one site has most of the patients and another most of the controls, the
 # difference between sites *is* that between groups, and is removed with it, or kept, by choice and not by evidence. And
