@@ -160,9 +160,11 @@ def embed(
             argument is out of range.
 
     Example:
-        >>> table = brainfm.embed("turboprep_output/", "simclr_resnet18_3d", output="embeddings.csv")
+        >>> import brainfm
+        >>> scans = [("normalized.nii.gz", "mask.nii.gz")]  # or a manifest, or a folder of prepared scans
+        >>> table = brainfm.embed(scans, "test_resnet_3d", output="embeddings.csv")
         >>> table.vectors.shape
-        (24, 512)
+        (1, 128)
     """
     part = Shard.of(shard) if isinstance(shard, str) else shard
     options = Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress, part)

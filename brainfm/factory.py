@@ -96,11 +96,12 @@ def create_model(
         ValueError: An argument is none that the network takes, such as a `global_pool` of "".
 
     Example:
-        >>> model = brainfm.create_model("simclr_resnet18_3d", pretrained=True)
+        >>> import brainfm
+        >>> model = brainfm.create_model("test_resnet_3d", pretrained=True)
         >>> transform = brainfm.create_transform(model)
         >>> z = model(transform("normalized.nii.gz", mask="mask.nii.gz")[None])
         >>> z.shape
-        torch.Size([1, 512])
+        torch.Size([1, 128])
     """
     if out_indices is not None and not features_only:
         raise ValueError("out_indices goes with features_only=True; else ask model.forward_intermediates(x, indices)")

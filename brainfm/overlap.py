@@ -49,7 +49,14 @@ def pretraining_overlap(model: nn.Module | PretrainedCfg | str, datasets: str | 
         model: An encoder of `create_model`, its cfg, or a model's name.
         datasets: Names of data sets, in any spelling of case, spaces, hyphens and underscores.
 
+    Returns:
+        An overlap for each data set and cohort that share patients, or may; empty where none is known.
+
+    Raises:
+        ModelNameError: There is no model of that name (a ValueError).
+
     Example:
+        >>> import brainfm
         >>> [str(overlap) for overlap in brainfm.pretraining_overlap("simclr_resnet18_3d", ["IXI", "adni_3"])]
         ['adni_3: in the pretraining data (a phase of ADNI: ADNI, 3,028 patients, 21,778 scans)']
     """

@@ -56,6 +56,14 @@ class PretrainedCfg(Checked):
         notes: What a user should know.
         scores: Published results.
         facts: "seen", or "third-party" where nobody here could check what is said of the file.
+
+    Example:
+        >>> import brainfm
+        >>> cfg = brainfm.get_pretrained_cfg("test_resnet_3d")
+        >>> cfg.name, cfg.num_features, cfg.licence
+        ('test_resnet_3d.phantoms', 128, 'Apache-2.0')
+        >>> cfg.overlay({"notes": "mine"}).notes
+        'mine'
     """
 
     architecture: str = ""

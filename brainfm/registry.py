@@ -203,14 +203,25 @@ def register_model(
     module that keeps the contract of `brainfm.models.Encoder`, with initial weights; `create_model` loads the trained
     ones. Its name can be the `network` of a card too.
 
+    Args:
+        entrypoint: The constructor; None where `cfgs` are given, and this is called as a decorator's maker.
+        cfgs: What is known of its weights, by tag.
+
+    Returns:
+        The constructor as it was given, or a decorator that returns it.
+
     Raises:
         ValueError: The name is taken by another constructor or by a network of this package, or holds a character other
             than letters, digits and "_".
 
     Example:
-        >>> @brainfm.register_model(cfgs={"my_lab": PretrainedCfg(file="weights.safetensors", input_spec=spec)})
-        ... def my_encoder(**kwargs):
-        ...     return MyEncoder(**kwargs)
+        >>> import brainfm
+        >>> from brainfm.models.vit import VisionTransformer
+        >>> @brainfm.register_model(cfgs={"my_lab": brainfm.PretrainedCfg(file="weights.safetensors", num_features=96)})
+        ... def my_vit(**kwargs):
+        ...     return VisionTransformer(dim=96, depth=4, num_heads=3, **kwargs)
+        >>> brainfm.create_model("my_vit").num_features
+        96
     """
 
     def register(entrypoint: E) -> E:
@@ -239,6 +250,9 @@ def register_card(card: str | os.PathLike[str] | Card) -> list[str]:
     A card's `network` is a module of `brainfm.models`, or the name of a constructor under `@register_model`. A file
     that is registered again is read again.
 
+    Args:
+        card: The file's path, or the card.
+
     Returns:
         The models' names.
 
@@ -248,8 +262,12 @@ def register_card(card: str | os.PathLike[str] | Card) -> list[str]:
         ValueError: A name is taken by another model, or holds a character other than letters, digits and "_".
 
     Example:
+        >>> import brainfm
+        >>> from pathlib import Path
+        >>> card = "models: {my_vit: {network: vit, args: {dim: 96, depth: 4, num_heads: 3}, num_features: 96}}"
+        >>> _ = Path("my_lab.yaml").write_text(card)
         >>> brainfm.register_card("my_lab.yaml")
-        ['my_encoder']
+        ['my_vit']
     """
     file = None
     if not isinstance(card, Card):
@@ -341,9 +359,13 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
         pretrained: Only those whose weights exist, by their full names `architecture.tag`.
         module: Only those of this network's module, such as "vit".
 
+    Returns:
+        Their names; empty where none matches, which raises nothing.
+
     Example:
-        >>> brainfm.list_models("*vit*")
-        ['mae_vit_base_3d', 'mae_vit_large_3d', 'mae_vit_tiny_3d', 'test_vit_3d', 'vit_tiny_3d']
+        >>> import brainfm
+        >>> brainfm.list_models("mae_*")
+        ['mae_vit_base_3d', 'mae_vit_large_3d', 'mae_vit_tiny_3d']
     """
     names = [name for name, model in _models().items() if not module or model.module.split(".")[-1] == module]
     if pretrained:
@@ -359,7 +381,19 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
 
 
 def list_pretrained(filter: str | Sequence[str] = "") -> list[str]:
-    """The full names, `architecture.tag`, of all models whose weights exist."""
+    """The full names, `architecture.tag`, of all models whose weights exist.
+
+    Args:
+        filter: As of `list_models`.
+
+    Returns:
+        The names, sorted; empty where none matches, which raises nothing.
+
+    Example:
+        >>> import brainfm
+        >>> brainfm.list_pretrained("test_*")
+        ['test_resnet_3d.phantoms', 'test_vit_3d.phantoms']
+    """
     return list_models(filter, pretrained=True)
 
 
@@ -373,21 +407,60 @@ def listing(name: str) -> Listing:
 
 
 def is_model(name: str) -> bool:
-    """Whether `create_model` knows this name, with or without a tag."""
+    """Whether `create_model` knows this name, with or without a tag.
+
+    Args:
+        name: Of a registered model; names of folders and repositories are not among them.
+
+    Returns:
+        True or False; no name raises an error.
+
+    Example:
+        >>> import brainfm
+        >>> brainfm.is_model("test_resnet_3d.phantoms"), brainfm.is_model("test_resnet_4d")
+        (True, False)
+    """
     model = _models().get(_arch(name))
     return model is not None and ("." not in name or _tag(name) in model.tags)
 
 
 def model_entrypoint(name: str) -> Entrypoint:
-    """The constructor registered under a name. Raises ModelNameError (a ValueError) where there is none."""
+    """The constructor registered under a name.
+
+    Args:
+        name: With or without a tag.
+
+    Returns:
+        The constructor: it takes `num_classes`, `in_chans`, `global_pool`, `drop_rate` and the network's own keywords,
+        and gives the network with initial weights.
+
+    Raises:
+        ModelNameError: There is none (a ValueError).
+
+    Example:
+        >>> import brainfm
+        >>> brainfm.model_entrypoint("test_vit_3d")().num_features
+        96
+    """
     return _look_up(name).entrypoint
 
 
 def get_pretrained_cfg(name: str) -> PretrainedCfg:
     """The cfg of `architecture.tag`, or of the default tag of `architecture`.
 
+    Args:
+        name: Of a registered model.
+
+    Returns:
+        What its weights are, where they live, and the input they expect; of a model without weights, all but these.
+
     Raises:
         ModelNameError: No such model or tag; the message lists the nearest ones. It is a ValueError.
+
+    Example:
+        >>> import brainfm
+        >>> brainfm.get_pretrained_cfg("test_resnet_3d").tag
+        'phantoms'
     """
     model = _look_up(name)
     return model.cfg(_tag(name) or model.tags[0])

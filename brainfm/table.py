@@ -88,6 +88,12 @@ class Embeddings:
         records: The scans of the rows.
         errors: The scans that failed, and why.
         origin: What made the table; None where nobody said.
+
+    Example:
+        >>> import brainfm, numpy
+        >>> table = brainfm.embed([("normalized.nii.gz", "mask.nii.gz")], "test_resnet_3d")
+        >>> len(table), numpy.asarray(table).shape, table.origin.model
+        (1, (1, 128), 'test_resnet_3d.phantoms')
     """
 
     vectors: NDArray[np.float32]

@@ -83,6 +83,7 @@ def write_view(
 
     Example:
         >>> from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
+        >>> from brainfm.view import write_view
         >>> for sentence in write_view(SAMPLE_SCAN, "sample.html", mask=SAMPLE_MASK):
         ...     print(sentence)
         Only the brain is shown; what lies outside the mask was left out of this file.

@@ -49,6 +49,12 @@ class Operation(Checked):
 def register_operation(cls: AnOperation) -> AnOperation:
     """Make an operation known under its class's name, so that contracts can be read from files that hold it.
 
+    Args:
+        cls: A frozen dataclass that is an `Operation`, with `__call__` and, for people, `__str__`.
+
+    Returns:
+        The class, so that this is a decorator.
+
     Raises:
         ValueError: It is no dataclass that is an `Operation` and can be called, or the name is taken by another class.
 

@@ -23,6 +23,12 @@ class Grid(Checked):
         shape: Voxels along the three axes, in the order of the spec's orientation.
         spacing: Millimetres a voxel along them.
         origin: RAS millimetres of the centre of the first voxel.
+
+    Example:
+        >>> import brainfm
+        >>> grid = brainfm.Grid(shape=(193, 229, 193), spacing=(1.0, 1.0, 1.0), origin=(-96.0, -132.0, -78.0))
+        >>> grid.affine("RAS")[:, 3]
+        array([ -96., -132.,  -78.,    1.])
     """
 
     shape: Triple
@@ -78,6 +84,12 @@ class InputSpec(Checked):
         preparation: The steps before this contract begins, in words, for people.
         operations: The steps, in order.
         output_shape: [C, i, j, k] of the tensor, or None where it depends on the scan.
+
+    Example:
+        >>> import brainfm
+        >>> spec = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
+        >>> spec.space, spec.grid.shape, spec.output_shape
+        ('MNI152NLin2009cSym', (48, 48, 40), (1, 40, 48, 48))
     """
 
     representation: str = "T1w"
@@ -149,7 +161,20 @@ class InputSpec(Checked):
 
 
 def describe(spec: InputSpec) -> str:
-    """An input contract in plain words, a line a fact, the operations numbered in their order."""
+    """An input contract in plain words, a line a fact, the operations numbered in their order.
+
+    Args:
+        spec: The contract.
+
+    Returns:
+        Lines, each of a word that names the fact and the fact; no contract raises an error.
+
+    Example:
+        >>> import brainfm
+        >>> spec = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
+        >>> print(brainfm.describe(spec).splitlines()[-1])
+        tensor       [1, 40, 48, 48] float32
+    """
     where = f"in the space of {spec.space} ({spec.registration} registration)" if spec.space else "in its own space"
     strip = {"required": "brain only, skull removed", "forbidden": "with skull", "any": "with or without skull"}
     mask = {
@@ -198,6 +223,11 @@ class Window(Checked):
         overlap: Fraction of the window that the next one shares; the last along an axis is moved inwards to fit.
         average: How the windows' embeddings are averaged: each alike ("mean"), or by the brain voxels in it ("brain").
         pad: What a short tensor is padded with.
+
+    Example:
+        >>> import brainfm
+        >>> print(brainfm.Window(shape=(96, 96, 96), overlap=0.25))
+        windows of 96×96×96 voxels that overlap by 25%, averaged each alike
     """
 
     shape: Triple
@@ -226,6 +256,11 @@ class Readout(Checked):
         pool: One of the encoder's own `pools`, such as "avg" or "token"; "brain" is the average over the cells of the
             last feature map whose centre lies in the brain mask; None is what the encoder is set to.
         window: The window that slides over the tensor; None shows the encoder all of it at once.
+
+    Example:
+        >>> import brainfm
+        >>> print(brainfm.Readout(pool="avg"))
+        average over the last feature map
     """
 
     pool: str | None = None

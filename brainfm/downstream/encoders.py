@@ -102,6 +102,10 @@ def compare_encoders(
         ScanError: The list of scans is wrong.
         TaskError: The label cannot be used.
         BrainfmError: No encoder can be had; another command is writing the output; or as of `benchmark`.
+
+    Example:
+        >>> found = compare_encoders("manifest.csv", "compared/", label="sex", models=["openmind*"])
+        >>> [candidate.name for candidate in found]
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_WITHOUT_GUARD)  # an encoder's process runs the script again: what began it says so

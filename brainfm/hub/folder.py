@@ -76,8 +76,10 @@ def save_for_hub(
         WeightsError: The weights are not finite, or cannot be loaded back (those of `optimize` cannot).
 
     Example:
-        >>> model = brainfm.create_model("simclr_resnet18_3d", pretrained=True)
-        >>> brainfm.save_for_hub(model, "simclr_resnet18_3d")
+        >>> import brainfm
+        >>> model = brainfm.create_model("test_resnet_3d", pretrained=True)
+        >>> sorted(path.name for path in brainfm.save_for_hub(model, "saved").iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
     """
     return save_folder(model, folder, dict(pretrained_cfg_overlay or {}))
 
@@ -147,10 +149,19 @@ def convert(
             it is recognised by that, and else nothing is claimed of it.
         pretrained_cfg_overlay: Fields of the cfg to set.
 
+    Returns:
+        The folder.
+
     Raises:
         ModelNameError: There is no such model.
         WeightsError: The file is not what it should be, or not the one the tag names.
         BrainfmError: The folder holds something else.
+
+    Example:
+        >>> import brainfm
+        >>> from brainfm.assets import ASSETS
+        >>> brainfm.hub.convert(ASSETS / "test_vit_3d.safetensors", "converted", "test_vit_3d").name
+        'converted'
     """
     cfg = get_pretrained_cfg(model_name)
     if _holds_model(Path(source)):
@@ -199,6 +210,11 @@ def fetch(
 
     Raises:
         ModelNameError, WeightsNotFoundError, WeightsError: As `create_model`.
+
+    Example:
+        >>> import brainfm
+        >>> brainfm.hub.fetch("test_vit_3d").name  # in this package
+        'test_vit_3d.safetensors'
     """
     source = resolve(name, cache_dir=cache_dir, mirror=hub_mirror())
     weights = find_weights(source.cfg, cache_dir, accept_licence)

@@ -36,6 +36,11 @@ class Check:
         computation: "float32" is the plain model; the others are `brainfm.optimize` of it.
         error: Length of the difference, relative to the golden one's.
         tolerance: What it may be.
+
+    Example:
+        >>> import brainfm
+        >>> brainfm.hub.Check("float32", error=2e-6, tolerance=1e-4).ok
+        True
     """
 
     computation: str
@@ -84,7 +89,8 @@ def verify(
         WeightsError: The weights are not what they should be; see `create_model`.
 
     Example:
-        >>> all(check.ok for check in brainfm.verify("local-dir:simclr_resnet18_3d"))
+        >>> import brainfm
+        >>> all(check.ok for check in brainfm.verify("test_resnet_3d", dtypes=()))
         True
     """
     place = resolve_device(device)

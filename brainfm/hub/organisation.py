@@ -37,6 +37,11 @@ class Published:
         revision: Its commit; "" where nothing is there.
         sha256: Of the `model.safetensors` in it.
         why: Why it was left out or failed; of a dry run, the file that would be converted.
+
+    Example:
+        >>> from brainfm.hub import Published
+        >>> Published("a.b", "pushed", "lab/a.b", revision="8b1c7ad", sha256="f046").pin
+        {'source': {'hub': 'lab/a.b', 'revision': '8b1c7ad'}, 'digest': 'sha256:f046'}
     """
 
     name: str
@@ -83,6 +88,7 @@ def publish_all(
         ModelNameError: No model matches, or `files` names one that there is not.
 
     Example:
+        >>> from brainfm.hub import publish_all
         >>> [(one.name, one.state) for one in publish_all("my-lab", "test_*", dry_run=True)]
         [('test_resnet_3d.phantoms', 'ready'), ('test_vit_3d.phantoms', 'ready')]
     """

@@ -44,8 +44,10 @@ def push_to_hub(
         WeightsError: The folder's files do not fit together.
 
     Example:
-        >>> brainfm.push_to_hub("simclr_resnet18_3d", "my-lab/simclr_resnet18_3d", private=True)
-        'hf-hub:my-lab/simclr_resnet18_3d@8b1c7ad0e5…'
+        >>> import brainfm
+        >>> model = brainfm.create_model("test_vit_3d", pretrained=True)
+        >>> print(brainfm.push_to_hub(model, "my-lab/test_vit_3d", private=True))
+        hf-hub:my-lab/test_vit_3d@...
     """
     if not isinstance(model_or_folder, str | os.PathLike):
         with tempfile.TemporaryDirectory() as temporary:

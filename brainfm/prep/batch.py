@@ -97,6 +97,9 @@ def prepare_all(
         said: Called with a scan's name and its record, or why it failed, as each ends.
         progress: Show a bar of the steps, with an estimate of the time left.
 
+    Returns:
+        The records of the scans that were prepared, as their `prep.json` has them, and why others failed.
+
     Raises:
         BrainfmError: A tool is not installed, the list of inputs is wrong, another process is writing `output`, or a
             script calls this without a guard: nothing was begun.

@@ -38,8 +38,20 @@ class Scan(Volume):
     """A scan that keeps an input contract: a `Volume` on the contract's grid, with where it came from.
 
     Attributes:
+        stored: [C, i, j, k] voxels as they are stored, before scaling.
+        mask: [i, j, k] booleans, the brain; None where the contract has no mask.
+        affine: [4, 4] from voxel indices to RAS millimetres.
+        slope: Intensities are stored · slope + inter.
+        inter: The same.
         source: The file, or what was passed in its place; of several channels, the first one's.
         notes: What was done to bring the scan to the contract, such as "moved by (+2, +2, +6) whole voxels".
+
+    Example:
+        >>> import brainfm
+        >>> spec = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
+        >>> scan = brainfm.load_scan("normalized.nii.gz", "mask.nii.gz", spec=spec)
+        >>> scan.source, scan.image.shape, scan.mask.dtype
+        ('normalized.nii.gz', (1, 48, 48, 40), dtype('bool'))
     """
 
     source: str = ""
@@ -79,10 +91,11 @@ def load_scan(
             without skull, of another contrast, or normalised already. The message says what to do.
 
     Example:
-        >>> cfg = brainfm.get_pretrained_cfg("simclr_resnet18_3d")
+        >>> import brainfm
+        >>> cfg = brainfm.get_pretrained_cfg("test_resnet_3d")
         >>> scan = brainfm.load_scan("normalized.nii.gz", "mask.nii.gz", spec=cfg.input_spec)
         >>> scan.image.shape
-        (1, 193, 229, 193)
+        (1, 48, 48, 40)
     """
     if on_mismatch not in ("resample", "raise"):
         raise ValueError(f'on_mismatch must be "resample" or "raise", not {on_mismatch!r}')

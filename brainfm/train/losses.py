@@ -36,6 +36,13 @@ def nt_xent_loss(z_i: Tensor, z_j: Tensor, temperature: float = 0.5, gradient: G
 
     Raises:
         ValueError: The projections are not two equal matrices.
+
+    Example:
+        >>> import torch
+        >>> from brainfm.train import nt_xent_loss
+        >>> z = torch.eye(4)
+        >>> bool(nt_xent_loss(z, z) < nt_xent_loss(z, z.flip(0)))
+        True
     """
     _check_pairs(z_i, z_j)
     with torch.autocast(z_i.device.type, enabled=False):
@@ -67,10 +74,21 @@ def yaware_loss(
         labels: [B] of the scans.
         sigma: Of the Gaussian kernel, in the labels' unit; 5 years in the paper.
         temperature: As in `nt_xent_loss`.
-        gradient: As in `nt_xent_loss`, and so is what is returned.
+        gradient: As in `nt_xent_loss`.
+
+    Returns:
+        The loss, as in `nt_xent_loss`.
 
     Raises:
         ValueError: The projections are not two equal matrices with a label a row.
+
+    Example:
+        >>> import torch
+        >>> from brainfm.train import yaware_loss
+        >>> z, ages = torch.eye(4), torch.tensor([20.0, 20.0, 70.0, 70.0])
+        >>> alike = torch.eye(4)[[0, 0, 1, 1]]
+        >>> bool(yaware_loss(alike, alike, ages, sigma=5) < yaware_loss(z, z, ages, sigma=5))
+        True
     """
     _check_pairs(z_i, z_j)
     if labels.shape != z_i.shape[:1]:
@@ -205,7 +223,18 @@ class _Gather(torch.autograd.Function):
 
 
 class NTXentLoss(nn.Module):
-    """`nt_xent_loss` as a module."""
+    """`nt_xent_loss` as a module.
+
+    Args:
+        temperature: As of `nt_xent_loss`.
+        gradient: As of `nt_xent_loss`.
+
+    Example:
+        >>> import torch
+        >>> from brainfm.train import NTXentLoss
+        >>> NTXentLoss(temperature=0.1)(torch.eye(4), torch.eye(4)).shape
+        torch.Size([])
+    """
 
     def __init__(self, temperature: float = 0.5, gradient: Gradient = "exact") -> None:
         super().__init__()

@@ -32,8 +32,12 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: Compare with patches that are each normalised (unbiased variance, 1e-6), instead of as they are.
 
     Example:
-        >>> network = MaskedAutoencoder(brainfm.create_model("mae_vit_tiny_3d"))
-        >>> loss, prediction, mask = network(volumes)  # volumes [B, in_chans, 150, 192, 192]
+        >>> import brainfm, torch
+        >>> from brainfm.train import MaskedAutoencoder
+        >>> network = MaskedAutoencoder(brainfm.create_model("test_vit_3d"), decoder_dim=32, decoder_depth=1)
+        >>> loss, prediction, mask = network(torch.randn(2, 1, 40, 48, 48))  # [B, in_chans, z, y, x]
+        >>> prediction.shape, mask.shape  # a patch a row, of 8×8×8 voxels each
+        (torch.Size([2, 180, 512]), torch.Size([2, 180]))
     """
 
     def __init__(

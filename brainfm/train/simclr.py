@@ -27,8 +27,12 @@ class SimCLR(nn.Module):
         projection_dim: Width of the projection; 64 in the released code.
 
     Example:
-        >>> network = SimCLR(brainfm.create_model("simclr_resnet18_3d"))
-        >>> network.load_state_dict(read_checkpoint("simclr_3d_brain_foundation.tar").state)
+        >>> import brainfm, torch
+        >>> from brainfm.train import SimCLR
+        >>> network = SimCLR(brainfm.create_model("test_resnet_3d"))
+        >>> views = torch.randn(2, 1, 40, 48, 48), torch.randn(2, 1, 40, 48, 48)
+        >>> network(*views).shape
+        torch.Size([4, 64])
     """
 
     def __init__(self, encoder: Encoder, projection_dim: int = 64) -> None:

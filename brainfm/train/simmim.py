@@ -30,6 +30,12 @@ class SimMIM(WithEncoder):
     Args:
         encoder: An encoder without a classifier whose `patch_embed` has a convolution `proj`.
         unit: Voxels that are hidden together, a multiple of the patch; None is a cell of the last map.
+
+    Example:
+        >>> import brainfm
+        >>> from brainfm.train import SimMIM
+        >>> SimMIM(brainfm.create_model("test_vit_3d")).unit
+        (8, 8, 8)
     """
 
     def __init__(self, encoder: Encoder, unit: Triple | None = None) -> None:

@@ -140,9 +140,10 @@ def create_transform(
         ValueError: There is no input contract.
 
     Example:
-        >>> transform = brainfm.create_transform("simclr_resnet18_3d")
+        >>> import brainfm
+        >>> transform = brainfm.create_transform("test_resnet_3d")
         >>> transform("normalized.nii.gz", mask="mask.nii.gz").shape
-        torch.Size([1, 150, 192, 192])
+        torch.Size([1, 40, 48, 48])
     """
     given: Any = model_or_name_or_cfg
     if isinstance(given, str):

@@ -63,6 +63,11 @@ class Cohort(Checked):
         patients: In it; 0 where nobody says how many.
         scans: The same.
         conditions: Of the patients.
+
+    Example:
+        >>> import brainfm
+        >>> brainfm.get_pretrained_cfg("simclr_resnet18_3d").cohorts[0]
+        Cohort(name='ADNI', patients=3028, scans=21778, conditions=('H', 'MCI', 'AD'))
     """
 
     name: str
@@ -73,7 +78,22 @@ class Cohort(Checked):
 
 @dataclass(frozen=True)
 class Score(Checked):
-    """A published result: `value` ± `sd` of `metric` on `task`, reached by using the encoder as `mode` says."""
+    """A published result: `value` ± `sd` of `metric` on `task`, reached by using the encoder as `mode` says.
+
+    Attributes:
+        task: What was predicted, and on which data set.
+        metric: Of the score, with its unit, such as "MAE, years".
+        mode: How the encoder was used, such as "linear probe" or "fine-tuned".
+        value: The mean, in the metric's unit.
+        sd: The standard deviation, likewise; None where none was published.
+        source: Where it was published.
+
+    Example:
+        >>> import brainfm
+        >>> score = brainfm.get_pretrained_cfg("simclr_resnet18_3d").scores[3]
+        >>> print(f"{score.task}, {score.mode}: {score.value} ± {score.sd} ({score.metric})")
+        age (IXI), linear probe: 5.9 ± 0.16 (MAE, years)
+    """
 
     task: str
     metric: str
