@@ -122,10 +122,12 @@ def test_corrupted_phantoms_are_unlike_the_training_part_and_healthy_ones_are_no
     rows = rows_of(tmp_path / "o" / "predictions.csv")
     flags = {row["patient_id"]: int(row["out_of_distribution"]) for row in rows}
     healthy = [flag for name, flag in flags.items() if not name.endswith(("-noise", "-ghosting"))]
-    assert (len(healthy), len(flags)) == (8, 16)
+    assert len(healthy) == 8
     assert sum(healthy) <= 2
-    for name in ("noise", "ghosting"):
-        assert sum(flag for patient, flag in flags.items() if patient.endswith(name)) >= 3
+    for name in ("noise", "ghosting"):  # a scan or two may be refused before it is embedded
+        found = [flag for patient, flag in flags.items() if patient.endswith(name)]
+        assert len(found) >= 3
+        assert sum(found) >= len(found) - 1
 
 
 @pytest.mark.parametrize("shape", [(30, 80), (200, 12)])
