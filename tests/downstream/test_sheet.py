@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 
+from brainfm.cli import main
 from brainfm.downstream import outcome, probe, runs
 from brainfm.manifest import ScanRecord
 from brainfm.table import Embeddings
@@ -17,28 +20,45 @@ from brainfm.table import Embeddings
 PEOPLE = 120
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, no_figures):
-    monkeypatch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
-    for module in (runs, outcome):
-        monkeypatch.setattr(module, "RESAMPLES", 50)
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
+        patch.setattr("brainfm.downstream.report.drawings", lambda run: [])
+        for module in (runs, outcome):
+            patch.setattr(module, "RESAMPLES", 50)
+        yield
 
 
-@pytest.fixture
-def probed(run, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, quick):
     """Results of a command with relative paths, in nested cross-validation."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["brainfm", "probe"])  # the page says how to do it again
+    folder = tmp_path_factory.mktemp("made")
     draws = np.random.default_rng(0)
     label = draws.integers(0, 2, PEOPLE)
     vectors = draws.standard_normal((PEOPLE, 4)) + label[:, None]
     names = [f"p{n:03}" for n in range(PEOPLE)]
-    Embeddings(vectors.astype(np.float32), [ScanRecord(f"{n}.nii", None, n) for n in names]).save(tmp_path / "v.npz")
+    Embeddings(vectors.astype(np.float32), [ScanRecord(f"{n}.nii", None, n) for n in names]).save(folder / "v.npz")
     people = {"patient_id": names, "sex": np.array(["F", "M"])[label], "age": draws.uniform(20, 80, PEOPLE)}
-    pd.DataFrame(people).to_csv("people.csv", index=False)
-    given = ("--label", "sex", "--covariates", "age", "--folds", 4, "--seeds", 2, "-o", "results")
-    result = run("probe", "people.csv", "--embeddings", "v.npz", *given)
-    assert result.code == 0, result.said
+    pd.DataFrame(people).to_csv(folder / "people.csv", index=False)
+    given = ["--label", "sex", "--covariates", "age", "--folds", "4", "--seeds", "2", "-o", "results"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["brainfm", "probe"])  # the page says how to do it again
+        done = CliRunner().invoke(main, ["probe", "people.csv", "--embeddings", "v.npz", *given])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.fixture
+def probed(made, tmp_path, monkeypatch):
+    """A copy of it, as if it had been made there."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "results" / "run.json"
+    sheet = json.loads(path.read_text())
+    assert sheet["command"]["folder"] == str(made)
+    path.write_text(json.dumps(sheet | {"command": sheet["command"] | {"folder": str(tmp_path)}}))
     return tmp_path
 
 
