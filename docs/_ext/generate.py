@@ -6,6 +6,7 @@ pictures. From the repository's own files: what it costs. Nothing that it writes
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from importlib import import_module
@@ -31,6 +32,7 @@ MORE = ("downstream.knowledge", "downstream.saliency", "downstream.precomputed",
 
 def write_all(*_: Any) -> None:
     """Write all that is generated. What has not changed is left as it is, so that Sphinx reads it only once."""
+    logging.getLogger("brainfm").setLevel(logging.WARNING)  # what is done to the sample scan is no news
     shutil.rmtree(OUT / "pictures", ignore_errors=True)
     for folder in ("encoders", "cohorts", "pictures"):
         (OUT / folder).mkdir(parents=True, exist_ok=True)

@@ -65,8 +65,9 @@ def draw_placements(found: list[Moved], path: Path) -> None:
     voxels, brain = np.asarray(image.dataobj, np.float32), np.asarray(nib.load(SAMPLE_MASK).dataobj) > 0
     x = int(np.linalg.solve(image.affine, [3, 0, 0, 1])[0].round())
     outline = brain[x] & ~binary_erosion(brain[x], iterations=2)
-    figure, axes = plt.subplots(1, len(found), figsize=(2.2 * len(found), 2.6))
-    for axis, moved in zip(axes, found, strict=True):
+    figure, axes = plt.subplots(2, 3, figsize=(6.6, 5.0))  # two rows: legible on a phone
+    axes.flat[-1].axis("off")
+    for axis, moved in zip(axes.flat, found, strict=False):
         back = np.linalg.inv(image.affine) @ np.linalg.inv(moved.matrix) @ image.affine
         shown = affine_transform(voxels, back[:3, :3], back[:3, 3], order=1)[x]
         axis.imshow(shown.T, cmap="gray", origin="lower")
@@ -84,8 +85,8 @@ def draw_steps(path: Path) -> list[str]:
     for number, operation in enumerate(spec.operations, start=1):
         volume = operation(volume)
         shown.append((f"after step {number}", volume.image[0]))
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 3.1))
-    for axis, (what, voxels) in zip(axes, shown, strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(5.4, 6.6))
+    for axis, (what, voxels) in zip(axes.flat, shown, strict=True):
         plane = voxels[voxels.shape[0] // 2]
         drawn = axis.imshow(plane, cmap="gray", origin="lower")
         axis.set_title(f"{what}\n{'×'.join(map(str, voxels.shape))}", fontsize=8)

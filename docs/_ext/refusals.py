@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice, product
 from pathlib import Path
 
@@ -175,19 +176,23 @@ def _placeholder(node: ast.expr) -> str:
             return f"‹{name.strip('_').replace('_', ' ')}›" if name else "‹…›"
 
 
-def refusals() -> list[Refusal]:
+@cache
+def _source() -> _Source:
+    return _Source()
+
+
+@cache
+def refusals() -> tuple[Refusal, ...]:
     """Every message once, in the order of the modules."""
-    return list(dict.fromkeys(_Source().refusals()))
+    return tuple(dict.fromkeys(_source().refusals()))
 
 
 def as_markdown() -> str:
     """The messages as a part of a page: a heading an error class, one a module, one line a message."""
-    source = _Source()
-    about = {module.name: module.about for module in source.modules}
-    found = list(dict.fromkeys(source.refusals()))
+    about = {module.name: module.about for module in _source().modules}
     parts = []
     for error in [*CLASSES, *PLAIN]:
-        own = [refusal for refusal in found if refusal.error == error]
+        own = [refusal for refusal in refusals() if refusal.error == error]
         said = " ".join((CLASSES[error].__doc__ or "").split()) if error in CLASSES else _PLAINLY
         parts.append(f"### `{error}`\n\n{said}")
         if not own:
