@@ -147,3 +147,22 @@ def regions_command(
     table = embed_regions(given, model, found, output, device=device, progress=True)
     click.echo(f"{len(table)} scans → {output} ({len(found.numbers)} regions, see {regions_path(output)})")
     _say_failed({record.name: reason for record, reason in table.errors})
+
+
+@click.command("export-extractor", context_settings=_HELP)
+@click.argument("model")
+@click.option("--for", "leaderboard", required=True, type=click.Choice(["brainfmbench", "fomo26", "brainmarks"]))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="A new or empty folder.")
+@click.option("--weights-url", default="", help="Of brainfmbench: where the weights can be downloaded.")
+@click.option("--requirement", default="", help="How pip gets brainfm there; by default this version.")
+def export_extractor_command(model: str, leaderboard: Any, output: Path, **options: Any) -> None:
+    """Write the folder by which a leaderboard of others takes MODEL.
+
+    brainfmbench: model.yaml, extract.py, weights.txt and requirements.txt, for a pull request. fomo26: Apptainer.def
+    and predict.py with the weights, for tasks 6 and 7. brainmarks: a model's file for brainmarks_smri with its weights.
+    """
+    from brainfm.extractors import export_extractor
+
+    folder = export_extractor(model, leaderboard, output, **options)
+    for path in sorted(folder.iterdir()):
+        click.echo(str(path))

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from brainfm.cli.analysis import (
+    export_extractor_command,
     longitudinal_command,
     recovery_command,
     regions_command,
@@ -87,7 +88,7 @@ for _command in (
     *(phantom_command, synthesize_command, cache_group, prep_command, qc_command, view_command, bids_command),
     *(pretrain_command, probe_command, finetune_command, benchmark_command, predict_command),
     *(compare_command, compare_encoders_command, recovery_command, longitudinal_command),
-    *(segment_command, regions_command),
+    *(segment_command, regions_command, export_extractor_command),
 ):
     main.add_command(_command)
 takes_verbosity(main)

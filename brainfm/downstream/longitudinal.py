@@ -296,7 +296,7 @@ def _write_changes(path: Path, vectors: _Array, seen: Visits) -> None:
     Embeddings(seen.slopes(vectors).astype(np.float32), records).save(path)
 
 
-def _table(kind: type, rows: Sequence[Any]) -> list[list[Any]]:
+def _table(kind: Any, rows: Sequence[Any]) -> list[list[Any]]:
     names = [field.name for field in fields(kind)]
     return [names, *([_cell(getattr(row, name)) for name in names] for row in rows)]
 
@@ -323,7 +323,7 @@ def _page(found: Found) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(kind: type, rows: Sequence[Any]) -> str:
+def _markdown(kind: Any, rows: Sequence[Any]) -> str:
     head, *body = _table(kind, rows)
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

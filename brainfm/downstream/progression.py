@@ -330,7 +330,8 @@ def _concordance(time: _Array, risk: _Array, event: _Array, seed: int) -> tuple[
     """Harrell's concordance of lifelines, and its 95 % interval by bootstrap over patients."""
     from lifelines.utils import concordance_index
 
-    draw, values = np.random.default_rng(seed), []
+    draw = np.random.default_rng(seed)
+    values: list[float] = []
     for _ in range(_RESAMPLES):
         rows = draw.integers(len(time), size=len(time))
         if event[rows].any():

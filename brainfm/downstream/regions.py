@@ -67,13 +67,14 @@ class Atlas:
     def numbers(self) -> NDArray[np.int64]:
         """The labels that there are, 0 left out, from small to large."""
         found = np.unique(self.labels)
-        return found[found != 0]
+        numbers: NDArray[np.int64] = found[found != 0]
+        return numbers
 
     def at(self, points: _Array) -> NDArray[np.int64]:
         """[...]: the labels at points [..., 3], mm of MNI152 2009c, by nearest neighbour; 0 beyond the file."""
         to_voxel = np.linalg.inv(self.affine) @ np.linalg.inv(space_of(self.space).to_2009c)
         voxels = np.rint(points @ to_voxel[:3, :3].T + to_voxel[:3, 3]).astype(np.int64)
-        inside = ((voxels >= 0) & (voxels < self.labels.shape)).all(axis=-1)
+        inside = np.asarray(((voxels >= 0) & (voxels < self.labels.shape)).all(axis=-1))
         i, j, k = np.moveaxis(np.where(inside[..., None], voxels, 0), -1, 0)
         found: NDArray[np.int64] = np.where(inside, self.labels[i, j, k], 0)
         return found
@@ -153,14 +154,13 @@ def to_mni(record: ScanRecord, spec: InputSpec) -> _Array:
         return space_of(spec.space).to_2009c
     if spec.space is not None:
         raise ScanError(f"this contract lies in the space {spec.space!r}, from which no way to MNI152 is known")
-    first = image_of(record.image, spec)
+    first: Any = image_of(record.image, spec)
     if not is_prepared(first):
         raise ScanError(
             f"{record.name}: this contract takes scans in their own space, and nothing says where that lies in MNI152; "
             "give the folder that 'brainfm prep' makes of the scan"
         )
-    matrix: _Array = np.linalg.inv(read_prepared(first).matrix("affine"))
-    return matrix
+    return np.asarray(np.linalg.inv(read_prepared(first).matrix("affine")), dtype=np.float64)
 
 
 def cells_of(record: ScanRecord, reader: Reader, transform: InputTransform) -> tuple[_Cells, _Array]:
@@ -222,7 +222,9 @@ def embed_regions(
     encoder = create_model(model, pretrained=True) if isinstance(model, str) else model
     encoder = encoder.eval().to(resolve_device(device))
     reader, transform = Reader(encoder, dense=True), create_transform(encoder)
-    records, rows, counts = list_scans(scans), [], []
+    records = list_scans(scans)
+    rows: list[NDArray[np.float32]] = []
+    counts: list[NDArray[np.int64]] = []
     kept: list[ScanRecord] = []
     failed: list[tuple[ScanRecord, str]] = []
     for record in progress_bar(records, total=len(records), unit="scan", doing="regions", shown=progress):

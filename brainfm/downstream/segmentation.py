@@ -215,7 +215,8 @@ def _cases(
 def _read_labels(path: str, image: Any, spec: InputSpec, volume: Volume) -> _Labels:
     """A file of labels on a tensor's voxels, through a prepared scan's matrix where the contract has a space."""
     stored = read_image(path, "mask")
-    to_scan, first = np.eye(4), image_of(image, spec)
+    to_scan: _Array = np.eye(4)
+    first: Any = image_of(image, spec)
     if is_prepared(first) and spec.space is not None:
         to_scan = read_prepared(first).from_space(spec)
     to_labels = np.linalg.inv(stored.affine) @ to_scan @ volume.affine
@@ -287,7 +288,8 @@ def _cross_validated(
 ) -> list[dict[int, float]]:
     """The Dice of each class of each scan, by a probe that learned from other patients."""
     draw = np.random.default_rng(seed)
-    learned, shares = [], []
+    learned: list[tuple[NDArray[np.float32], _Labels]] = []
+    shares: list[dict[int, float]] = []
     for case in cases:
         voxels = _brain(case)
         truth = case.labels[tuple(voxels.T)]
@@ -341,17 +343,18 @@ class _Probe:
             part = self.weights[:, start : start + len(cells)]
             logits = logits + _sampled(torch.einsum("kc,cdhw->kdhw", part, cells.float()), info, voxels)
             start += len(cells)
-        return self.classes[logits.argmax(dim=1).numpy()]
+        likeliest: _Labels = self.classes[logits.argmax(dim=1).numpy()]
+        return likeliest
 
 
 def _overlaps(case: _Case, guess: _Labels) -> dict[int, float]:
     """The Dice of each class above 0 that the scan has, or is given."""
     truth = case.labels[tuple(_brain(case).T)]
-    found = {}
+    found: dict[int, float] = {}
     for label in np.unique(np.concatenate([truth, guess])):
         if label > 0:
             both = np.count_nonzero((truth == label) & (guess == label))
-            found[int(label)] = 2 * both / (np.count_nonzero(truth == label) + np.count_nonzero(guess == label))
+            found[int(label)] = float(2 * both / (np.count_nonzero(truth == label) + np.count_nonzero(guess == label)))
     return found
 
 
