@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,25 @@ def test_shards_merged_are_the_table_of_one_run_to_the_bit(suffix, cohort, tmp_p
     for path in sorted(whole.parent.iterdir()):
         assert (merged.parent / path.name).read_bytes() == path.read_bytes(), path.name
     assert sorted(p.name for p in merged.parent.iterdir()) == sorted(p.name for p in whole.parent.iterdir())
+
+
+def test_shards_of_a_bids_folder_merged_are_the_table_of_one_run(small_sample, tmp_path):
+    pytest.importorskip("bids2table")
+    bids = tmp_path / "bids"
+    for n in range(1, 6):
+        anat = bids / f"sub-{n:02}" / "anat"
+        anat.mkdir(parents=True)
+        for kind, source in zip(("desc-preproc_T1w", "desc-brain_mask"), small_sample, strict=True):
+            shutil.copy(source, anat / f"sub-{n:02}_space-MNI152NLin2009cAsym_{kind}.nii.gz")
+    (bids / "dataset_description.json").write_text('{"Name": "made", "BIDSVersion": "1.9.0"}')
+    assert _run("embed", bids, *EMBED, "-o", tmp_path / "whole.csv")[0] == 0
+    for shard in ("2/2", "1/2"):
+        code, said = _run("embed", bids, *EMBED, "-o", tmp_path / "parts", "--shard", shard)
+        assert code == 0, said
+        assert f"(shard {shard} of 5 scans)" in said
+    assert _run("merge", tmp_path / "parts", "-o", tmp_path / "t.csv")[0] == 0
+    assert read(tmp_path / "t.csv").columns()["patient_id"] == [f"sub-{n:02}" for n in range(1, 6)]
+    assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_dense_features_are_named_in_the_merged_table_as_in_that_of_one_run(cohort, tmp_path):
