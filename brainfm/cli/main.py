@@ -44,7 +44,7 @@ from brainfm.cli.verbosity import apply, takes_verbosity, wants
 from brainfm.cli.viewing import view_command
 from brainfm.version import __version__
 
-EPILOG = "Documentation: README.md. Every refusal says what to do next."
+EPILOG = "Documentation: README.md and docs. Every refusal says what to do next."
 
 
 class _Commands(click.Group):
