@@ -207,8 +207,8 @@ def correlate(volume: Volume, kind: str) -> float:
     """
     template = _template(COARSE_GREY_MATTER if kind == "grey matter" else COARSE_BRAIN)
     steps, every = _about_two_mm(volume)
-    image = volume.stored[0][every]
-    cells = _cells(image.shape, volume.affine @ np.diag([*steps, 1]), template).ravel()
+    affine, image = _in_cells(volume.affine @ np.diag([*steps, 1]), volume.stored[0][every])
+    cells = _cells(image.shape, affine, template).ravel()
     intensities = image.astype(np.float64).ravel() * volume.slope + volume.inter
     count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
     core = template.core & (count > 0)
@@ -221,6 +221,18 @@ def _about_two_mm(volume: Volume) -> tuple[NDArray[np.int_], tuple[slice, ...]]:
     return steps, tuple(slice(None, None, int(step)) for step in steps)
 
 
+def _in_cells(affine: NDArray[np.float64], *arrays: NDArray[Any]) -> tuple[Any, ...]:
+    """The affine and the voxels, in parts where they are as large as the template's: none of its cells is left out."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    parts = 1 + np.floor(spacing / _CELL_MM + 0.001).astype(int)
+    for axis, many in enumerate(parts):
+        if many > 1:
+            arrays = tuple(np.repeat(array, many, axis) for array in arrays)
+    to_whole = np.diag([*(1 / parts), 1])
+    to_whole[:3, 3] = (1 / parts - 1) / 2
+    return affine @ to_whole, *arrays
+
+
 def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     """Where the voxels marked in `brain` [i, j, k] lie against the template's brain. At least one must be marked."""
     template = _template(COARSE_BRAIN)
@@ -228,11 +240,11 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     found = np.ascontiguousarray(brain[every])
     if not found.any():
         steps, every, found = np.ones(3, dtype=int), (slice(None),) * 3, brain
-    affine = volume.affine @ np.diag([*steps, 1])
+    affine, found, image = _in_cells(volume.affine @ np.diag([*steps, 1]), found, volume.stored[0][every])
     number, cubic_mm = int(np.count_nonzero(found)), abs(float(np.linalg.det(affine[:3, :3])))
 
     cells = _cells(found.shape, affine, template)[found]
-    intensities = volume.stored[0][every][found].astype(np.float64) * volume.slope + volume.inter
+    intensities = image[found].astype(np.float64) * volume.slope + volume.inter
     count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
     inside = int(count[template.brain].sum())
     part, mean = np.minimum(count * cubic_mm / _CELL_MM**3, 1), total / np.maximum(count, 1)

@@ -56,6 +56,14 @@ def test_sample_is_taken(load, coarse):
     np.testing.assert_array_equal(load(coarse[0]).image[0], coarse[0])
 
 
+@pytest.mark.parametrize(("mm", "off"), [(4, 2), (5, 0), (6, 3), (8, 4)])
+def test_brain_in_its_place_is_taken_on_coarse_grids_wherever_their_voxels_lie(mm, off, coarse, coarse_spec):
+    grid = coarse_spec.grid
+    shape = tuple(round(n * 4 / mm) + 1 for n in grid.shape)
+    grid = replace(grid, shape=shape, spacing=(mm,) * 3, origin=tuple(start - off for start in grid.origin))
+    load_scan(coarse, spec=replace(coarse_spec, grid=grid))
+
+
 @pytest.mark.parametrize("scale", [0.85, 0.9, 0.95, 1.05])
 def test_smaller_or_larger_brain_is_taken(load, moved, scale):
     load(moved(scale * np.eye(3)))
