@@ -16,12 +16,14 @@ from scipy.ndimage import affine_transform, binary_erosion
 mpl.use("agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
 
 import brainfm
 from brainfm.assets import GOLDEN_EMBEDDINGS, SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.contract import InputSpec
 from brainfm.errors import ScanError
 from brainfm.overlap import pretraining_overlap
+from brainfm.picture import TEMPLATE_COLOUR
 from brainfm.zoo.cards import cohort_names
 
 MODEL = "test_resnet_3d"
@@ -65,13 +67,14 @@ def draw_placements(found: list[Moved], path: Path) -> None:
     voxels, brain = np.asarray(image.dataobj, np.float32), np.asarray(nib.load(SAMPLE_MASK).dataobj) > 0
     x = int(np.linalg.solve(image.affine, [3, 0, 0, 1])[0].round())
     outline = brain[x] & ~binary_erosion(brain[x], iterations=2)
+    colour = ListedColormap([[part / 255 for part in TEMPLATE_COLOUR]])
     figure, axes = plt.subplots(2, 3, figsize=(6.6, 5.0))  # two rows: legible on a phone
     axes.flat[-1].axis("off")
     for axis, moved in zip(axes.flat, found, strict=False):
         back = np.linalg.inv(image.affine) @ np.linalg.inv(moved.matrix) @ image.affine
         shown = affine_transform(voxels, back[:3, :3], back[:3, 3], order=1)[x]
         axis.imshow(shown.T, cmap="gray", origin="lower")
-        axis.imshow(np.ma.masked_equal(outline.T, False), cmap="autumn", origin="lower", interpolation="nearest")
+        axis.imshow(np.ma.masked_equal(outline.T, False), cmap=colour, origin="lower", interpolation="nearest")
         axis.set_title(f"{moved.what}:\n{'taken' if moved.said == 'taken' else 'refused'}", fontsize=9)
         axis.axis("off")
     _save(figure, path)
