@@ -202,9 +202,10 @@ def embed_files(
         for job in jobs:
             if job.output is not None and shard is None:
                 outputs.enter_context(held(job.output))
+            if job.output is not None and shard is not None:
+                check_writable(job.output)
             for folder in (job.dense, job.output if shard else None):
-                if folder is not None:
-                    check_writable(folder)
+                if folder is not None and folder.is_dir():
                     sweep(folder)
         outputs.enter_context(joined())
         return _embed(records, jobs, options, in_memory)

@@ -11,6 +11,22 @@ from brainfm.render import render_page
 pytestmark = pytest.mark.browser
 
 
+def reported():
+    """What the page asks of a participant's report."""
+    return SimpleNamespace(
+        started="2026-11-26T10:00:00+00:00",
+        machine={"name": "a-node-of-a-cluster.example"},
+        state="failed",
+        error="ScanError: " + "no " * 30,
+        asked=3,
+        done=2,
+        of_an_earlier_run=0,
+        failed=[None],
+        seconds=61.2,
+        peak_memory=1.1e9,
+    )
+
+
 def test_page_of_a_bids_data_set_is_read_in_both_themes_on_a_phone_and_on_a_desk(chromium, tmp_path):
     figures = {name: sum(usual.passes) / 2 for name, usual in RANGES.items()}
     scans = [
@@ -31,6 +47,9 @@ def test_page_of_a_bids_data_set_is_read_in_both_themes_on_a_phone_and_on_a_desk
         group=SimpleNamespace(
             problems=["sub-09 is in two tables"], not_run=["sub-07"], left_out={"sub-08": "in pieces"}
         ),
+        failures=[("no brain is left", 1)],
+        calls=[reported()],
+        steps={"embedding": (12.5, 4.2), "writing": (0.1, None)},
         tables={"group_desc-testresnet_embedding.parquet": (2, origin)},
         version="0",
     )

@@ -140,11 +140,9 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("module", ["brainfm.cli", "click", "brainfm.embed", "torch", "monai"])
+@pytest.mark.parametrize("module", ["brainfm.cli", "click", "brainfm.embed", "torch"])
 def test_ctrl_c_in_an_import_is_one_line_and_exit_code_130(module, tmp_path):
     words = [module, "embed", str(tmp_path), "-o", str(tmp_path / "out.csv"), "--model", "test_resnet_3d"]
-    if module == "monai":
-        words[1:] = ["demo", "-o", str(tmp_path / "demo")]
     started = subprocess.Popen(
         [sys.executable, "-c", SLOW, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

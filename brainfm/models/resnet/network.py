@@ -22,6 +22,7 @@ from brainfm.models.resnet.blocks import Basic, Bottleneck, Shortcut, draw, resi
 from brainfm.models.resnet.checkpointed import pooled_stem, residual_block
 from brainfm.models.resnet.streamed import streamed_features
 
+_BLOCKS: dict[str, type[Basic | Bottleneck]] = {"basic": Basic, "bottleneck": Bottleneck}
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -67,7 +68,11 @@ class ResNet(Chained, Encoder):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes, in_chans, global_pool, drop_rate)
-        kind = Bottleneck if block == "bottleneck" else Basic
+        if block not in _BLOCKS or shortcut not in ("A", "B"):
+            raise ValueError(
+                f"a ResNet's block is basic or bottleneck, its shortcut A or B, not {block!r}, {shortcut!r}"
+            )
+        kind = _BLOCKS[block]
         expansion, inputs = kind.expansion, widths[0]
         self.conv1 = nn.Conv3d(in_chans, inputs, 7, stem_stride, padding=3, bias=False)
         self.bn1 = nn.BatchNorm3d(inputs)
