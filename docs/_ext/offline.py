@@ -6,9 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sphinx.util import logging
-
-logger = logging.getLogger(__name__)
 _HTML = re.compile(
     r"<(?:script|img|iframe|source|link)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)", re.IGNORECASE
 )
@@ -28,6 +25,9 @@ def outside(folder: Path) -> list[tuple[Path, str]]:
 
 def check(app: Any, error: Exception | None) -> None:
     """Warn of each, once the pages are written."""
+    from sphinx.util import logging  # not at the top: tests use `outside` where Sphinx is not installed
+
+    logger = logging.getLogger(__name__)
     if error is None:
         for path, address in outside(Path(app.outdir)):
             logger.warning("%s: %s would be loaded from elsewhere; ship it with the site", path, address)
