@@ -55,7 +55,8 @@ def test_quickest_example_runs_and_says_what_its_page_says(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_as_a_notebook_runs_from_top_to_bottom(path, tmp_path):
+def test_example_as_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the site's build has it: see docs/conf.py
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     notebook = pytest.importorskip("sphinx_gallery.notebook")
     from sphinx_gallery.gen_gallery import DEFAULT_GALLERY_CONF
