@@ -130,6 +130,10 @@ class ModelNameError(BrainfmError, ValueError):
     """
 
 
+# What is imported by another name than pip knows it by: "sklearn" on PyPI is a package that fails.
+_PACKAGED_AS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+
+
 class MissingExtraError(BrainfmError, ImportError):
     """A part of brainfm whose optional packages are not installed; the message names all that its extra lacks.
 
@@ -140,6 +144,7 @@ class MissingExtraError(BrainfmError, ImportError):
     """
 
     def __init__(self, package: str, extra: str) -> None:
+        package = _PACKAGED_AS.get(package, package)
         super().__init__(f"{package} is not installed; run: pip install {' '.join(_lacking(package, extra))}")
 
 

@@ -85,3 +85,10 @@ def test_missing_package_is_named_where_brainfm_is_not_installed(monkeypatch):
 
 def test_message_is_as_short_with_letters_that_cannot_be_printed():
     assert len(str(BrainfmError("\x01" + "x" * 5000))) == len(str(BrainfmError("x" * 5000))) == 4001
+
+
+@pytest.mark.parametrize(("imported", "package"), [("sklearn", "scikit-learn"), ("yaml", "pyyaml")])
+def test_missing_package_is_named_as_pip_knows_it(imported, package):
+    said = str(MissingExtraError(imported, "eval"))
+    assert said.startswith(f"{package} is not installed; run: pip install {package}")
+    assert f" {imported}" not in f" {said}".replace(package, "")
