@@ -15,7 +15,7 @@ from brainfm.downstream.fairness import check_groups
 from brainfm.downstream.grid import Job, control_rows, list_jobs, model_rows, table_rows
 from brainfm.downstream.outcome import keep_splits, write_results
 from brainfm.downstream.plan import TRAINED, WITHOUT_TRAINING, Plan
-from brainfm.downstream.preflight import check_model, check_output, check_packages, check_splits, missing_files
+from brainfm.downstream.preflight import check_model, check_packages, check_splits, missing_files
 from brainfm.downstream.results import Candidate, Evaluation, Unused, read_evaluation
 from brainfm.downstream.runs import (
     digest_of,
@@ -32,7 +32,7 @@ from brainfm.downstream.split import subsample
 from brainfm.downstream.statements import describe, find_overlaps
 from brainfm.downstream.task import TaskData
 from brainfm.errors import BrainfmError, TaskError
-from brainfm.files import held, progress_bar
+from brainfm.files import check_writable, held, progress_bar
 from brainfm.names import resolve
 from brainfm.pretrained import PretrainedCfg
 from brainfm.train.distributed import process_group
@@ -127,7 +127,7 @@ def benchmark(
         made_of = {one.task.name: digest_of_data(one) for one in data}
         digests = {job: digest_of(job, made_of[job.data.task.name], plan, cfgs) for job in jobs}
         if everyone.is_first:
-            check_output(output)
+            check_writable(output)
             _meet_earlier(output, evaluation, replace_all)
         done = everyone.gather({job.name for job in jobs if is_done(output, job, plan, digests[job])})[0]
         todo = [job for job in jobs if job.name not in done]

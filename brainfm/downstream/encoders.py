@@ -25,13 +25,13 @@ from brainfm.downstream.features import read_features
 from brainfm.downstream.outcome import write_left_out
 from brainfm.downstream.plan import Plan
 from brainfm.downstream.precomputed import label_scans
-from brainfm.downstream.preflight import check_output, check_packages, refusal
+from brainfm.downstream.preflight import check_packages, refusal
 from brainfm.downstream.results import Candidate, Reason
 from brainfm.downstream.statistics import Kind
 from brainfm.downstream.task import TaskData, kind_of, make_task, task_data
 from brainfm.errors import BrainfmError, LicenceError, ModelNameError, TaskError, WeightsNotFoundError
 from brainfm.factory import create_model
-from brainfm.files import atomic_path, held, one_line, progress_bar, write_csv
+from brainfm.files import atomic_path, check_writable, held, one_line, progress_bar, write_csv
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.encoder import Encoder
 from brainfm.names import resolve
@@ -118,7 +118,7 @@ def compare_encoders(
     wanted = Listing(data.records) if data else records
     folder = Path(output)
     (folder / "embeddings").mkdir(parents=True, exist_ok=True)
-    check_output(folder)
+    check_writable(folder)
     if data:
         check_packages()
         if not replace_all:

@@ -10,9 +10,8 @@ from brainfm.downstream.finetuning import Finetuning, put_head
 from brainfm.downstream.split import subsample
 from brainfm.downstream.task import TaskData
 from brainfm.downstream.untrained import create_untrained
-from brainfm.errors import BrainfmError, MissingExtraError, ScanError
+from brainfm.errors import MissingExtraError, ScanError
 from brainfm.factory import create_model
-from brainfm.files import write_text
 from brainfm.manifest import ScanRecord
 from brainfm.transforms import InputTransform, check_channels, create_transform
 
@@ -25,15 +24,6 @@ def missing_files(data: TaskData) -> dict[int, str]:
         if lacking := [str(item) for item in files if not Path(item).is_file() and not Path(item).is_dir()]:
             found[n] = f"no such file: {lacking[0]}" if lacking[0] != record.name else "no such file"
     return found
-
-
-def check_output(folder: Path) -> None:
-    """Raise BrainfmError where nothing can be written."""
-    try:
-        write_text(folder / ".writable", "")
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise BrainfmError(f"{folder}: nothing can be written there ({error}); name another output") from error
 
 
 def check_packages() -> None:
