@@ -315,6 +315,11 @@ def measured(prepared: Prepared) -> dict[str, float]:
     return found | ({} if prepared.stripped else _rim(cells, level, level * (1 - tissue["contrast"]))) | tissue
 
 
+def get_ready() -> None:
+    """Work out what is the template's, which a process needs once and which takes as long as the figures of a scan."""
+    _template()
+
+
 def _looked_up(
     brain: NDArray[Any], brightness: NDArray[Any], fit: Alignment, places: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
