@@ -79,7 +79,7 @@ HARD: dict[str, tuple[float | None, float | None]] = {
     "litres": (0.8, 0.6),
     "shift": (2.1, 8.0),
     "turn": (3.0, 10.0),
-    "off": (2.6, 8.0),
+    "off": (2.4, 8.0),
     "upright": (0.06, 0.0),
     "similarity": (0.4, 0.25),
     "bright_rim": (0.08, 0.2),

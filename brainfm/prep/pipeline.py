@@ -356,7 +356,8 @@ def _saved(
 ) -> tuple[StoredImage, dict[str, Any]]:
     """Write a scan's own images; the head as it is stored, and how."""
     affine = affine_of(corrected)
-    stored, storage = save_head(to_array(corrected), brain, affine, folder / HEAD)
+    head = sitk.GetArrayViewFromImage(corrected).transpose(2, 1, 0)  # no copy beside the registration's
+    stored, storage = save_head(head, brain, affine, folder / HEAD)
     save(brain.astype(np.uint8), affine, folder / BRAIN)
     if log_field is not None:
         save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)

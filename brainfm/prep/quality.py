@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -301,6 +302,14 @@ def figure_of(name: str, value: float, usual: Range, cause: str = "") -> Figure:
 
 def measured(prepared: Prepared) -> dict[str, float]:
     """The figures of a scan, by name."""
+    with ThreadPoolExecutor(1) as beside:  # torch's figure takes as long as all of numpy's
+        off = beside.submit(_off, prepared)
+        found = _by_fit(prepared) | {"off": off.result()}
+    return {name: found[name] for name in MEANINGS if name in found}
+
+
+def _by_fit(prepared: Prepared) -> dict[str, float]:
+    """The figures of what the template is fitted to, or that need no fit."""
     cells = _Cells.of(prepared.image, prepared.brain)
     usual = _template()
     fit = align(cells.shaded(), usual.target)
@@ -309,7 +318,6 @@ def measured(prepared: Prepared) -> dict[str, float]:
         "litres": float(prepared.brain.sum()) / 1e6,
         "shift": fit.shift_mm,
         "turn": fit.turn_deg,
-        "off": _off(prepared),
         "upright": fit.upright,
     }
     at, mirrored = (_looked_up(brain, brightness, fit, places) for places in (usual.core, usual.mirrored_core))
