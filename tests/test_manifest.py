@@ -512,8 +512,9 @@ def test_derivatives_in_the_scanner_s_space_alone_are_refused(tmp_path):
 
 def test_folder_of_loose_images_is_refused_with_their_number(tmp_path):
     touch(tmp_path / "a.nii.gz", tmp_path / "more" / "b.mgz", tmp_path / "notes.txt")
-    with pytest.raises(ScanError, match="name its 2 image files one by one, or list them in a manifest"):
+    with pytest.raises(ScanError, match="name its 2 image files one by one, or list them in a manifest") as caught:
         list_scans(tmp_path)
+    assert f"'brainfm prep {tmp_path} -o prep/'" in str(caught.value)  # the next step of whoever skipped it
 
 
 def test_empty_folder_is_refused(tmp_path):

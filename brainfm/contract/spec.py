@@ -77,8 +77,8 @@ class InputSpec(Checked):
         mask: Where the brain mask comes from. "file or nonzero" takes a mask file, and else the non-zero voxels.
         intensities: "raw" takes no image that was shifted, as z-scores and WhiteStripe do; "standardised" takes only
             one that lies about 0; "any" is of contracts that cancel it.
-        intensity_range: Intensities [lowest, highest] that the scan must keep to and fill in part, such as (0, 255); None takes
-            any.
+        intensity_range: Intensities [lowest, highest] that the scan must keep to and fill in part, such as (0, 255);
+            None takes any.
         bias_field: Whether the scan's bias field is "removed" (N4) or "left" as the scanner gave it; "any" takes both.
             Nothing in an image shows it: it is followed, and held against, in scans that `brainfm prep` prepared.
         preparation: The steps before this contract begins, in words, for people.

@@ -234,7 +234,7 @@ class VisionTransformer(Encoder):
         self.reset_classifier(num_classes)
 
     def set_drop_path(self, rate: float) -> None:
-        """Set the probability that training skips the last block; it rises evenly from 0 in the first. Raises ValueError."""
+        """Set the last block's probability of being skipped in training; it rises evenly from 0. Raises ValueError."""
         for n, block in enumerate(self.blocks):
             block.drop_path = DropPath(rate * n / max(1, len(self.blocks) - 1))
 

@@ -112,7 +112,7 @@ INPUTS = (
 )
 LICENCES = (
     'A licence of research only, or one that nobody states, is a reason to take another. "Accept once" is a licence '
-    'that has to be accepted before the first load, "ask for access" one whose weights are given out to those who asked.'
+    'that has to be accepted before the first load, "ask for access" one whose weights are given to those who asked.'
 )
 SCORES = (
     "Whoever tests on one of these data sets tests on training data. The scores are what its authors published, on "
