@@ -15,6 +15,8 @@ from PIL import Image
 WIDTHS = (390, 1280)
 THEMES = {"light": (), "dark": ("--blink-settings=preferredColorScheme=0",)}
 HEIGHT = 1600  # of a screenshot
+MOST = 2500  # elements that are looked at: the reference has tens of thousands, all of a few kinds
+AT_ONCE = 4  # pages that one browser opens
 CONTRAST = 4.5  # of WCAG 2.2, level AA, whatever the size of the letters
 
 # Says to the page around it what reaches beyond the right edge, what can hardly be read, and what has no name.
@@ -44,7 +46,7 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
   const root = document.querySelector("article[role=main]") ?? document.body;  // of the site, what is not its frame
   const width = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth > width) faults.push(`${document.documentElement.scrollWidth} px wide`);
-  for (const element of root.querySelectorAll("*:not(script, style, option)")) {
+  for (const element of [...root.querySelectorAll("*:not(script, style, option)")].slice(0, MOST)) {
     const box = element.getBoundingClientRect(), style = getComputedStyle(element);
     if (!box.width || !box.height || style.visibility === "hidden") continue;
     const what = `${element.tagName}.${element.className} ${element.textContent.trim().slice(0, 40)}`;
@@ -69,7 +71,7 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
   const theme = dark ? "dark" : "light", page = document.body.dataset.page;
   parent.postMessage({ page, theme, width: innerWidth, texts: ratios.length, scrolls, faults }, "*");
 });
-""".replace("CONTRAST", str(CONTRAST))
+""".replace("CONTRAST", str(CONTRAST)).replace("MOST", str(MOST))
 
 
 def with_script(page: str, script: str) -> str:
@@ -93,11 +95,13 @@ def looked_at(pages: dict[str, str], chromium, folder: Path, *arguments: str) ->
 
     With BRAINFM_SCREENSHOTS in the environment the pictures of `shots_of` are left in the folder of that name.
     """
-    frames = _frames(folder, [(file, width) for file in pages.values() for width in WIDTHS], "all.html")
+    files = list(pages.values())
     seen = []
-    for theme in THEMES.values():
-        dom = chromium(*theme, *arguments, "--window-size=1400,2000", "--dump-dom", f"file://{frames}")
-        seen += json.loads(html.unescape(re.search('data-seen="(.*?)"', dom, re.DOTALL)[1]))
+    for few in (files[n : n + AT_ONCE] for n in range(0, len(files), AT_ONCE)):
+        frames = _frames(folder, [(file, width) for file in few for width in WIDTHS], "all.html")
+        for theme in THEMES.values():
+            dom = chromium(*theme, *arguments, "--window-size=1400,2000", "--dump-dom", f"file://{frames}")
+            seen += json.loads(html.unescape(re.search('data-seen="(.*?)"', dom, re.DOTALL)[1]))
     looked = sorted((one.get("page", ""), one["theme"], one["width"]) for one in seen)
     assert looked == sorted((page, theme, width) for page in pages for theme in THEMES for width in WIDTHS)
     assert all(one["texts"] > 5 for one in seen)
