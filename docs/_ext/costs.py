@@ -76,8 +76,10 @@ def as_page(text: str, folder: Path = RESULTS) -> str:
 
 
 def ratios_first(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns of ratios (2.5×) stand after the first, before what they are of."""
-    ratios = [n for n in range(1, len(header)) if any(row[n].endswith("×") for row in rows)]
+    """A table whose columns of ratios (2.5×, or named "of `import torch`") stand after the first."""
+    ratios = [
+        n for n in range(1, len(header)) if header[n].startswith("of `") or any(row[n].endswith("×") for row in rows)
+    ]
     order = [0, *ratios, *(n for n in range(1, len(header)) if n not in ratios)]
     return table([[row[n] for n in order] for row in rows], [header[n] for n in order], html=True)
 

@@ -94,14 +94,14 @@ def overview(found: list[Page]) -> str:
             *(
                 "## What do you have?",
                 INPUTS,
-                table(map(_input, found), ("encoder", "takes", "as", "contract"), html=True),
+                table(map(_input, found), ("encoder", "takes", "as a tensor, by the contract"), html=True),
             ),
             *("## What may you do?", LICENCES, table(map(_licence, trained), licence, html=True)),
             f"Without weights: {drawn}.",
             *("## What was it trained on, and how well does it do?", SCORES),
             table(map(_results, trained), ("encoder", "pretrained on", "published scores"), html=True),
             *("## What does it cost?", COSTS),
-            table(map(_cost, found), ("encoder", "parameters", "width", "s", "GB", "faster"), html=True),
+            table(map(_cost, found), ("encoder", "size", "width", "s", "GB", "faster"), html=True),
         ]
     )
 
@@ -122,7 +122,7 @@ SCORES = (
 COSTS = (
     "Processor seconds of one thread for one volume, and memory, by `brainfm.optimize`; and how many times faster that "
     'is than the network as its authors wrote it. Random weights, a busy machine ({doc}`costs`); "–" was not measured. '
-    "The width is that of the embedding."
+    "The size is the number of parameters, the width that of the embedding."
 )
 
 
@@ -138,8 +138,8 @@ def _input(page: Page) -> tuple[str, ...]:
     return (
         _link(page),
         inline(", ".join(filter(None, (takes, head, line.space)))),
-        "×".join(map(str, shape)) if shape else "the scan's size",
-        f"`{line.contract}`" if line.contract else "–",
+        ("×".join(map(str, shape)) if shape else "the scan's size")
+        + (f"<br>`{line.contract}`" if line.contract else ""),
     )
 
 
