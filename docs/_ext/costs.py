@@ -81,7 +81,11 @@ def ratios_first(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         n for n in range(1, len(header)) if header[n].startswith("of `") or any(row[n].endswith("×") for row in rows)
     ]
     order = [0, *ratios, *(n for n in range(1, len(header)) if n not in ratios)]
-    return table([[row[n] for n in order] for row in rows], [header[n] for n in order], html=True)
+    named = [  # a ratio stood after what it is of, and says so now
+        f"{name} ({header[n - 1]})" if n in ratios and n - 1 not in (0, *ratios) and "," not in name else name
+        for n, name in enumerate(header)
+    ]
+    return table([[row[n] for n in order] for row in rows], [named[n] for n in order], html=True)
 
 
 def _zoo(costs: dict[str, Cost]) -> str:

@@ -163,7 +163,7 @@ def test_page_of_costs_has_the_results_with_their_machines_and_ratios_first(tmp_
     text += "## `python benchmarks/zoo.py`\n\n| a |\n|---|\n| old |\n\n## Other\n\n| a |\n|---|\n| kept |\n"
     page = costs.as_page(text, tmp_path)
     assert "old" not in page
-    assert "What.\n\n*2026-11-24: another*\n\n| one volume | peer / this | s |" in page
+    assert "What.\n\n*2026-11-24: another*\n\n| one volume | peer / this (s) | s |" in page
     assert "| ours | 2.5× | 3 |\n\nThen." in page
     assert "*2026-11-26: a machine*\n\n| encoder | faster |" in page
     assert "| kept |" in page
