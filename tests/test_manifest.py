@@ -494,7 +494,7 @@ def test_two_files_that_would_be_one_scan_of_one_patient_are_refused_by_name(tmp
 
 def test_folder_of_dicom_is_refused(tmp_path):
     touch(tmp_path / "series" / "0001", tmp_path / "series" / "0002", content=DICOM)
-    with pytest.raises(ScanError, match="DICOM files; prepare scans that come from the scanner by .brainfm prep"):
+    with pytest.raises(ScanError, match=r"DICOM files; prepare scans that come from the scanner by .brainfm prep"):
         list_scans(tmp_path)
 
 
