@@ -493,13 +493,15 @@ def _refuse_bids(dataset: BidsDataset, images: Sequence[BidsImage], left_out: Ma
 
 def _refuse_folder(folder: Path, files: Sequence[Path], left_out: Mapping[str, str]) -> NoReturn:
     closed = "".join(f"; {place} {why}" for place, why in [*left_out.items()][:1])
+    prepare = f"prepare scans that come from the scanner by 'brainfm prep {folder} -o prep/'"
     if any(is_dicom(path) for path in files[:3]):
-        raise ScanError(f"{folder}: a folder of DICOM files; convert them first, for example with dcm2niix{closed}")
+        raise ScanError(f"{folder}: a folder of DICOM files; {prepare}, and give that folder{closed}")
     images = [path for path in files if is_image(path)]
     if images:
         raise ScanError(
             f"{folder}: neither prepared scans ({RECORD}, or TurboPrep's {TURBOPREP_IMAGE}) nor a BIDS data set (no "
-            f"sub-*/anat); name its {len(images)} image files one by one, or list them in a manifest{closed}"
+            f"sub-*/anat); {prepare}; of prepared ones name its {len(images)} image files one by one, or list them in "
+            f"a manifest{closed}"
         )
     raise ScanError(f"{folder}: no scans in this folder{closed}")
 

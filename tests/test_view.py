@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from seen import faults_of, with_script
 
 from brainfm import view
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.cli import main
 from brainfm.errors import ScanError
 from brainfm.render import TEMPLATES
@@ -198,6 +199,16 @@ def test_without_webgl_slices_are_shown_and_it_is_said(page, chromium, tmp_path)
     drawn = json.loads(re.search('data-drawn="(.*?)"', body)[1])
     assert [one[:2] for one in drawn] == [[48, 48], [48, 40], [48, 40]]
     assert all(bright > 400 and coloured > 100 and yellow > 40 for *_, bright, coloured, yellow in drawn)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_scan_at_1_mm_is_shown_at_once_where_no_graphics_card_draws(chromium, tmp_path):
+    """As slices: NiiVue took more than five minutes to draw these 8.5 million voxels by the processor."""
+    view.write_view(SAMPLE_SCAN, tmp_path / "view.html", mask=SAMPLE_MASK)
+    dom = chromium(*GL, "--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path}/view.html")
+    assert 'data-shown="slices"' in re.search("<body.*?>", dom, re.DOTALL)[0]
+    assert "no graphics card draws for this browser" in dom
 
 
 @pytest.mark.browser

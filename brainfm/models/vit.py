@@ -225,7 +225,7 @@ class VisionTransformer(FirstTokenReader):
         global_pool: "token" (the first token: the CLS token, as linear probing in `facebookresearch/mae`, or without
             one that of the corner patch, as BrainIAC reads its ViT), "avg" (the patch tokens' mean after the norm), or
             "fc_norm" (their mean before it, then a norm of its own, as fine-tuning in `mae`).
-        drop_rate: Dropout on the pooled embedding, in training.
+        drop_rate: The probability of dropout on the pooled embedding, in training.
         drop_path_rate: Stochastic depth, in training: the last block's; it rises evenly from 0 in the first.
         dynamic_img_size: Take volumes of other sizes too.
         class_token: Have a CLS token before those of the patches.
@@ -288,7 +288,7 @@ class VisionTransformer(FirstTokenReader):
         return self.global_pool == "token"
 
     def set_drop_path(self, rate: float) -> None:
-        """Stochastic depth of the last block, in training; it rises evenly from 0 in the first. Raises ValueError."""
+        """Set the last block's probability of being skipped in training; it rises evenly from 0. Raises ValueError."""
         for n, block in enumerate(self.blocks):
             block.drop_path = DropPath(rate * n / max(1, len(self.blocks) - 1))
 
