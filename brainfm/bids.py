@@ -102,6 +102,12 @@ class Rightly(str):
     __slots__ = ()
 
 
+class Piece(Rightly):
+    """Of a piece of an image, where a whole one of the same visit is there; where there is none, a scan is missing."""
+
+    __slots__ = ()
+
+
 def wrongly(left_out: Mapping[str, str]) -> dict[str, str]:
     """Of what is left out, and why, that of which something is wrong: it cannot be read, or may be a scan."""
     return {path: why for path, why in left_out.items() if not isinstance(why, Rightly)}
@@ -170,6 +176,10 @@ class BidsDataset:
                 left_out[image.file] = why
             elif contrast != "T1c" or "ce" in image.entities:
                 taken.append(image)
+        visits = {self._visit_of(image.file) for image in taken}
+        for path, why in left_out.items():
+            if isinstance(why, Piece) and self._visit_of(path) not in visits:
+                left_out[path] = str(why)  # a scan that was asked for, and is not there
         named = {self.subject_of(image.file) for image in taken} | {self.subject_of(path) for path in left_out}
         others: dict[str, set[str]] = {name: set() for name in self.subjects if name not in named}
         for image in self.images if others else ():
@@ -192,6 +202,10 @@ class BidsDataset:
     def subject_of(self, path: str) -> str:
         """The name of the subject's folder that a path within the data set is of."""
         return path[self._start :].partition(os.sep)[0]
+
+    def _visit_of(self, path: str) -> str:
+        """The folder above `anat` that an image is in: the subject's, or the session's."""
+        return path[: -len("/anat/") - len(path.rpartition(os.sep)[2])]
 
     def _inner(self, path: str) -> list[str]:
         """The parts of a path within the data set."""
@@ -261,10 +275,11 @@ def _why_not(image: BidsImage, contrast: str) -> str:
         return Rightly("named in .bidsignore")
     if found.get("part", "mag") != "mag":
         return Rightly(f"part-{found['part']}: no magnitude image")
-    if "chunk" in found:
-        return Rightly(f"chunk-{found['chunk']}: a piece of an image; join the pieces, and name the whole")
     if contrast == "T1w" and "ce" in found:
         return Rightly(f"ce-{found['ce']}: after contrast agent, no plain T1w; name the file itself to take it as one")
+    if "chunk" in found:
+        kind = Piece if contrast != "T1c" or "ce" in found else Rightly
+        return kind(f"chunk-{found['chunk']}: a piece of an image; join the pieces, and name the whole")
     foreign = _entities_foreign_to(found["suffix"])
     if wrong := [f"{name}-{found[name]}" for name in found if name in foreign]:
         return f"{' and '.join(wrong)}: an image called {found['suffix']} has no such entity in BIDS; what is it?"

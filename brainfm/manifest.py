@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from brainfm.bids import ACQUISITION, BidsDataset, BidsImage, bids_ids, entities, is_bids, read_bids, stem
 from brainfm.errors import ScanError
-from brainfm.paths import is_image, on_disk, path_of, printable, unprinted, walk_texts
+from brainfm.paths import is_image, on_disk, path_text, printable, unprinted, walk_texts
 from brainfm.scan import ImageLike, ScanLike
 from brainfm.scan.kinds import is_dicom
 from brainfm.scan.layout import BRAIN, HEAD, RECORD, TURBOPREP_IMAGE, TURBOPREP_MASK, is_prepared
@@ -114,8 +114,8 @@ class ScanRecord:
         `flair_path`. A channel whose field is empty is missing. Raises ScanError as `path_of` does.
         """
 
-        def path(text: str) -> str | Path:
-            return unprinted(text) if folder is None else path_of(text, folder)
+        def path(text: str) -> str:
+            return unprinted(text) if folder is None else path_text(text, folder)
 
         values = dict(row)
         mask, patient, scan = (values.pop(name, "") for name in ("mask_path", "patient_id", "scan_id"))

@@ -384,8 +384,11 @@ def scan_identity(record: ScanRecord) -> str | None:
     for channel, item in (*sorted(record.images.items()), ("mask", record.mask)):
         if item is None:
             parts.append([channel])
-        elif isinstance(item, str | os.PathLike) and Path(item).exists():
-            parts.append([channel, *file_state(item)])
+        elif isinstance(item, str | os.PathLike):
+            try:
+                parts.append([channel, *file_state(item)])
+            except (OSError, ValueError):  # ValueError: a null character in the name
+                return None
         else:
             return None
     return json.dumps(parts)

@@ -16,6 +16,7 @@ from brainfm.errors import ScanError
 
 _IMAGES = (".nii", ".nii.gz", ".nii.bz2", ".nii.xz", ".nii.zst", ".mgz", ".mgh")  # in any case
 _PLAIN = re.compile(r"[\w./][\w ./+=-]*", re.ASCII)  # of a path: nothing that may mean something else; most are so
+_NOT_AS_PATH = re.compile(r"//|(^|/)\.(/|$)|/$")  # what `Path` takes out of a text
 _PASSED_OVER = ("__MACOSX", "@eaDir", "lost+found")  # folders of systems, beside those that begin with a dot
 
 
@@ -38,6 +39,14 @@ def path_of(text: str, folder: Path) -> Path:
     """
     text = text if _PLAIN.fullmatch(text) else _as_meant(text)
     return on_disk(folder / text)
+
+
+def path_text(text: str, folder: Path) -> str:
+    """The same as text. A plain one, such as most are, is not made a `Path` on the way: tables have many."""
+    start = os.fspath(folder)
+    if os.name == "nt" or not start.isascii() or not _PLAIN.fullmatch(text) or _NOT_AS_PATH.search(text):
+        return str(path_of(text, folder))
+    return text if text[0] == "/" or start == "." else os.path.join(start, text)  # noqa: PTH118
 
 
 def _as_meant(text: str) -> str:

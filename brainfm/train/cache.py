@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, held, progress_bar, sweep, write_csv, write_json, write_text
 from brainfm.manifest import ScanRecord
 from brainfm.scan import load_scan
+from brainfm.scan.memory import is_mapping
 from brainfm.schema import Checked
 from brainfm.shards import Shard
 from brainfm.sources import is_clip
@@ -295,7 +297,7 @@ def _mapped(path: str, stage: Stage | None) -> NDArray[Any]:
 
 def key_of(record: ScanRecord, root: str | os.PathLike[str]) -> str:
     """A scan's name in a cache: a hash of its paths, relative to `root`, and of the channels where it has several."""
-    files = files_by_channel(record)
+    files = files_by_channel(record) if is_mapping(record.image) else {"": record.image, "mask": record.mask}
     parts = [_relative(item, root) if isinstance(item, str | os.PathLike) else "" for item in files.values()]
     channels = [name for name in files if name not in ("", "mask")]
     return hashlib.sha256(os.fsencode("\0".join([*parts, *channels]))).hexdigest()[:20]
@@ -303,12 +305,17 @@ def key_of(record: ScanRecord, root: str | os.PathLike[str]) -> str:
 
 def _relative(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> str:
     """As `os.path.relpath`, in half the time; for there are many."""
-    text, start = os.fspath(path), os.path.join(root, "")  # noqa: PTH118
-    start = "" if start == os.path.join(".", "") else start  # noqa: PTH118
+    text, start = os.fspath(path), _start_of(root)
     inner = text[len(start) :]
     if text.startswith(start) and os.path.normpath(inner) == inner and not inner.startswith(("..", os.sep)):
         return inner
     return os.path.relpath(path, root)
+
+
+@lru_cache(16)
+def _start_of(root: str | os.PathLike[str]) -> str:
+    start = os.path.join(root, "")  # noqa: PTH118
+    return "" if start == os.path.join(".", "") else start  # noqa: PTH118
 
 
 def _end_with_the_parent() -> None:

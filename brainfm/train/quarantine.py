@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from brainfm.files import file_state, write_csv
+from brainfm.files import size_and_time, write_csv
 from brainfm.manifest import ScanRecord
 from brainfm.tabular import read_rows
 
@@ -64,12 +65,12 @@ def _written(state: State) -> str:
 
 def state_of(record: ScanRecord) -> State:
     """Bytes and times of a scan's files, by the names of its channels; a file that is not there has none."""
-    return tuple(
-        (size, time)
-        for item in files_by_channel(record).values()
-        if isinstance(item, str | os.PathLike) and os.path.exists(item)  # noqa: PTH110 - no Path, for there are many
-        for _, size, time in [file_state(item)]
-    )
+    found = []
+    for item in files_by_channel(record).values():
+        if isinstance(item, str | os.PathLike):
+            with suppress(OSError, ValueError):  # ValueError: a null character in the name
+                found.append(size_and_time(item))
+    return tuple(found)
 
 
 def files_by_channel(record: ScanRecord) -> dict[str, Any]:

@@ -412,3 +412,20 @@ def test_view_of_one_intensity_is_drawn_again(small_spec, tmp_path):
         views = loader[epoch, 0].views
         assert (views.flatten(2).std(dim=2) > 0).all()
         assert torch.equal(device.make_views(device[epoch, 0], torch.device("cpu")).views, views)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+def test_shards_that_overlap_and_run_at_once_build_the_cache_of_one_build(cache, cohort, small_spec, tmp_path):
+    def build(*arguments):
+        if (child := os.fork()) == 0:
+            command = ["cache", "build", cohort, tmp_path / "parts", "--model", "test_resnet_3d", *arguments]
+            os._exit(CliRunner().invoke(main, list(map(str, command))).exit_code)
+        return child
+
+    shards = [build("--workers", 1, "--shard", shard) for shard in ("1/2", "2/2", "2/2", "1/3")]
+    assert [os.waitpid(child, 0)[1] for child in shards] == [0, 0, 0, 0]
+    whole, parts = (ScanCache(folder, small_spec) for folder in (cache, tmp_path / "parts"))
+    assert parts._levels == whole._levels
+    for file in (cache / "scans").iterdir():
+        assert (tmp_path / "parts" / "scans" / file.name).read_bytes() == file.read_bytes()
+    assert not list((tmp_path / "parts").rglob(".*"))
