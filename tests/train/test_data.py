@@ -429,3 +429,42 @@ def test_shards_that_overlap_and_run_at_once_build_the_cache_of_one_build(cache,
     for file in (cache / "scans").iterdir():
         assert (tmp_path / "parts" / "scans" / file.name).read_bytes() == file.read_bytes()
     assert not list((tmp_path / "parts").rglob(".*"))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "cache build"])
+def test_disk_is_not_asked_of_any_row_before_the_first_scan_is_read(command, tmp_path, monkeypatch):
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    from brainfm.train import cache as reading
+
+    class FirstScanError(Exception):
+        pass
+
+    def first(*_):
+        raise FirstScanError
+
+    monkeypatch.setattr(reading, "state_of", first)  # of a scan that is written
+    monkeypatch.setattr(reading, "load_scan", first)
+    asked = []
+    for name in ("stat", "lstat", "scandir"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, call=call, **kwargs: asked.append(args) or call(*args, **kwargs))
+
+    def calls(rows):
+        place = tmp_path / str(rows)
+        place.mkdir()
+        names = [f"sub-{n:05}/anat/sub-{n:05}" for n in range(rows)]
+        frame = {"image_path": [f"{name}_T1w.nii.gz" for name in names], "patient_id": [name[:9] for name in names]}
+        pd.DataFrame(frame | {"mask_path": [f"{name}_mask.nii.gz" for name in names]}).to_parquet(place / "m.parquet")
+        asked.clear()
+        fields = ["method=simclr", "augmentation.crop_min=[27,32,32]", "input_size=[16,16,16]", "workers=0"]
+        arguments = {
+            "pretrain": [*fields, "model=test_resnet_3d", f"manifest={place}/m.parquet", f"output={place}/run"],
+            "cache build": [f"{place}/m.parquet", f"{place}/cache", "--model", "test_resnet_3d", "--workers", "1"],
+        }
+        done = CliRunner().invoke(main, [*command.split(), *arguments[command]])
+        assert "FirstScanError" in f"{done.output} {done.exception!r}"
+        return len(asked)
+
+    calls(20)  # imports
+    assert calls(1000) <= calls(100) + 5
