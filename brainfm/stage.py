@@ -1,9 +1,10 @@
 """Scans of a network disk on a local one: a bounded cache of copies, made ahead of whoever reads them.
 
-A stage is a folder of `<key>/<name>`: a copy of a file, or of the folder of a prepared scan, under its own name. The
-key is of where that is, its size and its time, so that a file that changed is another. A copy has its place once it is
-whole, and what was used least recently leaves first. Any number of processes may share a stage. What it cannot hold is
-read where it is: a stage that is full, or on a disk that is, costs its use and never a result.
+A stage is `brainfm-stage` in a folder, and in that `<key>/<name>`: a copy of a file, or of the folder of a prepared
+scan, under its own name. The key is of where that is, its size and its time, so that a file that changed is another. A
+copy has its place once it is whole, and what was used least recently leaves first. Any number of processes may share a
+stage. What it cannot hold is read where it is: a stage that is full, or on a disk that is, costs its use and never a
+result.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +38,7 @@ _COPIERS = 4  # files that one process copies at a time
 _LOCKS = 64  # of the copies, which share them by their keys
 _FULL = 0.9  # of the size, to which a stage is emptied: not for each copy anew
 _UNSEEN = 16  # processes that may fill what is left before they look again, without going over the size
+_KEY = re.compile("[0-9a-f]{20}")
 _ONE_OF_SEVERAL = (".hdr", ".img", ".nhdr")  # files of which one says nothing without the other
 
 
@@ -43,12 +46,12 @@ class Stage:
     """A folder on a local disk that holds copies of the scans that were read last, and are read next.
 
     Args:
-        folder: Made where it is not there.
+        folder: In which the stage is made where it is not there; what else the folder holds is left alone.
         size_gb: The most that it holds, in GB (10⁹ bytes), of all processes that share it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], size_gb: float = SIZE_GB) -> None:
-        self.folder = expanded(folder)
+        self.folder = expanded(folder) / "brainfm-stage"
         self._most = int(size_gb * 1e9)
         self._unseen = 0  # bytes that this process may copy before it looks what is there
         self._is_off = False
@@ -170,7 +173,7 @@ class Stage:
         with os.scandir(self.folder) as places:
             for place in places:
                 with suppress(OSError):  # another process has removed it
-                    if not place.name.startswith("."):
+                    if _KEY.fullmatch(place.name):
                         yield place.stat().st_mtime_ns, _bytes_in(place.path), place.path
 
     def _lock(self, name: str) -> Any:
