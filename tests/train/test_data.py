@@ -440,7 +440,7 @@ def test_disk_is_not_asked_of_any_row_before_the_first_scan_is_read(command, tmp
     class FirstScanError(Exception):
         pass
 
-    def first(*_):
+    def first(*_, **__):
         raise FirstScanError
 
     monkeypatch.setattr(reading, "state_of", first)  # of a scan that is written
