@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,19 @@ class About(Checked):
     shard: str = "1/1"
 
 
+class Row(NamedTuple):
+    """What is kept of a scan: its number in the list, and its vector, or why it failed.
+
+    `key` is `scan_key` of it as it was then: a part is written again and again, and its files are asked once.
+    """
+
+    number: int
+    record: ScanRecord
+    vector: NDArray[np.float32] | None
+    error: str
+    key: str
+
+
 class Parts:
     """A folder of parts that one process adds to.
 
@@ -71,7 +84,7 @@ class Parts:
         self.folder, self._about, self._numbers = folder, about, numbers
         self._files: list[Path] = []
         self._places = np.full((len(numbers), 2), -1, dtype=np.int32)
-        self._rows: list[tuple[int, ScanRecord, NDArray[np.float32] | None, str]] = []  # of the part that is filled
+        self._rows: list[Row] = []  # of the part that is filled
         self._token, self._count, self._written = secrets.token_hex(4), 0, time.monotonic()
 
     def resume(self, records: Iterable[tuple[int, ScanRecord]], *, alone: bool = False) -> None:
@@ -113,15 +126,15 @@ class Parts:
 
     def add(self, n: int, record: ScanRecord, vector: NDArray[np.float32]) -> None:
         """Keep a scan's vector."""
-        place = (len(self._files), sum(row[2] is not None for row in self._rows))
+        place = (len(self._files), sum(row.vector is not None for row in self._rows))
         self._places[self._numbers.index(n)] = place
-        self._put((n, record, vector, ""))
+        self._put(Row(n, record, vector, "", scan_key(record)))
 
     def fail(self, n: int, record: ScanRecord, reason: str) -> None:
         """Keep why a scan failed; a run that goes on tries it again."""
-        self._put((n, record, None, reason))
+        self._put(Row(n, record, None, reason, scan_key(record)))
 
-    def _put(self, row: tuple[int, ScanRecord, NDArray[np.float32] | None, str]) -> None:
+    def _put(self, row: Row) -> None:
         self._rows.append(row)
         if len(self._rows) >= ROWS:
             self.flush()
@@ -146,7 +159,7 @@ class Parts:
         """The numbers of the scans that came, and their vectors; no more may come then."""
         there = np.flatnonzero(self._places[:, 0] >= 0)
         numbers = self._numbers.start + self._numbers.step * there
-        last = [vector for _, _, vector, _ in self._rows if vector is not None]
+        last = [row.vector for row in self._rows if row.vector is not None]
         return numbers, Vectors([*self._files, self._path], self._places[there], np.array(last, dtype=np.float32))
 
     def remove(self) -> None:
@@ -302,14 +315,12 @@ def list_parts(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if named.fullmatch(path.name)) if folder.is_dir() else []
 
 
-def write_part(
-    path: Path, about: About, rows: Sequence[tuple[int, ScanRecord, NDArray[np.float32] | None, str]]
-) -> None:
-    """Write rows (number, scan, vector or None, error) as a part, atomically."""
-    texts = text_columns([record for _, record, _, _ in rows])
-    texts |= {_SCAN: [scan_key(record) for _, record, _, _ in rows], _ERROR: [error for *_, error in rows]}
-    numbers = [n for n, *_ in rows]
-    vectors = [vector for *_, vector, _ in rows]
+def write_part(path: Path, about: About, rows: Sequence[Row]) -> None:
+    """Write rows as a part, atomically."""
+    texts = text_columns([row.record for row in rows])
+    texts |= {_SCAN: [row.key for row in rows], _ERROR: [row.error for row in rows]}
+    numbers = [row.number for row in rows]
+    vectors = [row.vector for row in rows]
     said = json.dumps(about.to_dict())
     with atomic_path(path) as temporary:
         arrays: dict[str, Any] = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
@@ -351,8 +362,11 @@ def scan_identity(record: ScanRecord) -> str | None:
     for channel, item in (*sorted(record.images.items()), ("mask", record.mask)):
         if item is None:
             parts.append([channel])
-        elif isinstance(item, str | os.PathLike) and Path(item).exists():
-            parts.append([channel, *file_state(item)])
+        elif isinstance(item, str | os.PathLike):
+            try:
+                parts.append([channel, *file_state(item)])
+            except (OSError, ValueError):  # ValueError: a null character in the name
+                return None
         else:
             return None
     return json.dumps(parts)
