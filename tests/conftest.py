@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import locale
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from browser import Browser, find_chromium
 from loopback_hub import LoopbackHub
 
 # A shell has its jobs in the background ignore Ctrl-C, and so would the commands that tests start and interrupt.
@@ -118,20 +118,14 @@ def same_locale():
     locale.setlocale(locale.LC_ALL, LOCALE)
 
 
-@pytest.fixture
-def chromium(tmp_path):
-    """A function (arguments) → what Chromium prints, without a network and with a profile of its own."""
-    program = next(filter(None, map(shutil.which, ("/usr/bin/chromium", "chromium", "google-chrome"))), None)
-    if program is None:
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium, to open pages in."""
+    if find_chromium() is None:
         pytest.skip("no chromium or google-chrome on PATH")
-
-    def run(*arguments: str) -> str:
-        quiet = ["--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", *quiet]
-        command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
-
-    return run
+    running = Browser(tmp_path_factory.mktemp("profile"))
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="session")

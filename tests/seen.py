@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
-import json
-import re
 from pathlib import Path
+
+from browser import Browser
 
 WIDTHS = (390, 1280)
 CONTRAST = 4.5  # of WCAG 2.2, level AA, whatever the size of the letters
 
-# Says to the page around it what reaches beyond the right edge, what can hardly be read, and what has no name.
+# Says what reaches beyond the right edge, what can hardly be read, and what has no name.
 LOOK = """
 Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).then(() => {
   const parse = (text) => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
@@ -57,34 +54,19 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
     if (element.matches("th:not([scope])")) faults.push(`no scope: ${what}`);
   }
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  parent.postMessage({ theme: dark ? "dark" : "light", width: innerWidth, texts: ratios.length, faults }, "*");
+  return { dark, width: innerWidth, texts: ratios.length, faults };
 });
 """.replace("CONTRAST", str(CONTRAST))
 
 
-def with_script(page: str, script: str) -> str:
-    """A page whose policy lets one more script in: this one, at its end."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert "script-src " in page
-    page = page.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
-    before, end, after = page.rpartition("</body>")  # a script of the page's own may speak of it as well
-    return f"{before}<script>{script}</script>{end}{after}"
-
-
-def faults_of(page: Path, chromium, folder: Path, *arguments: str) -> list[str]:
-    """What is wrong with a page, in both themes and at both widths. It was looked at four times, or this fails."""
-    (folder / "copy.html").write_text(with_script(page.read_text(encoding="utf-8"), LOOK), encoding="utf-8")
-    frames = "".join(f'<iframe width="{width}" height="900" src="copy.html"></iframe>' for width in WIDTHS)
-    (folder / "frames.html").write_text(
-        "<!doctype html><style>:root { color-scheme: light dark } iframe { border: 0; display: block }</style>"
-        f"<body>{frames}<script>const all = []; onmessage = (event) => "
-        "{ all.push(event.data); document.body.dataset.seen = JSON.stringify(all); }</script></body>"
-    )
-    seen = []
-    for theme in ((), ("--blink-settings=preferredColorScheme=0",)):
-        dom = chromium(*theme, *arguments, "--window-size=1400,2000", "--dump-dom", f"file://{folder}/frames.html")
-        seen += json.loads(html.unescape(re.search('data-seen="(.*?)"', dom, re.DOTALL)[1]))
-    looked = sorted((one["theme"], one["width"]) for one in seen)
-    assert looked == sorted((theme, width) for theme in ("dark", "light") for width in WIDTHS)
-    assert all(one["texts"] > 5 for one in seen)
-    return [f"{one['theme']}, {one['width']} px: {fault}" for one in seen for fault in one["faults"]]
+def faults_of(page: Path, browser: Browser, before: str = "") -> list[str]:
+    """What is wrong with a page, in both themes and at both widths; `before` as of `Browser.page`."""
+    faults = []
+    for dark in (False, True):
+        for width in WIDTHS:
+            with browser.page(page, width=width, dark=dark, before=before) as shown:
+                seen = shown.run(LOOK)
+            assert (seen["dark"], seen["width"]) == (dark, width)
+            assert seen["texts"] > 5
+            faults += [f"{'dark' if dark else 'light'}, {width} px: {fault}" for fault in seen["faults"]]
+    return faults
