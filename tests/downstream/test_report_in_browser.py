@@ -24,6 +24,11 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Figures are tested here."""
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
     """The page of a benchmark of two tasks."""
