@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-LIMIT = 240  # seconds that anything may take
+LIMIT = 900  # seconds that anything may take
 QUIET = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--mute-audio"),

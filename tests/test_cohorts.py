@@ -20,7 +20,7 @@ def test_script_is_run_by_itself_from_any_folder(tmp_path):
     scans = prepared(tmp_path / "scans", [f"IXI{n:03d}-Guys-{700 + n:04d}-T1" for n in range(1, 41)])
     table = write_table(tmp_path / "IXI.csv", IXI_COLUMNS, [ixi_row(n, 1 + n % 2, 20 + n) for n in range(1, 41)])
     command = [sys.executable, str(COHORTS / "ixi.py"), str(table), str(scans), "-o"]
-    done = subprocess.run([*command, "ixi.csv"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "ixi.csv"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ixi.csv: 40 scans of 40 patients, of 40 scans found\n")
     assert len(read_manifest(tmp_path / "ixi.csv")) == 40
