@@ -12,7 +12,15 @@ NTSC = Fraction(24000, 1001)  # 23.976 frames a second
 
 
 def make_clip(
-    path: Path, frames=48, rate=Fraction(30), size=(64, 48), codec="libx264", colour=(1, 1, 1), noise=0, sound=0, title=""
+    path: Path,
+    frames=48,
+    rate=Fraction(30),
+    size=(64, 48),
+    codec="libx264",
+    colour=(1, 1, 1),
+    noise=0,
+    sound=0,
+    title="",
 ) -> Path:
     """A clip of `size` (width, height) whose frame k is 255 · k / frames bright, in the proportions of `colour`.
 
