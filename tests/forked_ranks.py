@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def run_ranks(
-    world: int, script: str | Path, *arguments: object, timeout: float = 300
+    world: int, script: str | Path, *arguments: object, timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """Both streams of all ranks, and 0 or the exit code of the first that failed."""
     command = [sys.executable, __file__, str(world), str(script), *map(str, arguments)]

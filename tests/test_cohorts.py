@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,25 +15,31 @@ from brainfm.manifest import read_manifest
 COHORTS = Path(__file__).parent.parent / "examples" / "cohorts"
 
 
-def run(script, *arguments):
-    """A script as a user runs it."""
-    command = [sys.executable, str(COHORTS / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_script_is_run_by_itself_from_any_folder(tmp_path):
+    """The other tests run them in this process: another one takes seconds to import torch."""
+    scans = prepared(tmp_path / "scans", [f"IXI{n:03d}-Guys-{700 + n:04d}-T1" for n in range(1, 41)])
+    table = write_table(tmp_path / "IXI.csv", IXI_COLUMNS, [ixi_row(n, 1 + n % 2, 20 + n) for n in range(1, 41)])
+    command = [sys.executable, str(COHORTS / "ixi.py"), str(table), str(scans), "-o"]
+    done = subprocess.run([*command, "ixi.csv"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ixi.csv: 40 scans of 40 patients, of 40 scans found\n")
+    assert len(read_manifest(tmp_path / "ixi.csv")) == 40
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
-    """The same without another process, which takes seconds to import torch: gives the error, or "" without one."""
+def run(monkeypatch, capsys):
+    """Runs a script in this process; gives its error, "" without one, and what it printed."""
     monkeypatch.syspath_prepend(str(COHORTS))
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        error = ""
         try:
             runpy.run_path(str(COHORTS / script), run_name="__main__")
         except SystemExit as stop:
-            return str(stop.code)
-        capsys.readouterr()
-        return ""
+            error = str(stop.code)
+        return SimpleNamespace(error=error, said=capsys.readouterr().out)
 
     return call
 
@@ -84,11 +91,11 @@ def ixi(tmp_path):
     return scans, rows, tmp_path / "out" / "ixi.csv"
 
 
-def test_ixi_joins_the_table_with_the_scans_and_says_what_was_left_out(ixi, tmp_path):
+def test_ixi_joins_the_table_with_the_scans_and_says_what_was_left_out(ixi, tmp_path, run):
     scans, rows, output = ixi
     table = write_table(tmp_path / "IXI.csv", IXI_COLUMNS, rows)
     result = run("ixi.py", table, scans, "-o", output)
-    assert result.returncode == 0, result.stderr
+    assert result.error == ""
 
     records = read_manifest(output)
     assert output.read_text().splitlines()[:2] == [
@@ -104,7 +111,7 @@ def test_ixi_joins_the_table_with_the_scans_and_says_what_was_left_out(ixi, tmp_
         (sex, split): size for sex in "01" for split, size in (("train", 12), ("val", 4), ("test", 4))
     }
 
-    said = result.stdout
+    said = result.said
     assert "40 scans of 40 patients, of 47 scans found" in said
     train_age = [int(record.extra["age"]) for record in records if record.extra["split"] == "train"]
     row = next(line.split() for line in said.splitlines() if line.startswith("train"))
@@ -123,12 +130,12 @@ def test_ixi_joins_the_table_with_the_scans_and_says_what_was_left_out(ixi, tmp_
     assert "warning" not in said  # IXI was not in the pretraining data
 
 
-def test_ixi_split_follows_the_seed_and_what_it_is_stratified_by(ixi, tmp_path, run_here):
+def test_ixi_split_follows_the_seed_and_what_it_is_stratified_by(ixi, tmp_path, run):
     scans, rows, output = ixi
     table = write_table(tmp_path / "IXI.csv", IXI_COLUMNS, rows)
     written = []
     for options in (["--stratify", "age"], ["--stratify", "age", "--seed", "1"]):
-        assert run_here("ixi.py", table, scans, "-o", output, *options) == ""
+        assert run("ixi.py", table, scans, "-o", output, *options).error == ""
         written.append(read_manifest(output))
     first, second = ([record.extra["split"] for record in records] for records in written)
     assert first != second
@@ -136,35 +143,34 @@ def test_ixi_split_follows_the_seed_and_what_it_is_stratified_by(ixi, tmp_path, 
         assert [Counter(splits[n : n + 5]) for n in range(0, 40, 5)] == [{"train": 3, "val": 1, "test": 1}] * 8
 
 
-def test_ixi_reads_the_table_as_excel(ixi, tmp_path, run_here):
+def test_ixi_reads_the_table_as_excel(ixi, tmp_path, run):
     openpyxl = pytest.importorskip("openpyxl")
     scans, rows, output = ixi
     book = openpyxl.Workbook()
     for row in (IXI_COLUMNS, *rows):
         book.active.append(row)
     book.save(tmp_path / "IXI.xlsx")
-    assert run_here("ixi.py", tmp_path / "IXI.xlsx", scans, "-o", output) == ""
+    assert run("ixi.py", tmp_path / "IXI.xlsx", scans, "-o", output).error == ""
     from_excel = output.read_text()
-    assert run_here("ixi.py", write_table(tmp_path / "IXI.csv", IXI_COLUMNS, rows), scans, "-o", output) == ""
+    assert run("ixi.py", write_table(tmp_path / "IXI.csv", IXI_COLUMNS, rows), scans, "-o", output).error == ""
     assert output.read_text() == from_excel
 
 
-def test_a_missing_reader_of_excel_is_named(ixi, tmp_path, run_here, monkeypatch):
+def test_a_missing_reader_of_excel_is_named(ixi, tmp_path, run, monkeypatch):
     scans, _, output = ixi
     (tmp_path / "IXI.xls").write_bytes(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1")
     monkeypatch.setitem(sys.modules, "xlrd", None)
     assert "xlrd is not installed; run: pip install xlrd; or save the table as CSV" in (
-        run_here("ixi.py", tmp_path / "IXI.xls", scans, "-o", output)
+        run("ixi.py", tmp_path / "IXI.xls", scans, "-o", output).error
     )
     assert not output.exists()
 
 
-def test_a_missing_column_is_named_beside_what_was_found(ixi, tmp_path):
+def test_a_missing_column_is_named_beside_what_was_found(ixi, tmp_path, run):
     scans, rows, output = ixi
     table = write_table(tmp_path / "IXI.csv", ["IXI_ID", "SEX", "AGE"], [row[:3] for row in rows])
     result = run("ixi.py", table, scans, "-o", output)
-    assert result.returncode == 1
-    assert result.stderr == f"error: {table}: no column 'SEX_ID (1=m, 2=f)'; found: 'IXI_ID', 'SEX', 'AGE'\n"
+    assert result.error == f"error: {table}: no column 'SEX_ID (1=m, 2=f)'; found: 'IXI_ID', 'SEX', 'AGE'"
 
 
 # --- SOOP -----------------------------------------------------------------------------------------
@@ -177,14 +183,14 @@ def soop_row(number, nihss):
     return [f"sub-{number}", "F", "89+", "w", 1, 0, 22.1, nihss, "n/a", "2: Cardioembolism (e.g., recent MI)"]
 
 
-def test_soop_keeps_patients_with_a_score_and_warns_of_the_pretraining(tmp_path):
+def test_soop_keeps_patients_with_a_score_and_warns_of_the_pretraining(tmp_path, run):
     scans = prepared(tmp_path / "turboprep", [f"sub-{n}" for n in range(1, 31)])
     prepared(scans, ["sub-60/anat", "sub-61", "sub-62", "sub-63"])
     rows = [soop_row(n, n % 8) for n in range(1, 31)]
     rows += [soop_row(60, 42), soop_row(61, "n/a"), soop_row(62, 43), soop_row(70, 3), soop_row(71, "n/a")]
     table = write_table(tmp_path / "participants.tsv", SOOP_COLUMNS, rows, delimiter="\t")
     result = run("soop.py", table, scans, "-o", tmp_path / "soop.csv")
-    assert result.returncode == 0, result.stderr
+    assert result.error == ""
 
     records = read_manifest(tmp_path / "soop.csv")
     assert {record.patient_id: record.extra["nihss"] for record in records} == {
@@ -196,7 +202,7 @@ def test_soop_keeps_patients_with_a_score_and_warns_of_the_pretraining(tmp_path)
     assert sizes[("train",)] in (18, 19)
     assert {sizes[("val",)], sizes[("test",)]} <= {6, 7}
 
-    said = result.stdout
+    said = result.said
     assert "31 scans of 31 patients, of 34 scans found" in said
     for line in (
         "left out 1: no NIHSS (sub-61)",
@@ -209,16 +215,16 @@ def test_soop_keeps_patients_with_a_score_and_warns_of_the_pretraining(tmp_path)
         assert line in said
 
 
-def test_a_folder_without_usable_scans_is_refused(tmp_path, run_here):
+def test_a_folder_without_usable_scans_is_refused(tmp_path, run):
     table = write_table(tmp_path / "participants.tsv", SOOP_COLUMNS, [soop_row(1, "n/a")], delimiter="\t")
     scans = prepared(tmp_path / "turboprep", ["sub-1", "sub-2"])
     assert "none of 2 scans can be used (1: no NIHSS, such as sub-1; 1: no row in the table, such as sub-2)" in (
-        run_here("soop.py", table, scans, "-o", tmp_path / "soop.csv")
+        run("soop.py", table, scans, "-o", tmp_path / "soop.csv").error
     )
     missing = tmp_path / "none"
-    assert run_here("soop.py", table, missing, "-o", tmp_path / "soop.csv") == f"error: {missing}: no such folder"
+    assert run("soop.py", table, missing, "-o", tmp_path / "soop.csv").error == f"error: {missing}: no such folder"
     assert (
-        run_here("soop.py", missing, scans, "-o", tmp_path / "soop.csv")
+        run("soop.py", missing, scans, "-o", tmp_path / "soop.csv").error
         == f"error: {missing}: no such file; check the path"
     )
     assert not (tmp_path / "soop.csv").exists()
@@ -233,12 +239,12 @@ def aibl_row(rid, visit, diagnosis):
     return [rid, 2, visit, -4, diagnosis]
 
 
-def test_aibl_has_the_split_of_the_paper_for_as_many_patients(tmp_path, run_here):
+def test_aibl_has_the_split_of_the_paper_for_as_many_patients(tmp_path, run):
     healthy, ill = range(1, 485), range(501, 584)  # 53 + 215 + 216 and 53 + 15 + 15
     scans = prepared(tmp_path / "aibl", [f"sub-AIBL{rid}/ses-M000" for rid in (*healthy, *ill)])
     rows = [aibl_row(rid, "bl", 1) for rid in healthy] + [aibl_row(rid, "bl", 3) for rid in ill]
     write_table(tmp_path / "aibl_pdxconv_01-Jun-2018.csv", AIBL_COLUMNS, rows)
-    assert run_here("aibl.py", tmp_path, scans, "-o", tmp_path / "aibl.csv") == ""
+    assert run("aibl.py", tmp_path, scans, "-o", tmp_path / "aibl.csv").error == ""
     assert counts(read_manifest(tmp_path / "aibl.csv"), "ad") == {
         ("0", "train"): 53,
         ("1", "train"): 53,
@@ -249,7 +255,7 @@ def test_aibl_has_the_split_of_the_paper_for_as_many_patients(tmp_path, run_here
     }
 
 
-def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run_here):
+def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run):
     scans = prepared(tmp_path / "aibl", [f"sub-AIBL{rid}/ses-M{m:03d}" for rid in range(1, 13) for m in (0, 18)])
     prepared(scans, ["AIBL_20_bl", "AIBL_21_m36", "sub-AIBL22", "sub-AIBL23/ses-M054"])
     rows = [aibl_row(rid, visit, 1) for rid in range(1, 7) for visit in ("bl", "m18")]
@@ -261,7 +267,7 @@ def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run_h
     people = [[rid, 2, 1 + rid % 2, f"/{1930 + rid}"] for rid in range(1, 11)] + [[11, 2, -4, -4]]
     write_table(tmp_path / "aibl_ptdemog_01-Jun-2018.csv", ["RID", "SITEID", "PTGENDER", "PTDOB"], people)
     result = run("aibl.py", table, scans, "-o", tmp_path / "aibl.csv", "--train-per-class", 3)
-    assert result.returncode == 0, result.stderr
+    assert result.error == ""
 
     records = {record.patient_id: record for record in read_manifest(tmp_path / "aibl.csv")}
     assert list(records) == [f"AIBL{rid}" for rid in range(1, 13)]
@@ -288,10 +294,10 @@ def test_aibl_takes_the_first_scan_with_a_diagnosis_at_its_visit(tmp_path, run_h
         "left out 1: no row in the table (sub-AIBL23/ses-M054)",
         "2 usable rows of the table have no scan (22 bl, 23 m72)",
     ):
-        assert line in result.stdout
+        assert line in result.said
 
     before = (tmp_path / "aibl.csv").read_bytes()
-    error = run_here("aibl.py", table, scans, "-o", tmp_path / "aibl.csv")
+    error = run("aibl.py", table, scans, "-o", tmp_path / "aibl.csv").error
     assert "7 healthy controls are too few for 53 in train" in error
     assert "--train-per-class" in error
     assert (tmp_path / "aibl.csv").read_bytes() == before
@@ -317,9 +323,9 @@ def ldm(tmp_path):
     return folder
 
 
-def test_ldm100k_is_listed_as_synthetic(ldm, tmp_path):
+def test_ldm100k_is_listed_as_synthetic(ldm, tmp_path, run):
     result = run("ldm100k.py", ldm, "-o", tmp_path / "lists" / "ldm100k.csv")
-    assert result.returncode == 0, result.stderr
+    assert result.error == ""
     records = read_manifest(tmp_path / "lists" / "ldm100k.csv")
     assert [record.patient_id for record in records] == [f"sub-{n:06d}" for n in range(5)]
     assert Path(records[3].image).resolve() == ldm / "rawdata" / "sub-000003" / "anat" / "sub-000003_T1w.nii.gz"
@@ -332,22 +338,22 @@ def test_ldm100k_is_listed_as_synthetic(ldm, tmp_path):
         "left out 1: no volume of that name, such as sub-000009",
         "left out 1: a condition that is no number, such as sub-000005",
     ):
-        assert line in result.stdout
+        assert line in result.said
 
 
-def test_ldm100k_lists_prepared_scans_and_names_columns_it_does_not_know(ldm, tmp_path, run_here):
+def test_ldm100k_lists_prepared_scans_and_names_columns_it_does_not_know(ldm, tmp_path, run):
     for name in ("sub-000001", "sub-000002"):
         place = tmp_path / "prepared" / name
         place.mkdir(parents=True)
         for file in ("prep.json", "head.nii.gz"):
             (place / file).write_text("{}")
     output = tmp_path / "ldm100k.csv"
-    assert run_here("ldm100k.py", ldm, "--prepared", tmp_path / "prepared", "-o", output) == ""
+    assert run("ldm100k.py", ldm, "--prepared", tmp_path / "prepared", "-o", output).error == ""
     assert [Path(record.image).name for record in read_manifest(output)] == ["sub-000001", "sub-000002"]
     write_table(
         ldm / "participants.tsv", ["participant_id", "age", "sex", "brain_a", "brain_b"], [["a", 1, 1, 1, 1]], "\t"
     )
-    error = run_here("ldm100k.py", ldm, "-o", output)
+    error = run("ldm100k.py", ldm, "-o", output).error
     assert "no column of ventricles; found: participant_id, age, sex, brain_a, brain_b" in error
     assert len(read_manifest(output)) == 2
 
@@ -381,10 +387,10 @@ def adni(tmp_path):
     return scans, write_table(tmp_path / "ADNIMERGE.csv", ADNI_COLUMNS, rows), tmp_path / "adni.csv"
 
 
-def test_adni_takes_the_first_diagnosis_of_each_and_says_what_was_left_out(adni):
+def test_adni_takes_the_first_diagnosis_of_each_and_says_what_was_left_out(adni, run):
     scans, table, output = adni
     result = run("adni.py", table, scans, "-o", output)
-    assert result.returncode == 0, result.stderr
+    assert result.error == ""
     records = read_manifest(output)
     assert [record.extra["ad"] for record in records] == ["0", "1"] * 12
     assert records[3].extra | {"split": ""} == {
@@ -401,26 +407,26 @@ def test_adni_takes_the_first_diagnosis_of_each_and_says_what_was_left_out(adni)
         "left out 1: no row in the table (011_S_0040_m12)",
         "left out 1: no ADNI id in the folder's name (phantom)",
     ):
-        assert line in result.stdout
-    assert "warning: for simclr_resnet18_3d.kaczmarek2025" in result.stdout  # ADNI was in its pretraining data
+        assert line in result.said
+    assert "warning: for simclr_resnet18_3d.kaczmarek2025" in result.said  # ADNI was in its pretraining data
 
 
-def test_adni_gives_the_age_of_the_normal_alone(adni, run_here):
+def test_adni_gives_the_age_of_the_normal_alone(adni, run):
     scans, table, output = adni
-    assert run_here("adni.py", table, scans, "-o", output, "--label", "age") == ""
+    assert run("adni.py", table, scans, "-o", output, "--label", "age").error == ""
     records = read_manifest(output)
     assert [float(record.extra["age"]) for record in records] == [60 + n for n in range(0, 24, 2)]
     assert set(records[0].extra) == {"dataset", "age", "sex", "site", "split"}
 
 
-def test_adni_takes_diagnoses_of_dxsum_and_visits_of_mrilist(adni, tmp_path, run_here):
+def test_adni_takes_diagnoses_of_dxsum_and_visits_of_mrilist(adni, tmp_path, run):
     scans, table, output = adni
     dxsum = write_table(
         tmp_path / "DXSUM.csv",
         ["RID", "PTID", "VISCODE", "VISCODE2", "DIAGNOSIS"],
         [[n, f"011_S_{n:04d}", "v01", "sc" if n == 0 else "bl", 3 - 2 * (n % 2)] for n in range(24)],
     )
-    assert run_here("adni.py", table, scans, "-o", output, "--dxsum", dxsum) == ""
+    assert run("adni.py", table, scans, "-o", output, "--dxsum", dxsum).error == ""
     assert [record.extra["ad"] for record in read_manifest(output)] == ["1", "0"] * 12  # the other way round
 
     images = prepared(tmp_path / "images", [f"011_S_{n:04d}/MPRAGE/I{100 + n}" for n in range(24)])
@@ -430,7 +436,7 @@ def test_adni_takes_diagnoses_of_dxsum_and_visits_of_mrilist(adni, tmp_path, run
         ["TYPE", "SUBJECT", "VISIT", "SCANDATE", "IMAGEUID"],
         [["MRI", f"011_S_{n:04d}", "x", dates[n], 100 + n] for n in range(24)],
     )
-    assert run_here("adni.py", table, images, "-o", output, "--mrilist", mrilist) == ""
+    assert run("adni.py", table, images, "-o", output, "--mrilist", mrilist).error == ""
     records = {record.patient_id: record for record in read_manifest(output)}
     assert (records["011_S_0000"].scan_id, records["011_S_0000"].extra["ad"]) == ("m06-I100", "1")
     assert "011_S_0001" not in records  # three years from any visit
@@ -440,7 +446,7 @@ def test_adni_takes_diagnoses_of_dxsum_and_visits_of_mrilist(adni, tmp_path, run
 # --- OASIS ----------------------------------------------------------------------------------------
 
 
-def test_oasis_1_is_labelled_by_the_rating_and_leaves_out_who_has_none(tmp_path):
+def test_oasis_1_is_labelled_by_the_rating_and_leaves_out_who_has_none(tmp_path, run):
     names = [f"OAS1_{n:04d}_MR1" for n in range(1, 21)]
     scans = prepared(tmp_path / "scans", [*names, "OAS1_0001_MR2", "OAS1_0030_MR1"])
     header = ["ID", "M/F", "Hand", "Age", "Educ", "SES", "MMSE", "CDR", "eTIV", "nWBV", "ASF", "Delay"]
@@ -450,19 +456,19 @@ def test_oasis_1_is_labelled_by_the_rating_and_leaves_out_who_has_none(tmp_path)
     rows += [["OAS1_0030_MR1", "F", "R", 22, "", "", "", "", 1500, 0.8, 1, "N/A"]]
     table = write_table(tmp_path / "oasis_cross-sectional.csv", header, rows)
     result = run("oasis.py", table, scans, "-o", tmp_path / "oasis.csv")
-    assert result.returncode == 0, result.stderr
+    assert result.error == ""
     records = read_manifest(tmp_path / "oasis.csv")
     assert [record.patient_id for record in records] == [name[:9] for name in names]
     assert [record.extra["ad"] for record in records] == ["0", "1"] * 10
     assert records[1].extra | {"split": ""} == {
         **{"dataset": "OASIS-1", "ad": "1", "age": "61", "sex": "female", "split": ""}
     }
-    assert "left out 1: no Clinical Dementia Rating (OAS1_0030_MR1)" in result.stdout
-    assert "left out 1: an earlier scan of the patient is used (OAS1_0001_MR2)" in result.stdout
+    assert "left out 1: no Clinical Dementia Rating (OAS1_0030_MR1)" in result.said
+    assert "left out 1: an earlier scan of the patient is used (OAS1_0001_MR2)" in result.said
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_oasis_3_is_labelled_by_the_visit_nearest_to_the_scan(tmp_path, run_here, earlier):
+def test_oasis_3_is_labelled_by_the_visit_nearest_to_the_scan(tmp_path, run, earlier):
     header = ["OASISID", "OASIS_session_label", "days_to_visit", "age at visit", "CDRTOT", "dx1"]
     if earlier:
         header = ["Subject", "ADRC_ADRCCLINICALDATA ID", "days", "ageAtEntry", "cdr", "dx1"]
@@ -476,16 +482,16 @@ def test_oasis_3_is_labelled_by_the_visit_nearest_to_the_scan(tmp_path, run_here
     rows += [["OAS31000", "OAS31000_UDSb4_d0000", 0, 70, 0, "Cognitively normal"]]
     names += ["OAS31000_MR_d2000", "OAS30003_MR_d0010"]
     table = write_table(tmp_path / "cdr.csv", header, rows)
-    assert run_here("oasis.py", table, prepared(tmp_path / "scans", names), "-o", tmp_path / "oasis.csv") == ""
+    assert run("oasis.py", table, prepared(tmp_path / "scans", names), "-o", tmp_path / "oasis.csv").error == ""
     records = read_manifest(tmp_path / "oasis.csv")
     assert [record.extra["ad"] for record in records] == ["0", "1"] * 10
     assert {record.extra["age"] for record in records} == {"72.00"}
     assert {record.scan_id for record in records} == {"d0600"}
 
 
-def test_oasis_refuses_a_table_that_is_neither(tmp_path, run_here):
+def test_oasis_refuses_a_table_that_is_neither(tmp_path, run):
     table = write_table(tmp_path / "other.csv", ["ID", "Age"], [["OAS1_0001_MR1", 60]])
-    said = run_here("oasis.py", table, prepared(tmp_path / "scans", ["OAS1_0001_MR1"]), "-o", tmp_path / "o.csv")
+    said = run("oasis.py", table, prepared(tmp_path / "scans", ["OAS1_0001_MR1"]), "-o", tmp_path / "o.csv").error
     assert "neither OASIS-1's table (ID, M/F, Age, CDR) nor OASIS-3's" in said
 
 
@@ -496,7 +502,7 @@ def split_of(records):
     return {record.patient_id: record.extra["split"] for record in records}
 
 
-def test_abide1_is_joined_by_padded_ids_and_its_split_hangs_on_the_patient_alone(tmp_path, run_here):
+def test_abide1_is_joined_by_padded_ids_and_its_split_hangs_on_the_patient_alone(tmp_path, run):
     header = ["SITE_ID", "SUB_ID", "DX_GROUP", "DSM_IV_TR", "AGE_AT_SCAN", "SEX", "HANDEDNESS_CATEGORY", "FIQ"]
     rows = [["PITT", 50002 + n, 1 + n % 2, 1, 10 + n, 1 + n % 2, "R", -9999] for n in range(60)]
     rows += [["PITT", 50900, 2, 0, -9999, 1, "R", 100], ["PITT", 50901, "", 0, 12, 1, "R", 100]]
@@ -504,27 +510,27 @@ def test_abide1_is_joined_by_padded_ids_and_its_split_hangs_on_the_patient_alone
     names = [f"Pitt/sub-{50002 + n:07d}/anat" for n in range(60)]
     scans = prepared(tmp_path / "scans", [*names, "Pitt/sub-0050900", "Pitt/sub-0050901", "Pitt/sub-0059999"])
     result = run("abide1.py", table, scans, "-o", tmp_path / "abide1.csv")
-    assert result.returncode == 0, result.stderr
+    assert result.error == ""
     records = read_manifest(tmp_path / "abide1.csv")
     assert len(records) == 61
     assert records[0].patient_id == "sub-0050002"
     wanted = {"dataset": "ABIDE I", "asd": "1", "age": "10.00", "sex": "male", "site": "PITT"}
     assert {name: records[0].extra[name] for name in wanted} == wanted
     assert records[-1].extra["age"] == ""
-    assert "left out 1: no diagnostic group (Pitt/sub-0050901)" in result.stdout
-    assert "left out 1: no row in the table (Pitt/sub-0059999)" in result.stdout
+    assert "left out 1: no diagnostic group (Pitt/sub-0050901)" in result.said
+    assert "left out 1: no row in the table (Pitt/sub-0059999)" in result.said
     whole = split_of(records)
     assert set(whole.values()) == {"train", "val", "test"}
 
     few = prepared(tmp_path / "few", names[::2])  # whoever has half of the scans has the same patients in test
-    assert run_here("abide1.py", table, few, "-o", tmp_path / "few.csv") == ""
+    assert run("abide1.py", table, few, "-o", tmp_path / "few.csv").error == ""
     half = split_of(read_manifest(tmp_path / "few.csv"))
     assert half == {patient: whole[patient] for patient in half}
-    assert run_here("abide1.py", table, scans, "-o", tmp_path / "abide1.csv", "--seed", "1") == ""
+    assert run("abide1.py", table, scans, "-o", tmp_path / "abide1.csv", "--seed", "1").error == ""
     assert split_of(read_manifest(tmp_path / "abide1.csv")) != whole
 
 
-def test_adhd200_keeps_the_holdout_of_the_competition(tmp_path, run_here):
+def test_adhd200_keeps_the_holdout_of_the_competition(tmp_path, run):
     header = ["participant_id", "gender", "age", "handedness", "dx", "secondary_dx "]
     kinds = ["Typically Developing Children", "ADHD-Combined", "ADHD-Inattentive"]
     for site in ("NYU", "KKI"):
@@ -545,7 +551,7 @@ def test_adhd200_keeps_the_holdout_of_the_competition(tmp_path, run_here):
     )
     test = write_table(tmp_path / "test.csv", ["ID", "Site", "DX"], [[11001 + n, 3, 0] for n in range(10)])
     output = tmp_path / "adhd200.csv"
-    assert run_here("adhd200.py", tmp_path / "raw", scans, "-o", output, "--test-set", test) == ""
+    assert run("adhd200.py", tmp_path / "raw", scans, "-o", output, "--test-set", test).error == ""
     records = read_manifest(output)
     assert len(records) == 60
     assert {p for p, split in split_of(records).items() if split == "test"} == {
@@ -555,10 +561,10 @@ def test_adhd200_keeps_the_holdout_of_the_competition(tmp_path, run_here):
     assert (records[0].extra["site"], records[0].extra["sex"], records[0].scan_id) == ("NYU", "female", "ses-1")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "no site in it has a participants.tsv" in run_here("adhd200.py", empty, scans, "-o", output)
+    assert "no site in it has a participants.tsv" in run("adhd200.py", empty, scans, "-o", output).error
 
 
-def test_openbhb_keeps_the_challenge_s_test_sets(tmp_path, run_here):
+def test_openbhb_keeps_the_challenge_s_test_sets(tmp_path, run):
     header = ["participant_id", "study", "sex", "age", "site", "diagnosis", "tiv", "magnetic_field_strength", "split"]
     parts = ["train"] * 3 + ["internal_test", "external_test"]
     rows = [
@@ -568,7 +574,7 @@ def test_openbhb_keeps_the_challenge_s_test_sets(tmp_path, run_here):
     rows.append(["200000000000", 1, "male", "", 1, "control", 1400, 3.0, "train"])
     table = write_table(tmp_path / "participants.tsv", header, rows, delimiter="\t")
     scans = prepared(tmp_path / "scans", [f"train/sub-{row[0]}/ses-1" for row in rows])
-    assert run_here("openbhb.py", table, scans, "-o", tmp_path / "openbhb.csv") == ""
+    assert run("openbhb.py", table, scans, "-o", tmp_path / "openbhb.csv").error == ""
     records = read_manifest(tmp_path / "openbhb.csv")
     assert len(records) == 60
     for record in records:
@@ -577,22 +583,22 @@ def test_openbhb_keeps_the_challenge_s_test_sets(tmp_path, run_here):
     assert (records[1].extra["age"], records[1].extra["sex"], records[1].extra["site"]) == ("21.5", "1", "1")
 
 
-def test_cnp_has_four_diagnoses_or_one_against_the_controls(tmp_path, run_here):
+def test_cnp_has_four_diagnoses_or_one_against_the_controls(tmp_path, run):
     header = ["participant_id", "diagnosis", "age", "gender", "bart", "T1w", "ScannerSerialNumber", "ghost_NoGhost"]
     kinds = ["CONTROL", "SCHZ", "BIPOLAR", "ADHD"]
     rows = [[f"sub-{10159 + n}", kinds[n % 4], 30, "MF"[n % 2], 1, 1, "35343.0", "No_ghost"] for n in range(60)]
     table = write_table(tmp_path / "participants.tsv", header, rows, delimiter="\t")
     scans = prepared(tmp_path / "scans", [row[0] for row in rows])
     output = tmp_path / "cnp.csv"
-    assert run_here("cnp.py", table, scans, "-o", output) == ""
+    assert run("cnp.py", table, scans, "-o", output).error == ""
     records = read_manifest(output)
     assert [record.extra["diagnosis"] for record in records[:4]] == ["0", "3", "2", "1"]
     assert (records[0].extra["site"], records[0].extra["sex"]) == ("35343", "male")
-    assert run_here("cnp.py", table, scans, "-o", output, "--label", "schz") == ""
+    assert run("cnp.py", table, scans, "-o", output, "--label", "schz").error == ""
     assert [record.extra["schz"] for record in read_manifest(output)] == ["0", "1"] * 15
 
 
-def test_ppmi_is_of_parkinsons_and_controls_and_takes_the_first_visit(tmp_path, run_here):
+def test_ppmi_is_of_parkinsons_and_controls_and_takes_the_first_visit(tmp_path, run):
     header = ["PATNO", "COHORT", "COHORT_DEFINITION", "ENROLL_DATE", "ENROLL_STATUS", "ENROLL_AGE", "CONCOHORT"]
     kinds = ["Parkinson's Disease", "Healthy Control"]
     rows = [[3000 + n, 1 + n % 2, kinds[n % 2], "01/2011", "Enrolled", 61.25, 1] for n in range(60)]
@@ -602,28 +608,28 @@ def test_ppmi_is_of_parkinsons_and_controls_and_takes_the_first_visit(tmp_path, 
     names = [f"sub-{3000 + n}/ses-BL" for n in range(60)]
     scans = prepared(tmp_path / "scans", [*names, "sub-3000/ses-V04", "sub-40001/ses-BL", "sub-3900"])
     output = tmp_path / "ppmi.csv"
-    assert run_here("ppmi.py", table, scans, "-o", output, "--demographics", people) == ""
+    assert run("ppmi.py", table, scans, "-o", output, "--demographics", people).error == ""
     records = read_manifest(output)
     assert [record.extra["pd"] for record in records] == ["1", "0"] * 30
     assert (records[0].scan_id, records[0].extra["age"], records[0].extra["sex"]) == ("ses-BL", "61.2", "female")
 
 
-def test_hcp_keeps_families_together_and_says_when_it_cannot(tmp_path, run_here):
+def test_hcp_keeps_families_together_and_says_when_it_cannot(tmp_path, run):
     rows = [[100206 + n, "S1200", "Q1", "MF"[n % 2], "26-30"] for n in range(90)]
     table = write_table(tmp_path / "unrestricted.csv", ["Subject", "Release", "Acquisition", "Gender", "Age"], rows)
     told = [[100206 + n, 22 + n % 14, f"F{n // 3}", ""] for n in range(90)]
     restricted = write_table(tmp_path / "RESTRICTED.csv", ["Subject", "Age_in_Yrs", "Family_ID", "ZygositySR"], told)
     scans = prepared(tmp_path / "scans", [str(row[0]) for row in rows])
     output = tmp_path / "hcp.csv"
-    assert run_here("hcp.py", table, scans, "-o", output, "--restricted", restricted) == ""
+    assert run("hcp.py", table, scans, "-o", output, "--restricted", restricted).error == ""
     splits = [record.extra["split"] for record in read_manifest(output)]
     assert all(len(set(splits[n : n + 3])) == 1 for n in range(0, 90, 3))
     assert set(splits) == {"train", "val", "test"}
-    assert run_here("hcp.py", table, scans, "-o", output, "--restricted", restricted, "--label", "age") == ""
+    assert run("hcp.py", table, scans, "-o", output, "--restricted", restricted, "--label", "age").error == ""
     assert [record.extra["age"] for record in read_manifest(output)[:2]] == ["22", "23"]
-    assert "is restricted data of HCP" in run_here("hcp.py", table, scans, "-o", output, "--label", "age")
+    assert "is restricted data of HCP" in run("hcp.py", table, scans, "-o", output, "--label", "age").error
     result = run("hcp.py", table, scans, "-o", output)
-    assert "brothers and sisters may be in different parts" in result.stdout
+    assert "brothers and sisters may be in different parts" in result.said
     alone = [record.extra["split"] for record in read_manifest(output)]
     assert any(len(set(alone[n : n + 3])) > 1 for n in range(0, 90, 3))
 

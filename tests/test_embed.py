@@ -887,7 +887,7 @@ def test_second_command_on_an_output_is_refused_in_a_line_and_costs_the_first_no
         str(output),
     ]
     with held(output):  # as the first command does
-        second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        second = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         assert second.returncode == 1
         _, line = second.stderr.splitlines()  # after "brainfm embed: starting"
         assert f"{output}: process {os.getpid()} on " in line
@@ -927,7 +927,7 @@ def run_python(code, *arguments, launcher=()):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 

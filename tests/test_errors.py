@@ -20,7 +20,7 @@ def shown(cell: str) -> str:
         "from IPython.core.interactiveshell import InteractiveShell\n"
         f"InteractiveShell.instance(colors='NoColor').run_cell({cell!r})"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900, check=True)
     return ended.stdout + ended.stderr
 
 

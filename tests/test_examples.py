@@ -113,13 +113,13 @@ def test_slurm_job_that_is_stopped_saves_itself_and_goes_back_to_the_queue(two_g
             start_new_session=True,
         )
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 900
             while not (run / "log.jsonl").is_file() or (run / "log.jsonl").read_text().count("\n") < 3:
                 assert job.poll() is None, (tmp_path / "job.log").read_text()
                 assert time.monotonic() < deadline, (tmp_path / "job.log").read_text()
                 time.sleep(0.1)
             job.send_signal(signal.SIGUSR1)  # as --signal=B:USR1 does, to the shell alone
-            assert job.wait(60) == 0
+            assert job.wait(900) == 0
         finally:
             if job.poll() is None:
                 os.killpg(job.pid, signal.SIGKILL)

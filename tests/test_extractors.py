@@ -26,7 +26,7 @@ from brainfm.scan.spaces import FSL_MNI152
 
 
 def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=900)
 
 
 def test_brainfmbench_takes_the_folder(tmp_path, small_sample, small_model):

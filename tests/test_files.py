@@ -114,10 +114,16 @@ def test_message_becomes_one_line(message, line):
 # --- File systems that lack a call ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["chmod", "fsync"])
-def test_file_system_without_a_call_costs_no_result(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        *(("chmod", errno.EOPNOTSUPP), ("chmod", errno.EPERM)),  # FUSE, CIFS
+        *(("fsync", errno.EOPNOTSUPP), ("fsync", errno.EBADF)),  # Windows, of a folder or what is open to be read
+    ],
+)
+def test_file_system_without_a_call_costs_no_result(call, number, tmp_path, monkeypatch):
     def lacking(*arguments, **options):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, call, lacking)
     monkeypatch.setattr(type(tmp_path), "chmod", lacking)
@@ -311,7 +317,7 @@ def drawn(rows: int, columns: int, **environment: str) -> str:
             break
         seen += block
     os.close(ours)
-    assert started.wait(60) == 0
+    assert started.wait(900) == 0
     return seen.decode()
 
 
@@ -325,7 +331,7 @@ def test_bar_is_not_drawn_where_tqdm_is_disabled():
 
 
 def test_bar_is_not_drawn_into_a_pipe():
-    ended = subprocess.run([sys.executable, "-c", COUNTING], capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run([sys.executable, "-c", COUNTING], capture_output=True, text=True, timeout=900, check=True)
     assert (ended.stdout, ended.stderr) == ("", "")
 
 

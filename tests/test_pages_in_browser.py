@@ -27,7 +27,7 @@ def reported():
     )
 
 
-def test_page_of_a_bids_data_set_is_read_in_both_themes_on_a_phone_and_on_a_desk(chromium, tmp_path):
+def test_page_of_a_bids_data_set_is_read_in_both_themes_on_a_phone_and_on_a_desk(browser, tmp_path):
     figures = {name: sum(usual.passes) / 2 for name, usual in RANGES.items()}
     scans = [
         {"bids_name": f"sub-0{n}_ses-a-long-name-of-a-session_T1w", "picture": None, "verdict": verdict}
@@ -54,4 +54,4 @@ def test_page_of_a_bids_data_set_is_read_in_both_themes_on_a_phone_and_on_a_desk
         version="0",
     )
     (tmp_path / "bids.html").write_text(page, encoding="utf-8")
-    assert faults_of(tmp_path / "bids.html", chromium, tmp_path) == []
+    assert faults_of(tmp_path / "bids.html", browser) == []

@@ -196,7 +196,7 @@ def test_run_that_is_killed_goes_on_and_ends_the_same(bundle, tmp_path):
     synthesize(12, tmp_path / "whole", bundle=bundle)
     command = [sys.executable, "-m", "brainfm", "synthesize", "--n", "12", "--out", str(tmp_path / "run")]
     with subprocess.Popen([*command, "--bundle", str(bundle)], stderr=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 900
         while time.monotonic() < until and len(list((tmp_path / "run").glob("synth*.nii.gz"))) < 2:
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)

@@ -10,8 +10,9 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
+from browser import Browser
 from click.testing import CliRunner
-from seen import faults_of, with_script
+from seen import faults_of
 
 from brainfm import view
 from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
@@ -167,13 +168,21 @@ def page(small_sample, features, tmp_path):
     return tmp_path / "view.html"
 
 
+# As of a browser that has none.
+NO_WEBGL = """
+const context = HTMLCanvasElement.prototype.getContext;
+HTMLCanvasElement.prototype.getContext = function (kind, ...rest) {
+  return kind.startsWith("webgl") ? null : context.call(this, kind, ...rest);
+};
+"""
+
 # How much of each canvas is not black, after the components were gone through.
 DRAWN = """
-addEventListener("load", () => setTimeout(() => {
+(() => {
   const component = document.querySelector("#component");
   component.value = "1";
   component.dispatchEvent(new Event("input", { bubbles: true }));
-  const drawn = [...document.querySelectorAll(".slices canvas")].map((canvas) => {
+  return [...document.querySelectorAll(".slices canvas")].map((canvas) => {
     const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
     let [bright, coloured, yellow] = [0, 0, 0];
     for (let n = 0; n < data.length; n += 4) {
@@ -184,43 +193,28 @@ addEventListener("load", () => setTimeout(() => {
     }
     return [canvas.width, canvas.height, bright, coloured, yellow];
   });
-  document.body.dataset.drawn = JSON.stringify(drawn);
-}, 2500));
+})()
 """
 
 
 @pytest.mark.browser
-def test_without_webgl_slices_are_shown_and_it_is_said(page, chromium, tmp_path):
-    (tmp_path / "copy.html").write_text(with_script(page.read_text(encoding="utf-8"), DRAWN), encoding="utf-8")
-    dom = chromium("--disable-3d-apis", "--dump-dom", f"file://{tmp_path}/copy.html")
-    body = re.search("<body.*?>", dom, re.DOTALL)[0]
-    assert 'data-shown="slices"' in body
+def test_without_webgl_slices_are_shown_and_it_is_said(page, browser):
+    with browser.page(page, before=NO_WEBGL) as shown:
+        shown.wait_for("document.body.dataset.shown === 'slices'")
+        drawn, dom = shown.run(DRAWN), shown.html()
     assert "this browser has no WebGL 2): slices instead" in dom
-    drawn = json.loads(re.search('data-drawn="(.*?)"', body)[1])
     assert [one[:2] for one in drawn] == [[48, 48], [48, 40], [48, 40]]
     assert all(bright > 400 and coloured > 100 and yellow > 40 for *_, bright, coloured, yellow in drawn)
 
 
 @pytest.mark.browser
-@pytest.mark.slow
-def test_a_scan_at_1_mm_is_shown_at_once_where_no_graphics_card_draws(chromium, tmp_path):
-    """As slices: NiiVue took more than five minutes to draw these 8.5 million voxels by the processor."""
-    view.write_view(SAMPLE_SCAN, tmp_path / "view.html", mask=SAMPLE_MASK)
-    dom = chromium(*GL, "--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path}/view.html")
-    assert 'data-shown="slices"' in re.search("<body.*?>", dom, re.DOTALL)[0]
-    assert "no graphics card draws for this browser" in dom
+def test_page_is_read_in_both_themes_on_a_phone_and_on_a_desk(page, browser):
+    assert faults_of(page, browser, NO_WEBGL) == []
 
 
-@pytest.mark.browser
-def test_page_is_read_in_both_themes_on_a_phone_and_on_a_desk(page, chromium, tmp_path):
-    assert faults_of(page, chromium, tmp_path, "--disable-3d-apis") == []
-
-
-# What NiiVue has drawn, and that the drawing changes with the choices.
+# How many pictures NiiVue has drawn that differ, as the choices change.
 SHOWN = """
-const waits = setInterval(() => {
-  if (document.body.dataset.shown !== "niivue") return;
-  clearInterval(waits);
+(() => {
   const canvas = document.querySelector("#viewer");
   const picture = () => { viewer.drawScene(); return canvas.toDataURL(); };
   const choose = (id, change) => {
@@ -237,19 +231,32 @@ const waits = setInterval(() => {
   seen.push(picture());
   choose("#planes", (one) => { one.value = "axial"; });
   seen.push(picture());
-  document.body.dataset.different = new Set(seen).size;
-}, 100);
+  return new Set(seen).size;
+})()
 """
+
+
+@pytest.fixture
+def drawing(browser, tmp_path):
+    """Chromium whose processor draws as a graphics card would, which takes a while; `browser` skips where there is none."""
+    running = Browser(tmp_path / "profile", *GL)
+    yield running
+    running.close()
 
 
 @pytest.mark.browser
 @pytest.mark.slow
-def test_niivue_shows_the_scan_the_outline_and_the_features_from_a_file(page, chromium, tmp_path):
-    """By a processor that draws as a graphics card would, which takes a while."""
-    (tmp_path / "copy.html").write_text(with_script(page.read_text(encoding="utf-8"), SHOWN), encoding="utf-8")
-    dom = chromium(
-        *GL, "--window-size=500,700", "--virtual-time-budget=8000", "--dump-dom", f"file://{tmp_path}/copy.html"
-    )
-    body = re.search("<body.*?>", dom, re.DOTALL)[0]
-    assert 'data-shown="niivue"' in body
-    assert 'data-different="5"' in body
+def test_niivue_shows_the_scan_the_outline_and_the_features_from_a_file(page, drawing):
+    with drawing.page(page, width=500, height=700) as shown:
+        shown.wait_for("document.body.dataset.shown === 'niivue'")
+        assert shown.run(SHOWN) == 5
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_scan_at_1_mm_is_shown_at_once_where_no_graphics_card_draws(drawing, tmp_path):
+    """As slices: NiiVue took more than five minutes to draw these 8.5 million voxels by the processor."""
+    view.write_view(SAMPLE_SCAN, tmp_path / "view.html", mask=SAMPLE_MASK)
+    with drawing.page(tmp_path / "view.html") as shown:
+        shown.wait_for("document.body.dataset.shown === 'slices'")
+        assert "no graphics card draws for this browser" in shown.html()

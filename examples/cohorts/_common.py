@@ -22,7 +22,6 @@ from brainfm.manifest import ScanRecord, list_scans
 from brainfm.tabular import read_rows
 
 Labels = dict[str, float]
-People = dict[Hashable, Labels | str]  # a row of the table: its labels, or why it cannot be used
 
 DISAGREE = "several rows of the table that disagree"
 
@@ -84,15 +83,18 @@ def number(text: str) -> float:
         return math.nan
 
 
-def add_row(people: People, key: Hashable, labels: Labels | str) -> None:
-    """Add a row of the table. Of two rows of a person the usable one counts; two that disagree are not usable."""
-    before = people.setdefault(key, labels)
-    if before == DISAGREE or isinstance(labels, str):
-        return
-    if isinstance(before, str):
-        people[key] = labels
-    elif before != labels:
-        people[key] = DISAGREE
+class People(dict[Hashable, Labels | str]):
+    """By the key of a row of the table: its labels, or why it cannot be used."""
+
+    def add(self, key: Hashable, labels: Labels | str) -> None:
+        """Add a row. Of two rows of a person the usable one counts; two that disagree are not usable."""
+        before = self.setdefault(key, labels)
+        if before == DISAGREE or isinstance(labels, str):
+            return
+        if isinstance(before, str):
+            self[key] = labels
+        elif before != labels:
+            self[key] = DISAGREE
 
 
 # --- The scans ------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ def split_hash(records: Sequence[ScanRecord], splits: Sequence[str]) -> str:
 
 
 def write_manifest(path: Path, cohort: Cohort, splits: Sequence[str]) -> None:
-    """Write the manifest, atomically, in the order of the patients; paths are relative to it."""
+    """Write the manifest, with paths relative to it, in the order of the patients; and print what is in it."""
     check_split(cohort.records, splits)
     rows = [record.columns() | {"split": split} for record, split in zip(cohort.records, splits, strict=True)]
     for row in rows:
@@ -221,9 +223,10 @@ def write_manifest(path: Path, cohort: Cohort, splits: Sequence[str]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: (len(row["patient_id"]), row["patient_id"])))
+    _summarise(path, cohort, splits)
 
 
-def summarise(path: Path, cohort: Cohort, splits: Sequence[str]) -> None:
+def _summarise(path: Path, cohort: Cohort, splits: Sequence[str]) -> None:
     """Print what is in the manifest, and what is not and why."""
     names = list(cohort.labels[0])
     patients = len({record.patient_id for record in cohort.records})

@@ -8,20 +8,7 @@ image, and to leave sites out. What to download is in docs/cohorts/abide1.md.
 
 import re
 
-from _common import (
-    Labels,
-    People,
-    ScanId,
-    add_row,
-    arguments,
-    hashed_split,
-    join,
-    number,
-    read_table,
-    run,
-    summarise,
-    write_manifest,
-)
+from _common import Labels, People, ScanId, arguments, hashed_split, join, number, read_table, run, write_manifest
 
 SUBJECT = re.compile(r"(?:^|[/_-])(?:sub-)?(00\d{5})(?=[/_]|$)")  # sub-0050002 of the BIDS folders
 COLUMNS = ["SUB_ID", "DX_GROUP", "AGE_AT_SCAN", "SEX", "SITE_ID"]
@@ -31,7 +18,7 @@ SEXES = {1: "male", 2: "female"}
 
 def main() -> None:
     options = arguments(__doc__, "Phenotypic_V1_0b.csv").parse_args()
-    people: People = {}
+    people = People()
     covariates = {}
     for row in read_table(options.phenotypes, COLUMNS):
         subject = number(row["SUB_ID"])
@@ -40,7 +27,7 @@ def main() -> None:
         group = GROUPS.get(number(row["DX_GROUP"]))
         label: Labels | str = "no diagnostic group" if group is None else {"asd": group}
         key = f"{int(subject):07d}"
-        add_row(people, key, label)
+        people.add(key, label)
         age = number(row["AGE_AT_SCAN"])
         covariates[key] = {
             "age": f"{age:.2f}" if age > 0 else "",  # -9999 is missing
@@ -50,7 +37,6 @@ def main() -> None:
     cohort = join("ABIDE I", options.scans, identify, people, covariates)
     splits = hashed_split(cohort.name, cohort.records, options.seed)
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def identify(place: str) -> ScanId | None:

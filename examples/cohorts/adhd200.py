@@ -9,20 +9,7 @@ and the others are train and val; without it everyone is split by a hash. What t
 import re
 from pathlib import Path
 
-from _common import (
-    Labels,
-    People,
-    ScanId,
-    add_row,
-    arguments,
-    hashed_split,
-    join,
-    number,
-    read_table,
-    run,
-    summarise,
-    write_manifest,
-)
+from _common import Labels, People, ScanId, arguments, hashed_split, join, number, read_table, run, write_manifest
 
 from brainfm.errors import BrainfmError
 
@@ -36,7 +23,7 @@ def main() -> None:
     parser = arguments(__doc__, "RawDataBIDS, with a participants.tsv a site, or one such file")
     parser.add_argument("--test-set", type=Path, help="allSubs_testSet_phenotypic_dx.csv: the competition's holdout")
     options = parser.parse_args()
-    people: People = {}
+    people = People()
     covariates = {}
     for path in tables(options.phenotypes):
         for raw in read_table(path, []):
@@ -46,7 +33,7 @@ def main() -> None:
                     break
                 raise BrainfmError(f"{path}: no column {', '.join(missing)}; found: {', '.join(row)}")
             key = f"{int(row['participant_id'].removeprefix('sub-')):07d}"
-            add_row(people, key, label_of(row["dx"]))
+            people.add(key, label_of(row["dx"]))
             covariates[key] = {
                 "age": row.get("age", "") if number(row.get("age", "")) > 0 else "",
                 "sex": row.get("gender", "").lower(),
@@ -61,7 +48,6 @@ def main() -> None:
             for record, split in zip(cohort.records, splits, strict=True)
         ]
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def tables(place: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import math
 import re
 from pathlib import Path
 
-from _common import Labels, People, ScanId, add_row, arguments, join, number, read_table, run, summarise, write_manifest
+from _common import Labels, People, ScanId, arguments, join, number, read_table, run, write_manifest
 
 from brainfm.downstream.split import make_split
 
@@ -33,13 +33,13 @@ def main() -> None:
     options = parser.parse_args()
 
     stated = diagnoses(options.dxsum) if options.dxsum else {}
-    people: People = {}
+    people = People()
     covariates, dates = {}, {}
     for row in read_table(options.phenotypes, COLUMNS):
         key = (row["PTID"].strip(), viscode(row["VISCODE"]))
         age = number(row["AGE"]) + number(row["Years_bl"])  # AGE is that at baseline
         diagnosis = stated.get(key, "") if options.dxsum else row["DX"].strip()
-        add_row(people, key, labels_of(diagnosis, age, options.label))
+        people.add(key, labels_of(diagnosis, age, options.label))
         known = {"sex": row["PTGENDER"].strip().lower(), "site": row["SITE"].strip()}
         covariates[key] = known if options.label == "age" else {"age": f"{age:.2f}" if age == age else "", **known}
         dates[key] = day(row["EXAMDATE"])
@@ -49,7 +49,6 @@ def main() -> None:
     labels = [one[options.label] for one in cohort.labels]
     splits = make_split(cohort.records, labels, kind=kind, seed=options.seed)
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def labels_of(diagnosis: str, age: float, label: str) -> Labels | str:

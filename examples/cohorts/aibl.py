@@ -9,20 +9,7 @@ aibl_ptdemog_*.csv lies beside the table of diagnoses, sex and year of birth are
 import re
 
 import numpy as np
-from _common import (
-    Cohort,
-    Labels,
-    People,
-    ScanId,
-    add_row,
-    arguments,
-    join,
-    number,
-    read_table,
-    run,
-    summarise,
-    write_manifest,
-)
+from _common import Cohort, Labels, People, ScanId, arguments, join, number, read_table, run, write_manifest
 
 from brainfm.errors import BrainfmError
 
@@ -39,17 +26,16 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    people: People = {}
+    people = People()
     table = diagnoses(options.phenotypes)
     for row in read_table(table, ["RID", "VISCODE", "DXCURREN"]):
         if (rid := number(row["RID"])) > 0:
-            add_row(people, (int(rid), viscode(row["VISCODE"])), labels_of(row))
+            people.add((int(rid), viscode(row["VISCODE"])), labels_of(row))
     known = demographics(table.parent)
     covariates = {key: known.get(key[0], {"birth_year": "", "sex": ""}) for key in people}
     cohort = join("AIBL", options.scans, identify, people, covariates)
     splits = paper_split(cohort, options.train_per_class, options.seed)
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def diagnoses(path):

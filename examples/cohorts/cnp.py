@@ -9,19 +9,7 @@ and 1. Age, sex and the scanner are kept. What to download is in docs/cohorts/cn
 
 import re
 
-from _common import (
-    Labels,
-    People,
-    ScanId,
-    add_row,
-    arguments,
-    hashed_split,
-    join,
-    read_table,
-    run,
-    summarise,
-    write_manifest,
-)
+from _common import Labels, People, ScanId, arguments, hashed_split, join, read_table, run, write_manifest
 
 SUBJECT = re.compile(r"sub-(\d{5})(?=[/_]|$)")
 COLUMNS = ["participant_id", "diagnosis", "age", "gender", "ScannerSerialNumber"]
@@ -34,11 +22,11 @@ def main() -> None:
     choices = ("diagnosis", *(name.lower() for name in DIAGNOSES[1:]))
     parser.add_argument("--label", choices=choices, default="diagnosis", help="what is predicted (default: diagnosis)")
     options = parser.parse_args()
-    people: People = {}
+    people = People()
     covariates = {}
     for row in read_table(options.phenotypes, COLUMNS):
         key = row["participant_id"].strip()
-        add_row(people, key, label_of(row["diagnosis"].strip(), options.label))
+        people.add(key, label_of(row["diagnosis"].strip(), options.label))
         covariates[key] = {
             "age": row["age"].strip(),
             "sex": SEXES.get(row["gender"].strip(), ""),
@@ -47,7 +35,6 @@ def main() -> None:
     cohort = join("UCLA CNP", options.scans, identify, people, covariates)
     splits = hashed_split(cohort.name, cohort.records, options.seed)
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def label_of(diagnosis: str, label: str) -> Labels | str:

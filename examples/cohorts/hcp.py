@@ -11,20 +11,7 @@ What to download is in docs/cohorts/hcp.md.
 import re
 from pathlib import Path
 
-from _common import (
-    Labels,
-    People,
-    ScanId,
-    add_row,
-    arguments,
-    hashed_split,
-    join,
-    number,
-    read_table,
-    run,
-    summarise,
-    write_manifest,
-)
+from _common import Labels, People, ScanId, arguments, hashed_split, join, number, read_table, run, write_manifest
 
 from brainfm.errors import BrainfmError
 
@@ -45,18 +32,17 @@ def main() -> None:
             ages[row["Subject"].strip()] = number(row["Age_in_Yrs"])
     elif options.label == "age":
         raise BrainfmError("age in years is restricted data of HCP: give --restricted RESTRICTED_….csv")
-    people: People = {}
+    people = People()
     covariates = {}
     for row in read_table(options.phenotypes, ["Subject", "Gender", "Age"]):
         key = row["Subject"].strip()
         sex, age = SEXES.get(row["Gender"].strip()), ages.get(key, float("nan"))
-        add_row(people, key, label_of(sex, age, options.label))
+        people.add(key, label_of(sex, age, options.label))
         known = {"age_band": row["Age"].strip()}
         covariates[key] = known | ({"sex": row["Gender"].strip()} if options.label == "age" else {})
     cohort = join("HCP-YA", options.scans, identify, people, covariates)
     splits = hashed_split(cohort.name, cohort.records, options.seed, families)
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
     if not options.restricted:
         print(
             "warning: brothers and sisters may be in different parts of the split; give --restricted to keep families"

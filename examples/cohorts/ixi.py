@@ -7,7 +7,7 @@ Labels: sex, 0 male and 1 female; age in years.
 
 import re
 
-from _common import Labels, People, ScanId, add_row, arguments, join, number, read_table, run, summarise, write_manifest
+from _common import Labels, People, ScanId, arguments, join, number, read_table, run, write_manifest
 
 from brainfm.downstream.split import make_split
 
@@ -20,10 +20,10 @@ def main() -> None:
     parser.add_argument("--stratify", choices=("sex", "age"), default="sex", help="what the splits have alike")
     options = parser.parse_args()
 
-    people: People = {}
+    people = People()
     for row in read_table(options.phenotypes, ["IXI_ID", SEX, "AGE"]):
         if (ixi_id := number(row["IXI_ID"])) > 0:
-            add_row(people, int(ixi_id), labels_of(row))
+            people.add(int(ixi_id), labels_of(row))
     cohort = join("IXI", options.scans, identify, people)
     splits = make_split(
         cohort.records,
@@ -32,7 +32,6 @@ def main() -> None:
         seed=options.seed,
     )
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def labels_of(row: dict[str, str]) -> Labels | str:

@@ -10,7 +10,7 @@ diagnosis of the visit nearest to the scan. What to download is in oasis.md.
 import math
 import re
 
-from _common import Labels, People, ScanId, add_row, arguments, join, number, read_table, run, summarise, write_manifest
+from _common import Labels, People, ScanId, arguments, join, number, read_table, run, write_manifest
 
 from brainfm.downstream.split import make_split
 from brainfm.errors import BrainfmError
@@ -40,17 +40,16 @@ def main() -> None:
     cohort = join(name, options.scans, identify, people, covariates)
     splits = make_split(cohort.records, [one["ad"] for one in cohort.labels], kind="binary", seed=options.seed)
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def first(rows):
     """OASIS-1: the labels and covariates of each session, and whose scan a folder holds."""
-    people: People = {}
+    people = People()
     covariates = {}
     for row in rows:
         rating = number(row["CDR"])
         label: Labels | str = "no Clinical Dementia Rating" if rating != rating else {"ad": float(rating > 0)}
-        add_row(people, row["ID"], label)
+        people.add(row["ID"], label)
         covariates[row["ID"]] = {"age": row["Age"], "sex": {"M": "male", "F": "female"}.get(row["M/F"], "")}
 
     def identify(place: str) -> ScanId | None:
@@ -62,14 +61,14 @@ def first(rows):
 
 def third(rows):
     """OASIS-3: the labels and covariates of each visit, and whose scan a folder holds and to which visit it belongs."""
-    people: People = {}
+    people = People()
     covariates: dict[tuple[str, int], dict[str, str]] = {}
     for row in rows:
         named = DAY.search(one_of(row, SESSION).strip())
         if named is None:
             continue
         key = one_of(row, ID).strip(), int(named[1])
-        add_row(people, key, label_of(number(one_of(row, CDR)), row["dx1"].strip()))
+        people.add(key, label_of(number(one_of(row, CDR)), row["dx1"].strip()))
         covariates[key] = {"age": age_of(row, key[1])}
 
     def identify(place: str) -> ScanId | None:

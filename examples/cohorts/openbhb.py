@@ -9,19 +9,7 @@ What to download is in docs/cohorts/openbhb.md.
 
 import re
 
-from _common import (
-    People,
-    ScanId,
-    add_row,
-    arguments,
-    hashed_split,
-    join,
-    number,
-    read_table,
-    run,
-    summarise,
-    write_manifest,
-)
+from _common import People, ScanId, arguments, hashed_split, join, number, read_table, run, write_manifest
 
 SUBJECT = re.compile(r"(?:^|[/_-])(?:sub-)?(\d{12})(?=[/_]|$)")  # twelve digits, of no source cohort
 COLUMNS = ["participant_id", "sex", "age", "site", "study", "split"]
@@ -30,11 +18,11 @@ SEXES = {"male": 0.0, "female": 1.0}
 
 def main() -> None:
     options = arguments(__doc__, "participants.tsv").parse_args()
-    people: People = {}
+    people = People()
     covariates = {}
     for row in read_table(options.phenotypes, COLUMNS):
         key, age, sex = row["participant_id"].strip(), number(row["age"]), SEXES.get(row["sex"].strip().lower())
-        add_row(people, key, "age or sex is missing" if not age > 0 or sex is None else {"age": age, "sex": sex})
+        people.add(key, "age or sex is missing" if not age > 0 or sex is None else {"age": age, "sex": sex})
         covariates[key] = {name: row[name].strip() for name in ("site", "study")} | {"official": row["split"].strip()}
     cohort = join("OpenBHB", options.scans, identify, people, covariates)
     hashed = hashed_split(cohort.name, cohort.records, options.seed)
@@ -43,7 +31,6 @@ def main() -> None:
         for record, split in zip(cohort.records, hashed, strict=True)
     ]
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def identify(place: str) -> ScanId | None:

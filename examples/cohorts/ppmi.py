@@ -11,20 +11,7 @@ What to download is in docs/cohorts/ppmi.md.
 import re
 from pathlib import Path
 
-from _common import (
-    Labels,
-    People,
-    ScanId,
-    add_row,
-    arguments,
-    hashed_split,
-    join,
-    number,
-    read_table,
-    run,
-    summarise,
-    write_manifest,
-)
+from _common import Labels, People, ScanId, arguments, hashed_split, join, number, read_table, run, write_manifest
 
 SUBJECT = re.compile(r"(?:^|[/_-])(?:sub-|PPMI[_-]?)?(\d{4,6})(?=[/_]|$)")
 VISIT = re.compile(r"ses-([A-Za-z]*)(\d*)")
@@ -40,16 +27,15 @@ def main() -> None:
     sexes = {}
     if options.demographics:
         sexes = {row["PATNO"].strip(): number(row["SEX"]) for row in read_table(options.demographics, ["PATNO", "SEX"])}
-    people: People = {}
+    people = People()
     covariates = {}
     for row in read_table(options.phenotypes, COLUMNS):
         key, age = row["PATNO"].strip(), number(row["ENROLL_AGE"])
-        add_row(people, key, label_of(row["COHORT_DEFINITION"].strip()))
+        people.add(key, label_of(row["COHORT_DEFINITION"].strip()))
         covariates[key] = {"age": f"{age:.1f}" if age > 0 else "", "sex": SEXES.get(sexes.get(key, -1), "")}
     cohort = join("PPMI", options.scans, identify, people, covariates)
     splits = hashed_split(cohort.name, cohort.records, options.seed)
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
 
 
 def label_of(cohort: str) -> Labels | str:

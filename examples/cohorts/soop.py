@@ -7,7 +7,7 @@ Label: nihss, the NIH Stroke Scale, a whole number from 0 to 42. Age and sex are
 
 import re
 
-from _common import People, ScanId, add_row, arguments, join, number, read_table, run, summarise, write_manifest
+from _common import People, ScanId, arguments, join, number, read_table, run, write_manifest
 
 from brainfm.downstream.split import make_split
 
@@ -18,24 +18,23 @@ WORST = 42  # of the NIH Stroke Scale
 def main() -> None:
     options = arguments(__doc__, "participants.tsv of OpenNeuro ds004889").parse_args()
 
-    people: People = {}
+    people = People()
     covariates = {}
     for row in read_table(options.phenotypes, ["participant_id", "nihss", "age", "sex"]):
         # The oldest are "89+".
         covariates[row["participant_id"]] = {"age": row["age"].removesuffix("+"), "sex": row["sex"]}
         nihss = number(row["nihss"])
         if nihss != nihss:
-            add_row(people, row["participant_id"], "no NIHSS")
+            people.add(row["participant_id"], "no NIHSS")
         elif not (0 <= nihss <= WORST and nihss == int(nihss)):
-            add_row(people, row["participant_id"], f"an NIHSS that is no whole number from 0 to {WORST}")
+            people.add(row["participant_id"], f"an NIHSS that is no whole number from 0 to {WORST}")
         else:
-            add_row(people, row["participant_id"], {"nihss": nihss})
+            people.add(row["participant_id"], {"nihss": nihss})
     cohort = join("SOOP", options.scans, identify, people, covariates)
     splits = make_split(
         cohort.records, [labels["nihss"] for labels in cohort.labels], kind="regression", seed=options.seed
     )
     write_manifest(options.output, cohort, splits)
-    summarise(options.output, cohort, splits)
     print(
         "warning: in the paper the training part of SOOP was pretraining data too. Its list of patients is not public, "
         "so the val and test patients of this split may have been in pretraining: a score of the published encoder on "

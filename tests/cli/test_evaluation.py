@@ -148,11 +148,11 @@ def test_ctrl_c_in_a_probe_is_one_line_and_the_same_command_goes_on(run, table):
     command = of_table(table, "--seeds", 6)
     line = [sys.executable, "-m", "brainfm", *map(str, command)]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 100
+    until = time.monotonic() + 900
     while not list((table / "out").glob("runs/[!.]*.json")) and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=900)
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert error.splitlines()[-1].startswith("interrupted; what is finished is kept, and the same command goes on")

@@ -19,7 +19,7 @@ from brainfm.cli import main
 def in_a_process(*arguments):
     """Runs `brainfm …` in a process of its own."""
     command = [sys.executable, "-m", "brainfm", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_debug_shows_the_traceback_and_nothing_else_does():
@@ -62,7 +62,7 @@ print(*sorted(loaded), file=sys.stderr)
 )
 def test_what_needs_no_network_imports_none(arguments, loaded):
     command = [sys.executable, "-c", STARTED, *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
     assert ended.stdout
     assert ended.stderr.split() == loaded.split()
 
@@ -150,7 +150,7 @@ def test_ctrl_c_in_an_import_is_one_line_and_exit_code_130(module, tmp_path):
         if line == "here\n":
             break
     started.send_signal(signal.SIGINT)
-    _, said = started.communicate(timeout=60)
+    _, said = started.communicate(timeout=900)
     assert (started.returncode, said.splitlines()[-1]) == (130, "interrupted")
     assert [line for line in said.splitlines()[:-1] if not line.endswith(": starting")] == []
 
@@ -165,7 +165,7 @@ def test_ctrl_c_at_some_moment_after_the_first_line_is_one_line_and_exit_code_13
     first = started.stderr.readline()
     time.sleep(after)
     started.send_signal(signal.SIGINT)
-    _, said = started.communicate(timeout=60)
+    _, said = started.communicate(timeout=900)
     assert re.fullmatch(r"brainfm (embed|pretrain): starting\n", first)
     if started.returncode == 130:
         assert said.startswith("interrupted")

@@ -95,7 +95,7 @@ def test_one_process_under_torchrun_uses_nccl(manifest, gpu, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m"]
     command += ["brainfm.train", "test_resnet_3d", f"manifest={manifest}", f"output={tmp_path / 'run'}"]
     command += ["epochs=1", "batch_size=4", "workers=0", f"device={gpu}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
 

@@ -18,8 +18,9 @@ from sklearn.metrics import mean_absolute_error, roc_auc_score
 import brainfm
 from brainfm import BrainfmError, RecipeError, WeightsNotFoundError
 from brainfm.cli import main
-from brainfm.downstream import grid, outcome, probe, runs, statements
+from brainfm.downstream import grid, outcome, runs, statements
 from brainfm.downstream.benchmark import benchmark
+from brainfm.downstream.figures import drawings
 from brainfm.downstream.plan import MODES, Plan, read_settings
 from brainfm.downstream.results import Row
 from brainfm.downstream.task import load_task, make_task, read_task
@@ -31,25 +32,7 @@ SETTINGS = {"workers": 0, "lr": 1e-3, "device": "cpu"}
 PLAN = Plan(models=("test_vit_3d",), seeds=2, epochs_scale=0.005, settings=SETTINGS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_strengths():
-    """A probe chooses among two strengths: how it does is tested in test_probe.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
-        patch.setattr(probe, "RIDGE_ALPHA", (10.0, 1000.0))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_figures_but_where_they_are_tested(request):
-    """The report of `results`, which is made before this, has them too."""
-    if "figures" not in request.fixturenames:
-        request.getfixturevalue("no_figures")
-
-
-@pytest.fixture
-def figures():
-    """For a test that looks at the figures."""
+pytestmark = pytest.mark.usefixtures("few_strengths")
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +42,11 @@ def data(phantoms):
 
 @pytest.fixture(scope="module")
 def results(data, tmp_path_factory):
+    """A whole grid, with its figures."""
     folder = tmp_path_factory.mktemp("grid")
-    benchmark(data, PLAN, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("brainfm.downstream.report.drawings", drawings)
+        benchmark(data, PLAN, folder)
     return folder
 
 

@@ -13,7 +13,7 @@ import pytest
 from prepared_folders import moved_head, write
 
 import brainfm
-from brainfm.downstream import compare_encoders, encoders, outcome, plots, probe, report, runs
+from brainfm.downstream import compare_encoders, encoders, plots, report
 from brainfm.downstream.figures import drawings
 from brainfm.downstream.results import read_evaluation
 from brainfm.errors import BrainfmError, ModelNameError, TaskError
@@ -64,6 +64,7 @@ def lab_huge(**kwargs):
 def lab_faulty(**kwargs):
     raise IndexError("a fault of its own")
 """
+pytestmark = pytest.mark.usefixtures("few_strengths")
 ASKED = {"label": "sex", "models": ("test_resnet_3d", "lab_*"), "controls": False, "seeds": 2}
 
 
@@ -83,10 +84,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(phantoms, lab, tmp_path_factory):
     output = tmp_path_factory.mktemp("compared")
-    with pytest.MonkeyPatch.context() as patch:  # how a probe chooses, and intervals, are tested elsewhere
-        patch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
-        patch.setattr(runs, "RESAMPLES", 20)
-        patch.setattr(outcome, "RESAMPLES", 20)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "drawings", lambda run: [one for one in drawings(run) if one.name == "sex_cost"])
         return output, compare_encoders(phantoms, output, untrained=True, **ASKED)
 
@@ -187,7 +185,7 @@ def test_without_untrained_unpublished_weights_are_left_out_by_their_reason(phan
     assert left_out["why"].startswith("weights: ")
 
 
-def test_scans_without_a_label_are_joined_with_a_table_by_patient(phantoms, tmp_path, no_figures):
+def test_scans_without_a_label_are_joined_with_a_table_by_patient(phantoms, tmp_path):
     labels = tmp_path / "labels.csv"
     patients = [row["patient_id"] for row in rows(phantoms)]
     labels.write_text("\n".join(["participant_id,group", *(f"{who},{'ab'[n % 2]}" for n, who in enumerate(patients))]))
@@ -248,7 +246,7 @@ def test_script_without_a_guard_is_told_so(small_sample, tmp_path):
     script = tmp_path / "script.py"
     asked = f"{str(small_sample[0])!r}, {str(tmp_path / 'out')!r}, models=('test_resnet_3d',), controls=False"
     script.write_text(f"from brainfm.downstream import compare_encoders\ncompare_encoders({asked})\n")
-    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900, check=False)
     assert ended.returncode == 1
     assert 'if __name__ == "__main__":' in ended.stderr.splitlines()[-1]
 

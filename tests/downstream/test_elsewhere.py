@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 
 from brainfm.cli import main
-from brainfm.downstream import outcome, runs
 from brainfm.downstream.elsewhere import read_tasks
 from brainfm.downstream.probe import fit_neighbours, predict_probe
 from brainfm.downstream.task import Task, read_task
@@ -116,9 +115,7 @@ def test_neighbours_and_class_means_are_what_they_are_by_hand():
     assert chances.sum(axis=1) == pytest.approx(1)
 
 
-def test_table_has_the_task_and_a_column_for_each_site_without_training(phantoms, tmp_path, monkeypatch):
-    for module in (runs, outcome):
-        monkeypatch.setattr(module, "RESAMPLES", 20)
+def test_table_has_the_task_and_a_column_for_each_site_without_training(phantoms, tmp_path, few_strengths):
     (tmp_path / "age.yaml").write_text(f"label: age\nkind: regression\nleave_out: site\nmanifest: {phantoms}\n")
     given = ["--modes", "knn", "prototype", "--models", "test_vit_3d", "--seeds", "1", "--set", "device=cpu"]
     output = ["-o", tmp_path / "out"]

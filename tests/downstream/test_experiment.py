@@ -12,13 +12,14 @@ from click.testing import CliRunner
 
 import brainfm
 from brainfm.cli.main import main
-from brainfm.downstream import outcome, runs
 from brainfm.downstream.experiment import list_cells, load_experiment
 from brainfm.downstream.results import read_evaluation
 from brainfm.errors import BrainfmError
 from brainfm.phantom import make_cohort
 from brainfm.train.simclr import SimCLRMethod
 from brainfm.train.simmim import SimMIMMethod
+
+pytestmark = pytest.mark.usefixtures("few_strengths")
 
 SMALL = """
 networks:
@@ -80,14 +81,10 @@ def steps():
 def finished(place, steps, tmp_path_factory):
     """The output of a comparison that was stopped in its second run, and went on."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (runs, outcome):  # intervals are not what is tested
-            patch.setattr(module, "RESAMPLES", 20)
-        patch.setattr("brainfm.downstream.report.drawings", lambda run: [])
-        code, said = run(place, output)
-        assert code == 75, said
-        assert not (output / "results.csv").exists()
-        code, said = run(place, output)
+    code, said = run(place, output)
+    assert code == 75, said
+    assert not (output / "results.csv").exists()
+    code, said = run(place, output)
     assert code == 0, said
     return output, said
 
@@ -155,11 +152,8 @@ def test_what_cannot_be_run_is_left_out_with_its_reason_on_the_page_and_in_the_l
     assert "simmim needs a patch embedding" in page
 
 
-def test_source_that_comes_later_is_added_and_nothing_else_is_done_again(finished, place, steps, monkeypatch):
+def test_source_that_comes_later_is_added_and_nothing_else_is_done_again(finished, place, steps):
     output, _ = finished
-    for module in (runs, outcome):
-        monkeypatch.setattr(module, "RESAMPLES", 20)
-    monkeypatch.setattr("brainfm.downstream.report.drawings", lambda run: [])
     before, rows = len(steps), {path: path.stat().st_mtime_ns for path in (output / "runs").glob("*.json")}
     code, said = run(place, output, "--manifest", f"drawn={place / 'pretrain' / 'manifest.csv'}")
     assert code == 0, said

@@ -25,8 +25,6 @@ from brainfm.train import trainer
 from brainfm.train.data import EpochSampler
 from brainfm.train.optim import make_optimiser
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 QUICK = {"epochs": 2, "lr": 1e-3, "batch_size": 4, "workers": 0, "device": "cpu"}
 
 

@@ -11,22 +11,14 @@ import pandas as pd
 import pytest
 from sklearn.decomposition import PCA
 
-from brainfm.downstream import outcome, probe, runs
 from brainfm.downstream.harmonisation import Harmoniser
 from brainfm.downstream.plan import Plan
 from brainfm.errors import BrainfmError
 from brainfm.manifest import ScanRecord
 from brainfm.table import Embeddings
 
+pytestmark = pytest.mark.usefixtures("few_strengths")
 PEOPLE, WIDTH = 240, 6
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, no_figures):
-    """Few strengths and resamples: neither is what is tested."""
-    monkeypatch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
-    for module in (runs, outcome):
-        monkeypatch.setattr(module, "RESAMPLES", 50)
 
 
 @pytest.fixture

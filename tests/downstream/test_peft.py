@@ -23,6 +23,7 @@ from brainfm.downstream.wording import parameters_text
 from brainfm.errors import RecipeError, RunInterruptedError
 from brainfm.train import trainer
 
+pytestmark = pytest.mark.usefixtures("few_strengths")
 WAYS = ("norm_bias", "adapter", "lora")
 QUICK = {"epochs": 2, "lr": 1e-2, "workers": 0, "device": "cpu", "batch_size": 4, "lora_rank": 2}
 

@@ -17,11 +17,12 @@ from click.testing import CliRunner
 import brainfm
 from brainfm import BrainfmError, WeightsError, WeightsNotFoundError
 from brainfm.cli import main
-from brainfm.downstream import outcome, predict, runs
+from brainfm.downstream import predict
 from brainfm.downstream.conformal import radius
 from brainfm.downstream.kept import read_kept
 from brainfm.manifest import read_manifest
 
+pytestmark = pytest.mark.usefixtures("few_strengths")
 SETTINGS = ["--seeds", "1", "--epochs-scale", "0.005", "--no-controls", "--set", "workers=0", "device=cpu", "lr=1e-3"]
 
 
@@ -52,13 +53,8 @@ def results(manifest, tmp_path_factory):
     """One seed of some modes, kept: the folder of those on embeddings, and beside it that of fine-tuning."""
     folder = tmp_path_factory.mktemp("kept")
     (folder / "group.yaml").write_text(f"label: group\nkind: multiclass\nmanifest: {manifest}\ncohorts: [Anywhere]\n")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (runs, outcome):  # intervals of metrics are not what is tested
-            patch.setattr(module, "RESAMPLES", 20)
-        evaluate(
-            manifest, folder / "probed", ["probe", "probe_adam"], "phantom_age", "phantom_sex", folder / "group.yaml"
-        )
-        evaluate(manifest, folder / "tuned", ["finetune"], "phantom_age", folder / "group.yaml")
+    evaluate(manifest, folder / "probed", ["probe", "probe_adam"], "phantom_age", "phantom_sex", folder / "group.yaml")
+    evaluate(manifest, folder / "tuned", ["finetune"], "phantom_age", folder / "group.yaml")
     return folder / "probed"
 
 
@@ -227,13 +223,12 @@ def test_one_bad_scan_is_listed_and_an_interrupted_run_goes_on(results, tests_pa
     assert not list(tmp_path.glob(".p.csv*"))
 
 
-def test_same_command_keeps_what_is_there_and_makes_a_model_that_is_lost(results, manifest, monkeypatch):
+def test_same_command_keeps_what_is_there_and_makes_a_model_that_is_lost(results, manifest):
     folder, run = model_of(results, "phantom_age", "probe"), run_of(results, "phantom_age", "probe")
     others = {path: path.stat().st_mtime_ns for path in (results / "runs").glob("*.json") if path != run}
     before = (folder / "model.safetensors").read_bytes(), json.loads(run.read_text())
     shutil.rmtree(folder)
     tasks = ("phantom_age", "phantom_sex", results.parent / "group.yaml")
-    monkeypatch.setattr(runs, "RESAMPLES", 20)
     evaluate(manifest, results, ["probe", "probe_adam"], *tasks)
     assert ((folder / "model.safetensors").read_bytes(), json.loads(run.read_text())) == before
     assert {path: path.stat().st_mtime_ns for path in others} == others

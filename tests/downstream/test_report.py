@@ -109,6 +109,11 @@ def benchmark(folder: Path, tasks=TASKS, patients=60, seeds=5) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Figures are tested here."""
+
+
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> Path:
     """A folder of a whole benchmark with its report."""

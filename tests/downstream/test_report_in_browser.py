@@ -1,29 +1,32 @@
 """The page as Chromium shows it."""
 
-import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from seen import faults_of, with_script
+from seen import faults_of
 from test_report import SCRIPT, TASKS, benchmark
 
 from brainfm.downstream.report import write_report
 
 pytestmark = pytest.mark.browser
 
-# Waits for every image, then notes on <body> how many have a size and how many columns were sorted by.
+# Waits for every image, then says how many have a size, and what a column holds once it is sorted by.
 COUNT = """
 Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).then(() => {
-  const shown = [...document.images].filter((image) => image.naturalWidth > 0 && image.clientHeight > 100);
-  document.body.dataset.shown = shown.length;
-  const button = document.querySelector("thead tr:last-child th:nth-child(4) button");
-  button.click();
-  const rows = [...document.querySelector("tbody").rows].map((row) => row.cells[3].textContent);
-  document.body.dataset.sorted = rows.map((text) => parseFloat(text)).join(" ");
-  document.body.dataset.wide = document.documentElement.scrollWidth > window.innerWidth;
+  document.querySelector("thead tr:last-child th:nth-child(4) button").click();
+  return {
+    shown: [...document.images].filter((image) => image.naturalWidth > 0 && image.clientHeight > 100).length,
+    sorted: [...document.querySelector("tbody").rows].map((row) => parseFloat(row.cells[3].textContent)),
+    wide: document.documentElement.scrollWidth > window.innerWidth,
+    body: document.body.cloneNode(false).outerHTML,
+  };
 });
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Figures are tested here."""
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +35,27 @@ def page(tmp_path_factory) -> Path:
     return write_report(benchmark(tmp_path_factory.mktemp("page"), TASKS[2:], patients=30, seeds=2))
 
 
-def test_every_figure_is_shown_and_nothing_foreign_runs(page, chromium, tmp_path):
-    """In a copy whose policy lets one more script in: the one that counts."""
-    (tmp_path / "copy.html").write_text(with_script(page.read_text(), COUNT))
-    body = re.search("<body.*?>", chromium("--window-size=400,800", "--dump-dom", f"file://{tmp_path}/copy.html"))[0]
-    figures = list((page.parent / "figures").glob("*.svg"))
-    assert f'data-shown="{len(figures)}"' in body
-    assert len(figures) == 7
-    values = [float(value) for value in re.search('data-sorted="(.*?)"', body)[1].split()]
-    assert len(values) == 6
-    assert values == sorted(values)
-    assert 'data-wide="false"' in body  # on a phone, tables scroll by themselves
-    assert "id=" not in body  # set by the titles' script
-
-
-def test_page_is_read_in_both_themes_on_a_phone_and_on_a_desk(page, chromium, tmp_path):
-    assert faults_of(page, chromium, tmp_path) == []
-
-
-def test_page_runs_under_its_own_policy(page, chromium):
-    dom = chromium("--dump-dom", f"file://{page}")
-    assert "<button>" in dom  # added by the page's script
+def test_every_figure_is_shown_and_nothing_foreign_runs(page, browser):
+    with browser.page(page, width=390) as shown:
+        seen, dom = shown.run(COUNT), shown.html()
+    assert seen["shown"] == len(list((page.parent / "figures").glob("*.svg"))) == 7
+    assert len(seen["sorted"]) == 6
+    assert seen["sorted"] == sorted(seen["sorted"])
+    assert seen["wide"] is False  # on a phone, tables scroll by themselves
+    assert seen["body"] == "<body></body>"  # nothing is set by the titles' script
+    assert "<button>" in dom  # added by the page's script, under the page's own policy
     assert SCRIPT not in dom
-    assert re.search("<body.*?>", dom)[0] == "<body>"
 
 
-def test_page_is_not_blank_in_light_and_in_dark(page, chromium, tmp_path):
+def test_page_is_read_in_both_themes_on_a_phone_and_on_a_desk(page, browser):
+    assert faults_of(page, browser) == []
+
+
+def test_page_is_not_blank_in_light_and_in_dark(page, browser):
     means = []
-    for scheme in ("light", "dark"):
-        picture = tmp_path / f"{scheme}.png"
-        dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-        chromium(*dark, "--window-size=1200,900", f"--screenshot={picture}", f"file://{page}")
-        with Image.open(picture) as image:
-            grey = image.convert("L")
-            assert len(grey.getcolors()) > 50
-            means.append(grey.resize((1, 1)).getpixel((0, 0)))
+    for dark in (False, True):
+        with browser.page(page, width=1200, dark=dark) as shown:
+            grey = shown.picture().convert("L")
+        assert len(grey.getcolors()) > 50
+        means.append(grey.resize((1, 1)).getpixel((0, 0)))
     assert means[0] > 200 > 80 > means[1]

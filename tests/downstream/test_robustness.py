@@ -53,7 +53,7 @@ def test_curve_is_that_of_the_clean_probe_on_corrupted_test_scans(data, results)
         assert int(row["n_test"]) == len(test)
 
 
-def test_report_shows_the_curves(results):
+def test_report_shows_the_curves(results, figures):
     write_report(results)
     assert (results / "figures" / "phantom_age_robustness.svg").is_file()
     assert "more and more" in (results / "index.html").read_text()

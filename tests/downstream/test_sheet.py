@@ -13,25 +13,15 @@ import pytest
 from click.testing import CliRunner
 
 from brainfm.cli import main
-from brainfm.downstream import outcome, probe, runs
 from brainfm.manifest import ScanRecord
 from brainfm.table import Embeddings
 
+pytestmark = pytest.mark.usefixtures("few_strengths")
 PEOPLE = 120
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "LOGISTIC_C", (0.01, 1.0))
-        patch.setattr("brainfm.downstream.report.drawings", lambda run: [])
-        for module in (runs, outcome):
-            patch.setattr(module, "RESAMPLES", 50)
-        yield
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, quick):
+def made(tmp_path_factory):
     """Results of a command with relative paths, in nested cross-validation."""
     folder = tmp_path_factory.mktemp("made")
     draws = np.random.default_rng(0)

@@ -273,11 +273,11 @@ def test_bootstrap_repeats_itself_whatever_its_memory(monkeypatch):
     assert bootstrap_interval(y, p, "binary", "auc", n=300) == pytest.approx(whole, abs=0.03)
 
 
-def test_two_thousand_resamples_of_three_hundred_take_about_a_second():
+def test_two_thousand_resamples_of_three_hundred_take_no_seconds():
     y, p = binary(n=300)
-    start = time.perf_counter()
+    start = time.process_time()
     bootstrap_interval(y, p, "binary", "auc")
-    assert time.perf_counter() - start < 3  # 0.15 s, on a machine that is not busy
+    assert time.process_time() - start < 3  # 0.15 s, on a machine that is not busy
 
 
 @pytest.mark.parametrize(

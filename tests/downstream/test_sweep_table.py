@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from brainfm.cli.main import main
-from brainfm.downstream import outcome, runs
 from brainfm.downstream.sweep import read_evaluated
 from brainfm.errors import TaskError
 
+pytestmark = pytest.mark.usefixtures("few_strengths")
 FIELDS = ["epochs=1", "batch_size=5", "workers=0", "precision=float32", "device=cpu", "input_size=[16,16,16]"]
 
 
@@ -31,10 +31,7 @@ def pretrain(phantoms, output, *arguments):
 def swept(phantoms, tmp_path_factory):
     """The folder of a sweep over two fractions of the patients, evaluated."""
     output = tmp_path_factory.mktemp("sweep") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (runs, outcome):  # intervals are not what is tested
-            patch.setattr(module, "RESAMPLES", 50)
-        code, said = pretrain(phantoms, output, "patients=0.25,1.0", f"evaluate=phantom_sex:{phantoms}", "--seeds", "1")
+    code, said = pretrain(phantoms, output, "patients=0.25,1.0", f"evaluate=phantom_sex:{phantoms}", "--seeds", "1")
     assert code == 0, said
     return output
 

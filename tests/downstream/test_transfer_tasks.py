@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 from brainfm.cli.main import main
-from brainfm.downstream import outcome, runs
 from brainfm.downstream.results import read_evaluation
 from brainfm.downstream.task import load_task
 from brainfm.phantom import make_cohort
 
+pytestmark = pytest.mark.usefixtures("few_strengths")
 QUICK = ["--models", "test_resnet_3d", "--seeds", "1", "--no-controls", "--set", "workers=0", "device=cpu"]
 
 
@@ -29,12 +29,6 @@ def cohorts(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, no_figures):
-    for module in (runs, outcome):  # intervals are not what is tested
-        monkeypatch.setattr(module, "RESAMPLES", 20)
-
-
 def benchmark(*arguments):
     return CliRunner().invoke(main, ["benchmark", *map(str, arguments), *QUICK])
 
@@ -45,7 +39,8 @@ def rows_of(path):
 
 
 def test_training_size_and_how_much_is_trained_are_one_table(cohorts, tmp_path):
-    table, out = cohorts / "adni" / "labels.csv", tmp_path / "out"
+    table, out = cohorts / "adni" / "few.csv", tmp_path / "out"
+    pd.read_csv(table.with_name("labels.csv")).head(20).to_csv(table, index=False)
     done = benchmark(
         *("alzheimer_adni", "age_adni_controls", "--manifest", table, "-o", out, "--epochs-scale", 0.01),
         *("--modes", "probe", "lora", "finetune", "--fractions", 0.5, 1.0),

@@ -22,7 +22,8 @@ from brainfm import BrainfmError
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 TIMES = int(os.environ.get("BRAINFM_FUZZ_TIMES", "100" if LONG else "1"))
-SECONDS = 20  # for one example: hundreds of times what it takes, since the machine may be busy
+SECONDS = 20  # of a processor, for one example: hundreds of times what it takes
+WAITING = 300  # seconds, on a machine however busy, of an example that waits for something
 MEGABYTES = 512
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -51,19 +52,21 @@ def bounded(seconds: int = SECONDS, megabytes: int = MEGABYTES) -> Iterator[None
     def hangs(*_: Any) -> None:
         raise _Hang
 
-    alarmed = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-    if alarmed:
-        before = signal.signal(signal.SIGALRM, hangs)
-        signal.alarm(seconds)
+    timers = {}
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+        timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, WAITING)}
+    before = {number: signal.signal(number, hangs) for number in timers}
+    for timer, limit in timers.values():
+        signal.setitimer(timer, limit)
     start = _peak(reset=True)
     try:
         yield
     except _Hang:
-        raise AssertionError(f"no end after {seconds} s") from None
+        raise AssertionError(f"no end after {seconds} s of a processor, or {WAITING} s") from None
     finally:
-        if alarmed:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
     taken = (_peak() - start) // 1024
     assert taken < megabytes, f"took {taken} MB"
 

@@ -849,7 +849,7 @@ with _whole_folder(folder) as temporary:
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed_process_leaves_a_folder_that_is_refused_and_can_be_written_again(small_model, tmp_path):
     folder = save_for_hub(new("test_resnet_3d"), tmp_path / "folder")
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], timeout=120, check=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], timeout=900, check=False)
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(WeightsError, match="sha256"):
         load(folder)

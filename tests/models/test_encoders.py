@@ -196,6 +196,8 @@ NARROW = {
     "resnet": {"widths": (8, 12, 16, 24)},
     "densenet": {"growth": 6, "stem": 12},
     "uncnn": {"widths": (16, 16, 32, 32)},  # of eight groups, which are not to be one channel each
+    "kl_autoencoder": {"widths": (16, 32, 32, 32), "groups": 8},
+    "sfcn": {"widths": (8, 12, 16, 24, 24, 16)},
 }
 
 
@@ -699,7 +701,7 @@ def test_cells_look_where_feature_info_says(name):
 @pytest.mark.parametrize("name", TINY)
 def test_offset_that_is_wrong_by_half_a_cell_is_found_out(name):
     size = size_of(name, cells=3)
-    model = smoothed(created(name, size)).requires_grad_(False)
+    model = smoothed(created(name, size, **narrow(name))).requires_grad_(False)
     for info in model.feature_info:
         info["offset"] = tuple(at + step / 2 for at, step in zip(info["offset"], info["reduction"], strict=True))
     assert misplaced(model, size).min() > 0.5 - TOLERANCE

@@ -52,7 +52,7 @@ def begun(scans, two, stand_in):
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job's tests ignore it
     command = COMMAND + [f"{name}.nii.gz" for name in scans]
     process = subprocess.Popen(command, cwd=two, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while not (two / "pid").exists() or not (two / "pid").read_text().strip():
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -79,7 +79,7 @@ def leftovers(folder):
 def test_interrupted_run_keeps_what_is_finished_and_ends_its_processes(begun, two, stand_in):
     process, program = begun
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 130
     assert "interrupted; what is finished is kept" in errors
     assert has_ended(program)
@@ -106,17 +106,16 @@ def test_second_command_on_an_output_is_refused_and_a_killed_one_makes_way(begun
 
 
 def test_shards_prepare_everything_once_side_by_side_and_again_nothing(two, stand_in):
-    for name in ("c", "d", "e"):
-        shutil.copy(SAMPLE_SCAN, two / f"{name}.nii.gz")
+    shutil.copy(SAMPLE_SCAN, two / "c.nii.gz")
     stand_in("")
-    scans = [str(two / f"{name}.nii.gz") for name in "abcde"]
-    both = [subprocess.Popen([*COMMAND, *scans, "--shard", f"{n}/2"], cwd=two) for n in (1, 2, 2)]  # one twice at once
-    assert [one.wait(timeout=200) for one in both] == [0, 0, 0]
-    assert sorted(path.parent.name for path in (two / "out").glob("*/prep.json")) == list("abcde")
+    scans = [str(two / f"{name}.nii.gz") for name in "abc"]
+    three = [subprocess.Popen([*COMMAND, *scans, "--shard", f"{n}/2"], cwd=two) for n in (1, 2, 2)]  # one twice at once
+    assert [one.wait(timeout=900) for one in three] == [0, 0, 0]
+    assert sorted(path.parent.name for path in (two / "out").glob("*/prep.json")) == list("abc")
     times = {path: path.stat().st_mtime_ns for path in (two / "out").rglob("*")}
     report = prepare_all(scans, two / "out", TURBOPREP, shard=Shard.of("2/2"))
-    assert (sorted(report.records), report.found) == (["b", "d"], 2)
-    assert prepare_all(scans, two / "out", TURBOPREP).found == 5
+    assert (sorted(report.records), report.found) == (["b"], 1)
+    assert prepare_all(scans, two / "out", TURBOPREP).found == 3
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert not leftovers(two)
 
@@ -146,7 +145,7 @@ def test_process_that_starts_the_scans_does_not_import_torch(two, stand_in):
         "    print(len(report.records), 'torch' in sys.modules)",
     ]
     (two / "script.py").write_text("\n".join(lines))
-    done = subprocess.run([sys.executable, "script.py"], cwd=two, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "script.py"], cwd=two, capture_output=True, text=True, timeout=900)
     assert done.stdout.split() == ["2", "False"], done.stderr
 
 
@@ -169,7 +168,7 @@ def test_script_without_a_guard_is_told_so(two, stand_in):
         "prepare_all(['a.nii.gz', 'b.nii.gz'], 'out', Settings(backend='turboprep'))",
     ]
     (two / "script.py").write_text("\n".join(lines))
-    done = subprocess.run([sys.executable, "script.py"], cwd=two, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "script.py"], cwd=two, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
     assert 'put the call below if __name__ == "__main__":' in done.stderr.splitlines()[-1]
     assert "bootstrapping" not in done.stderr

@@ -52,6 +52,7 @@ def visits(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_visits_meet_halfway_and_in_any_order(visits):
     scans = [read_prepared(folder) for folder in visits[:2]]
     to_mean = to_midpoint(scans)

@@ -74,7 +74,7 @@ def refused(small_sample, *paths):
         [sys.executable, "-c", READ, *map(str, (*small_sample, *paths))],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -179,7 +179,7 @@ def test_preparation_waits_for_no_pipe(kind, tmp_path):
 def test_command_line_waits_for_no_pipe(tmp_path):
     os.mkfifo(tmp_path / "scan.nii.gz")
     command = [sys.executable, "-m", "brainfm", "embed", "scan.nii.gz", "--model", "test_resnet_3d", "-o", "out.csv"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=900, check=False)
     assert done.returncode == 1
     assert "ScanError: scan.nii.gz: a named pipe (FIFO), not a file; write the scan to a file" in done.stderr
     assert "Traceback" not in done.stderr

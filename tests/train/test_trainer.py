@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -330,7 +331,7 @@ def test_run_that_is_killed_five_times_ends_bit_identical(cohort, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as runs:
         for kill_at in (2, 5, 6, 10, 16):  # lines of the log, in the middle of epochs and at their ends
             run = int(runs.stdout.readline())
-            until = time.monotonic() + 60
+            until = time.monotonic() + 900
             while time.monotonic() < until and (not path.is_file() or len(path.read_text().splitlines()) < kill_at):
                 time.sleep(0.005)
             os.kill(run, signal.SIGKILL)
@@ -595,6 +596,11 @@ def test_run_on_a_system_that_says_no_memory_goes_without(recipe, tmp_path, monk
     assert "peak_memory_gb" not in log(tmp_path / "run")[0]
 
 
+def test_run_on_a_system_without_sigusr1_is_stopped_by_the_other_signals(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")  # as on Windows
+    assert runpy.run_module("brainfm.train.loader")["STOPPING"] == [signal.SIGTERM, signal.SIGINT]
+
+
 SPAWN = """
 import multiprocessing
 from brainfm.cli.main import main
@@ -613,7 +619,7 @@ def test_cache_and_run_on_a_system_that_spawns_its_processes(cohort, tmp_path):
     named = [f"manifest={cohort}", f"output={tmp_path / 'run'}", f"cache={tmp_path / 'cache'}"]
     for arguments in (cache, ["pretrain", "test_resnet_3d", *fields, *named]):
         done = subprocess.run(
-            [sys.executable, str(tmp_path / "spawn.py"), *arguments], capture_output=True, text=True, timeout=300
+            [sys.executable, str(tmp_path / "spawn.py"), *arguments], capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stderr
     assert len(log(tmp_path / "run")) == 2
@@ -643,7 +649,7 @@ def test_error_of_any_rank_is_on_the_console_once(cohort, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         command += [str(tmp_path / "fails.py"), "test_resnet_3d", *fields]
         command += [f"manifest={manifest}", f"output={tmp_path / 'run'}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 1
         return done.stderr
 

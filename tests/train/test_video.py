@@ -94,7 +94,7 @@ def test_what_is_no_video_is_refused_and_ffmpeg_says_nothing_itself(tmp_path):
     script = "import sys\nfrom brainfm.train.video import read_clip\nfor name in sys.argv[1:]:\n  try: read_clip(name, "
     script += "(8, 16, 16))\n  except Exception as error: print(type(error).__name__, error)\n"
     names = [str(tmp_path / name) for name in ("sound.mp4", "text.mp4", "empty.webm", "half.avi", "none.mp4")]
-    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, timeout=900)
     said = done.stdout.splitlines()
     assert done.stderr == ""
     assert [line.split(":")[0] for line in said] == [f"ScanError {name}" for name in names]

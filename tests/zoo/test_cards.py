@@ -333,7 +333,7 @@ def imported_by(code: str) -> set[str]:
     """Which of the heavy packages code imports, in a process of its own."""
     command = [sys.executable, "-c", IMPORTED.format(code=code)]
     environment = os.environ | {"BRAINFM_HUB_ORG": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split())
 
