@@ -12,7 +12,7 @@ NTSC = Fraction(24000, 1001)  # 23.976 frames a second
 
 
 def make_clip(
-    path: Path, frames=48, rate=Fraction(30), size=(64, 48), codec="libx264", colour=(1, 1, 1), noise=0, sound=0
+    path: Path, frames=48, rate=Fraction(30), size=(64, 48), codec="libx264", colour=(1, 1, 1), noise=0, sound=0, title=""
 ) -> Path:
     """A clip of `size` (width, height) whose frame k is 255 · k / frames bright, in the proportions of `colour`.
 
@@ -21,6 +21,7 @@ def make_clip(
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(noise)
     with av.open(str(path), "w", options={"movflags": "faststart"} if path.suffix == ".mp4" else {}) as file:
+        file.metadata["title"] = title
         stream = file.add_stream(codec, rate=rate)
         stream.width, stream.height = size
         stream.pix_fmt, stream.thread_count = "yuv420p", 1

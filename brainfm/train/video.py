@@ -157,6 +157,11 @@ def _av() -> Any:
     return av
 
 
+def _opened(av: Any, path: str | os.PathLike[str]) -> Any:
+    """A clip whose title may be in any encoding: PyAV takes each from 19 on, and has no argument for it any more."""
+    return av.open(str(path), **({"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}))
+
+
 def _stream(container: Any, path: str | os.PathLike[str]) -> Any:
     """The first video of a file, and not the cover of a piece of music. Decoded by one thread: the loader has many."""
     streams = [one for one in container.streams.video if not _is_cover(one)]
@@ -172,7 +177,7 @@ def _is_cover(stream: Any) -> bool:
 
 def _shown(av: Any, path: str | os.PathLike[str]) -> tuple[Fraction, Fraction]:
     """When the first frame appears and the last one ends, in seconds; read of the packets, none is decoded."""
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with _opened(av, path) as container:
         stream = _stream(container, path)
         stamps, end = set(), Fraction(0)
         for packet in container.demux():
@@ -217,7 +222,7 @@ def _decoded(
 ) -> NDArray[np.uint8]:
     volume = np.empty((3 if rgb else 1, *shape), np.uint8)
     taken = 0
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with _opened(av, path) as container:
         stream = _stream(container, path)
         container.seek(int(moments[0] / stream.time_base), stream=stream)  # to the key frame before
         before: Any = None

@@ -50,6 +50,14 @@ def test_sound_changes_nothing_even_where_it_is_longer(tmp_path, name):
     assert np.array_equal(read_clip(loud, (15, 24, 24)), read_clip(silent, (15, 24, 24)))
 
 
+def test_title_in_any_encoding_changes_nothing(tmp_path):
+    clip = make_clip(tmp_path / "a.avi", 30, Fraction(30), codec="mpeg4", title="TITLE")
+    plain, content = read_clip(clip, (15, 24, 24)), clip.read_bytes()
+    assert b"TITLE" in content
+    clip.write_bytes(content.replace(b"TITLE", "TITRÉ".encode("latin-1")))
+    assert np.array_equal(read_clip(clip, (15, 24, 24)), plain)
+
+
 @pytest.mark.parametrize("size", [(64, 48), (48, 64), (30, 22), (200, 50)])
 def test_frames_of_any_size_cover_the_volume_and_are_cropped_about_the_centre(tmp_path, size):
     clip = make_clip(tmp_path / "a.mp4", 12, Fraction(15), size, "mpeg4", noise=1)
