@@ -1,9 +1,8 @@
 """Rows of a table as they are finished: what an interrupted run goes on from, and what shards leave to be merged.
 
-A part is a file of some hundred rows, an .npz: the text columns of a table, the vectors, of each row which scan it is
-of and its number in the list, or why the scan failed. (Not Parquet: pyarrow imports pandas to write it, which takes a
-seventh of the time of embedding one small scan.) Any number of processes write parts to one folder without knowing of
-each other; a scan that two of them did is taken once.
+A part is a file of some hundred rows, Parquet or, without pyarrow, .npz: the text columns of a table, the vectors, of
+each row which scan it is of and its number in the list, or why the scan failed. Any number of processes write parts to
+one folder without knowing of each other; a scan that two of them did is taken once.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ logger = logging.getLogger("brainfm")
 ROWS = 256  # of a part
 SECONDS = 1.0  # of work that a killed process loses, at most; of scans that take longer, none
 _SCAN, _NUMBER, _ERROR = "brainfm_scan", "brainfm_number", "brainfm_error"
-_ABOUT = "brainfm_part"
+_ABOUT = "brainfm_part"  # in Parquet's metadata and in an .npz
 _OPEN = 16  # parts whose vectors are kept in memory while a table is written
 
 Place = tuple[int, int]  # of a row: its part, and its number among the vectors there
@@ -146,7 +145,7 @@ class Parts:
     @property
     def _path(self) -> Path:
         shard = self._about.shard.replace("/", "-of-")
-        return self.folder / f"{shard}-{self._token}-{self._count:05}.npz"
+        return self.folder / f"{shard}-{self._token}-{self._count:05}{_ending()}"
 
     def flush(self) -> None:
         """Write the rows that are in memory alone."""
@@ -311,7 +310,7 @@ class Part:
 
 def list_parts(folder: Path) -> list[Path]:
     """The parts in a folder, in the order of their names."""
-    named = re.compile(r"\d+-of-\d+-[0-9a-f]{8}-\d+\.npz")
+    named = re.compile(r"\d+-of-\d+-[0-9a-f]{8}-\d+\.(parquet|npz)")
     return sorted(path for path in folder.iterdir() if named.fullmatch(path.name)) if folder.is_dir() else []
 
 
@@ -323,28 +322,62 @@ def write_part(path: Path, about: About, rows: Sequence[Row]) -> None:
     vectors = [row.vector for row in rows]
     said = json.dumps(about.to_dict())
     with atomic_path(path) as temporary:
-        arrays: dict[str, Any] = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
-        there = [vector for vector in vectors if vector is not None]
-        arrays |= {_ABOUT: np.array(said), _NUMBER: np.array(numbers, dtype=np.int64)}
-        with temporary.open("wb") as file:
-            np.savez(file, embeddings=np.array(there, dtype=np.float32).reshape(len(there), -1), **arrays)
+        if path.suffix == ".npz":
+            arrays: dict[str, Any] = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
+            there = [vector for vector in vectors if vector is not None]
+            arrays |= {_ABOUT: np.array(said), _NUMBER: np.array(numbers, dtype=np.int64)}
+            with temporary.open("wb") as file:
+                np.savez(file, embeddings=np.array(there, dtype=np.float32).reshape(len(there), -1), **arrays)
+            return
+        import pyarrow
+        from pyarrow import parquet
+
+        columns = {name: pyarrow.array(values, pyarrow.string()) for name, values in texts.items()}
+        columns[_NUMBER] = pyarrow.array(numbers, pyarrow.int64())
+        columns["embeddings"] = pyarrow.array(vectors, pyarrow.list_(pyarrow.float32()))
+        made = pyarrow.table(columns).replace_schema_metadata({_ABOUT: said})
+        parquet.write_table(made, temporary, compression="none", write_page_checksum=True)
 
 
 def read_part(path: Path, *, texts: bool = True, vectors: bool = True) -> Part:
     """A part, or of it only what says which rows it holds. Raises BrainfmError where it is none, or damaged."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            about = str(arrays[_ABOUT])
-            names = [name for name in arrays.files if name not in (_ABOUT, _NUMBER, "embeddings")]
-            columns = {name: arrays[name].tolist() for name in names if texts or name in (_SCAN, _ERROR)}
-            numbers = arrays[_NUMBER].tolist()
-            found = arrays["embeddings"] if vectors else np.empty((0, 0), np.float32)
+        if path.suffix == ".npz":
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                about = str(arrays[_ABOUT])
+                names = [name for name in arrays.files if name not in (_ABOUT, _NUMBER, "embeddings")]
+                columns = {name: arrays[name].tolist() for name in names if texts or name in (_SCAN, _ERROR)}
+                numbers = arrays[_NUMBER].tolist()
+                found = arrays["embeddings"] if vectors else np.empty((0, 0), np.float32)
+        else:
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(path, page_checksum_verification=True) as opened:
+                about = (opened.schema_arrow.metadata or {})[_ABOUT.encode()].decode()
+                wanted = opened.schema_arrow.names if texts else [_SCAN, _NUMBER, _ERROR]
+                wanted = [name for name in wanted if name != "embeddings"] + (["embeddings"] if vectors else [])
+                read = opened.read(wanted)
+            numbers = read[_NUMBER].to_pylist()
+            columns = {
+                name: read[name].to_pylist() for name in read.column_names if name not in (_NUMBER, "embeddings")
+            }
+            found = np.empty((0, 0), np.float32)
+            if vectors:
+                there = len(read) - read["embeddings"].null_count
+                found = read["embeddings"].combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False)
+                found = found.reshape(there, -1) if there else np.empty((0, 0), np.float32)
         scans, errors = columns.pop(_SCAN), columns.pop(_ERROR)
         return Part(About.from_dict(json.loads(about)), scans, numbers, errors, columns, found)
     except Exception as error:  # each reader has its own ways to say that a file is damaged
         raise BrainfmError(
             f"{path}: not a part of a table, or a damaged one ({one_line(error)}); delete it, and run its shard again"
         ) from error
+
+
+def _ending() -> str:
+    from importlib.util import find_spec
+
+    return ".parquet" if find_spec("pyarrow") else ".npz"
 
 
 # --- Which scan -----------------------------------------------------------------------------------
