@@ -331,7 +331,7 @@ class Encoder(nn.Module, ABC):
         for module in fast.modules():
             if isinstance(module, Together):
                 faster = module.ready()
-                if faster and faster not in done:
+                if faster and faster not in done and dtype is torch.float32:  # all of them are, of nothing else
                     done.append(faster)
         return computing_in(fast, dtype, tuple(done))
 
