@@ -330,9 +330,9 @@ class Encoder(nn.Module, ABC):
             done.append("BatchNorm folded")
         for module in fast.modules():
             if isinstance(module, Together):
-                module.together = True
-                if module.faster not in done:
-                    done.append(module.faster)
+                faster = module.ready()
+                if faster and faster not in done:
+                    done.append(faster)
         return computing_in(fast, dtype, tuple(done))
 
     def _copy_for_inference(self, shared: dict[int, Any] | None = None) -> Encoder:
