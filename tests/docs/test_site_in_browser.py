@@ -14,8 +14,8 @@ from seen import looked_at
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "docs" / "_build" / "html"
 PAGES = (
-    *("index", "start", "choose", "generated/encoders/simclr_resnet18_3d", "scanner", "evaluate", "how_it_knows"),
-    *("costs", "refused", "formats", "examples/index", "examples/plot_01_three_lines", "api", "cli"),
+    *("index", "start", "choose", "generated/encoders/simclr_resnet18_3d"),
+    *("costs", "refused", "formats", "examples/index"),
 )
 UNSCROLLED = ("choose", "formats")  # whose tables are there to be compared
 
