@@ -305,7 +305,7 @@ def key_of(record: ScanRecord, root: str | os.PathLike[str]) -> str:
 
 def _relative(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> str:
     """As `os.path.relpath`, in half the time; for there are many."""
-    text, start = os.fspath(path), _start_of(root)
+    text, start = os.fspath(path), _start_of(os.fspath(root))
     inner = text[len(start) :]
     if text.startswith(start) and os.path.normpath(inner) == inner and not inner.startswith(("..", os.sep)):
         return inner
@@ -313,7 +313,7 @@ def _relative(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> str
 
 
 @lru_cache(16)
-def _start_of(root: str | os.PathLike[str]) -> str:
+def _start_of(root: str) -> str:
     start = os.path.join(root, "")  # noqa: PTH118
     return "" if start == os.path.join(".", "") else start  # noqa: PTH118
 
