@@ -313,7 +313,7 @@ def _relative(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> str
 
 
 @lru_cache(16)
-def _start_of(root: str | os.PathLike[str]) -> str:
+def _start_of(root: str) -> str:
     start = os.path.join(root, "")  # noqa: PTH118
     return "" if start == os.path.join(".", "") else start  # noqa: PTH118
 
