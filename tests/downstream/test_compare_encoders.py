@@ -13,7 +13,7 @@ import pytest
 from prepared_folders import moved_head, write
 
 import brainfm
-from brainfm.downstream import compare_encoders, encoders, outcome, plots, probe, report, runs
+from brainfm.downstream import compare_encoders, encoders, plots, report
 from brainfm.downstream.figures import drawings
 from brainfm.downstream.results import read_evaluation
 from brainfm.errors import BrainfmError, ModelNameError, TaskError
