@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import run_ranks
 
 SETTINGS = [
     *("model=test_resnet_3d", "epochs=200", "batch_size=2", "workers=1", "save_every=1000"),
@@ -252,7 +253,7 @@ def test_terminal_has_a_bar_with_loss_and_time_left(cohort, tmp_path):
     assert text.count("epoch 1 of 2: loss") == 1
 
 
-# --- Under torchrun -------------------------------------------------------------------------------
+# --- In several processes -------------------------------------------------------------------------
 
 RANK = """
 import json, os, sys, threading
@@ -268,24 +269,26 @@ alive += [thread.name for thread in threading.enumerate() if "QueueFeeder" in th
 """
 
 
-def two_ranks(cohort: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def two_ranks(cohort: Path, folder: Path, by_torchrun: bool) -> subprocess.CompletedProcess[str]:
     (folder.parent / "rank.py").write_text(RANK)
     fields = {"method": "simclr", "model": "test_resnet_3d", "manifest": str(cohort), "output": str(folder)}
     fields |= {"epochs": 1, "batch_size": 6, "workers": 1, "input_size": [16, 16, 16]}
     fields |= {"augmentation": {"crop_min": [27, 32, 32]}}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*command, str(folder.parent / "rank.py"), json.dumps(fields)], capture_output=True, text=True, timeout=SOON
-    )
+    script = str(folder.parent / "rank.py"), json.dumps(fields)
+    if not by_torchrun:
+        return run_ranks(2, *script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=SOON)
 
 
 @needs_proc
+@pytest.mark.parametrize("by_torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("time_of", range(int(os.environ.get("BRAINFM_TEST_TIMES", "1"))))
 def test_finished_ranks_end_with_0_and_no_thread_of_the_process_group_or_the_loader_outlives_them(
-    time_of, cohort, tmp_path
+    time_of, by_torchrun, cohort, tmp_path
 ):
     """Gloo's threads at the end of Python could abort a finished process: "terminate called", exit code -6."""
-    done = two_ranks(cohort, tmp_path / "run")
+    done = two_ranks(cohort, tmp_path / "run", by_torchrun)
     assert done.returncode == 0, done.stderr
     assert "terminate called" not in done.stderr
     for rank in range(2):

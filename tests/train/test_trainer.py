@@ -646,10 +646,8 @@ def test_error_of_any_rank_is_on_the_console_once(cohort, tmp_path):
     fields = ["batch_size=4", "workers=0", "input_size=[16,16,16]", "augmentation.crop_min=[27,32,32]"]
 
     def said(manifest):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += [str(tmp_path / "fails.py"), "test_resnet_3d", *fields]
-        command += [f"manifest={manifest}", f"output={tmp_path / 'run'}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        named = [f"manifest={manifest}", f"output={tmp_path / 'run'}"]
+        done = run_ranks(2, tmp_path / "fails.py", "test_resnet_3d", *fields, *named)
         assert done.returncode == 1
         return done.stderr
 
