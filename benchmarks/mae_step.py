@@ -77,7 +77,7 @@ def main() -> None:
     torch.manual_seed(0)
     ours, peer = MaskedAutoencoder(brainfm.create_model("mae_vit_tiny_3d")).train(), Peer().train()
     peer.load_state_dict(ours.state_dict())
-    print("| one step of `mae_vit_tiny_3d` | batch | s | processor s | timm / this | by processor time |")
+    print("| one step of `mae_vit_tiny_3d` | batch | s | processor s | timm / this, by the clock | by processor time |")
     print("|---|---|---|---|---|---|")
     for batch in arguments.batch:
         volumes, noise = torch.randn(batch, 1, 150, 192, 192), torch.rand(batch, 864)

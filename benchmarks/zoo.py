@@ -6,7 +6,7 @@ here), else the encoder as `create_model` makes it, which is written layer by la
 turns in one process; times are those of the processor (all cores together) and of the clock. Memory is the largest
 resident set of a process of its own less that after the imports, so that weights and input are in it.
 
-python benchmarks/zoo.py [--models 'sfcn*' '*densenet*'] [--rounds 3] [--json FILE]
+python benchmarks/zoo.py [--models 'sfcn*' '*densenet*'] [--rounds 3] [--size 96 96 96] [--json FILE]
 """
 
 import argparse
@@ -26,6 +26,8 @@ import brainfm
 from brainfm.registry import network_of
 
 UNBOUND = (96, 96, 96)  # of a model whose contract names no size
+Size = tuple[int, ...] | None  # another than the contract's, where that is too large here
+
 LARGE = 20.0  # seconds of upstream's forward from which one round is enough
 
 
@@ -88,8 +90,8 @@ def of_monai(name: str) -> nn.Module | None:
     return None
 
 
-def network(name: str, way: str) -> nn.Module:
-    """A model's network, in one of the two ways."""
+def network(name: str, way: str, size: Size = None) -> nn.Module:
+    """A model's network, in one of the two ways; for volumes of a size, where one is given and it must know."""
     torch.manual_seed(0)
     upstream = None
     if way == "upstream":
@@ -98,16 +100,22 @@ def network(name: str, way: str) -> nn.Module:
     if upstream is not None:
         return upstream.eval()
     torch.manual_seed(0)  # again: what could not be built has drawn numbers
-    model = brainfm.create_model(name)
+    model = plain(name, size)
     return model if way == "upstream" else brainfm.optimize(model)
 
 
-def volume(name: str) -> Tensor:
+def plain(name: str, size: Size) -> nn.Module:
+    """The encoder as `create_model` makes it; for volumes of a size, where one is given and positions are of one."""
+    model = brainfm.create_model(name)
+    return brainfm.create_model(name, img_size=size) if size and hasattr(model, "img_size") else model
+
+
+def volume(name: str, size: Size = None) -> Tensor:
     """Noise in an ellipsoid, and 0 around it, [1, C, D, H, W]."""
     cfg = brainfm.get_pretrained_cfg(name)
     spec, window = cfg.input_spec, cfg.readout.window
     assert spec is not None
-    size = spec.output_shape[1:] if spec.output_shape else window.shape if window else UNBOUND
+    size = size or (spec.output_shape[1:] if spec.output_shape else window.shape if window else UNBOUND)
     x = torch.randn(1, cfg.in_chans, *size, generator=torch.Generator().manual_seed(0))
     axes = [torch.linspace(-1, 1, n) for n in size]
     from_middle = sum((part**2 for part in torch.meshgrid(*axes, indexing="ij")), torch.tensor(0.0))
@@ -136,28 +144,30 @@ def timed(
     return outputs, medians
 
 
-def measured(name: str, rounds: int) -> dict[str, object]:
+def measured(name: str, rounds: int, size: Size = None) -> dict[str, object]:
     """A row of the table."""
-    x, ways = volume(name), {way: network(name, way) for way in ("upstream", "optimize")}
+    x, ways = volume(name, size), {way: network(name, way, size) for way in ("upstream", "optimize")}
     with torch.inference_mode():
         found, seconds = timed(ways, x, rounds)
         if isinstance(ways["upstream"], OfMonai):  # whose random weights are others
             torch.manual_seed(0)
-            found["upstream"] = brainfm.create_model(name)(x)
+            found["upstream"] = plain(name, size)(x)
     error = (found["optimize"] - found["upstream"]).norm() / found["upstream"].norm()
-    memory = {
-        way: alone(__file__, "--measure", way, "--models", name, "--threads", str(torch.get_num_threads()))
-        for way in ways
-    }
+    upstream = "MONAI" if isinstance(ways["upstream"], OfMonai) else "plain"
+    done = list(getattr(ways.pop("optimize"), "optimizations", ()))
+    ways.clear()  # the largest need the memory
+    sized = ["--size", *map(str, size)] if size else []
+    threads = ["--threads", str(torch.get_num_threads())]
+    memory = {way: alone(__file__, "--measure", way, "--models", name, *threads, *sized) for way in seconds}
     return {
         "model": name,
         "shape": list(x.shape[1:]),
-        "upstream": "MONAI" if isinstance(ways["upstream"], OfMonai) else "plain",
+        "upstream": upstream,
         "processor_s": {way: pair[0] for way, pair in seconds.items()},
         "clock_s": {way: pair[1] for way, pair in seconds.items()},
         "gb": memory,
         "error": float(error),
-        "done": list(getattr(ways["optimize"], "optimizations", ())),
+        "done": done,
     }
 
 
@@ -200,10 +210,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", metavar="PATTERN", default=["*"])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="Of the volume; else the contract's."
+    )
     parser.add_argument("--threads", type=int, help="Cores that the networks use; one, where the machine is shared.")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--measure", choices=("upstream", "optimize"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    size: Size = tuple(arguments.size) if arguments.size else None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     names = [
@@ -211,14 +225,14 @@ def main() -> None:
     ]
     if arguments.measure:
         before = peak_memory()
-        x, model = volume(names[0]), network(names[0], arguments.measure)
+        x, model = volume(names[0], size), network(names[0], arguments.measure, size)
         with torch.inference_mode():
             model(x)
         print(json.dumps(peak_memory() - before))
         return
     rows = []
     for name in names:
-        row = measured(name, arguments.rounds)
+        row = measured(name, arguments.rounds, size)
         rows.append(row)
         print(" | ".join(cells(row)), flush=True)
         if arguments.json:

@@ -13,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from brainfm.contract import Volume
 from brainfm.errors import ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.scan.read import each_file_once
+from brainfm.stage import Stage, files_of
 from brainfm.transforms import InputTransform
 
 MOST_SCANS = 16  # a batch whose size is found; ours
@@ -42,6 +44,7 @@ def prepared_scans(
     transforms: Sequence[InputTransform],
     workers: int,
     most_ahead: int,
+    stage: Stage | None = None,
 ) -> Generator[tuple[int, list[tuple[int, PreparedScan | ScanError]]]]:
     """Scans in order with their numbers, prepared by threads: inflating and NumPy release the interpreter's lock.
 
@@ -54,14 +57,17 @@ def prepared_scans(
         transforms: How, a model each.
         workers: Threads; 0 prepares in turn.
         most_ahead: Scans that may wait for whoever takes them.
+        stage: Where copies of the scans are read, which are made ahead; None reads the scans themselves.
     """
+    if stage is not None:
+        wanted = stage.ahead(wanted, lambda scan: files_of(records[scan[0]]))
     alike = [next(m for m, other in enumerate(transforms) if other.spec == each.spec) for each in transforms]
 
     def prepare(n: int, asked: Sequence[int]) -> list[tuple[int, PreparedScan | ScanError]]:
         kinds = dict.fromkeys(alike[number] for number in asked)
         shared = len(kinds) < len(asked)
         with each_file_once():
-            made = {kind: _prepared(records[n], f"scan {n}", transforms[kind], shared=shared) for kind in kinds}
+            made = {kind: _prepared(records[n], f"scan {n}", transforms[kind], stage, shared=shared) for kind in kinds}
         return [(number, made[alike[number]]) for number in asked]
 
     if workers == 0:
@@ -82,10 +88,16 @@ def prepared_scans(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _prepared(record: ScanRecord, number: str, transform: InputTransform, *, shared: bool) -> PreparedScan | ScanError:
+def _prepared(
+    record: ScanRecord, number: str, transform: InputTransform, stage: Stage | None, *, shared: bool
+) -> PreparedScan | ScanError:
     name = record.name or number
+
+    def read(record: ScanRecord) -> Volume:
+        return transform.volume(record.image, record.mask)
+
     try:
-        volume = transform.volume(record.image, record.mask)
+        volume = read(record) if stage is None else stage.read(record, read)
         return PreparedScan(name, transform.tensor(volume), volume.mask, volume.affine, shared)
     except ScanError as error:
         return error

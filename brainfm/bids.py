@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from brainfm.errors import MissingExtraError
-from brainfm.paths import is_folder, is_image, leads_nowhere, walk_folder
+from brainfm.paths import is_folder, is_image, leads_nowhere, walk_texts
 
 # What BIDS calls an acquisition by; entities of derivatives (space, res, desc, …) are named where they differ alone.
 ACQUISITION = ("ses", "sample", "task", "acq", "ce", "rec", "dir", "run", "echo", "flip", "inv", "mt", "part", "proc")
@@ -25,14 +25,14 @@ _AFTER_LABEL = re.compile(rf"_(?=[A-Za-z0-9]+-)|_{_SUFFIX}$")
 _ENDING = re.compile(r"(?i)\.(nii|mgz|mgh|dcm)(\.\w+)?$")
 
 
-def bids_ids(path: Path) -> tuple[str, str]:
+def bids_ids(path: str | os.PathLike[str]) -> tuple[str, str]:
     """Patient and scan of a file's name, or of the folders right above it; empty without any."""
     names = _names_of(path)
     found = _entities_in(names)
     return _patient(names), "_".join(f"{key}-{found[key]}" for key in ACQUISITION if key in found)
 
 
-def entities(path: Path) -> dict[str, str]:
+def entities(path: str | os.PathLike[str]) -> dict[str, str]:
     """The BIDS entities of a file, without the patient, and its suffix; what its name says goes before its folders."""
     return _entities_in(_names_of(path))
 
@@ -52,13 +52,14 @@ def stem(path: Path) -> str:
     return _ENDING.sub("", path.name)
 
 
-def _names_of(path: Path) -> list[str]:
+def _names_of(path: str | os.PathLike[str]) -> list[str]:
     """A file's name without its ending, and those of the folders that may say whose it is.
 
     Only `anat` and `ses-…` may stand between a file and its `sub-…` folder: a folder further up is no patient.
     """
-    names = [stem(path)]
-    for folder in reversed(path.parts[:-1]):
+    *folders, file = os.fspath(path).split(os.sep)  # noqa: PTH206 - here and below no Path, for there are many
+    names = [_ENDING.sub("", file)]
+    for folder in reversed(folders):
         names.append(folder)
         if folder != "anat" and not folder.startswith("ses-"):
             break
@@ -101,6 +102,12 @@ class Rightly(str):
     __slots__ = ()
 
 
+class Piece(Rightly):
+    """Of a piece of an image, where a whole one of the same visit is there; where there is none, a scan is missing."""
+
+    __slots__ = ()
+
+
 def wrongly(left_out: Mapping[str, str]) -> dict[str, str]:
     """Of what is left out, and why, that of which something is wrong: it cannot be read, or may be a scan."""
     return {path: why for path, why in left_out.items() if not isinstance(why, Rightly)}
@@ -111,20 +118,25 @@ class BidsImage:
     """An image of a data set.
 
     Attributes:
-        path: Its file.
+        file: Where it is, as text: a `Path` takes five times the memory, and images are many.
         entities: By the short names of the standard (`sub`, `ses`, `acq`, …), as written, with `suffix`, `datatype` and
             `ext`.
         ignored: Whether the data set's `.bidsignore` names it.
     """
 
-    path: Path
+    file: str
     entities: dict[str, str]
     ignored: bool = False
 
     @property
+    def path(self) -> Path:
+        """Its file."""
+        return Path(self.file)
+
+    @property
     def ids(self) -> tuple[str, str]:
         """Patient and scan, as `bids_ids` has them of the file alone: a scan is called the same however it is named."""
-        return bids_ids(self.path)
+        return bids_ids(self.file)
 
     @property
     def template(self) -> str:
@@ -140,15 +152,15 @@ class BidsDataset:
     Attributes:
         root: The data set's folder.
         images: In the order of their paths.
-        files: All files of the subjects.
-        subjects: Their folders.
+        files: All files of the subjects, as text.
+        subjects: The names of their folders.
         left_out: What cannot be read, and why.
     """
 
     root: Path
     images: list[BidsImage]
-    files: list[Path]
-    subjects: list[Path]
+    files: list[str]
+    subjects: list[str]
     left_out: dict[str, str]
 
     def of_contrast(self, contrast: str = "T1w") -> tuple[list[BidsImage], dict[str, str]]:
@@ -161,13 +173,17 @@ class BidsDataset:
             if image.entities.get("suffix") != SUFFIXES[contrast]:
                 continue
             if why := self._misplaced(image) or _why_not(image, contrast):
-                left_out[str(image.path)] = why
+                left_out[image.file] = why
             elif contrast != "T1c" or "ce" in image.entities:
                 taken.append(image)
-        named = {self.subject_of(image.path) for image in taken} | {self.subject_of(path) for path in left_out}
-        others: dict[str, set[str]] = {path.name: set() for path in self.subjects if path.name not in named}
+        visits = {self._visit_of(image.file) for image in taken}
+        for path, why in left_out.items():
+            if isinstance(why, Piece) and self._visit_of(path) not in visits:
+                left_out[path] = str(why)  # a scan that was asked for, and is not there
+        named = {self.subject_of(image.file) for image in taken} | {self.subject_of(path) for path in left_out}
+        others: dict[str, set[str]] = {name: set() for name in self.subjects if name not in named}
         for image in self.images if others else ():
-            if image.entities["datatype"] == "anat" and (subject := self.subject_of(image.path)) in others:
+            if image.entities["datatype"] == "anat" and (subject := self.subject_of(image.file)) in others:
                 others[subject].add(image.entities.get("suffix", "images without a suffix"))
         for subject, suffixes in others.items():
             has = f", but {', '.join(sorted(suffixes))}" if suffixes else ""
@@ -176,20 +192,24 @@ class BidsDataset:
 
     def _misplaced(self, image: BidsImage) -> str:
         """Why an image is not where the standard has those of `anat`; "" where it is."""
-        owner, *folders, _ = self._inner(image.path)
+        owner, *folders, name = self._inner(image.file)
         if (folders[1:] if folders[:1] and folders[0].startswith("ses-") else folders) != ["anat"]:
             return f"in {'/'.join([owner, *folders])}, and not in anat"
-        if not f"{image.path.name}_".startswith(f"{owner}_"):
+        if not f"{name}_".startswith(f"{owner}_"):
             return f"in the folder of {owner}, but its name does not say so: whose is it?"
         return ""
 
-    def subject_of(self, path: Path | str) -> str:
+    def subject_of(self, path: str) -> str:
         """The name of the subject's folder that a path within the data set is of."""
-        return self._inner(path)[0]
+        return path[self._start :].partition(os.sep)[0]
 
-    def _inner(self, path: Path | str) -> list[str]:
+    def _visit_of(self, path: str) -> str:
+        """The folder above `anat` that an image is in: the subject's, or the session's."""
+        return path[: -len("/anat/") - len(path.rpartition(os.sep)[2])]
+
+    def _inner(self, path: str) -> list[str]:
         """The parts of a path within the data set."""
-        return os.fspath(path)[self._start :].split(os.sep)  # noqa: PTH206 - not Path.parts, for there are many
+        return path[self._start :].split(os.sep)  # noqa: PTH206 - not Path.parts, for there are many
 
     @cached_property
     def _start(self) -> int:
@@ -212,29 +232,35 @@ def is_bids(folder: Path) -> bool:
 def read_bids(folder: Path) -> BidsDataset:
     """The images of a data set's subjects, by `bids2table`'s reading of their names.
 
-    The folders are gone through as everywhere (`walk_folder`): bids2table's own index follows a link that leads back
+    The folders are gone through as everywhere (`walk_texts`): bids2table's own index follows a link that leads back
     without end, passes over in silence what it cannot read, and knows no `.bidsignore`.
 
     Raises:
         MissingExtraError: bids2table is not installed. A guess from the names would list other scans than it does.
     """
     parse = _bids2table().parse_bids_entities
+    parsed: dict[str, dict[str, str]] = {}  # by all but the subject: subjects are many, and what they have is alike
     start = _start_of_inner(folder)
     with os.scandir(folder) as entries:
         named = [entry for entry in entries if entry.name.startswith("sub-")]
     gone = {str(folder / each.name): "a link that leads nowhere" for each in named if leads_nowhere(each)}
-    subjects = sorted((each.is_symlink(), each.name) for each in named if is_folder(each))
-    # What a link leads to again is there already.
-    files, folders, closed = walk_folder(*(folder / name for _, name in subjects))
-    left_out = gone | closed
+    files, folders, closed = walk_texts(*sorted(filter(is_folder, named), key=lambda each: each.name))
     is_ignored = _ignored(folder)
     images = []
     for path in filter(is_image, files):
-        inner = os.fspath(path)[start:]
-        # A folder such as sub-002_S_0295 is none of the standard's, and what is in it has no datatype there.
-        found = {"datatype": path.parent.name} | parse(inner)
-        images.append(BidsImage(path, found, is_ignored(inner.replace(os.sep, "/"))))
-    return BidsDataset(folder, images, files, [place for place in folders if place.parent == folder], left_out)
+        inner = path[start:].replace(os.sep, "/")
+        owner, _, rest = inner.partition("/")
+        label = owner[4:]
+        standard = label.isalnum() and label.isascii()
+        kind = rest.replace(f"/{owner}_", "/sub-_", 1) if standard else inner
+        found = parsed.get(kind)
+        if found is None:
+            # A folder such as sub-002_S_0295 is none of the standard's, and what is in it has no datatype there.
+            found = parsed[kind] = {"datatype": inner.split("/")[-2]} | parse(inner)
+        own = {"sub": label} if standard and kind != rest else {}
+        images.append(BidsImage(path, found | own, is_ignored(inner)))
+    kept = [place[start:] for place in folders if os.sep not in place[start:]]
+    return BidsDataset(folder, images, files, kept, gone | closed)
 
 
 def _start_of_inner(root: Path) -> int:
@@ -249,10 +275,11 @@ def _why_not(image: BidsImage, contrast: str) -> str:
         return Rightly("named in .bidsignore")
     if found.get("part", "mag") != "mag":
         return Rightly(f"part-{found['part']}: no magnitude image")
-    if "chunk" in found:
-        return Rightly(f"chunk-{found['chunk']}: a piece of an image; join the pieces, and name the whole")
     if contrast == "T1w" and "ce" in found:
         return Rightly(f"ce-{found['ce']}: after contrast agent, no plain T1w; name the file itself to take it as one")
+    if "chunk" in found:
+        kind = Piece if contrast != "T1c" or "ce" in found else Rightly
+        return kind(f"chunk-{found['chunk']}: a piece of an image; join the pieces, and name the whole")
     foreign = _entities_foreign_to(found["suffix"])
     if wrong := [f"{name}-{found[name]}" for name in found if name in foreign]:
         return f"{' and '.join(wrong)}: an image called {found['suffix']} has no such entity in BIDS; what is it?"

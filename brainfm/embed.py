@@ -31,6 +31,7 @@ from brainfm.parts import About, Parts, Vectors
 from brainfm.readout import Reader
 from brainfm.report import Run, current, reporting
 from brainfm.shards import Shard
+from brainfm.stage import SIZE_GB, Stage
 from brainfm.system import expanded, give_back_memory, joined, launched, own_cores
 from brainfm.table import FORMATS, Embeddings, Origin, check_folder, check_output, files_of, write
 from brainfm.transforms import check_channels, create_transform
@@ -56,6 +57,7 @@ class Options:
     strict_qc: bool = False
     progress: bool = False
     shard: Shard | None = None
+    stage: Stage | None = None
     optimised: bool = True  # or by the network itself, whose numbers are those of model(tensor)
 
     def __post_init__(self) -> None:
@@ -84,6 +86,8 @@ class _Keywords(TypedDict, total=False):
     on_error: Literal["skip", "raise"]
     strict_qc: bool
     shard: Shard | str | None
+    stage: str | os.PathLike[str] | None
+    stage_size: float
     progress: bool
 
 
@@ -110,6 +114,8 @@ def embed(
     on_error: Literal["skip", "raise"] = "skip",
     strict_qc: bool = False,
     shard: Shard | str | None = None,
+    stage: str | os.PathLike[str] | None = None,
+    stage_size: float = SIZE_GB,
     progress: bool = False,
 ) -> Embeddings | list[Embeddings]:
     """Embed every scan of a list, each prepared as the model's input contract says and read out as its readout says.
@@ -148,6 +154,8 @@ def embed(
         strict_qc: Refuse scans that `brainfm prep` judged to have failed and nobody accepted by `brainfm qc`, and those
             that somebody rejected; without it, the column `qc` says so.
         shard: Which part of the scans to embed, such as "3/8", the third of eight.
+        stage: A folder on a local disk for copies of scans that lie on a network's, made ahead (`brainfm.stage`).
+        stage_size: The most that it holds, in GB.
         progress: Show a progress bar.
 
     Returns:
@@ -167,7 +175,8 @@ def embed(
         (1, 128)
     """
     part = Shard.of(shard) if isinstance(shard, str) else shard
-    options = Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress, part)
+    local = None if stage is None else Stage(stage, stage_size)
+    options = Options(batch_size, device, dtype, num_workers, dense_dtype, on_error, strict_qc, progress, part, local)
     told = {"output": None if output is None else str(output), "dtype": str(dtype), "device": str(device)}
     with reporting(report, "embed", told, (), told["output"]) if report is not None else nullcontext() as run:
         tables = embed_files(scans, model, options, output=output, dense=dense, run=run, in_memory=True)
@@ -336,7 +345,7 @@ def _embed(records: Listing, jobs: Sequence[_Job], options: Options, in_memory: 
     size, workers = options.batch_size, options.num_workers
     most = size if size != "auto" else MOST_SCANS if place.type == "cuda" else 1
     ahead = workers + max(1, most // len(runs))  # about as many tensors wait for many encoders as for one
-    prepared = prepared_scans(records, wanted, [run.transform for run in runs], workers, ahead)
+    prepared = prepared_scans(records, wanted, [run.transform for run in runs], workers, ahead, options.stage)
     total, left = len(runs[0].scans) * len(runs), sum(n in run for run in runs for n in run.scans)
     shown, unit = options.progress and launched().rank == 0, "scan" if len(runs) == 1 else "embedding"
     bar = progress_bar(total=total, unit=unit, doing="embedding", shown=shown, done=total - left)

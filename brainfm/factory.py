@@ -71,15 +71,15 @@ def create_model(
         pretrained_cfg: Another cfg: a tag of the architecture, a `PretrainedCfg`, or its fields.
         pretrained_cfg_overlay: Fields of the cfg to replace, such as {"file": "mine.safetensors"} or {"sha256": None}.
         checkpoint_path: A weight file to load instead of the published ones.
-        cache_dir: Where fetched weights are kept; by default the Hub's cache, and `$BRAINFM_CACHE` for URLs.
+        cache_dir: The folder where fetched weights are kept; by default the Hub's cache, and `$BRAINFM_CACHE` for URLs.
         accept_licence: Accept the licence of weights that ask for it, once: it is kept in the cache.
         num_classes: Outputs of a new classifier; 0 gives the embedding.
         in_chans: Input channels; pretrained weights are summed or repeated to fit, by timm's rule. None is what the
             cfg says: 1 for every model of this package.
         global_pool: How features become a vector; "avg" for ResNets; "token", "avg" or "fc_norm" for ViTs. None is what
             the model was saved with, else the family's first.
-        drop_rate: Dropout before the classifier, in training.
-        drop_path_rate: Stochastic depth, in training; of ViTs.
+        drop_rate: The probability of dropout before the classifier, in training.
+        drop_path_rate: Stochastic depth, in training: the probability that the last block is skipped; of ViTs.
         features_only: Build a backbone that gives a list of feature maps instead, see `brainfm.models.FeatureMaps`.
         out_indices: Which maps: stages of `feature_info` (negative counts from the end), the last n, or None for all.
         **kwargs: Passed to the constructor, such as `img_size` for a ViT; with `adapter_reduction` the encoder has

@@ -13,10 +13,12 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -245,10 +247,27 @@ def file_state(path: str | os.PathLike[str]) -> list[Any]:
     The folder of a prepared scan changes with its `prep.json`, which is written last. Raises OSError where there is
     none.
     """
-    path = Path(path)
-    record = path / "prep.json"
-    stat = (record if record.is_file() else path).stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    return [_resolved(os.path.abspath(path)), *size_and_time(path)]  # noqa: PTH100 - no Path here: there are many files
+
+
+def size_and_time(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Bytes and time of the last change of a file, as of `file_state`: of most files the disk is asked once."""
+    found = os.stat(path)  # noqa: PTH116
+    if stat.S_ISDIR(found.st_mode):
+        record = os.path.join(path, "prep.json")  # noqa: PTH118
+        found = os.stat(record) if os.path.isfile(record) else found  # noqa: PTH113, PTH116
+    return found.st_size, found.st_mtime_ns
+
+
+def _resolved(path: str) -> str:
+    """An absolute path without links; that of a folder is found once for all files in it."""
+    folder, name = os.path.split(path)
+    if not name or os.path.islink(path):  # noqa: PTH114
+        return os.path.realpath(path)
+    return os.path.join(_real_folder(folder), name)  # noqa: PTH118
+
+
+_real_folder = lru_cache(1024)(os.path.realpath)
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

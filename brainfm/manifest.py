@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from brainfm.bids import ACQUISITION, BidsDataset, BidsImage, bids_ids, entities, is_bids, read_bids, stem
 from brainfm.errors import ScanError
-from brainfm.paths import is_image, on_disk, path_of, printable, unprinted, walk_folder
+from brainfm.paths import is_image, on_disk, path_text, printable, unprinted, walk_texts
 from brainfm.scan import ImageLike, ScanLike
 from brainfm.scan.kinds import is_dicom
 from brainfm.scan.layout import BRAIN, HEAD, RECORD, TURBOPREP_IMAGE, TURBOPREP_MASK, is_prepared
@@ -42,7 +42,8 @@ _OWN = ("image_path", "mask_path", "patient_id", "scan_id")
 # What else a column of patients, or of scans, is called, by its letters; the first that is there is taken.
 _PATIENT_COLUMNS = ("participantid", "subjectid", "subject", "sub", "srcsubjectid", "ptid", "eid", "rid")
 _SCAN_COLUMNS = ("sessionid", "session", "ses")
-_FORM = ("suffix", "ext")  # of a file, among what BIDS names have
+_OF_PREPARED = (RECORD, HEAD, TURBOPREP_IMAGE)
+_THEIR_OWN = ("desc", "suffix", "ext")  # of what BIDS names have, not what an image and its mask have in common
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +114,8 @@ class ScanRecord:
         `flair_path`. A channel whose field is empty is missing. Raises ScanError as `path_of` does.
         """
 
-        def path(text: str) -> str | Path:
-            return unprinted(text) if folder is None else path_of(text, folder)
+        def path(text: str) -> str:
+            return unprinted(text) if folder is None else path_text(text, folder)
 
         values = dict(row)
         mask, patient, scan = (values.pop(name, "") for name in ("mask_path", "patient_id", "scan_id"))
@@ -440,8 +441,9 @@ def _from_folder(folder: Path) -> Listing:
         dataset = read_bids(folder)
         if not _prepared_scans(dataset.files):
             return bids_scans(dataset)
-    files, _, left_out = walk_folder(folder)
-    prepared = _prepared_scans(files)
+    texts, _, left_out = walk_texts(folder)
+    prepared = _prepared_scans(texts)
+    files = list(map(Path, texts))
     if not prepared:
         _refuse_folder(folder, files, left_out)
     records = [_prepared_record(scan, image, folder) for scan, image in prepared.items()]
@@ -463,11 +465,11 @@ def bids_scans(dataset: BidsDataset) -> Listing:
         (in_mni if image.template.startswith("MNI152") else others).append(image)
     if not in_mni:
         _refuse_bids(dataset, images, left_out)
-    masks = {_same_scan(image): image.path for image in dataset.images if _is_brain_mask(image)}
-    records = [ScanRecord(image.path, masks.get(_same_scan(image)), *image.ids) for image in _finest(in_mni)]
-    elsewhere = {image.path.parent for image in others}
-    elsewhere -= {image.path.parent for image in in_mni} if others else set()
-    left_out |= {str(place): "no T1w image in MNI152 space in it" for place in sorted(elsewhere)}
+    masks = {_same_scan(image.entities): image.file for image in dataset.images if _is_brain_mask(image)}
+    records = [ScanRecord(image.file, masks.get(same), *image.ids) for image, same in _finest(in_mni)]
+    if others:
+        elsewhere = {image.path.parent for image in others} - {image.path.parent for image in in_mni}
+        left_out |= {str(place): "no T1w image in MNI152 space in it" for place in sorted(elsewhere)}
     return _listed(dataset.root, records, left_out)
 
 
@@ -493,28 +495,32 @@ def _refuse_bids(dataset: BidsDataset, images: Sequence[BidsImage], left_out: Ma
 
 def _refuse_folder(folder: Path, files: Sequence[Path], left_out: Mapping[str, str]) -> NoReturn:
     closed = "".join(f"; {place} {why}" for place, why in [*left_out.items()][:1])
+    prepare = f"prepare scans that come from the scanner by 'brainfm prep {folder} -o prep/'"
     if any(is_dicom(path) for path in files[:3]):
-        raise ScanError(f"{folder}: a folder of DICOM files; convert them first, for example with dcm2niix{closed}")
+        raise ScanError(f"{folder}: a folder of DICOM files; {prepare}, and give that folder{closed}")
     images = [path for path in files if is_image(path)]
     if images:
         raise ScanError(
             f"{folder}: neither prepared scans ({RECORD}, or TurboPrep's {TURBOPREP_IMAGE}) nor a BIDS data set (no "
-            f"sub-*/anat); name its {len(images)} image files one by one, or list them in a manifest{closed}"
+            f"sub-*/anat); {prepare}; of prepared ones name its {len(images)} image files one by one, or list them in "
+            f"a manifest{closed}"
         )
     raise ScanError(f"{folder}: no scans in this folder{closed}")
 
 
-def _prepared_scans(files: Sequence[Path]) -> dict[Path, Path]:
+def _prepared_scans(files: Sequence[str]) -> dict[Path, Path]:
     """The folders of prepared scans among a folder's files, and what is read of each: itself, or TurboPrep's image."""
-    names: dict[Path, set[str]] = {}
+    names: dict[str, set[str]] = {}
     for path in files:
-        if path.name in (RECORD, HEAD, TURBOPREP_IMAGE):
-            names.setdefault(path.parent, set()).add(path.name)
-    whole = {folder: folder for folder, found in names.items() if {RECORD, HEAD} <= found}
+        if path.endswith(_OF_PREPARED):
+            folder, name = os.path.split(path)
+            names.setdefault(folder, set()).add(name)
+    found = {Path(folder): their for folder, their in names.items()}
+    whole = {folder: folder for folder, their in found.items() if {RECORD, HEAD} <= their}
     return whole | {
         folder: folder / TURBOPREP_IMAGE
-        for folder, found in names.items()
-        if folder not in whole and TURBOPREP_IMAGE in found
+        for folder, their in found.items()
+        if folder not in whole and TURBOPREP_IMAGE in their
     }
 
 
@@ -527,23 +533,27 @@ def _prepared_record(scan: Path, image: Path, folder: Path) -> ScanRecord:
     return ScanRecord(image, mask if image != scan and mask.exists() else None, patient, ses)
 
 
-def _same_scan(image: BidsImage, *but: str) -> frozenset[tuple[str, str]]:
+def _same_scan(entities: Mapping[str, str]) -> frozenset[tuple[str, str]]:
     """What an image and its mask have in common."""
-    their_own = ("desc", *_FORM, *but)
-    return frozenset(entity for entity in image.entities.items() if entity[0] not in their_own)
+    return frozenset([entity for entity in entities.items() if entity[0] not in _THEIR_OWN])
 
 
 def _is_brain_mask(image: BidsImage) -> bool:
-    return (image.entities.get("suffix"), image.entities.get("desc")) == ("mask", "brain")
+    return image.entities.get("suffix") == "mask" and image.entities.get("desc") == "brain"
 
 
-def _finest(images: Sequence[BidsImage]) -> list[BidsImage]:
-    """One image a scan and space, in their order: the smallest `res-` where there are several."""
-    best: dict[Any, BidsImage] = {}
-    for image in sorted(images, key=_resolution):
-        best.setdefault((image.entities.get("desc"), _same_scan(image, "res")), image)
-    chosen = set(map(id, best.values()))
-    return [image for image in images if id(image) in chosen]
+def _finest(images: Sequence[BidsImage]) -> Iterator[tuple[BidsImage, frozenset[tuple[str, str]]]]:
+    """One image a scan and space, in their order, and what it has in common with its mask.
+
+    The one with the smallest `res-` where there are several.
+    """
+    same = [_same_scan(image.entities) for image in images]
+    best: dict[Any, int] = {}
+    for n in sorted(range(len(images)), key=lambda n: _resolution(images[n])):
+        found = images[n].entities
+        but_res = same[n] - {("res", found["res"])} if "res" in found else same[n]
+        best.setdefault((found.get("desc"), but_res), n)
+    return ((images[n], same[n]) for n in sorted(best.values()))
 
 
 def _resolution(image: BidsImage) -> int:

@@ -1,8 +1,9 @@
 """Rows of a table as they are finished: what an interrupted run goes on from, and what shards leave to be merged.
 
-A part is a file of some hundred rows, Parquet or, without pyarrow, .npz: the text columns of a table, the vectors, of
-each row which scan it is of and its number in the list, or why the scan failed. Any number of processes write parts to
-one folder without knowing of each other; a scan that two of them did is taken once.
+A part is a file of some hundred rows, an .npz: the text columns of a table, the vectors, of each row which scan it is
+of and its number in the list, or why the scan failed. (Not Parquet: pyarrow imports pandas to write it, which takes a
+seventh of the time of embedding one small scan.) Any number of processes write parts to one folder without knowing of
+each other; a scan that two of them did is taken once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ logger = logging.getLogger("brainfm")
 ROWS = 256  # of a part
 SECONDS = 1.0  # of work that a killed process loses, at most; of scans that take longer, none
 _SCAN, _NUMBER, _ERROR = "brainfm_scan", "brainfm_number", "brainfm_error"
-_ABOUT = "brainfm_part"  # in Parquet's metadata and in an .npz
+_ABOUT = "brainfm_part"
 _OPEN = 16  # parts whose vectors are kept in memory while a table is written
 
 Place = tuple[int, int]  # of a row: its part, and its number among the vectors there
@@ -57,6 +58,19 @@ class About(Checked):
     shard: str = "1/1"
 
 
+class Row(NamedTuple):
+    """What is kept of a scan: its number in the list, and its vector, or why it failed.
+
+    `key` is `scan_key` of it as it was then: a part is written again and again, and its files are asked once.
+    """
+
+    number: int
+    record: ScanRecord
+    vector: NDArray[np.float32] | None
+    error: str
+    key: str
+
+
 class Parts:
     """A folder of parts that one process adds to.
 
@@ -70,7 +84,7 @@ class Parts:
         self.folder, self._about, self._numbers = folder, about, numbers
         self._files: list[Path] = []
         self._places = np.full((len(numbers), 2), -1, dtype=np.int32)
-        self._rows: list[tuple[int, ScanRecord, NDArray[np.float32] | None, str]] = []  # of the part that is filled
+        self._rows: list[Row] = []  # of the part that is filled
         self._token, self._count, self._written = secrets.token_hex(4), 0, time.monotonic()
 
     def resume(self, records: Iterable[tuple[int, ScanRecord]], *, alone: bool = False) -> None:
@@ -112,15 +126,15 @@ class Parts:
 
     def add(self, n: int, record: ScanRecord, vector: NDArray[np.float32]) -> None:
         """Keep a scan's vector."""
-        place = (len(self._files), sum(row[2] is not None for row in self._rows))
+        place = (len(self._files), sum(row.vector is not None for row in self._rows))
         self._places[self._numbers.index(n)] = place
-        self._put((n, record, vector, ""))
+        self._put(Row(n, record, vector, "", scan_key(record)))
 
     def fail(self, n: int, record: ScanRecord, reason: str) -> None:
         """Keep why a scan failed; a run that goes on tries it again."""
-        self._put((n, record, None, reason))
+        self._put(Row(n, record, None, reason, scan_key(record)))
 
-    def _put(self, row: tuple[int, ScanRecord, NDArray[np.float32] | None, str]) -> None:
+    def _put(self, row: Row) -> None:
         self._rows.append(row)
         if len(self._rows) >= ROWS:
             self.flush()
@@ -132,7 +146,7 @@ class Parts:
     @property
     def _path(self) -> Path:
         shard = self._about.shard.replace("/", "-of-")
-        return self.folder / f"{shard}-{self._token}-{self._count:05}{_ending()}"
+        return self.folder / f"{shard}-{self._token}-{self._count:05}.npz"
 
     def flush(self) -> None:
         """Write the rows that are in memory alone."""
@@ -145,7 +159,7 @@ class Parts:
         """The numbers of the scans that came, and their vectors; no more may come then."""
         there = np.flatnonzero(self._places[:, 0] >= 0)
         numbers = self._numbers.start + self._numbers.step * there
-        last = [vector for _, _, vector, _ in self._rows if vector is not None]
+        last = [row.vector for row in self._rows if row.vector is not None]
         return numbers, Vectors([*self._files, self._path], self._places[there], np.array(last, dtype=np.float32))
 
     def remove(self) -> None:
@@ -297,76 +311,40 @@ class Part:
 
 def list_parts(folder: Path) -> list[Path]:
     """The parts in a folder, in the order of their names."""
-    named = re.compile(r"\d+-of-\d+-[0-9a-f]{8}-\d+\.(parquet|npz)")
+    named = re.compile(r"\d+-of-\d+-[0-9a-f]{8}-\d+\.npz")
     return sorted(path for path in folder.iterdir() if named.fullmatch(path.name)) if folder.is_dir() else []
 
 
-def write_part(
-    path: Path, about: About, rows: Sequence[tuple[int, ScanRecord, NDArray[np.float32] | None, str]]
-) -> None:
-    """Write rows (number, scan, vector or None, error) as a part, atomically."""
-    texts = text_columns([record for _, record, _, _ in rows])
-    texts |= {_SCAN: [scan_key(record) for _, record, _, _ in rows], _ERROR: [error for *_, error in rows]}
-    numbers = [n for n, *_ in rows]
-    vectors = [vector for *_, vector, _ in rows]
+def write_part(path: Path, about: About, rows: Sequence[Row]) -> None:
+    """Write rows as a part, atomically."""
+    texts = text_columns([row.record for row in rows])
+    texts |= {_SCAN: [row.key for row in rows], _ERROR: [row.error for row in rows]}
+    numbers = [row.number for row in rows]
+    vectors = [row.vector for row in rows]
     said = json.dumps(about.to_dict())
     with atomic_path(path) as temporary:
-        if path.suffix == ".npz":
-            arrays: dict[str, Any] = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
-            there = [vector for vector in vectors if vector is not None]
-            arrays |= {_ABOUT: np.array(said), _NUMBER: np.array(numbers, dtype=np.int64)}
-            with temporary.open("wb") as file:
-                np.savez(file, embeddings=np.array(there, dtype=np.float32).reshape(len(there), -1), **arrays)
-            return
-        import pyarrow
-        from pyarrow import parquet
-
-        columns = {name: pyarrow.array(values, pyarrow.string()) for name, values in texts.items()}
-        columns[_NUMBER] = pyarrow.array(numbers, pyarrow.int64())
-        columns["embeddings"] = pyarrow.array(vectors, pyarrow.list_(pyarrow.float32()))
-        made = pyarrow.table(columns).replace_schema_metadata({_ABOUT: said})
-        parquet.write_table(made, temporary, compression="none", write_page_checksum=True)
+        arrays: dict[str, Any] = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
+        there = [vector for vector in vectors if vector is not None]
+        arrays |= {_ABOUT: np.array(said), _NUMBER: np.array(numbers, dtype=np.int64)}
+        with temporary.open("wb") as file:
+            np.savez(file, embeddings=np.array(there, dtype=np.float32).reshape(len(there), -1), **arrays)
 
 
 def read_part(path: Path, *, texts: bool = True, vectors: bool = True) -> Part:
     """A part, or of it only what says which rows it holds. Raises BrainfmError where it is none, or damaged."""
     try:
-        if path.suffix == ".npz":
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                about = str(arrays[_ABOUT])
-                names = [name for name in arrays.files if name not in (_ABOUT, _NUMBER, "embeddings")]
-                columns = {name: arrays[name].tolist() for name in names if texts or name in (_SCAN, _ERROR)}
-                numbers = arrays[_NUMBER].tolist()
-                found = arrays["embeddings"] if vectors else np.empty((0, 0), np.float32)
-        else:
-            from pyarrow import parquet
-
-            with parquet.ParquetFile(path, page_checksum_verification=True) as opened:
-                about = (opened.schema_arrow.metadata or {})[_ABOUT.encode()].decode()
-                wanted = opened.schema_arrow.names if texts else [_SCAN, _NUMBER, _ERROR]
-                wanted = [name for name in wanted if name != "embeddings"] + (["embeddings"] if vectors else [])
-                read = opened.read(wanted)
-            numbers = read[_NUMBER].to_pylist()
-            columns = {
-                name: read[name].to_pylist() for name in read.column_names if name not in (_NUMBER, "embeddings")
-            }
-            found = np.empty((0, 0), np.float32)
-            if vectors:
-                there = len(read) - read["embeddings"].null_count
-                found = read["embeddings"].combine_chunks().drop_null().flatten().to_numpy(zero_copy_only=False)
-                found = found.reshape(there, -1) if there else np.empty((0, 0), np.float32)
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            about = str(arrays[_ABOUT])
+            names = [name for name in arrays.files if name not in (_ABOUT, _NUMBER, "embeddings")]
+            columns = {name: arrays[name].tolist() for name in names if texts or name in (_SCAN, _ERROR)}
+            numbers = arrays[_NUMBER].tolist()
+            found = arrays["embeddings"] if vectors else np.empty((0, 0), np.float32)
         scans, errors = columns.pop(_SCAN), columns.pop(_ERROR)
         return Part(About.from_dict(json.loads(about)), scans, numbers, errors, columns, found)
     except Exception as error:  # each reader has its own ways to say that a file is damaged
         raise BrainfmError(
             f"{path}: not a part of a table, or a damaged one ({one_line(error)}); delete it, and run its shard again"
         ) from error
-
-
-def _ending() -> str:
-    from importlib.util import find_spec
-
-    return ".parquet" if find_spec("pyarrow") else ".npz"
 
 
 # --- Which scan -----------------------------------------------------------------------------------
@@ -384,8 +362,11 @@ def scan_identity(record: ScanRecord) -> str | None:
     for channel, item in (*sorted(record.images.items()), ("mask", record.mask)):
         if item is None:
             parts.append([channel])
-        elif isinstance(item, str | os.PathLike) and Path(item).exists():
-            parts.append([channel, *file_state(item)])
+        elif isinstance(item, str | os.PathLike):
+            try:
+                parts.append([channel, *file_state(item)])
+            except (OSError, ValueError):  # ValueError: a null character in the name
+                return None
         else:
             return None
     return json.dumps(parts)

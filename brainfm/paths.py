@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -15,6 +16,7 @@ from brainfm.errors import ScanError
 
 _IMAGES = (".nii", ".nii.gz", ".nii.bz2", ".nii.xz", ".nii.zst", ".mgz", ".mgh")  # in any case
 _PLAIN = re.compile(r"[\w./][\w ./+=-]*", re.ASCII)  # of a path: nothing that may mean something else; most are so
+_NOT_AS_PATH = re.compile(r"//|(^|/)\.(/|$)|/$")  # what `Path` takes out of a text
 _PASSED_OVER = ("__MACOSX", "@eaDir", "lost+found")  # folders of systems, beside those that begin with a dot
 
 
@@ -37,6 +39,14 @@ def path_of(text: str, folder: Path) -> Path:
     """
     text = text if _PLAIN.fullmatch(text) else _as_meant(text)
     return on_disk(folder / text)
+
+
+def path_text(text: str, folder: Path) -> str:
+    """The same as text. A plain one, such as most are, is not made a `Path` on the way: tables have many."""
+    start = os.fspath(folder)
+    if os.name == "nt" or not start.isascii() or not _PLAIN.fullmatch(text) or _NOT_AS_PATH.search(text):
+        return str(path_of(text, folder))
+    return text if text[0] == "/" or start == "." else os.path.join(start, text)  # noqa: PTH118
 
 
 def _as_meant(text: str) -> str:
@@ -78,55 +88,85 @@ def _spellings(name: str) -> Iterator[str]:
             yield os.fsdecode(name.encode(encoding))
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: str | os.PathLike[str]) -> bool:
     """Whether a file is an image, by its ending."""
-    return path.name.lower().endswith(_IMAGES)
+    return os.fspath(path).lower().endswith(_IMAGES)
 
 
 def walk_folder(*tops: Path) -> tuple[list[Path], list[Path], dict[str, str]]:
-    """The files and folders below one or more folders, in order, and why which of them cannot be read.
+    """As `walk_texts`, with a `Path` for each file and folder."""
+    files, folders, closed = walk_texts(*tops)
+    return list(map(Path, files)), list(map(Path, folders)), closed
+
+
+def walk_texts(*tops: Path | os.DirEntry[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """The files and folders below one or more folders, in the order of `Path`, and why which of them cannot be read.
 
     Links to folders are followed after all else, so that what a link leads to twice, or back to, is there once. What
     systems keep for themselves is passed over: `._…`, `.DS_Store`, `.git`, `.Trashes` and all that begins with a dot,
     `__MACOSX`, `@eaDir`. The link of an image that is not there is one of the files.
+
+    Of the disk each folder is asked once, for its entries, as long as there are no links: scans are many. No folder of
+    `tops` may lie in another.
     """
     files: list[str] = []
     folders: list[str] = []
     closed: dict[str, str] = {}
-    seen: set[tuple[int, int]] = set()
-    places = [os.fspath(top) for top in tops]
-    for top in places:  # which grows
+    links: list[str] = []
+
+    def walk(top: str, seen: set[tuple[int, int]] | None) -> None:
         inner = [top]
         while inner:
             place = inner.pop()
             try:
-                state = os.stat(place)  # noqa: PTH116 - here and below no Path, for there are many
-                if (state.st_dev, state.st_ino) in seen:
-                    continue
+                if seen is not None:
+                    if (identity := _identity(place)) in seen:
+                        continue
+                    seen.add(identity)
                 with os.scandir(place) as entries:
-                    found = sorted(entries, key=lambda entry: entry.name)
+                    found = sorted(entries, key=_NAME)
             except OSError as error:
                 closed[str(error.filename)] = f"cannot be read: {error.strerror}"
                 continue
-            seen.add((state.st_dev, state.st_ino))
             folders.append(place)
-            found = [entry for entry in found if not entry.name.startswith(".")]
-            below = [each for each in found if is_folder(each) and each.name not in _PASSED_OVER]
-            places += [each.path for each in below if each.is_symlink()]
-            inner += [each.path for each in reversed(below) if not each.is_symlink()]
+            below: list[str] = []
             for entry in found:
-                if is_folder(entry):
+                name = entry.name
+                if name[0] == ".":
                     continue
-                if entry.name.lower().endswith(_IMAGES) or not leads_nowhere(entry):
+                if is_folder(entry):
+                    if name not in _PASSED_OVER:
+                        (links if entry.is_symlink() else below).append(entry.path)
+                elif name.lower().endswith(_IMAGES) or not leads_nowhere(entry):
                     files.append(entry.path)
                 else:
                     closed[str(Path(entry.path))] = "a link that leads nowhere"
+            inner += reversed(below)
+
+    for top in tops:
+        if top.is_symlink():
+            links.append(os.fspath(top))
+        else:
+            walk(os.fspath(top), None)
+    seen = {_identity(place) for place in folders} if links else set()
+    for link in links:  # which grows
+        walk(link, seen)
     return _in_order(files), _in_order(folders), closed
 
 
-def _in_order(paths: list[str]) -> list[Path]:
-    """Paths in the order of `Path`, which compares them by their parts; as text, for there are many."""
-    return [Path(path) for path in sorted(paths, key=lambda path: path.replace(os.sep, "\0"))]
+_NAME = attrgetter("name")
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    """What a folder has in common with what a link leads to. Raises OSError where it is not there."""
+    state = os.stat(folder)  # noqa: PTH116
+    return state.st_dev, state.st_ino
+
+
+def _in_order(paths: list[str]) -> list[str]:
+    """Paths in the order of `Path`, which compares them by their parts, and as that writes them."""
+    here = os.path.join(os.curdir, "")  # noqa: PTH118
+    return sorted((path.removeprefix(here) for path in paths), key=lambda path: path.replace(os.sep, "\0"))
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -27,6 +27,8 @@ from brainfm.paths import printable
 from brainfm.schema import Checked
 from brainfm.system import expanded
 
+__all__ = ["Embeddings", "Origin", "join", "read"]
+
 FORMATS = (".csv", ".parquet", ".npz")
 _KEY = "brainfm_origin"  # in Parquet's metadata and in an .npz
 _MEANING = ("weights", "contract", "readout", "dtype")
@@ -193,6 +195,12 @@ class Embeddings:
 
 def read(path: str | os.PathLike[str]) -> Embeddings:
     """The table that `Embeddings.save` wrote, with its origin, but without the scans that failed.
+
+    Args:
+        path: The file: .csv, .parquet or .npz.
+
+    Returns:
+        The table, whose vectors are [scans, width].
 
     Raises:
         BrainfmError: There is no such file, or it is no table of embeddings.

@@ -109,7 +109,8 @@ def _cells(path: Path) -> pd.DataFrame:
     if ending == ".parquet":
         _need("pyarrow")
         table = pd.read_parquet(path, engine="pyarrow", dtype_backend="numpy_nullable").astype(object)
-        cells = pd.DataFrame([list(table.columns), *table.values.tolist()], dtype=object)
+        header = pd.DataFrame([list(table.columns)], dtype=object)
+        cells = pd.concat([header, table.set_axis(range(table.shape[1]), axis=1)], ignore_index=True)
     elif ending in _EXCEL:
         _need(_EXCEL[ending])
         _check_size(path)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 from browser import Browser
 
 WIDTHS = (390, 1280)
+THEMES = {"light": False, "dark": True}
+HEIGHT = 1600  # of a screenshot
+MOST = 2500  # elements that are looked at: the reference has tens of thousands, all of a few kinds
 CONTRAST = 4.5  # of WCAG 2.2, level AA, whatever the size of the letters
 
 # Says what reaches beyond the right edge, what can hardly be read, and what has no name.
@@ -25,7 +30,7 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
     if (!element.parentElement) return over(colour, [255, 255, 255, 1]);
     return over(colour, behind(element.parentElement));
   };
-  const faults = [], ratios = [];
+  const faults = [], ratios = [], scrolls = [];
   const reads = (element, style, what) => {
     const back = behind(element), front = over(parse(style.color), back);
     const [low, high] = [light(front), light(back)].sort((a, b) => a - b);
@@ -33,13 +38,14 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
     ratios.push(ratio);
     if (ratio < CONTRAST) faults.push(`${ratio.toFixed(2)} of contrast: ${what}`);
   };
+  const root = document.querySelector("article[role=main]") ?? document.body;  // of the site, what is not its frame
   const width = document.documentElement.clientWidth;
   if (document.documentElement.scrollWidth > width) faults.push(`${document.documentElement.scrollWidth} px wide`);
-  for (const element of document.body.querySelectorAll("*:not(script, style, option)")) {
+  for (const element of [...root.querySelectorAll("*:not(script, style, option)")].slice(0, MOST)) {
     const box = element.getBoundingClientRect(), style = getComputedStyle(element);
     if (!box.width || !box.height || style.visibility === "hidden") continue;
     const what = `${element.tagName}.${element.className} ${element.textContent.trim().slice(0, 40)}`;
-    const scrolled = element.parentElement.closest(".wide");
+    const scrolled = element.parentElement.closest(".wide, .table-wrapper, pre, mjx-container");
     const inside = scrolled || (box.left > -0.5 && box.right < width + 0.5);
     if (!inside) faults.push(`${box.left} to ${box.right} of ${width}: ${what}`);
     const speaks = [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
@@ -51,22 +57,35 @@ Promise.all([...document.images].map((image) => image.decode().catch(() => 0))).
     const name = element.ariaLabel || element.labels?.length || element.textContent.trim();
     if (element.matches("button, input, select, [role=region], canvas") && !name) faults.push(`no name: ${what}`);
     if (element.matches("img:not([alt])")) faults.push("a picture without a text");
-    if (element.matches("th:not([scope])")) faults.push(`no scope: ${what}`);
+    if (element.matches("table:not(:has(th))")) faults.push(`no headers: ${what}`);
+    if (element.matches("img") && !element.naturalWidth) faults.push(`a picture that is not there: ${element.src}`);
+    if (element.matches(".table-wrapper") && element.scrollWidth > element.clientWidth + 1) scrolls.push(what);
+    if (element.matches("th:not([scope], thead th)")) faults.push(`no scope: ${what}`);
   }
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  return { dark, width: innerWidth, texts: ratios.length, faults };
+  return { dark, width: innerWidth, texts: ratios.length, scrolls, faults };
 });
-""".replace("CONTRAST", str(CONTRAST))
+""".replace("CONTRAST", str(CONTRAST)).replace("MOST", str(MOST))
 
 
 def faults_of(page: Path, browser: Browser, before: str = "") -> list[str]:
     """What is wrong with a page, in both themes and at both widths; `before` as of `Browser.page`."""
-    faults = []
-    for dark in (False, True):
+    return [f"{where}: {fault}" for where, seen in looked_at(page, browser, before).items() for fault in seen["faults"]]
+
+
+def looked_at(page: Path, browser: Browser, before: str = "") -> dict[str, dict[str, Any]]:
+    """What LOOK says of a page, by theme and width.
+
+    With BRAINFM_SCREENSHOTS in the environment a picture of each is left in the folder of that name.
+    """
+    found = {}
+    for theme, dark in THEMES.items():
         for width in WIDTHS:
-            with browser.page(page, width=width, dark=dark, before=before) as shown:
+            with browser.page(page, width=width, height=HEIGHT, dark=dark, before=before) as shown:
                 seen = shown.run(LOOK)
+                if folder := os.environ.get("BRAINFM_SCREENSHOTS"):
+                    shown.picture().save(Path(folder) / f"{page.parent.name}-{page.stem}-{theme}-{width}.png")
             assert (seen["dark"], seen["width"]) == (dark, width)
             assert seen["texts"] > 5
-            faults += [f"{'dark' if dark else 'light'}, {width} px: {fault}" for fault in seen["faults"]]
-    return faults
+            found[f"{theme}, {width} px"] = seen
+    return found

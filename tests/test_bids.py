@@ -267,3 +267,20 @@ def test_commands_say_what_they_left_out_and_why(small_sample, tmp_path):
     assert "1 scans →" in result.output
     phase = str(folder / anat(f"_part-phase{MNI}_T1w.nii.gz"))
     assert json.loads(report.read_text())["left_out"] == {phase: "part-phase: no magnitude image"}
+
+
+@pytest.mark.parametrize("command", ["embed", "prep"])
+def test_pieces_are_a_missing_scan_where_no_whole_one_of_the_visit_is_there(command, tmp_path):
+    space = MNI if command == "embed" else ""
+    names = {
+        subject: f"{subject}/ses-1/anat/{subject}_ses-1{chunk}{space}_T1w.nii.gz"
+        for subject, chunk in (("sub-01", ""), ("sub-02", "_chunk-1"))
+    }
+    beside = names["sub-01"].replace("_ses-1", "_ses-1_chunk-1")
+    folder = dataset(tmp_path, *names.values(), beside)
+    listed = list_scans(folder) if space else find_sources([folder])
+    assert len(listed) == 1
+    assert listed.left_out.keys() == {str(folder / beside), str(folder / names["sub-02"])}
+    assert wrongly(listed.left_out) == {
+        str(folder / names["sub-02"]): "chunk-1: a piece of an image; join the pieces, and name the whole"
+    }

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -394,3 +395,40 @@ def test_derivatives_are_embedded_as_they_are(bids, prepared, small_sample, tmp_
     assert result.exit_code == 0, result.output
     assert len(table.read(output / "group_desc-testresnet_embedding.parquet")) == 2
     assert list(pd.read_csv(output / "group_T1w.tsv", sep="\t")["verdict"].isna()) == [True, True]
+
+
+def test_scan_is_read_once_for_all_models_and_for_those_alone_that_lack_it(bids, small_sample, tmp_path, monkeypatch):
+    from brainfm.scan import read as reading
+
+    derivatives = dataset(tmp_path / "fmriprep")
+    for name in ("sub-01/ses-1/anat/sub-01_ses-1", "sub-03/anat/sub-03"):
+        (derivatives / name).parent.mkdir(parents=True)
+        os.link(small_sample[0], derivatives / f"{name}{MNI}_T1w.nii.gz")
+        os.link(small_sample[1], derivatives / f"{name}{MNI.replace('preproc', 'brain')}_mask.nii.gz")
+    read, read_file = [], reading._read
+
+    def counted(image, what):
+        read.append(Path(image).name)
+        return read_file(image, what)
+
+    def run(*models):
+        read.clear()
+        options = [part for model in models for part in ("--model", model)]
+        done = call(bids, tmp_path / "out", "participant", "-d", f"fmriprep={derivatives}", *options)
+        assert done.exit_code == 0, done.output
+        return sorted(name for name in read if name.endswith("_T1w.nii.gz"))
+
+    monkeypatch.setattr(reading, "_read", counted)
+    both = [f"{name}{MNI}_T1w.nii.gz" for name in ("sub-01_ses-1", "sub-03")]
+    alone = {}
+    for model in (MODEL, "test_vit_3d"):
+        assert run(model) == both
+        for path in (tmp_path / "out").rglob("*_embedding.npy"):
+            alone[path] = path.read_bytes()
+    assert len(alone) == 4
+    first, *_ = sorted(path for path in alone if "testvit" in path.name)
+    first.unlink()
+    assert run(MODEL, "test_vit_3d") == both[:1]
+    shutil.rmtree(tmp_path / "out")
+    assert run(MODEL, "test_vit_3d") == both
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*_embedding.npy")} == alone

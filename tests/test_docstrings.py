@@ -7,8 +7,11 @@ import importlib
 import inspect
 import re
 import shutil
+from pathlib import Path
 
+import generate
 import pytest
+import torch
 
 import brainfm
 from brainfm import registry
@@ -49,6 +52,93 @@ def gaps(name, thing):
         found += [f"{name}: no Returns"] * (gives and "Returns:\n" not in text)
         found += [f"{name}: nothing of what it raises"] * (not re.search(r"Raises:\n|\braises\b", text))
     return found + [f"{name}: no example"] * ("Example:\n" not in text or ">>>" not in text)
+
+
+# What the words about a parameter, an attribute or a result must say, by its type: the first rule that fits it holds.
+SHAPE = r"\[[^\]`]*\]|\bscalar\b|\bmatri(x|ces)\b"  # [B, C, D, H, W], [scans, width] or [4, 4]
+UNIT = (
+    r"(?i)\b(mm|millimetres?|s|seconds|GB|MB|voxels?|degrees|radians|years?|fractions?|percent\w*|probabilit\w+|unit\w*|ratio|"
+    r"cosines?|logarithm|times|quantile|standard deviations?|no unit|intensit\w+)\b|%|±| from -?\d+ to \d+"
+)
+PLACE = r"\b(files?|folders?|paths?|repository|directory)\b|\.\w{2,5}\b"
+TYPES = (
+    ("a shape", r"^(?!dict).*(Tensor|NDArray|ndarray)", SHAPE),
+    ("a unit", r"\bfloat\b", UNIT),
+    ("what stands there", r"\bPath(Like)?\b", PLACE),
+)
+ELSEWHERE = r"\b[Aa]s (of|in|for|with|to) `|\bAs `"  # the words stand at the name that is given
+
+
+def told(text):
+    """Name → the words about it in a docstring's Args and Attributes; "Returns" → those about the result."""
+    found = {}
+    for names, words in re.findall(r"^ {4}\*{0,2}(\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", text, re.MULTILINE):
+        found |= dict.fromkeys(names.split(", "), words)
+    result = re.search(r"^Returns:\n((?: {4}.*\n?|\n(?= {4}))*)", text, re.MULTILINE)
+    return found | {"Returns": result[1] if result else ""}
+
+
+def unmeasured(name, thing, whole=False):
+    """The arrays, quantities and paths of which a docstring does not say the shape, the unit or what they are.
+
+    Of a method (`whole`) the words may stand anywhere in its docstring.
+    """
+    text = inspect.getdoc(thing) or ""
+    signature, words = inspect.signature(thing), told(text)
+    typed = {one.name: one.annotation for one in signature.parameters.values()}
+    if not inspect.isclass(thing):
+        typed["Returns"] = signature.return_annotation
+    for parameter, annotation in typed.items():
+        said = text if whole else words.get(parameter, "")
+        rule = next((rule for rule in TYPES if re.search(rule[1], str(annotation))), None)
+        if rule and not re.search(f"{rule[2]}|{ELSEWHERE}", said):
+            yield f"{name}: {parameter} is {annotation}, without {rule[0]}"
+
+
+def in_the_reference():
+    """Every name that the site's reference has, without the errors and what is a type's name only."""
+    for part in generate.modules():
+        module = importlib.import_module(f"brainfm.{part}".rstrip("."))
+        for name in generate.public(module):
+            thing = getattr(module, name)
+            if inspect.isfunction(thing) or (inspect.isclass(thing) and not issubclass(thing, Exception)):
+                yield f"{part}.{name}".lstrip("."), thing
+
+
+def with_methods():
+    """Every public name, and the methods that a public class defines itself, which have docstrings of their own."""
+    for name, thing in {id(thing): (name, thing) for name, thing in [*PUBLIC.items(), *in_the_reference()]}.values():
+        if inspect.isclass(thing) and issubclass(thing, Exception):
+            continue
+        yield name, thing, False
+        for method, function in vars(thing).items() if inspect.isclass(thing) else ():
+            if inspect.isfunction(function) and method[0] != "_" and function.__doc__:
+                yield f"{name}.{method}", function, True
+
+
+def test_every_array_has_a_shape_and_every_quantity_a_unit():
+    assert [gap for name, thing, whole in with_methods() for gap in unmeasured(name, thing, whole)] == []
+
+
+def test_arrays_without_a_shape_and_quantities_without_a_unit_are_found():
+    def scale(volume: torch.Tensor, factor: float, width: float, output: Path) -> torch.Tensor:
+        """Scale a volume.
+
+        Args:
+            volume: What is scaled.
+            factor: By how much.
+            width: Of the kernel,
+                in mm.
+            output: Where it goes, a file.
+
+        Returns:
+            [z, y, x].
+        """
+
+    assert list(unmeasured("scale", scale)) == [
+        "scale: volume is torch.Tensor, without a shape",
+        "scale: factor is float, without a unit",
+    ]
 
 
 def test_no_public_name_leaves_anything_open():

@@ -494,7 +494,7 @@ def test_two_files_that_would_be_one_scan_of_one_patient_are_refused_by_name(tmp
 
 def test_folder_of_dicom_is_refused(tmp_path):
     touch(tmp_path / "series" / "0001", tmp_path / "series" / "0002", content=DICOM)
-    with pytest.raises(ScanError, match="DICOM files; convert them first"):
+    with pytest.raises(ScanError, match=r"DICOM files; prepare scans that come from the scanner by .brainfm prep"):
         list_scans(tmp_path)
 
 
@@ -512,8 +512,9 @@ def test_derivatives_in_the_scanner_s_space_alone_are_refused(tmp_path):
 
 def test_folder_of_loose_images_is_refused_with_their_number(tmp_path):
     touch(tmp_path / "a.nii.gz", tmp_path / "more" / "b.mgz", tmp_path / "notes.txt")
-    with pytest.raises(ScanError, match="name its 2 image files one by one, or list them in a manifest"):
+    with pytest.raises(ScanError, match="name its 2 image files one by one, or list them in a manifest") as caught:
         list_scans(tmp_path)
+    assert f"'brainfm prep {tmp_path} -o prep/'" in str(caught.value)  # the next step of whoever skipped it
 
 
 def test_empty_folder_is_refused(tmp_path):

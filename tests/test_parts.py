@@ -25,16 +25,6 @@ from brainfm.table import Origin, read, write
 
 VECTOR = np.array([np.float32(1) / 3, -0.0, np.finfo(np.float32).tiny, 16777217], dtype=np.float32)
 ORIGIN = Origin("model", "weights", None, {}, "float32", scans=2)
-ENDINGS = [".parquet", ".npz"]
-
-
-@pytest.fixture(params=ENDINGS)
-def ending(request, monkeypatch):
-    """With pyarrow, and without."""
-    if request.param == ".parquet":
-        pytest.importorskip("pyarrow")
-    monkeypatch.setattr(parts, "_ending", lambda: request.param)
-    return request.param
 
 
 @pytest.fixture
@@ -67,23 +57,23 @@ def put(folder, records, vectors, **said):
 # --- Going on after an interruption ---------------------------------------------------------------
 
 
-def test_row_comes_back_to_the_bit(ending, records, tmp_path):
+def test_row_comes_back_to_the_bit(records, tmp_path):
     put(tmp_path / "parts", records[:1], [VECTOR])
     first, second = kept(tmp_path / "parts", records)
     assert first.dtype == np.float32
     assert first.tobytes() == VECTOR.tobytes()
     assert second is None
     (path,) = (tmp_path / "parts").iterdir()
-    assert path.suffix == ending
+    assert path.suffix == ".npz"
 
 
-def test_row_that_something_else_made_is_not_taken(ending, records, tmp_path):
+def test_row_that_something_else_made_is_not_taken(records, tmp_path):
     put(tmp_path / "parts", records[:1], [VECTOR])
     assert kept(tmp_path / "parts", records, "other weights") == [None, None]
     assert kept(tmp_path / "others", records) == [None, None]
 
 
-def test_scan_that_failed_is_tried_again(ending, records, tmp_path):
+def test_scan_that_failed_is_tried_again(records, tmp_path):
     put(tmp_path / "parts", records, ["no such file", VECTOR])
     first, second = kept(tmp_path / "parts", records)
     assert first is None
@@ -114,13 +104,13 @@ def test_channels_and_masks_are_part_of_a_scans_identity(records, tmp_path):
 
 
 @pytest.mark.parametrize("image", ["missing.nii", (np.zeros((2, 2, 2)), np.eye(4))], ids=["missing", "in memory"])
-def test_scan_without_a_file_is_never_known_again(image, ending, tmp_path):
+def test_scan_without_a_file_is_never_known_again(image, tmp_path):
     put(tmp_path / "parts", [ScanRecord(image)], [VECTOR])
     assert scan_identity(ScanRecord(image)) is None
     assert kept(tmp_path / "parts", [ScanRecord(image)]) == [None]
 
 
-def test_rows_are_divided_into_parts_and_read_in_any_order(ending, monkeypatch, tmp_path):
+def test_rows_are_divided_into_parts_and_read_in_any_order(monkeypatch, tmp_path):
     monkeypatch.setattr(parts, "ROWS", 4)
     monkeypatch.setattr(parts, "_OPEN", 2)
     images = [tmp_path / f"{n}.nii" for n in range(11)]
@@ -143,7 +133,7 @@ def test_rows_are_divided_into_parts_and_read_in_any_order(ending, monkeypatch, 
     np.testing.assert_array_equal(kept(tmp_path / "parts", records), wanted)
 
 
-def test_slow_scans_are_written_one_by_one_and_quick_ones_once_a_second(ending, monkeypatch, records, tmp_path):
+def test_slow_scans_are_written_one_by_one_and_quick_ones_once_a_second(monkeypatch, records, tmp_path):
     now = [0.0]
     monkeypatch.setattr(parts.time, "monotonic", lambda: now[0])
     rows = Parts(tmp_path / "parts", about(), range(2))
@@ -155,7 +145,7 @@ def test_slow_scans_are_written_one_by_one_and_quick_ones_once_a_second(ending, 
     assert read_part(path).numbers == [0, 1]
 
 
-def test_processes_find_each_others_rows_and_remove_all(ending, records, tmp_path):
+def test_processes_find_each_others_rows_and_remove_all(records, tmp_path):
     folder = tmp_path / "out[1]"  # a name that means something to a file search
     for rank, record in enumerate(records):
         put(folder, [record], [VECTOR * (rank + 1)], shard=f"{rank + 1}/2")
@@ -164,7 +154,7 @@ def test_processes_find_each_others_rows_and_remove_all(ending, records, tmp_pat
     assert not folder.exists()
 
 
-def test_damaged_part_is_passed_over_wherever_it_is_damaged(ending, records, tmp_path, caplog):
+def test_damaged_part_is_passed_over_wherever_it_is_damaged(records, tmp_path, caplog):
     put(tmp_path / "parts", records, [VECTOR, VECTOR])
     (path,) = list_parts(tmp_path / "parts")
     whole = path.read_bytes()
@@ -188,12 +178,12 @@ def _or_damaged(folder, records):
         return [None] * len(records)
 
 
-def test_what_is_no_part_is_passed_over(ending, records, tmp_path):
+def test_what_is_no_part_is_passed_over(records, tmp_path):
     put(tmp_path / "parts", records[1:], [VECTOR])
     for name, content in (
-        ("1-of-1-00000000-00000" + ending, b"{}"),
+        ("1-of-1-00000000-00000.npz", b"{}"),
         ("notes.txt", b"mine"),
-        (".1-of-1-12345678-00000-0000-1-0000.parquet", b""),
+        (".1-of-1-12345678-00000-0000-1-0000.npz", b""),
     ):
         (tmp_path / "parts" / name).write_bytes(content)
     first, second = kept(tmp_path / "parts", records)
@@ -201,7 +191,7 @@ def test_what_is_no_part_is_passed_over(ending, records, tmp_path):
     assert second.tobytes() == VECTOR.tobytes()
 
 
-def test_rows_of_an_earlier_run_take_no_memory_before_they_are_asked_for(ending, tmp_path, monkeypatch):
+def test_rows_of_an_earlier_run_take_no_memory_before_they_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "SECONDS", 1e9)
     (tmp_path / "a.nii").write_text("a")
     records = [ScanRecord(tmp_path / "a.nii", tmp_path / "a.nii", f"p{n}") for n in range(1000)]
@@ -238,7 +228,7 @@ EMBED = ("--model", "test_resnet_3d", "--workers", "0", "-q")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz"])
-def test_shards_merged_are_the_table_of_one_run_to_the_bit(suffix, cohort, tmp_path, ending):
+def test_shards_merged_are_the_table_of_one_run_to_the_bit(suffix, cohort, tmp_path):
     whole, merged = tmp_path / "one" / f"t{suffix}", tmp_path / "merged" / f"t{suffix}"
     assert _run("embed", cohort, *EMBED, "-o", whole)[0] == 1
     for shard in ("2/3", "3/3", "1/3"):
@@ -351,7 +341,7 @@ def test_shard_that_is_killed_again_and_again_loses_nothing_and_does_nothing_twi
         assert done.returncode in (-signal.SIGKILL, 0)
     patients = [name for path in list_parts(tmp_path / "parts") for name in read_part(path).texts["patient_id"]]
     assert sorted(name for name in patients if name != "p4") == ["p0", "p1", "p2", "p3", "p5", "p6"]
-    assert {path.suffix for path in (tmp_path / "parts").iterdir()} <= {".parquet", ".npz"}
+    assert {path.suffix for path in (tmp_path / "parts").iterdir()} == {".npz"}
 
 
 def test_array_task_writes_parts_where_the_output_is_a_folder_and_a_table_where_not(cohort, tmp_path, monkeypatch):
@@ -461,7 +451,7 @@ def test_python_gets_the_shards_own_rows(cohort, tmp_path):
         brainfm.embed(cohort, "test_resnet_3d", shard="3/4")
 
 
-def test_vectors_read_as_they_are_asked_for_are_written_as_those_in_memory(ending, records, tmp_path):
+def test_vectors_read_as_they_are_asked_for_are_written_as_those_in_memory(records, tmp_path):
     put(tmp_path / "parts", records, [VECTOR, VECTOR * 2])
     table = merge([tmp_path / "parts"]).table
     assert isinstance(table.vectors, Vectors)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from seen import faults_of
 
 from brainfm import view
+from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.cli import main
 from brainfm.errors import ScanError
 from brainfm.render import TEMPLATES
@@ -235,13 +236,27 @@ SHOWN = """
 """
 
 
+@pytest.fixture
+def drawing(browser, tmp_path):
+    """Chromium whose processor draws as a graphics card would, which takes a while; `browser` skips where there is none."""
+    running = Browser(tmp_path / "profile", *GL)
+    yield running
+    running.close()
+
+
 @pytest.mark.browser
 @pytest.mark.slow
-@pytest.mark.usefixtures("browser")  # skips where there is none
-def test_niivue_shows_the_scan_the_outline_and_the_features_from_a_file(page, tmp_path):
-    """By a processor that draws as a graphics card would, which takes a while."""
-    drawing = Browser(tmp_path / "profile", *GL)
+def test_niivue_shows_the_scan_the_outline_and_the_features_from_a_file(page, drawing):
     with drawing.page(page, width=500, height=700) as shown:
         shown.wait_for("document.body.dataset.shown === 'niivue'")
         assert shown.run(SHOWN) == 5
-    drawing.close()
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_scan_at_1_mm_is_shown_at_once_where_no_graphics_card_draws(drawing, tmp_path):
+    """As slices: NiiVue took more than five minutes to draw these 8.5 million voxels by the processor."""
+    view.write_view(SAMPLE_SCAN, tmp_path / "view.html", mask=SAMPLE_MASK)
+    with drawing.page(tmp_path / "view.html") as shown:
+        shown.wait_for("document.body.dataset.shown === 'slices'")
+        assert "no graphics card draws for this browser" in shown.html()

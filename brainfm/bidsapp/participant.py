@@ -7,9 +7,10 @@ import json
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,8 @@ def run(call: Call) -> Done:
     errors: dict[str, dict[str, str]] = {scan.name: {} for scan in scans}
     if not call.derivatives:
         scans = _prepared(call, chosen, scans, errors)
-    there = {scan.name for scan in scans}
     with _threads(call.n_cpus):
-        for model, encoder in encoders.items():
-            there &= _embed(call, model, encoder, [scan for scan in scans if scan.record is not None], errors)
+        there = _embed(call, encoders, [scan for scan in scans if scan.record is not None], errors)
     for scan in scans:
         _write_quality(call, scan, errors[scan.name])
     failed = {name: "; ".join(whys.values()) for name, whys in errors.items() if whys}
@@ -124,26 +123,36 @@ def _prepared(call: Call, chosen: list[Scan], scans: list[Scan], errors: dict[st
     return made
 
 
-def _embed(call: Call, model: str, encoder: Any, scans: list[Scan], errors: dict[str, dict[str, str]]) -> set[str]:
-    """Write the vector of each scan that a model has not embedded as it is now; returns the names of those it had."""
-    meant = origin_of(encoder).digest
-    todo = [scan for scan in scans if not _is_embedded(call, scan, model, meant)]
-    for first in range(0, len(todo), _AT_ONCE):
-        part = {str(scan.record and scan.record.image): scan for scan in todo[first : first + _AT_ONCE]}
-        options = Options(
-            device=call.device,
-            num_workers=min(2, (call.n_cpus or 3) - 1),
-            on_error="raise" if call.stop_on_first_crash else "skip",
-            progress=call.progress,
-        )
-        records = Listing(scan.record for scan in part.values() if scan.record is not None)
-        table = embed_files(records, encoder, options, in_memory=True)[0]
-        assert table.origin is not None
-        for record, vector in zip(table.records, table.vectors, strict=True):
-            _write_embedding(call, part[str(record.image)], model, vector, table.origin)
-        for record, why in table.errors:
-            errors[part[str(record.image)].name][model] = why
-    return {scan.name for scan in scans} - {scan.name for scan in todo}
+def _embed(call: Call, encoders: Mapping[str, Any], scans: list[Scan], errors: dict[str, dict[str, str]]) -> set[str]:
+    """Write the vectors that scans have not as they are now; returns the names of those that had one of each model.
+
+    A scan is read once for all models that have not embedded it.
+    """
+    meant = {model: origin_of(encoder).digest for model, encoder in encoders.items()}
+    digest_of = cache(file_sha256)
+    todo: dict[tuple[str, ...], list[Scan]] = {}
+    for scan in scans:
+        lacking = tuple(model for model in encoders if not _is_embedded(call, scan, model, meant[model], digest_of))
+        todo.setdefault(lacking, []).append(scan)
+    had = {scan.name for scan in todo.pop((), [])}
+    options = Options(
+        device=call.device,
+        num_workers=min(2, (call.n_cpus or 3) - 1),
+        on_error="raise" if call.stop_on_first_crash else "skip",
+        progress=call.progress,
+    )
+    for models, theirs in todo.items():
+        for first in range(0, len(theirs), _AT_ONCE):
+            part = {str(scan.record and scan.record.image): scan for scan in theirs[first : first + _AT_ONCE]}
+            records = Listing(scan.record for scan in part.values() if scan.record is not None)
+            tables = embed_files(records, [encoders[model] for model in models], options, in_memory=True)
+            for model, table in zip(models, tables, strict=True):
+                assert table.origin is not None
+                for record, vector in zip(table.records, table.vectors, strict=True):
+                    _write_embedding(call, part[str(record.image)], model, vector, table.origin, digest_of)
+                for record, why in table.errors:
+                    errors[part[str(record.image)].name][model] = why
+    return had
 
 
 @contextmanager
@@ -177,16 +186,18 @@ def _input(scan: Scan) -> Path:
     return path / RECORD if path.is_dir() else path
 
 
-def _is_embedded(call: Call, scan: Scan, model: str, meant: str) -> bool:
+def _is_embedded(call: Call, scan: Scan, model: str, meant: str, digest_of: Callable[[Path], str]) -> bool:
     path = embedding_path(call.output, scan, model)
     try:
         said = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        return path.is_file() and (said["Meaning"], said["InputSHA256"]) == (meant, file_sha256(_input(scan)))
+        return path.is_file() and (said["Meaning"], said["InputSHA256"]) == (meant, digest_of(_input(scan)))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _write_embedding(call: Call, scan: Scan, model: str, vector: Any, origin: Origin) -> None:
+def _write_embedding(
+    call: Call, scan: Scan, model: str, vector: Any, origin: Origin, digest_of: Callable[[Path], str]
+) -> None:
     path = embedding_path(call.output, scan, model)
     source = _input(scan)
     sources = [scan.uri]
@@ -206,7 +217,7 @@ def _write_embedding(call: Call, scan: Scan, model: str, vector: Any, origin: Or
             "Readout": origin.readout,
             "DType": origin.dtype,
             "Meaning": origin.digest,
-            "InputSHA256": file_sha256(source),
+            "InputSHA256": digest_of(source),
             "SoftwareVersions": {"brainfm": origin.brainfm, "torch": origin.torch, "python": platform.python_version()},
         },
     )

@@ -79,24 +79,24 @@ class Wanted:
 
     def of(self, dataset: BidsDataset) -> BidsDataset:
         """The data set, as if it had only what is wanted. Raises ScanError for participants or sessions it has not."""
-        subjects = [path for path in dataset.subjects if self._takes_subject(path)]
-        found = {path.name.removeprefix("sub-") for path in subjects}
+        subjects = [name for name in dataset.subjects if self._takes_subject(name)]
+        found = {name.removeprefix("sub-") for name in subjects}
         if missing := [label for label in self.participants if label not in found]:
             raise ScanError(f"{dataset.root}: no participant {', '.join(missing)} (a folder sub-{missing[0]})")
-        kept = {path.name for path in subjects}
-        images = [image for image in dataset.images if dataset.subject_of(image.path) in kept]
+        kept = set(subjects)
+        images = [image for image in dataset.images if dataset.subject_of(image.file) in kept]
         sessions = {image.entities.get("ses") for image in images}
         if missing := [label for label in self.sessions if label not in sessions]:
             raise ScanError(f"{dataset.root}: no session {', '.join(missing)} of the participants")
         images = [image for image in images if self._takes(image)]
         left_out = {path: why for path, why in dataset.left_out.items() if dataset.subject_of(path) in kept}
         if self.sessions or self.filters:  # of the others nothing is wanted
-            having = {dataset.subject_of(image.path) for image in images if not _is_mask(image)}
-            subjects = [path for path in subjects if path.name in having]
+            having = {dataset.subject_of(image.file) for image in images if not _is_mask(image)}
+            subjects = [name for name in subjects if name in having]
         return BidsDataset(dataset.root, images, dataset.files, subjects, left_out)
 
-    def _takes_subject(self, folder: Path) -> bool:
-        return not self.participants or folder.name.removeprefix("sub-") in self.participants
+    def _takes_subject(self, folder: str) -> bool:
+        return not self.participants or folder.removeprefix("sub-") in self.participants
 
     def _takes(self, image: BidsImage) -> bool:
         if _is_mask(image):
@@ -136,7 +136,7 @@ def select(bids_dir: Path, derivatives: Mapping[str, Path], wanted: Wanted) -> t
         scans = [Scan(image, bids_dir) for image in heads]
     for name, folder in derivatives.items():
         dataset = wanted.of(_dataset(folder))
-        images = {str(image.path): image for image in dataset.images}
+        images = {image.file: image for image in dataset.images}
         listing = bids_scans(dataset)
         left_out |= listing.left_out
         scans += [Scan(images[str(record.image)], folder, name, record) for record in listing]

@@ -42,7 +42,18 @@ def recovery_command(scans: tuple[str, ...], phantoms: int | None, changes: tupl
     for verdict in verdicts:
         click.echo(str(verdict))
     click.echo(f"{options['output'] / 'verdicts.csv'}: these lines as a table")
+    _on_page(options["output"])
     _say_failed(failed)
+
+
+def _on_page(output: Path) -> None:
+    """Write the page anew of the results whose folder this output is in, where it has a place there."""
+    from brainfm.downstream.report import write_report
+    from brainfm.downstream.sections import LONGITUDINAL, RECOVERY, SEGMENTATION
+
+    folder = output.absolute().parent
+    if output.name in (RECOVERY, LONGITUDINAL, SEGMENTATION) and (folder / "grid.json").exists():
+        click.echo(f"{write_report(folder)}: on the page of these results too")
 
 
 def _say_failed(failed: dict[str, str]) -> None:
@@ -89,6 +100,7 @@ def longitudinal_command(labels: Path, tables: tuple[str, ...], output: Path, **
                 f"({score.low:.3f} to {score.high:.3f})"
             )
     click.echo(f"{output / 'longitudinal.md'}: all of it")
+    _on_page(output)
 
 
 @click.command("segment", cls=_ManyValues, context_settings=_HELP)
@@ -121,6 +133,7 @@ def segment_command(scans: tuple[str, ...], phantoms: int | None, **options: Any
             f"{one.patients} patients"
         )
     click.echo(f"{options['output'] / 'dice.csv'}: these lines as a table")
+    _on_page(options["output"])
     _say_failed(failed)
 
 

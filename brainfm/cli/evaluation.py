@@ -44,8 +44,20 @@ def _common(command: Any) -> Any:
             "--replace", "replace_all", is_flag=True, help="Replace another evaluation that the output holds."
         ),
         click.option("--refuse-overlap", is_flag=True, help="Refuse models that were pretrained on a task's data."),
+        _rigour,
+    ):
+        command = option(command)
+    return command
+
+
+def _rigour(command: Any) -> Any:
+    """The options of whatever probes embeddings: sites, groups of people, folds."""
+    for option in (
         click.option(
-            "--harmonise", default="", metavar="combat|covbat", help="Also probe embeddings without what is of a site."
+            "--harmonise",
+            default="",
+            metavar="combat|covbat|longcombat|longcovbat",
+            help="Also probe embeddings without what is of a site.",
         ),
         click.option("--site", default="", metavar="COLUMN", help="That site, for --harmonise."),
         click.option("--folds", default=0, type=click.IntRange(0), help="Nested cross-validation, --seeds times."),
@@ -431,6 +443,7 @@ def compare_command(first: Path, second: Path, labels: Path | None, label: str, 
 @click.option("--device", default="auto", show_default=True)
 @click.option("--replace", "replace_all", is_flag=True, help="Replace another comparison that the output holds.")
 @click.option("--refuse-overlap", is_flag=True, help="Leave out encoders that were pretrained on these data.")
+@_rigour
 def compare_encoders_command(
     scans: tuple[str, ...], output: Path, labels: Path | None, no_controls: bool, **options: Any
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from brainfm.cli.reported import reported
+from brainfm.cli.staged import stage_options
 
 
 @click.command("demo")
@@ -66,6 +67,7 @@ def demo_command(model: str | None, output: str) -> None:
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
 @click.option("--dense", metavar="FOLDER", help="Write each scan's dense features there too, NIfTI of [x, y, z, C].")
 @click.option("--dense-dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True)
+@stage_options
 @click.option("--strict", is_flag=True, help="Stop at the first bad scan instead of going on.")
 @click.option("--strict-qc", is_flag=True, help="Refuse scans that failed in 'brainfm prep' or by 'brainfm qc'.")
 def embed_command(
@@ -79,6 +81,8 @@ def embed_command(
     strict: bool,
     shard: str | None,
     dense: str | None,
+    stage: str | None,
+    stage_size: float,
     **options: Any,
 ) -> None:
     """Embed scans into a table, a row a scan.
@@ -96,6 +100,7 @@ def embed_command(
     from brainfm.manifest import Listing, ScanRecord, list_scans
     from brainfm.report import current
     from brainfm.shards import Shard
+    from brainfm.stage import Stage
     from brainfm.table import FORMATS, check_folder, check_output, errors_path, files_of
 
     run = current()
@@ -127,6 +132,7 @@ def embed_command(
         on_error="raise" if strict else "skip",
         progress=True,
         shard=part,
+        stage=Stage(stage, stage_size) if stage else None,
         **options,
     )
     encoder = encoders if several else encoders[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from brainfm.cli.reported import reported
+from brainfm.cli.staged import stage_options
 from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
 from brainfm.system import launched, says
 
@@ -34,7 +36,10 @@ def cache_group() -> None:
     metavar="I/N",
     help="Write the I-th of N equal parts of the scans, beside others that write theirs; slurm is its array's task.",
 )
-def cache_build(manifest: str, folder: str, model: str, workers: int, shard: str | None) -> None:
+@stage_options
+def cache_build(
+    manifest: str, folder: str, model: str, workers: int, shard: str | None, stage: str | None, stage_size: float
+) -> None:
     """Write every scan of MANIFEST to DIR once, cropped and masked, so that training reads any crop of it quickly.
 
     MANIFEST may be a folder of video clips, or one of Kinetics' lists of them.
@@ -44,6 +49,7 @@ def cache_build(manifest: str, folder: str, model: str, workers: int, shard: str
     import brainfm
     from brainfm.report import current
     from brainfm.shards import Shard
+    from brainfm.stage import Stage
     from brainfm.train.cache import build_cache
     from brainfm.train.sources import read_source
 
@@ -54,11 +60,14 @@ def cache_build(manifest: str, folder: str, model: str, workers: int, shard: str
     with run.step("listing"):
         records, root = read_source(manifest)
     part = Shard.of(shard) if shard else None
-    report = build_cache(records, folder, spec, root=root, workers=workers, shard=part, progress=True)
+    local = Stage(stage, stage_size) if stage else None
+    report = build_cache(records, folder, spec, root=root, workers=workers, shard=part, stage=local, progress=True)
     run.done, run.of_an_earlier_run = report.written + report.found, report.found
     run.asked = len(records) if part is None else len(part.numbers(len(records)))
     for name, reason in report.refused.items():
         run.fail(name, reason)
+    if report.quarantined:
+        run.details["quarantined"] = report.quarantined
     click.echo(f"{folder}: {report.written} scans written, {report.found} were there, {len(report.refused)} refused")
     for reason in list(report.refused.values())[:10]:
         click.echo(f"ScanError: {reason}", err=True)
@@ -81,7 +90,16 @@ _CTRL_C = 130  # exit code of any program that a person interrupts
 )
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Splits of each evaluate=TASK.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, seeds: int, debug: bool) -> None:
+@stage_options
+def pretrain_command(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    seeds: int,
+    debug: bool,
+    stage: str | None,
+    stage_size: float,
+) -> None:
     """Pretrain an encoder by RECIPE: the name of a published run, or a YAML file.
 
     Without RECIPE, say method= (simclr or yaware, contrastive; mae or simmim, masked; supervised; distill) and model=:
@@ -100,6 +118,8 @@ def pretrain_command(recipe: str, overrides: tuple[str, ...], dry_run: bool, see
     """
     if "=" in recipe and not Path(recipe).is_file():
         recipe, overrides = "", (recipe, *overrides)
+    if stage:
+        overrides = (*overrides, f"stage={json.dumps(stage)}", f"stage_size={stage_size}")
     sys.exit(_run(recipe, overrides, dry_run, seeds, debug))  # with the error gone, and what its traceback kept alive
 
 

@@ -19,7 +19,14 @@ _BLOCK = 2**16  # voxels
 @register_operation
 @dataclass(frozen=True)
 class Clip(Operation):
-    """Clip to [low, high]: intensities, or with `percentiles` each channel's percentiles over `region`."""
+    """Clip to [low, high]: intensities, or with `percentiles` each channel's percentiles over `region`.
+
+    Attributes:
+        low: The lowest intensity, or its percentile, from 0 to 100.
+        high: The highest intensity, likewise.
+        percentiles: Whether these are percentiles.
+        region: The voxels that percentiles are of.
+    """
 
     low: float
     high: float
@@ -53,7 +60,7 @@ class ZScore(Operation):
 
     Attributes:
         region: Where mean and standard deviation are taken.
-        eps: A small number that keeps the divisor from zero, used as `eps_rule` says.
+        eps: A small intensity that keeps the divisor from zero, used as `eps_rule` says.
         eps_rule: "under_root": √(variance + eps); "added": std + eps; "floor": max(std, eps); "one_if_zero": a
             std of 0 becomes 1 (`eps` unused); "none": a std of 0 is a ScanError.
         ddof: 0 for the population's variance, 1 for the sample's.
@@ -179,7 +186,7 @@ class MinMax(Operation):
     Attributes:
         region: Whose lowest and highest intensities become 0 and 1.
         per_channel: Each channel by itself, or all together.
-        eps: Added to the range that is divided by, so that the highest stays below 1.
+        eps: Intensity that is added to the range that is divided by, so that the highest stays below 1.
     """
 
     region: Region = "all"
@@ -206,7 +213,12 @@ class MinMax(Operation):
 @register_operation
 @dataclass(frozen=True)
 class Standardize(Operation):
-    """Subtract a fixed `mean` and divide by a fixed `std`, such as those of a training set."""
+    """Subtract a fixed `mean` and divide by a fixed `std`, such as those of a training set.
+
+    Attributes:
+        mean: The intensity that becomes 0.
+        std: The intensity above it that becomes 1.
+    """
 
     mean: float
     std: float

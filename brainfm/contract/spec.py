@@ -77,8 +77,8 @@ class InputSpec(Checked):
         mask: Where the brain mask comes from. "file or nonzero" takes a mask file, and else the non-zero voxels.
         intensities: "raw" takes no image that was shifted, as z-scores and WhiteStripe do; "standardised" takes only
             one that lies about 0; "any" is of contracts that cancel it.
-        intensity_range: [lowest, highest] that the scan must keep to and fill in part, such as (0, 255); None takes
-            any.
+        intensity_range: Intensities [lowest, highest] that the scan must keep to and fill in part, such as (0, 255);
+            None takes any.
         bias_field: Whether the scan's bias field is "removed" (N4) or "left" as the scanner gave it; "any" takes both.
             Nothing in an image shows it: it is followed, and held against, in scans that `brainfm prep` prepared.
         preparation: The steps before this contract begins, in words, for people.
@@ -220,9 +220,9 @@ class Window(Checked):
 
     Attributes:
         shape: Voxels of the window. A tensor that is shorter along an axis is padded there at its far end.
-        overlap: Fraction of the window that the next one shares; the last along an axis is moved inwards to fit.
+        overlap: The fraction of the window that the next one shares; the last along an axis is moved inwards to fit.
         average: How the windows' embeddings are averaged: each alike ("mean"), or by the brain voxels in it ("brain").
-        pad: What a short tensor is padded with.
+        pad: The intensity that a short tensor is padded with.
 
     Example:
         >>> import brainfm

@@ -33,7 +33,7 @@ class Volume:
         mask: [i, j, k] booleans, True in the brain, or None.
         affine: [4, 4] from voxel indices to RAS millimetres.
         slope: The file's intensity scaling: real value = stored × slope + inter.
-        inter: See `slope`.
+        inter: See `slope`; the intensity of a stored 0.
     """
 
     stored: NDArray[Any]
@@ -134,7 +134,15 @@ def pick(volume: Volume, box: tuple[slice, ...]) -> Volume:
 
 
 def with_image(volume: Volume, image: NDArray[np.float32]) -> Volume:
-    """The volume with other intensities on the same voxels."""
+    """The volume with other intensities on the same voxels.
+
+    Args:
+        volume: Whose voxels these are.
+        image: [C, i, j, k] float32.
+
+    Returns:
+        A volume that is not scaled: `slope` 1 and `inter` 0.
+    """
     return replace(volume, stored=image, slope=1.0, inter=0.0)
 
 

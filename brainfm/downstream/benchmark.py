@@ -108,15 +108,13 @@ def benchmark(
     output.mkdir(parents=True, exist_ok=True)
     with held(output), process_group(str(plan.settings.get("device", "auto"))) as everyone:
         data = [one if one.embeddings else one.without(missing_files(one)) for one in data]
-        data = [_in_folds(one, plan.folds) for one in data]
+        data = [as_planned(one, plan) for one in data]
         jobs = list(list_jobs(data, rows, controls, plan))
         if everyone.world > 1 and any(job.row.mode not in TRAINED for job in jobs):
             raise BrainfmError(
                 "only training uses several processes: under torchrun give --modes finetune scratch --no-controls, and "
                 "then the same command without torchrun and --no-controls, for the probes"
             )
-        for one in data:
-            check_groups(one, plan.fairness, plan.least_group)
         evaluation = describe(data, rows, controls, notes, plan, cfgs, len(jobs), candidates)
         evaluation = replace(
             evaluation,
@@ -192,7 +190,7 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
         check_splits(one, plan.seeds, {job.fraction for job in todo})
     for job in todo:
         if job.row.harmonised:
-            _check_sites(job, plan)
+            _check_sites(job.data, plan, job.seed, job.fraction)
     models: dict[tuple[str, bool], list[Job]] = {}
     for job in todo:
         cfg = cfgs.get(job.row.model)
@@ -210,6 +208,15 @@ def _check_ahead(todo: Sequence[Job], plan: Plan, cfgs: Mapping[str, PretrainedC
         check_model(name, list({id(job.data): job.data for job in jobs}.values()), settings, pretrained=pretrained)
 
 
+def as_planned(data: TaskData, plan: Plan) -> TaskData:
+    """The data with the plan's folds. Raises TaskError where they have no such folds, groups or sites."""
+    data = _in_folds(data, plan.folds)
+    check_groups(data, plan.fairness, plan.least_group)
+    if plan.harmonise:
+        _check_sites(data, plan, seed=0)
+    return data
+
+
 def _in_folds(data: TaskData, folds: int) -> TaskData:
     if folds and (data.given_split is not None or data.elsewhere):
         said = "its table says the split" if data.given_split is not None else "it is tested elsewhere"
@@ -217,13 +224,13 @@ def _in_folds(data: TaskData, folds: int) -> TaskData:
     return replace(data, folds=folds) if folds else data
 
 
-def _check_sites(job: Job, plan: Plan) -> None:
-    """Raise TaskError where a run's embeddings cannot be harmonised."""
+def _check_sites(data: TaskData, plan: Plan, seed: int, fraction: float = 1.0) -> None:
+    """Raise TaskError where the embeddings of a run cannot be harmonised."""
     from brainfm.downstream.harmonisation import check_sites
 
-    splits = job.data.split(job.seed)
-    train = subsample(job.data.records, job.data.labels, splits, job.fraction, kind=job.data.task.kind, seed=job.seed)
-    check_sites(job.data, plan.site, train, [n for n, part in enumerate(splits) if part == "test"])
+    splits = data.split(seed)
+    train = subsample(data.records, data.labels, splits, fraction, kind=data.task.kind, seed=seed)
+    check_sites(data, plan, train, [n for n, part in enumerate(splits) if part == "test"])
 
 
 def _check_can_be_kept(job: Job) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from brainfm.downstream.conformal import nonconformity, prediction_sets, radius
+from brainfm.downstream.conformal import expected_coverage, nonconformity, prediction_sets, radius
 from brainfm.downstream.grid import Job
 from brainfm.downstream.statistics import Kind, metric_by_group
 from brainfm.files import write_csv
@@ -83,8 +83,9 @@ def write_certainty(output: Path, results: Mapping[Job, dict[str, Any]], n: int)
     (output / "certainty.csv").unlink(missing_ok=True)
     rows = list(_rows(results, n))
     head = ["task", "model", "mode", "fraction", "nominal", "coverage", "ci_low", "ci_high", "size", "val_scans"]
+    head += ["out_of_distribution", "expected", "expected_sd"]
     if rows:
-        write_csv(output / "certainty.csv", [[*head, "out_of_distribution"], *rows])
+        write_csv(output / "certainty.csv", [head, *rows])
 
 
 def _rows(results: Mapping[Job, dict[str, Any]], n: int) -> Iterator[list[Any]]:
@@ -105,7 +106,10 @@ def _rows(results: Mapping[Job, dict[str, Any]], n: int) -> Iterator[list[Any]]:
             numbers = (whole.value, whole.ci_low, whole.ci_high, size)
             scans = min(result["certainty"]["scans"] for _, result in runs)
             flagged = f"{np.mean(flags):.9g}" if flags else ""
-            yield [*key, 1, level, *(f"{v:.9g}" if np.isfinite(v) else "" for v in numbers), scans, flagged]
+            tested = min(len(result["rows"]) for _, result in runs)
+            law = expected_coverage(scans, tested, level, len(runs))
+            texts = [f"{v:.9g}" if np.isfinite(v) else "" for v in numbers]
+            yield [*key, 1, level, *texts, scans, flagged, *(f"{v:.9g}" for v in law)]
 
 
 def _size(result: Mapping[str, Any], kind: Kind, level: float) -> float:

@@ -13,7 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from brainfm.downstream.statistics import Kind
-from brainfm.errors import BrainfmError
+from brainfm.errors import BrainfmError, MissingExtraError
+
+try:
+    from scipy.stats import betabinom
+except ModuleNotFoundError as error:
+    raise MissingExtraError(error.name or "scipy", "eval") from error
 
 
 def nonconformity(labels: ArrayLike, predictions: ArrayLike, kind: Kind) -> NDArray[np.float64]:
@@ -56,6 +61,20 @@ def least_scans(coverage: float) -> int:
     if not 0 < coverage < 1:
         raise BrainfmError(f"coverage is {coverage}, and must be between 0 and 1, such as 0.9")
     return _ceil(coverage / (1 - coverage))
+
+
+def expected_coverage(scores: int, tested: int, coverage: float, runs: int = 1) -> tuple[float, float]:
+    """How often the truth should be held by runs with so many scores and tested scans: the mean, and its std.
+
+    Of one run the number held has the beta-binomial law of k = ⌈(n + 1) · coverage⌉ and n + 1 − k (Vovk 2012,
+    arXiv:1209.2673; Angelopoulos & Bates 2023, doi:10.1561/2200000101): the mean is k / (n + 1), which is above what
+    was asked for where n is small. The std of several runs is that of independent ones.
+    """
+    k = _ceil((scores + 1) * coverage)
+    if k > scores:
+        return 1.0, 0.0
+    law = betabinom(tested, k, scores + 1 - k)
+    return float(law.mean() / tested), float(law.std() / tested / math.sqrt(runs))
 
 
 def _ceil(value: float) -> int:

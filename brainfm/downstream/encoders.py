@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from brainfm.downstream.account import is_test_model
-from brainfm.downstream.benchmark import benchmark, check_earlier
+from brainfm.downstream.benchmark import as_planned, benchmark, check_earlier
 from brainfm.downstream.features import read_features
 from brainfm.downstream.outcome import write_left_out
 from brainfm.downstream.plan import Plan
@@ -63,6 +63,11 @@ def compare_encoders(
     untrained: bool = False,
     controls: bool = True,
     seeds: int = 5,
+    folds: int = 0,
+    harmonise: str = "",
+    site: str = "",
+    fairness: Sequence[str] = (),
+    least_group: int = 20,
     device: str = "auto",
     refuse_overlap: bool = False,
     replace_all: bool = False,
@@ -87,7 +92,12 @@ def compare_encoders(
             The packaged models for tests are taken where one of their names stands here.
         untrained: Take random weights where an encoder's cannot be had. Such rows are controls, and called random.
         controls: Add `uncnn_doubleconv` and `uncnn_dwsep`, which were never trained, and covariates alone.
-        seeds: Splits, each with a probe of its own.
+        seeds: Splits, each with a probe of its own; with `folds`, divisions into them.
+        folds: As `Plan.folds`, and so are harmonise, site, fairness and least_group; they need a label.
+        harmonise: As of `Plan`.
+        site: As of `Plan`.
+        fairness: As of `Plan`.
+        least_group: As of `Plan`.
         device: See `brainfm.embed`.
         refuse_overlap: Leave out encoders that were pretrained on these data, by the names of their cohorts; else their
             rows are marked.
@@ -109,7 +119,20 @@ def compare_encoders(
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_WITHOUT_GUARD)  # an encoder's process runs the script again: what began it says so
+    if not label and (asked := folds or harmonise or site or fairness):
+        raise TaskError(f"{asked}: of which label? Say label (--label COLUMN)")
     names = _names(models, controls)
+    plan = Plan(
+        models=tuple(names),
+        modes=("probe",),
+        seeds=seeds * (folds or 1),
+        folds=folds,
+        harmonise=harmonise,
+        site=site,
+        fairness=tuple(fairness),
+        least_group=least_group,
+        controls=controls,
+    )
     records = list_scans(scans)
     check_found(records)
     data = _labelled(records, scans, labels, label, kind, covariates, positive) if label else None
@@ -121,8 +144,9 @@ def compare_encoders(
     check_writable(folder)
     if data:
         check_packages()
+        data = as_planned(data, plan)
         if not replace_all:
-            check_earlier(folder, [data.task.name], seeds)
+            check_earlier(folder, [data.task.name], plan.seeds)
     with held(folder / "embeddings"):
         vectors = dict(_each(names, wanted, folder / "embeddings", untrained, device, refuse_overlap, progress))
     found = list(vectors)
@@ -136,8 +160,14 @@ def compare_encoders(
             embeddings={one.model: vectors[one] for one in embedded},
             made_by={one.model: one.model for one in embedded if one.weights == "trained"},
         )
-        plan = Plan(models=tuple(data.embeddings), modes=("probe",), seeds=seeds, controls=controls)
-        benchmark([data], plan, folder, candidates=found, replace_all=replace_all, progress=progress)
+        benchmark(
+            [data],
+            replace(plan, models=tuple(data.embeddings)),
+            folder,
+            candidates=found,
+            replace_all=replace_all,
+            progress=progress,
+        )
     return found
 
 

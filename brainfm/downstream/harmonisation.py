@@ -1,9 +1,10 @@
-"""ComBat and CovBat as a step of a pipeline: fitted on the rows it is given, so that a test part is never looked at.
+"""ComBat, CovBat and their longitudinal forms as a step of a pipeline: fitted on given rows, never on a test part.
 
 The formulas are those of neuroCombat (Johnson et al. 2007, doi:10.1093/biostatistics/kxj037; Fortin et al. 2018,
-doi:10.1016/j.neuroimage.2017.11.024) and CovBat (Chen et al. 2022, doi:10.1002/hbm.25688), with what is fitted kept
-apart from what is changed. They are ours because no package has both: neuroCombat harmonises all rows at once, and
-combatlearn 2.3 draws its priors from a feature's sites in place of a site's features, which gives other numbers.
+doi:10.1016/j.neuroimage.2017.11.024), CovBat (Chen et al. 2022, doi:10.1002/hbm.25688) and longitudinal ComBat (Beer et
+al. 2020, doi:10.1016/j.neuroimage.2020.117129), with what is fitted kept apart from what is changed. They are ours
+because no package has all: neuroCombat harmonises all rows at once, combatlearn 2.3 draws its priors from a feature's
+sites in place of a site's features, which gives other numbers, and longitudinal ComBat is in R alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.downstream.features import table_of
+from brainfm.downstream.plan import Plan
 from brainfm.downstream.probe import fit_probe, predict_probe
 from brainfm.downstream.statistics import bootstrap_interval, metrics
 from brainfm.downstream.task import TaskData
@@ -32,78 +34,105 @@ _Array = NDArray[np.float64]
 LEAST_OF_A_SITE = 5  # training scans; ours: below, a site's own variance is chance
 COVBAT_VARIANCE = 0.95  # of the components that CovBat harmonises, as its authors' code has it
 _TOLERANCE, _ROUNDS = 1e-4, 1000  # of the empirical Bayes estimates, as neuroCombat has it; ours
+_SHARES = np.linspace(0, 0.99, 34)  # of the variance that is between patients, where a search of the best begins
 
 
 class Harmoniser(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """A scikit-learn transformer: takes away what is a site's in mean and variance, and with "covbat" in covariance.
 
-    A row is a scan's features, and after them the number of its site (`sites_of`; below 0 is unknown) and `covariates`
-    numbers that are protected, whose part is put back. Features of sites with fewer than `LEAST_OF_A_SITE` fitted rows
-    stay as they are, and so do all where there are no two sites (`check_sites` refuses that of a task).
+    A row is a scan's features, and after them the number of its site (`sites_of`; below 0 is unknown), of the
+    longitudinal methods the number of its patient, and `covariates` numbers that are protected, whose part is put back.
+    Features of sites with fewer than `LEAST_OF_A_SITE` fitted rows stay as they are, and so do all where there are no
+    two sites (`check_sites` refuses that of a task).
+
+    The longitudinal methods give each patient a level of their own, which is protected too: a random intercept, by
+    restricted maximum likelihood a feature. Of a patient who was not fitted it is predicted (the best linear unbiased
+    prediction) from the rows of theirs that are transformed together, by the fitted variances.
 
     Args:
-        method: "combat" or "covbat".
-        covariates: How many columns after the site are protected.
+        method: "combat", "covbat", "longcombat" or "longcovbat".
+        covariates: How many columns at the end are protected.
     """
 
     def __init__(self, method: str = "combat", covariates: int = 0) -> None:
         self.method, self.covariates = method, covariates
 
+    @classmethod
+    def of(cls, method: str, columns: _Array) -> Harmoniser:
+        """One for rows that end in columns of `beside`."""
+        return cls(method, columns.shape[1] - 1 - is_longitudinal(method))
+
     def fit(self, rows: _Array, labels: Any = None) -> Harmoniser:  # noqa: ARG002 - scikit-learn's
         """Learn what is a site's, and how features depend on covariates."""
-        features, site, covariates = self._parts(rows)
+        features, site, patient, covariates = self._parts(rows)
         self.sites_ = np.array(enough(site, np.arange(len(site))), dtype=np.float64)
         if len(self.sites_) < 2:
             self.sites_ = np.empty(0)
             return self
         of = self._members(site)
         known = of >= 0
-        features, covariates, of = features[known], covariates[known], of[known]
+        features, covariates, patient, of = features[known], covariates[known], patient[known], of[known]
         one_hot = np.eye(len(self.sites_))[of]
         design = np.hstack([one_hot, covariates])
         slopes = np.linalg.lstsq(design, features, rcond=None)[0]
-        self.slopes_ = slopes[len(self.sites_) :]
-        self.mean_ = one_hot.mean(axis=0) @ slopes[: len(self.sites_)]
         spread = np.sqrt(((features - design @ slopes) ** 2).mean(axis=0))
-        self.varies_ = spread > 1e-12 * np.maximum(np.abs(self.mean_), 1)  # a feature that does not is left alone
+        self.varies_ = spread > 1e-12 * np.maximum(np.abs(features.mean(axis=0)), 1)  # one that does not is left alone
+        self.ratio_ = np.zeros(len(spread))
+        if is_longitudinal(self.method):
+            found = random_intercepts(features[:, self.varies_], design, patient)
+            slopes[:, self.varies_], spread[self.varies_], self.ratio_[self.varies_] = found
+        self.levels_, self.slopes_ = slopes[: len(self.sites_)], slopes[len(self.sites_) :]
+        self.mean_ = one_hot.mean(axis=0) @ self.levels_
         self.spread_ = np.where(self.varies_, spread, 1)
-        standard = self._standard(features, covariates)
+        standard = (features - self._expected(features, of, patient, covariates)) / self.spread_
         parts = [standard[of == n] for n in range(len(self.sites_))]
         self.shift_, self.scale_ = np.zeros((len(parts), len(spread))), np.ones((len(parts), len(spread)))
         for n, part in enumerate(parts):
             self.shift_[n, self.varies_], self.scale_[n, self.varies_] = _empirical_bayes(part[:, self.varies_])
-        if self.method == "covbat":
+        if self.method.endswith("covbat"):
             self._fit_components(self._shifted(standard, of), of)
         return self
 
     def transform(self, rows: _Array) -> _Array:
         """[n, d]: the features, harmonised, without the columns after them."""
-        features, site, covariates = self._parts(rows)
+        features, site, patient, covariates = self._parts(rows)
         of = self._members(site)
         known = of >= 0
         if not known.any():
             return features
-        standard = self._shifted(self._standard(features[known], covariates[known]), of[known])
-        if self.method == "covbat":
+        expected = self._expected(features[known], of[known], patient[known], covariates[known])
+        standard = self._shifted((features[known] - expected) / self.spread_, of[known])
+        if self.method.endswith("covbat"):
             scores = (standard - self.centre_) / self.width_ @ self.components_
             moved = (scores - self.score_shift_[of[known]]) / self.score_scale_[of[known]] * self.score_spread_
             standard = standard + (moved + self.score_mean_ - scores) @ self.components_.T * self.width_
         found: _Array = features.copy()
-        found[known] = standard * self.spread_ + self.mean_ + covariates[known] @ self.slopes_
+        found[known] = standard * self.spread_ + expected
         return found
 
-    def _parts(self, rows: _Array) -> tuple[_Array, _Array, _Array]:
-        place = rows.shape[1] - self.covariates - 1
-        return rows[:, :place].astype(np.float64), rows[:, place], rows[:, place + 1 :].astype(np.float64)
+    def _parts(self, rows: _Array) -> tuple[_Array, _Array, _Array, _Array]:
+        """Features, sites, patients (each row's own, where they do not matter) and covariates."""
+        long = is_longitudinal(self.method)
+        place = rows.shape[1] - self.covariates - 1 - long
+        patient = rows[:, place + 1] if long else np.arange(float(len(rows)))
+        return rows[:, :place].astype(np.float64), rows[:, place], patient, rows[:, place + 1 + long :].astype(float)
+
+    def _expected(self, features: _Array, of: NDArray[np.intp], patient: _Array, covariates: _Array) -> _Array:
+        """[n, d]: what a row has on average whatever its site, by its covariates and its patient's own level."""
+        told: _Array = self.mean_ + covariates @ self.slopes_
+        if not self.ratio_.any():
+            return told
+        left = features - covariates @ self.slopes_ - self.levels_[of]
+        _, whose, scans = np.unique(patient, return_inverse=True, return_counts=True)
+        sums = np.zeros((len(scans), features.shape[1]))
+        np.add.at(sums, whose, left)
+        own = self.ratio_ / (1 + self.ratio_ * scans[:, None]) * sums
+        return told + own[whose]
 
     def _members(self, site: _Array) -> NDArray[np.intp]:
         """For each row which of the fitted sites it is of; −1 is none."""
         found = site[:, None] == self.sites_
         return np.where(found.any(axis=1), found.argmax(axis=1) if found.shape[1] else 0, -1)
-
-    def _standard(self, features: _Array, covariates: _Array) -> _Array:
-        standard: _Array = (features - self.mean_ - covariates @ self.slopes_) / self.spread_
-        return standard
 
     def _shifted(self, standard: _Array, of: NDArray[np.intp]) -> _Array:
         shifted: _Array = (standard - self.shift_[of]) / np.sqrt(self.scale_[of])
@@ -148,6 +177,57 @@ def _empirical_bayes(standard: _Array) -> tuple[_Array, _Array]:
     return found, width
 
 
+def random_intercepts(features: _Array, design: _Array, patient: _Array) -> tuple[_Array, _Array, _Array]:
+    """A linear model with an intercept of each patient's own, of each feature, by restricted maximum likelihood.
+
+    The likelihood is written in the one number that is left when slopes and error are those that are best for it, how
+    much of the variance is between patients, and that is searched for all features at once.
+
+    Args:
+        features: [n, d], none of them constant.
+        design: [n, p] of full rank.
+        patient: [n] numbers.
+
+    Returns:
+        Slopes [p, d], the error's std [d], and the patients' variance in units of the error's [d].
+    """
+    n, p = design.shape
+    _, whose, scans = np.unique(patient, return_inverse=True, return_counts=True)
+    centre, width = features.mean(axis=0), features.std(axis=0)
+    y = (features - centre) / width
+    of_design, of_y = np.zeros((len(scans), p)), np.zeros((len(scans), y.shape[1]))
+    np.add.at(of_design, whose, design)
+    np.add.at(of_y, whose, y)
+    outer = np.einsum("jp,jq->jpq", of_design, of_design).reshape(len(scans), -1)
+    within, across, total = (design.T @ design).ravel(), design.T @ y, (y**2).sum(axis=0)
+
+    def solved(share: _Array) -> tuple[_Array, _Array, _Array]:
+        """Slopes [d, p], the sum of squares that is left, and twice the negative log-likelihood but for a constant."""
+        ratio = share / (1 - share)
+        weight = ratio / (1 + ratio * scans[:, None])
+        normal = (within - weight.T @ outer).reshape(-1, p, p)
+        right = (across - of_design.T @ (weight * of_y)).T
+        slopes = np.linalg.solve(normal, right[..., None])[..., 0]
+        left = np.maximum(total - (weight * of_y**2).sum(axis=0) - (slopes * right).sum(axis=1), 1e-12)
+        spread = np.log1p(ratio * scans[:, None]).sum(axis=0) + np.linalg.slogdet(normal)[1]
+        return slopes, left, spread + (n - p) * np.log(left)
+
+    every = [solved(np.full(y.shape[1], share))[2] for share in _SHARES]
+    best, step = _SHARES[np.argmin(every, axis=0)], _SHARES[1]
+    low, high = np.maximum(best - step, 0), np.minimum(best + step, 1 - 1e-6)
+    golden = (np.sqrt(5) - 1) / 2
+    for _ in range(30):
+        first, second = high - golden * (high - low), low + golden * (high - low)
+        nearer = solved(first)[2] < solved(second)[2]
+        low, high = np.where(nearer, low, first), np.where(nearer, second, high)
+    share = (low + high) / 2
+    share = np.where(solved(np.zeros_like(share))[2] <= solved(share)[2], 0, share)
+    slopes, left, _ = solved(share)
+    found = slopes.T * width
+    found += np.linalg.lstsq(design, np.ones(n), rcond=None)[0][:, None] * centre
+    return found, np.sqrt(left / (n - p)) * width, share / (1 - share)
+
+
 # --- Of a task ------------------------------------------------------------------------------------
 
 
@@ -163,8 +243,9 @@ def sites_of(data: TaskData, column: str) -> tuple[tuple[str, ...], NDArray[np.i
     return tuple(names), np.array([names.index(text) if text else -1 for text in texts])
 
 
-def check_sites(data: TaskData, column: str, train: Sequence[int], test: Sequence[int]) -> None:
+def check_sites(data: TaskData, plan: Plan, train: Sequence[int], test: Sequence[int]) -> None:
     """Raise TaskError where a training part has no two sites, or what cannot be told apart; or a test part no site."""
+    column = plan.site
     _, site = sites_of(data, column)
     fitted = enough(site, train)
     if len(fitted) < 2:
@@ -178,6 +259,11 @@ def check_sites(data: TaskData, column: str, train: Sequence[int], test: Sequenc
             "be known of another; leave --harmonise out"
         )
     learned = [row for row in train if site[row] in fitted]
+    if is_longitudinal(plan.harmonise) and len({data.patients[row] for row in learned}) == len(learned):
+        raise TaskError(
+            f"{data.task.name}: no patient has two training scans, so nothing is known of a patient's own level; use "
+            f"--harmonise {plan.harmonise.removeprefix('long')}"
+        )
     design = np.hstack([site[learned, None] == fitted, beside(data, column, train)[learned, 1:]])
     if np.linalg.matrix_rank(design) < design.shape[1]:
         raise TaskError(
@@ -192,10 +278,17 @@ def enough(site: NDArray[Any], train: Sequence[int] | NDArray[np.intp]) -> list[
     return [int(n) for n, count in zip(numbers, counts, strict=True) if n >= 0 and count >= LEAST_OF_A_SITE]
 
 
-def beside(data: TaskData, column: str, train: Sequence[int]) -> _Array:
-    """The columns [n, 1 + c] that `Harmoniser` wants after the features: site, and the task's covariates."""
+def is_longitudinal(method: str) -> bool:
+    """Whether a method gives each patient a level of their own."""
+    return method.startswith("long")
+
+
+def beside(data: TaskData, column: str, train: Sequence[int], method: str = "") -> _Array:
+    """The columns [n, 1 + c] that `Harmoniser` wants after the features: site, patient, and the task's covariates."""
     _, site = sites_of(data, column)
     rows, names = [site[:, None].astype(np.float64)], protects(data, column)
+    if is_longitudinal(method):
+        rows.append(np.unique(data.patients, return_inverse=True)[1][:, None].astype(np.float64))
     if names:
         categorical = tuple(name for name in data.task.categorical if name in names)
         task = replace(data.task, covariates=names, categorical=categorical)
@@ -242,7 +335,7 @@ def site_leak(
     learn, look = ([row for row in rows if site[row] in sites] for rows in (train, test))
     label = np.searchsorted(sites, site)
     rows = np.hstack([features, columns]) if method else features
-    steps = [Harmoniser(method, columns.shape[1] - 1)] if method else []
+    steps = [Harmoniser.of(method, columns)] if method else []
     probe = fit_probe(
         rows[learn], label[learn], "multiclass", patients=[patients[row] for row in learn], seed=seed, before=steps
     )

@@ -43,7 +43,7 @@ class Retrieval:
 
     Attributes:
         fraction: Of the scans that have another one of their patient; a tie counts by the fraction that is right.
-        chance: What random neighbours would give.
+        chance: The fraction that random neighbours would give.
         scans: How many scans were looked up; all others are candidates only.
         patients: Whose they are.
     """
@@ -88,9 +88,9 @@ class SamePatientSimilarity:
 
     Attributes:
         within: Mean cosine similarity of two scans of one patient.
-        between: And of scans of two patients.
+        between: The mean cosine similarity of scans of two patients.
         icc: [d] ICC(2,1) of each dimension (Shrout & Fleiss 1979); nan where it is constant.
-        icc_median: Their median, without the constant ones.
+        icc_median: Their median, without the constant ones; a fraction of the variance, as they are.
         icc_good: The fraction of all dimensions above `GOOD_ICC`; constant ones are not.
         patients: How many with two scans.
     """
@@ -137,10 +137,10 @@ class LeakageProbe:
     """How well a linear model reads a column from embeddings of patients it has not seen.
 
     Attributes:
-        balanced_accuracy: The mean recall of the classes.
-        chance: That of guessing: 1 / classes.
+        balanced_accuracy: The mean recall of the classes, a fraction.
+        chance: That of guessing, the fraction 1 / classes.
         accuracy: The fraction of right guesses.
-        majority: That of always guessing the commonest class.
+        majority: The fraction that is right by always guessing the commonest class.
         classes: The column's values.
         scans: How many were guessed.
         patients: Whose they are.
@@ -224,6 +224,9 @@ def embedding_map(vectors: ArrayLike, *, method: Literal["pca", "umap"] = "pca",
             the sizes of clusters mean nothing), which needs `pip install umap-learn`.
         seed: Of UMAP.
 
+    Returns:
+        [n, 2] places, a row an embedding.
+
     Raises:
         ValueError: Fewer than three scans or two dimensions; or an unknown method.
         BrainfmError: umap-learn is not installed.
@@ -258,7 +261,7 @@ def plot_map(points: ArrayLike, column: Sequence[Any], path: str | os.PathLike[s
     Args:
         points: [n, 2], as of `embedding_map`.
         column: [n] values; None, nan, "" and "n/a" are unknown.
-        path: Of the picture; written atomically.
+        path: The picture's file; written atomically.
         title: Of the legend or the colour scale: the column's name.
 
     Raises:

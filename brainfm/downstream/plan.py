@@ -37,7 +37,12 @@ NOT_OF = {  # settings that would make something else of a mode
     **dict.fromkeys(_EFFICIENT, (*_WHAT, "trained_positions")),
 }
 HARMONISED = ("probe", "knn", "prototype")  # what learns from vectors, and can do so from harmonised ones too
-HARMONISE = {"combat": "ComBat", "covbat": "CovBat"}
+HARMONISE = {
+    "combat": "ComBat",
+    "covbat": "CovBat",
+    "longcombat": "longitudinal ComBat",
+    "longcovbat": "longitudinal CovBat",
+}
 FREE = ("workers", "device")  # settings that change no result
 RESAMPLES = 1000
 
@@ -105,13 +110,8 @@ class Plan:
     def _check_harmonise(self) -> None:
         if not self.harmonise:
             if self.site:
-                raise BrainfmError(f"--site {self.site}: what for? Say --harmonise combat or covbat")
+                raise BrainfmError(f"--site {self.site}: what for? Say --harmonise {' or '.join(HARMONISE)}")
             return
-        if "long" in self.harmonise:
-            raise BrainfmError(
-                f"--harmonise {self.harmonise}: longitudinal ComBat fits a patient's own level, which is not known of "
-                "patients outside the training part, so it cannot be kept from the test part; use combat or covbat"
-            )
         if self.harmonise not in HARMONISE:
             raise BrainfmError(f"--harmonise {self.harmonise}: there are {', '.join(HARMONISE)}")
         if not self.site:

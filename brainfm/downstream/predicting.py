@@ -59,7 +59,7 @@ def predict(
     On one processor, a scan at a time (as "auto" does), predictions are those that the run itself recorded.
 
     Args:
-        folder: Of the model, such as `results/models/…` of `brainfm finetune --keep-models`.
+        folder: The folder of the model, such as `results/models/…` of `brainfm finetune --keep-models`.
         scans: As of `brainfm.embed`.
         output: Where to write the table, a .csv; failed scans are listed in `<name>.errors.csv`. As with
             `brainfm.embed`, a run that was interrupted goes on, and one beside it is refused.

@@ -4,7 +4,9 @@ Of each scan a series is made that differs in the size of the change alone. A ga
 further from the clean scan's the larger the change is, and, from some size on, further than by scanning the same head
 again. That floor is, of phantoms, their other scans (other noise, bias field, gain and registration error); of other
 scans, the same head turned a little. A probe that learned from other patients how large the change is says whether it
-can be read off; one that learned a label from their clean scans, what the change does to that.
+can be read off. A distance adds up all that a second scan changes, and is a hard gate; a probe of the differences from
+the clean scan looks along the change alone, and has a floor of its own: what it reads off second scans. One that
+learned a label from their clean scans says what the change does to that.
 """
 
 from __future__ import annotations
@@ -114,7 +116,10 @@ def bias(image: Image, mask: Mask, affine: Affine, rng: np.random.Generator) -> 
     return lambda size: field(image, mask, affine, size / 100, np.random.default_rng(seed))[0]
 
 
-_AGEING = "0.5 is about a year of healthy old age, 2 of Alzheimer's disease (Fox & Schott 2004); the rest ours"
+_AGEING = (
+    "ours; 0.5 and 2 are of the order of a year of healthy old age and of Alzheimer's disease, as Fox & Schott 2004 "
+    "are cited, whose text was not at hand"
+)
 
 CHANGES: dict[str, Change] = {
     "atrophy": Change(atrophy, (0.0, 0.5, 1.0, 2.0, 4.0, 8.0), "% of the tissue", _AGEING),
@@ -146,6 +151,9 @@ class Verdict:
         rising: The fraction of patients whose distance rises with every step.
         distance_rank: The median over patients of Spearman's correlation of distance and size.
         probe_rank: The same of the size that a probe reads off, which learned from other patients.
+        probe_floor: Of a probe that learned from what scans of other patients differ by from the clean one: the 95th
+            percentile of what it reads off another scan of a head, in the change's unit.
+        read_from: The smallest size from which on the median of what that probe reads is above its floor; nan is none.
         label: What the label's probe predicts, or empty.
         label_rank: The median over patients of Spearman's correlation of its prediction and size.
     """
@@ -159,20 +167,23 @@ class Verdict:
     rising: float
     distance_rank: float
     probe_rank: float
+    probe_floor: float
+    read_from: float
     label: str = ""
     label_rank: float = math.nan
 
     def __str__(self) -> str:
-        seen = (
-            f"above the test–retest floor from {self.seen_from:g} {self.unit} on"
-            if math.isfinite(self.seen_from)
+        seen, read = (
+            f"above the test–retest floor from {size:g} {self.unit} on"
+            if math.isfinite(size)
             else "never above the test–retest floor"
+            for size in (self.seen_from, self.read_from)
         )
         label = f"; its {self.label} moves with it (ρ {self.label_rank:+.2f})" if self.label else ""
         return (
             f"{self.model}: {self.change}: rises at every step in {self.rising:.0%} of {self.patients} patients "
-            f"(ρ {self.distance_rank:+.2f}), {seen}; a probe of others reads its size (ρ {self.probe_rank:+.2f})"
-            f"{label}"
+            f"(ρ {self.distance_rank:+.2f}), {seen}; a probe of others reads its size (ρ {self.probe_rank:+.2f}); "
+            f"one of differences is {read}{label}"
         )
 
 
@@ -409,9 +420,10 @@ def _judged(name: str, change: str, series: _Series, label: str) -> tuple[Verdic
     sizes, unit = np.array(CHANGES[change].sizes), CHANGES[change].unit
     vectors, apart = series.changed[change], _distances(series, change)
     floor = float(np.percentile(_distances(series), FLOOR))
-    above = np.median(apart, axis=0) > floor
-    last_below = int(np.flatnonzero(~above).max())  # the clean scan is
-    probe = _read_off(vectors, sizes)
+    probe, _ = _read_off(vectors, series.repeats, sizes)
+    clean = series.clean[:, None]
+    read, again = _read_off(vectors - clean, series.repeats - clean, sizes)
+    read_floor = float(np.percentile(np.abs(again - read[:, :1]), FLOOR))
     shift = _label_shift(vectors, series.labels) if label else np.full(apart.shape, math.nan)
     verdict = Verdict(
         model=name,
@@ -419,10 +431,12 @@ def _judged(name: str, change: str, series: _Series, label: str) -> tuple[Verdic
         unit=unit,
         patients=len(vectors),
         floor=floor,
-        seen_from=float(sizes[last_below + 1]) if last_below + 1 < len(sizes) else math.nan,
+        seen_from=_seen_from(sizes, apart, floor),
         rising=float((np.diff(apart, axis=1) > 0).all(axis=1).mean()),
         distance_rank=_rank(apart, sizes),
         probe_rank=_rank(probe, sizes),
+        probe_floor=read_floor,
+        read_from=_seen_from(sizes, read - read[:, :1], read_floor),
         label=label,
         label_rank=_rank(shift, sizes) if label else math.nan,
     )
@@ -432,6 +446,13 @@ def _judged(name: str, change: str, series: _Series, label: str) -> tuple[Verdic
         for s, size in enumerate(sizes)
     ]
     return verdict, rows
+
+
+def _seen_from(sizes: _Array, values: _Array, floor: float) -> float:
+    """The smallest size from which on the median over patients, of values [n, sizes], is above a floor; nan is none."""
+    below = np.flatnonzero(np.median(values, axis=0) <= floor)
+    after = int(below.max()) + 1 if len(below) else 0
+    return float(sizes[after]) if after < len(sizes) else math.nan
 
 
 def _retest_rows(name: str, series: _Series) -> list[list[Any]]:
@@ -458,13 +479,19 @@ def _ridge() -> Any:
     return make_pipeline(StandardScaler(), RidgeCV(RIDGE_ALPHA))
 
 
-def _read_off(vectors: _Array, sizes: _Array) -> _Array:
-    """[n, sizes]: how large the change is, by a probe that learned from other patients."""
-    found = np.empty(vectors.shape[:2])
+def _read_off(vectors: _Array, repeats: _Array, sizes: _Array) -> tuple[_Array, _Array]:
+    """How large the change is in each scan of the series, [n, sizes], and in each repeat, [n, r], which has none.
+
+    By a probe that learned from other patients, from their repeats too: so it knows what a scanner changes.
+    """
+    found, again = np.empty(vectors.shape[:2]), np.empty(repeats.shape[:2])
     for learn, look in _folds(len(vectors)):
-        probe = _ridge().fit(np.concatenate(vectors[learn]), np.tile(sizes, len(learn)))
-        found[look] = probe.predict(np.concatenate(vectors[look])).reshape(len(look), -1)
-    return found
+        scans = np.concatenate([*vectors[learn], *repeats[learn]])
+        truth = np.concatenate([np.tile(sizes, len(learn)), np.zeros(len(learn) * repeats.shape[1])])
+        probe = _ridge().fit(scans, truth)
+        for values, of in ((found, vectors), (again, repeats)):
+            values[look] = probe.predict(np.concatenate(of[look])).reshape(len(look), -1)
+    return found, again
 
 
 def _label_shift(vectors: _Array, labels: _Array) -> _Array:

@@ -162,9 +162,9 @@ def _probed(job: Job, plan: Plan, train: Sequence[int], val: Sequence[int], outp
     if row.harmonised:
         from brainfm.downstream.harmonisation import Harmoniser, beside, describe_sites
 
-        columns, own = beside(job.data, plan.site, train), job.data.patients
+        columns, own = beside(job.data, plan.site, train, row.harmonised), job.data.patients
         features = np.hstack([vectors.astype(np.float64), columns])
-        before = [Harmoniser(row.harmonised, columns.shape[1] - 1)]
+        before = [Harmoniser.of(row.harmonised, columns)]
         sites = partial(
             describe_sites, vectors, columns, train, patients=own, method=row.harmonised, seed=job.seed, n=RESAMPLES
         )

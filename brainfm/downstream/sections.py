@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -28,19 +28,34 @@ from brainfm.errors import BrainfmError
 _WORDS = ("task", "model", "mode", "column", "group", "metric", "lowest", "highest", "note")
 
 
+class Figure(NamedTuple):
+    """A picture of a section."""
+
+    caption: str
+    alt: str
+    svg: bytes
+
+
 class Section(NamedTuple):
-    """A title, a sentence or two, and tables."""
+    """A title, a sentence or two, tables, and pictures."""
 
     title: str
     text: str
     tables: list[Table]
+    pictures: Sequence[Figure] = ()
+
+
+RECOVERY, LONGITUDINAL, SEGMENTATION = "recovery", "longitudinal", "segmentation"  # folders in that of the results
 
 
 def sections(folder: Path, run: Run) -> Iterator[Section]:
-    """The sections that there are numbers for."""
+    """The sections that there are numbers for, those of other commands in the folder's own `recovery` and others."""
     for make in (_certainty, _sites, _groups):
         if section := make(folder, run):
             yield section
+    for name, of in ((RECOVERY, _recovery), (LONGITUDINAL, _longitudinal), (SEGMENTATION, _segmentation)):
+        if found := of(folder / name):
+            yield found
 
 
 def _certainty(folder: Path, run: Run) -> Section | None:
@@ -66,13 +81,18 @@ def _certainty(folder: Path, run: Run) -> Section | None:
             line += [summary_text(run.summary(task, row, name), 3, run.evaluation.seeds) for name in calibration]
             lines.append([*line, NONE if math.isnan(flagged) else f"{100 * flagged:.1f} %"])
         head = ["Row", *(f"{100 * level:g} %" for level in levels), size, *(metric_name(task, n) for n in calibration)]
+        if "expected" in own:  # not in what was written before
+            first = own.drop_duplicates("nominal").set_index("nominal")
+            said = [mean_std(first.loc[level, "expected"], first.loc[level, "expected_sd"], 3) for level in levels]
+            lines.append(["Expected", *said, *[NONE] * (len(calibration) + 2)])
         scans = int(own["val_scans"].min())
         what = f"{title}: how often intervals or sets held the truth, by {scans} validation scans or more"
         tables.append(_table(what, (*head, "Unlike training"), lines))
     text = (
         "Intervals and sets are split-conformal: as wide as the validation part's errors ask for, so that new scans "
         "like these are held as often as said; at 90 %, each test scan's are in predictions.csv. They promise nothing "
-        "for another site or scanner. Coverage is of all seeds, with a 95 % interval by bootstrap over patients. "
+        "for another site or scanner. Coverage is of all seeds, with a 95 % interval by bootstrap over patients; "
+        "expected is its mean and standard deviation by the beta-binomial law of so many scans. "
         "Unlike training: test scans whose embedding is farther from the training part than that part's own are "
         f"{UNLIKE:g} times in 100 (Mahalanobis distance, cross-fitted): 5 % of scans that are like it."
     )
@@ -149,6 +169,123 @@ def _groups(folder: Path, run: Run) -> Section | None:
         "disparities.csv."
     )
     return Section("Fairness", text, tables)
+
+
+# --- Of commands beside the benchmark -------------------------------------------------------------
+
+
+def _recovery(folder: Path) -> Section | None:
+    found = _table_of(folder / "verdicts.csv")
+    if found is None:
+        return None
+    lines = []
+    for one in found.itertuples():
+        sizes = [NONE if math.isnan(size) else f"{size:g}" for size in (one.seen_from, one.read_from)]
+        name = f"{one.change} ({one.unit})"
+        ranks = [number(one.distance_rank, 2), number(one.probe_rank, 2)]
+        rising = f"{100 * one.rising:.0f} % of {one.patients:.0f}"
+        lines.append([str(one.model), name, rising, ranks[0], sizes[0], ranks[1], sizes[1]])
+    head = [
+        "Model",
+        "Change",
+        "Farther at every step",
+        "ρ",
+        "Above the floor from",
+        "ρ of a probe",
+        "Differences: from",
+    ]
+    text = (
+        "Changes of known size, planted in scans. Patients whose embedding is farther from the clean scan's at every "
+        "larger size; Spearman's correlation of distance and size, the median over patients; and the smallest size "
+        "from which on the median distance is above the test–retest floor, the 95th percentile of the distances "
+        "between scans of one head. A probe reads the size off patients that it did not learn from; one of the "
+        "differences from the clean scan has a floor of its own, what it reads off their second scans. "
+        f"{NONE}: none of the sizes."
+    )
+    pictures = [
+        Figure(
+            f"{path.stem.removeprefix('recovery_')}: distance from the clean scan by size, with its middle half of "
+            "patients; dashed the floor, dotted the size from which on it is passed.",
+            f"Distance from the clean scan by size of the change, {path.stem}",
+            path.read_bytes(),
+        )
+        for path in sorted(folder.glob("recovery_*.svg"))
+    ]
+    return Section("Planted changes", text, [_table("How small a change is seen", head, lines)], pictures)
+
+
+def _longitudinal(folder: Path) -> Section | None:
+    found = _table_of(folder / "reliability.csv")
+    if found is None:
+        return None
+    columns = {
+        "pairs": "Pairs", "icc_agreement": "ICC(2,1)", "icc_consistency": "ICC(3,1)", "within": "Test to retest",
+        "identified": "Found again", "followed": "Followed", "change": "Change a year",
+        "years_to_floor": "Years to the floor",
+    }  # fmt: skip
+    lines = [[str(one["model"]), *(_cell(one[name]) for name in columns)] for _, one in found.iterrows()]
+    tables = [_table("Test and retest", ["Model", *columns.values()], lines)]
+    text = (
+        "ICC is the median over the embedding's numbers. Distances are in units of the median distance between two "
+        "patients; found again are tests whose nearest retest is the same patient's; years to the floor is after how "
+        "many the change is as long as the distance between test and retest."
+    )
+    if (scores := _table_of(folder / "scores.csv")) is not None:
+        lines = [
+            [one.task, one.model, one.features, one.metric, _span(one.value, one), f"{one.patients:.0f}",
+             f"{one.events:.0f}" if one.events else NONE]
+            for one in scores.itertuples()
+        ]  # fmt: skip
+        head = ["Foretold", "Model", "From", "Metric", "Value", "Patients", "Events"]
+        tables.append(_table("Progression, of patients that were not learned from", head, lines))
+    if (pairs := _table_of(folder / "comparisons.csv")) is not None:
+        lines = [
+            [one.task, one.features, one.first, one.second, _span(one.difference, one), p_value_text(one.p_holm)]
+            for one in pairs.itertuples()
+        ]
+        head = ["Foretold", "From", "First", "Second", "Second's error less the first's", "p (Holm)"]
+        tables.append(_table("Models against each other, by mixed-effects models", head, lines))
+    return Section("Patients over time", text, tables)
+
+
+def _segmentation(folder: Path) -> Section | None:
+    found = _table_of(folder / "dice.csv")
+    if found is None:
+        return None
+    labels = found["label"].drop_duplicates().tolist()
+    lines = []
+    for (model, features), own in found.groupby(["model", "features"], sort=False):
+        cells = own.set_index("label")
+        shown = [
+            _span(cells.loc[label, "dice"], cells.loc[label]) if label in cells.index else NONE for label in labels
+        ]
+        lines.append([f"{model}, {features}", *shown])
+    text = (
+        "Dice of a linear probe on dense features, of patients that it did not learn from, with 95 % intervals by "
+        "bootstrap over patients. Controls: the same network untrained, and the intensity alone."
+    )
+    most = int(found["patients"].max())
+    return Section("Segmentation", text, [_table(f"Dice, of {most} patients", ["Features", *labels], lines)])
+
+
+def _span(value: float, one: Any) -> str:
+    ends = f" [{_cell(one.low)}, {_cell(one.high)}]" if math.isfinite(one.low) else ""
+    return _cell(value) + ends
+
+
+def _cell(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.0f}" if value == int(value) and value > 1 else number(value, 3)
+
+
+def _table_of(path: Path) -> pd.DataFrame | None:
+    """A table of another command; None where there is none. Raises BrainfmError where it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(("label", "model", "features", "task"), str))
+    except (OSError, ValueError) as error:
+        raise BrainfmError(f"{path}: not a table that brainfm wrote ({error}); make it anew") from error
+    return None if table.empty else table
 
 
 def _interval(one: pd.Series, decimals: int) -> str:

@@ -197,6 +197,8 @@ def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
 def _harmonised(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
     if not plan.harmonise:
         return
+    from brainfm.downstream.harmonisation import is_longitudinal
+
     not_of = [MODES[mode] for mode in dict.fromkeys(plan.modes) if mode not in HARMONISED]
     yield (
         f"Rows after {HARMONISE[plan.harmonise]} take what is of {plan.site} out of the embeddings, fitted on what a "
@@ -208,6 +210,8 @@ def _harmonised(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
     for one in data:
         names = [name for name in one.task.covariates if name != plan.site]
         said = f"protects {', '.join(names)}" if names else "protects no covariate: what goes with a site is lost too"
+        if is_longitudinal(plan.harmonise):
+            said += "; of each patient a level of their own stays, predicted from the patient's own scans"
         yield f"{one.task.title}: {HARMONISE[plan.harmonise]} {said}."
 
 

@@ -144,7 +144,7 @@ def convert(
     Args:
         source: The authors' file, a checkpoint of SimCLR (its encoder is taken) or of an MAE (its decoder is left out),
             a state dict of the encoder, or a folder with one such file, or with a model already.
-        folder: Where to write.
+        folder: The folder to write, new or empty.
         model_name: The registered model it holds. With a tag, the file must be the published one, by its hash; without,
             it is recognised by that, and else nothing is claimed of it.
         pretrained_cfg_overlay: Fields of the cfg to set.

@@ -35,7 +35,7 @@ class Check:
     Attributes:
         computation: "float32" is the plain model; the others are `brainfm.optimize` of it.
         error: Length of the difference, relative to the golden one's.
-        tolerance: What it may be.
+        tolerance: What it may be, in the same unit.
 
     Example:
         >>> import brainfm

@@ -73,6 +73,7 @@ class Encoder(nn.Module, ABC):
         num_classes: Outputs of the classifier; 0 without one.
         in_chans: Input channels.
         global_pool: How a feature map or tokens become one vector; one of `pools`.
+        drop_rate: The probability of dropout before the classifier, in training.
         feature_info: A dict a stage, see `stage`; a family may set a plain list.
         pretrained_cfg: What the weights are and expect; set by `create_model`; `default_cfg` in old timm.
         cam_layer: The layer whose map Grad-CAM weighs where none is named; "" is the last stage.
@@ -329,9 +330,9 @@ class Encoder(nn.Module, ABC):
             done.append("BatchNorm folded")
         for module in fast.modules():
             if isinstance(module, Together):
-                module.together = True
-                if module.faster not in done:
-                    done.append(module.faster)
+                faster = module.ready()
+                if faster and faster not in done:
+                    done.append(faster)
         return computing_in(fast, dtype, tuple(done))
 
     def _copy_for_inference(self, shared: dict[int, Any] | None = None) -> Encoder:

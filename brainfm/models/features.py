@@ -39,7 +39,7 @@ class FeatureMaps(nn.Module):
         self.encoder.set_grad_checkpointing(enable)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The chosen maps; nothing is computed after the last of them."""
+        """[B, in_chans, D, H, W] → the chosen maps [B, C, d, h, w]; nothing is computed after the last of them."""
         maps = self.encoder.forward_intermediates(x, self.out_indices, intermediates_only=True)
         assert isinstance(maps, list)
         return maps

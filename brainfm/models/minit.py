@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.contract import Triple
-from brainfm.models.encoder import Encoder, stage
+from brainfm.models.encoder import stage
+from brainfm.models.fast.first import FirstTokenReader
 from brainfm.models.nit import NormedHead, as_kernel
 from brainfm.models.vit import Block, PatchEmbed, init_linear, interpolate_positions
 
@@ -30,7 +31,7 @@ class BlockHead(nn.Linear):
         return super().forward(self.of_block(x).flatten(1))
 
 
-class MiNiT(Encoder):
+class MiNiT(FirstTokenReader):
     """Volumes → CLS tokens of their blocks, whose mean is the embedding.
 
     `forward_features` gives all tokens after the last layer, [B, blocks, 1 + patches of a block, C]; a map has a cell a

@@ -16,7 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.contract import Triple
-from brainfm.models.encoder import Encoder, stage
+from brainfm.models.encoder import stage
+from brainfm.models.fast.chain import Together, is_plain
+from brainfm.models.fast.first import FirstTokenReader
+from brainfm.models.fast.patches import embedded
+
+_EVEN = 16  # of whose multiples matrix products are fastest
 
 
 def sincos_positions(dim: int, grid: Triple) -> Tensor:
@@ -51,8 +56,10 @@ def interpolate_positions(positions: Tensor, old: Triple, new: Triple) -> Tensor
     return torch.cat([first_rows, moved.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Together):
     """Non-overlapping patches → tokens: [B, C, D, H, W] → [B, d·h·w, dim], z slowest."""
+
+    faster = "patches by one matrix product, without those that are empty (unless traced)"
 
     def __init__(self, patch_size: Triple, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -67,6 +74,8 @@ class PatchEmbed(nn.Module):
         return z, y, x
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.together and is_plain(x):
+            return embedded(x, self.proj).flatten(1, 3)
         return self.proj(x).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
 
@@ -101,9 +110,29 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))  # type: ignore[no-any-return]
 
+    def of_first(self, x: Tensor) -> Tensor:
+        """What `forward` gives the first token, [B, N, dim] → [B, 1, dim], without any other's key or value.
 
-class Mlp(nn.Module):
+        A query's product with a key is that of the query, through the keys' weights, with the token; and the mean of
+        values is the values' weights times the mean of tokens. What the keys' bias adds is the same for all tokens.
+        """
+        query, key, value = self.qkv.weight.unflatten(0, (3, self.num_heads, -1))  # type: ignore[no-untyped-call]
+        q = torch.einsum("bd,hcd->bhc", x[:, 0], query)
+        bias = None if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, self.num_heads, -1))  # type: ignore[no-untyped-call]
+        if bias is not None:
+            q = q + bias[0]
+        asked = torch.einsum("bhc,hcd->bhd", q * q.shape[-1] ** -0.5, key)
+        seen = (asked @ x.transpose(1, 2)).softmax(dim=-1) @ x
+        found = torch.einsum("bhd,hcd->bhc", seen, value)
+        if bias is not None:
+            found = found + bias[2]
+        return self.proj(found.flatten(1)[:, None])  # type: ignore[no-any-return]
+
+
+class Mlp(Together):
     """Two layers with a GELU between them."""
+
+    faster = "MLPs with hidden zeros, of a width that matrix products like"
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -112,6 +141,22 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+    def ready(self) -> str:
+        """As `Together.ready`: hidden channels that are always 0 are added, which change nothing."""
+        extra = -self.fc1.out_features % _EVEN
+        if not extra:
+            return ""
+        self.fc1.weight, self.fc1.bias, self.fc2.weight = (
+            nn.Parameter(F.pad(old, pad), requires_grad=False)
+            for old, pad in (
+                (self.fc1.weight, (0, 0, 0, extra)),
+                (self.fc1.bias, (0, extra)),
+                (self.fc2.weight, (0, extra)),
+            )
+        )
+        self.fc1.out_features = self.fc2.in_features = self.fc1.out_features + extra
+        return super().ready()
 
 
 class DropPath(nn.Module):
@@ -156,8 +201,13 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x), rotation))
         return x + self.drop_path(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
 
+    def of_first(self, x: Tensor) -> Tensor:
+        """What `forward` gives the first token in eval mode, [B, N, dim] → [B, 1, dim]."""
+        first = x[:, :1] + self.attn.of_first(self.norm1(x))
+        return first + self.mlp(self.norm2(first))  # type: ignore[no-any-return]
 
-class VisionTransformer(Encoder):
+
+class VisionTransformer(FirstTokenReader):
     """A ViT on 3D patches. It takes volumes of `img_size`; with `dynamic_img_size` any that the patch divides.
 
     `forward_features` gives all tokens after the final norm, the CLS token first where there is one; before the norm
@@ -175,7 +225,7 @@ class VisionTransformer(Encoder):
         global_pool: "token" (the first token: the CLS token, as linear probing in `facebookresearch/mae`, or without
             one that of the corner patch, as BrainIAC reads its ViT), "avg" (the patch tokens' mean after the norm), or
             "fc_norm" (their mean before it, then a norm of its own, as fine-tuning in `mae`).
-        drop_rate: Dropout on the pooled embedding, in training.
+        drop_rate: The probability of dropout on the pooled embedding, in training.
         drop_path_rate: Stochastic depth, in training: the last block's; it rises evenly from 0 in the first.
         dynamic_img_size: Take volumes of other sizes too.
         class_token: Have a CLS token before those of the patches.
@@ -233,8 +283,12 @@ class VisionTransformer(Encoder):
             nn.init.normal_(self.cls_token, std=0.02)
         self.reset_classifier(num_classes)
 
+    @property
+    def _reads_first(self) -> bool:
+        return self.global_pool == "token"
+
     def set_drop_path(self, rate: float) -> None:
-        """Stochastic depth of the last block, in training; it rises evenly from 0 in the first. Raises ValueError."""
+        """Set the last block's probability of being skipped in training; it rises evenly from 0. Raises ValueError."""
         for n, block in enumerate(self.blocks):
             block.drop_path = DropPath(rate * n / max(1, len(self.blocks) - 1))
 

@@ -40,9 +40,11 @@ _THREAD_VARIABLES = (
     "MKL_NUM_THREADS",
 )
 # Imports take a fifth of a scan's time. On Linux they are paid for once: a server that has done them, and computes
-# nothing, forks each scan's process. Elsewhere forks are unsafe with the system's own libraries.
+# nothing on a thread of its own, forks each scan's process. Elsewhere forks are unsafe with the system's own libraries.
+# A scan alone imports torch itself, while ITK works.
 _FORKS = sys.platform == "linux"
-_IMPORTED_ONCE = ["brainfm.prep.batch", "brainfm.prep.similarity", "brainfm.prep.linknet", "nibabel"]
+_OF_ONE = ["brainfm.prep.batch", "nibabel"]
+_OF_MANY = ["brainfm.prep.ready"]
 _WITHOUT_GUARD = 78  # exit code of a scan's process that found itself in the script that had started it
 _FEWER = "run it again with fewer scans at once (--jobs, jobs=), or on a machine with more memory"
 
@@ -295,7 +297,7 @@ def _run(
     waiting = todo[::-1]
     running: dict[Any, _Running] = {}
     if waiting and _FORKS:
-        _start_server()
+        _start_server(_OF_ONE if len(waiting) == 1 else _OF_MANY)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -345,12 +347,12 @@ def _started(task: _Task, output: Path, threads: int) -> tuple[Connection, _Runn
     return ours, _Running(task, process, scratch)
 
 
-def _start_server() -> None:
+def _start_server(imported: list[str]) -> None:
     """Start what forks the scans' processes, where it is not running; on one thread, for a fork loses all others."""
     before = dict(os.environ)
     os.environ |= dict.fromkeys(_THREAD_VARIABLES, "1")
     try:
-        forkserver.set_forkserver_preload(_IMPORTED_ONCE)
+        forkserver.set_forkserver_preload(imported)
         forkserver.ensure_running()
     finally:
         os.environ.clear()

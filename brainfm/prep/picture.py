@@ -32,15 +32,16 @@ def draw(prepared: Prepared, path: Path) -> None:
     usual = to_array(template()) > 0
     near = _around(brain | usual)
     low, high = np.percentile(prepared.image[brain], (1, 99.5))
-    grey = np.clip((prepared.image - low) / max(float(high - low), 1e-9), 0, 1) * near
     origin = np.array((-96, -132, -78))
     rows = []
     for axis, places in _SLICES_MM.items():
         panels = []
         for place in places:
             n = int(place - origin[axis])
-            planes = [np.moveaxis(volume, axis, 0)[n].T[::-1] for volume in (grey, brain, usual)]
-            panels.append(_panel(*planes))
+            volumes = (prepared.image, near, brain, usual)
+            image, shown, *outlined = (np.moveaxis(volume, axis, 0)[n].T[::-1] for volume in volumes)
+            grey = np.clip((image - low) / max(float(high - low), 1e-9), 0, 1) * shown
+            panels.append(_panel(grey, *outlined))
         rows.append(np.concatenate(panels, axis=1))
     width = max(row.shape[1] for row in rows)
     picture = np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])

@@ -15,6 +15,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -27,13 +28,13 @@ from numpy.typing import NDArray
 from brainfm.contract import InputSpec
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import atomic_path, file_sha256, one_line, write_json
-from brainfm.prep import programs
+from brainfm.prep import programs, quality
 from brainfm.prep.contrast import AGREEMENT, judge_contrast, onto_t1w
 from brainfm.prep.coregister import SETTINGS
 from brainfm.prep.image import TEMPLATE, affine_of, largest_part, like, locale_kept, sitk, template, to_array
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
-from brainfm.prep.quality import RANGES, Prepared, judge
+from brainfm.prep.quality import Prepared
 from brainfm.prep.registration import SEED, TransformType, as_affine
 from brainfm.prep.source import Contrast, Head, Source, read_source, source_sha256
 from brainfm.prep.steps import BIAS, EXTRACTION, REGISTRATION, synthseg_tool, turboprep_tool
@@ -50,6 +51,7 @@ from brainfm.scan.layout import (
     TURBOPREP_TRANSFORM,
 )
 from brainfm.scan.prepared import FORMAT, PreparedScan, for_contract, read_prepared, read_record
+from brainfm.scan.stored import StoredImage
 from brainfm.schema import Checked
 from brainfm.system import expanded
 from brainfm.version import __version__
@@ -191,7 +193,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepare one scan, write its folder, and return its record.
 
-    With the same versions and threads, both in the record, the same scan gives the same files to the bit.
+    With the same versions and threads, both in the record, the same scan gives the same files to the bit. What does not
+    wait for each other is done side by side: torch is imported while ITK takes the bias field off, files are written
+    during the registration. The record's seconds are of what was waited for.
 
     Args:
         source: The scan.
@@ -207,27 +211,29 @@ def prepare(
         ScanError: The scan is no T1w image of a head, or a step failed on it.
         BrainfmError: A tool is not installed.
     """
-    import torch
-
-    torch.set_num_threads(threads)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     tools, steps, target = settings.tools(), settings.steps(), _target(settings)
     if onto is not None:  # the T1w scan's brain, and SimpleITK's registration to it
         tools = {"bias": tools["bias"], "registration": f"SimpleITK {version('SimpleITK')}"}
         steps = {"bias": steps["bias"], "registration": SETTINGS}
     clock = Clock(begun)
-    for name in (RECORD, *_OWN, FIELD, *_TURBOPREP):  # what is in the folder from here on is not finished
-        (folder / name).unlink(missing_ok=True)
-    with clock("read"):
-        sha256 = source_sha256(source.path)
-        head = read_source(source.path, settings.contrast)
+    _clear(folder)
     try:
-        if settings.backend == "turboprep":
-            made = _by_turboprep(head, folder, settings, threads, clock)
-        else:
-            made = _by_steps(head, folder, settings, threads, clock, onto, device)
-    except RuntimeError as error:
-        raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
+        with ThreadPoolExecutor(1) as beside:
+            if settings.backend == "pip":
+                beside.submit(_import_torch)
+            with clock("read"):
+                sha256 = source_sha256(source.path)
+                head = read_source(source.path, settings.contrast)
+            if settings.backend == "turboprep":
+                made = _by_turboprep(head, folder, settings, threads, clock)
+            else:
+                made = _by_steps(head, folder, settings, threads, clock, onto, device, beside)
+    except BaseException as error:
+        _clear(folder)
+        if isinstance(error, RuntimeError):
+            raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
+        raise
     record = {
         "input": {"path": str(source.path), "sha256": sha256, "found": head.found, "stripped": head.stripped},
         "settings": settings.to_dict(),
@@ -247,6 +253,12 @@ def prepare(
     }
     write_json(folder / RECORD, record)
     return record
+
+
+def _clear(folder: Path) -> None:
+    """Take away what an earlier run, or one that failed, has left in a scan's folder: none of it is finished."""
+    for name in (RECORD, *_OWN, FIELD, *_TURBOPREP):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _target(settings: Settings) -> Path:
@@ -273,49 +285,83 @@ def _target(settings: Settings) -> Path:
 
 
 def _by_steps(
-    head: Head, folder: Path, settings: Settings, threads: int, clock: Clock, onto: Path | None, device: str
+    head: Head,
+    folder: Path,
+    settings: Settings,
+    threads: int,
+    clock: Clock,
+    onto: Path | None,
+    device: str,
+    beside: ThreadPoolExecutor,
 ) -> dict[str, Any]:
     """Prepare a head, write its images, and return what its record says of them."""
     with clock("bias"):
         corrected, log_field = BIAS[settings.bias].run(head.image)
-    affine = affine_of(corrected)
+        import torch  # which `beside` has begun
+
+    torch.set_num_threads(threads)
     if onto is None:
-        brain, found = _alone(corrected, head, settings, threads, clock, device)
+        brain_only, brain = _extracted(corrected, head, settings, threads, clock, device)
+        saved = beside.submit(_saved, corrected, brain, log_field, folder)
+        beside.submit(quality.get_ready)
+        found = _registered(brain_only, settings, clock, device)
     else:
         with clock("registration"):
             brain, found = onto_t1w(corrected, read_prepared(onto))
+        saved = beside.submit(_saved, corrected, brain, log_field, folder)
     with clock("write"):
-        stored, storage = save_head(to_array(corrected), brain, affine, folder / HEAD)
-        save(brain.astype(np.uint8), affine, folder / BRAIN)
-        made: dict[str, Any] = {"format": FORMAT, "contrast": settings.contrast, **found, "storage": storage}
-        if log_field is not None:
-            save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)
-            made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
+        stored, storage = saved.result()
+    made: dict[str, Any] = {"format": FORMAT, "contrast": settings.contrast, **found, "storage": storage}
+    if log_field is not None:
+        made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
     scan = PreparedScan(folder, made, stored, brain)
     return made | appraise(scan, settings, head.stripped, clock)
 
 
-def _alone(
+def _import_torch() -> None:
+    """With what computes by it: that takes as long as reading a scan and taking its bias field off, by ITK alone."""
+    from brainfm.prep import linknet, similarity  # noqa: F401
+
+
+def _extracted(
     corrected: sitk.Image, head: Head, settings: Settings, threads: int, clock: Clock, device: str
-) -> tuple[NDArray[np.bool_], dict[str, Any]]:
-    """The brain [i, j, k] of a head, and how it lies against the template."""
+) -> tuple[sitk.Image, NDArray[np.bool_]]:
+    """The head without what is no brain, and the brain mask [i, j, k]."""
     with clock("extraction"):
         probability = _given(head) if head.stripped else EXTRACTION[settings.extraction].run(corrected, device)
         inside = largest_part(sitk.Cast(probability > 0.5, sitk.sitkUInt8))
         if not sitk.GetArrayViewFromImage(inside).any():
             raise ScanError("the brain extraction found no brain; is this a T1w scan of a head?")
-    with clock("registration"):
         brain_only = corrected * sitk.Cast(inside, sitk.sitkFloat32)
-        found = REGISTRATION[settings.registered_by].run(brain_only, device)
-        found.wanted(settings.registration)  # or says why there is none
     if settings.mask == "synthseg":
         with clock("mask"):
             inside = largest_part(sitk.Cast(programs.synthseg(brain_only, threads) > 0.5, sitk.sitkUInt8))
-    return to_array(inside) > 0, {
+    return brain_only, to_array(inside) > 0
+
+
+def _registered(brain_only: sitk.Image, settings: Settings, clock: Clock, device: str) -> dict[str, Any]:
+    """How a brain lies against the template, as the record has it."""
+    with clock("registration"):
+        found = REGISTRATION[settings.registered_by].run(brain_only, device)
+        found.wanted(settings.registration)  # or says why there is none
+    return {
         "rigid": to_template(found.rigid),
         "affine": None if found.affine is None else to_template(found.affine),
         "registration": found.to_dict(),
     }
+
+
+def _saved(
+    corrected: sitk.Image, brain: NDArray[np.bool_], log_field: sitk.Image | None, folder: Path
+) -> tuple[StoredImage, dict[str, Any]]:
+    """Write a scan's own images; the head as it is stored, and how."""
+    affine = affine_of(corrected)
+    head = sitk.GetArrayViewFromImage(corrected).transpose(2, 1, 0)  # no copy beside the registration's
+    stored, storage = save_head(head, brain, affine, folder / HEAD)
+    save(brain.astype(np.uint8), affine, folder / BRAIN)
+    if log_field is not None:
+        save(to_array(log_field).astype(np.float32), affine_of(log_field), folder / FIELD)
+    return stored, storage
 
 
 def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Clock) -> dict[str, Any]:
@@ -341,11 +387,14 @@ def appraise(scan: PreparedScan, settings: Settings, stripped: bool, clock: Cloc
 
 
 def _judged(prepared: Prepared, folder: Path, clock: Clock) -> dict[str, Any]:
-    with clock("quality"):
-        figures, verdict = judge(prepared)
-    with clock("write"):
-        draw(prepared, folder / PICTURE)
-    return {"verdict": verdict, "quality": [asdict(figure) | RANGES[figure.name].limits() for figure in figures]}
+    with ThreadPoolExecutor(1) as beside:
+        drawn = beside.submit(draw, prepared, folder / PICTURE)
+        with clock("quality"):
+            figures, verdict = quality.judge(prepared)
+        with clock("write"):
+            drawn.result()
+    ranges = quality.RANGES
+    return {"verdict": verdict, "quality": [asdict(figure) | ranges[figure.name].limits() for figure in figures]}
 
 
 def _given(head: Head) -> sitk.Image:
@@ -423,10 +472,15 @@ def _seen(head: NDArray[Any], to_head: NDArray[np.float64], shape: tuple[int, in
         filled = np.flatnonzero(head.min(axis=others) != head.max(axis=others))
         if len(filled) == 0:
             return np.zeros(shape, dtype=np.bool_)
+        first, last = filled[0] - 0.5, filled[-1] + 0.5
+        far = to_head[axis, :3] * (np.array(shape) - 1)
+        least, most = (float(to_head[axis, 3] + far.clip(*side).sum()) for side in ((None, 0), (0, None)))
+        if least > first + 1 and most < last - 1:  # all of the grid lies between
+            continue
         place = sum(
             (np.float32(step) * each for step, each in zip(to_head[axis], numbers, strict=False)), to_head[axis, 3]
         )
-        seen &= (place >= filled[0] - 0.5) & (place <= filled[-1] + 0.5)
+        seen &= (place >= first) & (place <= last)
     return seen
 
 

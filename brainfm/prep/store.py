@@ -38,7 +38,10 @@ def save_head(
     whole = bool((head == np.rint(head)).all()) and high - low <= _MOST_STEPS
     step = 1.0 if whole else max(bright * FINEST, (high - low) / _MOST_STEPS)
     while True:
-        voxels = np.rint((head - np.float32(low)) / np.float32(step)).astype(np.uint16)
+        steps = head - np.float32(low)
+        steps /= np.float32(step)
+        voxels = np.rint(steps, out=steps).astype(np.uint16)
+        del steps  # while it is packed
         size = _save(voxels, affine, path, step, low)
         if whole or size <= MOST_BYTES or step >= bright * COARSEST:
             break

@@ -42,7 +42,7 @@ class Scan(Volume):
         mask: [i, j, k] booleans, the brain; None where the contract has no mask.
         affine: [4, 4] from voxel indices to RAS millimetres.
         slope: Intensities are stored · slope + inter.
-        inter: The same.
+        inter: See `slope`; the intensity of a stored 0.
         source: The file, or what was passed in its place; of several channels, the first one's.
         notes: What was done to bring the scan to the contract, such as "moved by (+2, +2, +6) whole voxels".
 

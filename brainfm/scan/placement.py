@@ -42,6 +42,10 @@ Not fitted, where nothing says what is brain, T1w of nine correlate by 0.21 to 0
 
 A header may name the space that its affine leads to. It decides between the limits where the place is doubtful, and
 Talairach is not MNI152; a brain in its place is taken from a header that names the scanner's space, as many tools do.
+Where no header says MNI152, a brain may lie in Talairach space all the same: pitched by 3.6° and smaller, by what
+Lancaster et al. (2007, Human Brain Mapping 28:1194) fitted to such brains. It is refused where it lies nearer to that
+than to MNI152 by far (`TALAIRACH_MM`, `TALAIRACH_SHARE`); turns and shifts count for the one, for the other sizes too,
+which brains registered to Talairach space share.
 
 Correlation with the template's map of grey matter, not smoothed and smoothed by 8 mm; the people's maps (of two) are
 classes of intensity, registered nonlinearly:
@@ -78,13 +82,24 @@ MAX_OUTSIDE = 0.30  # fraction of the scan's brain outside the template's
 MAX_OFFSET_MM, MAX_TILT_DEG = 6.0, 7.0  # off the template's place, whatever the header says
 DOUBTFUL_OFFSET_MM, DOUBTFUL_TILT_DEG = 4.0, 4.0  # where a header that does not say MNI152 decides
 MIN_SIZE, MAX_SIZE = 0.92, 1.08  # of the template's along an axis, where registration gave the brain its size
+TALAIRACH_MM = 2.5  # over the brain, off MNI152's place, from which on Talairach's is thought of
+TALAIRACH_SHARE = 0.7  # of that, within which it then lies of Talairach's
 MAX_MISSING = 0.2  # fraction of the template's brain, once fitted, where the scan has none
 MIN_CORRELATION = 0.31  # of T1w intensities at 4 mm, once fitted
 MIN_HEAD_CORRELATION = 0.10  # not fitted, where no mask says what is brain
 MAX_T2W_CORRELATION = 0.10  # of T2w intensities with the T1w template's
 MIN_GREY_CORRELATION = 0.30  # of a map of grey matter with the template's
-SCANNER, ALIGNED, TALAIRACH = 1, 2, 3  # NIfTI-1's codes of an affine's space
+SCANNER, ALIGNED, TALAIRACH, MNI152 = 1, 2, 3, 4  # NIfTI-1's codes of an affine's space
 
+# From points of FSL's MNI152 to those of Talairach space, RAS mm (Lancaster et al. 2007, "icbm_fsl").
+_TO_TALAIRACH = np.array(
+    [
+        [0.9464, 0.0034, -0.0026, -1.0680],
+        [-0.0083, 0.9479, -0.0580, 1.0239],
+        [0.0053, 0.0617, 0.9010, 3.1883],
+        [0.0, 0.0, 0.0, 1.0],
+    ]
+)
 _CELL_MM = 4.0  # of the template's
 _EVERY = 3  # of the template's cells, each how-manieth the fit looks at
 
@@ -102,6 +117,8 @@ class Placement:
         size: Of the template's along x, y and z.
         missing: Fraction of the template's brain, once fitted, where the scan has none.
         correlation: Of the two's intensities at 4 mm inside the brain, once fitted.
+        off_mm: How far the fit moves the template's brain by its turn and its shift, root mean square.
+        off_talairach_mm: How far it then lies from where Talairach space has it, sizes included.
     """
 
     litres: float
@@ -112,6 +129,8 @@ class Placement:
     size: tuple[float, float, float]
     missing: float
     correlation: float
+    off_mm: float
+    off_talairach_mm: float
 
     def fault(self, registration: str = "rigid", takes_mask: bool = True, code: int = 0) -> str:
         """What is wrong with a scan that was registered so, the likely cause, and what to do next, or an empty string.
@@ -149,6 +168,11 @@ class Placement:
             return f"the brain does not lie where the template's does: {wrong}{cause}; {register}"
         if code == TALAIRACH:
             return f"{_CAUSES[code]}, which differs from MNI152 by up to a centimetre; {register}"
+        if code != MNI152 and self.off_mm > TALAIRACH_MM and self.off_talairach_mm < TALAIRACH_SHARE * self.off_mm:
+            return (
+                f"the brain lies as in Talairach space, which differs from MNI152 by up to a centimetre: it is within "
+                f"{self.off_talairach_mm:.1f} mm of that and {self.off_mm:.1f} mm from the template's place; {register}"
+            )
         return ""
 
 
@@ -264,7 +288,32 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
         size=_size(fit.affine),
         missing=missing,
         correlation=inner_correlation,
+        off_mm=_rms(_moved_alone(fit.affine) - np.eye(4), template),
+        off_talairach_mm=_rms(fit.affine - _talairach(), template),
     )
+
+
+def _rms(difference: NDArray[np.float64], template: _Template) -> float:
+    """The root mean square over the template's brain of what two affines about its centre differ by, mm."""
+    apart = difference[:3, :3] @ template.core_mm + difference[:3, 3:]
+    return float(np.sqrt((apart**2).sum(axis=0).mean()))
+
+
+def _moved_alone(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The turn and the shift of an affine, without its sizes and shears."""
+    left, _, right = np.linalg.svd(affine[:3, :3])
+    alone = affine.copy()
+    alone[:3, :3] = left @ right
+    return alone
+
+
+def _talairach() -> NDArray[np.float64]:
+    """`_TO_TALAIRACH` about the centre of the template's brain."""
+    template = _template(COARSE_BRAIN)
+    to_mm = np.eye(4)
+    to_mm[:3, 3] = template.affine[:3, :3] @ template.target.centre + template.affine[:3, 3]
+    about: NDArray[np.float64] = np.linalg.inv(to_mm) @ _TO_TALAIRACH @ to_mm
+    return about
 
 
 def _cells(shape: tuple[int, ...], affine: NDArray[np.float64], template: _Template) -> NDArray[np.int32]:

@@ -1,18 +1,22 @@
 // Shows the volumes that the page holds: by NiiVue where there is WebGL 2, else as slices on plain canvases.
 const volumes = JSON.parse(document.querySelector("#volumes").textContent);
 const control = (id) => document.querySelector(`#${id}`);
+const MOST_WITHOUT_A_CARD = 2e6; // voxels: where the processor draws, NiiVue needs minutes for more
 const theme = matchMedia("(prefers-color-scheme: dark)");
 let viewer; // NiiVue's, also for who wants to go on with it in the browser's console
 
 show().catch((error) => slices(`NiiVue cannot show it here (${error.message}): slices instead.`));
 
 async function show() {
-  if (!document.createElement("canvas").getContext("webgl2")) throw new Error("this browser has no WebGL 2");
+  const gl = document.createElement("canvas").getContext("webgl2");
+  if (!gl) throw new Error("this browser has no WebGL 2");
+  const drawnBy = gl.getParameter(gl.getExtension("WEBGL_debug_renderer_info")?.UNMASKED_RENDERER_WEBGL ?? gl.RENDERER);
+  const voxels = Math.max(...volumes.map(({ shape }) => shape[0] * shape[1] * shape[2]));
+  if (/swiftshader|llvmpipe|software|basic render/i.test(drawnBy) && voxels > MOST_WITHOUT_A_CARD) throw new Error("no graphics card draws for this browser, and the processor would need minutes");
   const { Niivue, NVImage, SLICE_TYPE, SHOW_RENDER } = niivue;
-  const whole = [...control("planes").options].some((option) => option.value === "render");
   viewer = new Niivue({
     dragAndDropEnabled: false, isColorbar: false, crosshairWidth: 0.5, crosshairWidthUnit: "mm", crosshairColor: [0.34, 0.71, 0.91, 0.8],
-    multiplanarShowRender: whole ? SHOW_RENDER.ALWAYS : SHOW_RENDER.NEVER, multiplanarEqualSize: true, logLevel: "error",
+    multiplanarShowRender: SHOW_RENDER.NEVER, multiplanarEqualSize: true, logLevel: "error",
   });
   paint();
   await viewer.attachToCanvas(control("viewer"));
@@ -22,8 +26,9 @@ async function show() {
     viewer.addVolume(image);
   }
   const at = (kind) => viewer.volumes.findIndex((image) => image.name === `${kind}.nii.gz`);
-  const planes = { multi: SLICE_TYPE.MULTIPLANAR, axial: SLICE_TYPE.AXIAL, coronal: SLICE_TYPE.CORONAL, sagittal: SLICE_TYPE.SAGITTAL, render: SLICE_TYPE.RENDER };
+  const planes = { multi: SLICE_TYPE.MULTIPLANAR, all: SLICE_TYPE.MULTIPLANAR, axial: SLICE_TYPE.AXIAL, coronal: SLICE_TYPE.CORONAL, sagittal: SLICE_TYPE.SAGITTAL, render: SLICE_TYPE.RENDER };
   const set = () => {
+    viewer.opts.multiplanarShowRender = control("planes").value === "all" ? SHOW_RENDER.ALWAYS : SHOW_RENDER.NEVER;
     viewer.setSliceType(planes[control("planes").value]);
     if (control("opacity")) viewer.setOpacity(at("map"), Number(control("opacity").value));
     if (control("component")) viewer.setFrame4D(viewer.volumes[at("map")].id, Number(control("component").value));
@@ -62,7 +67,7 @@ async function slices(why) {
   }
   const draw = () => {
     for (const [n, figure] of figures.entries()) {
-      figure.hidden = !["multi", figure.querySelector("canvas").dataset.plane].includes(control("planes").value);
+      figure.hidden = !["multi", "all", figure.querySelector("canvas").dataset.plane].includes(control("planes").value);
       drawSlice(figure.querySelector("canvas"), images, 2 - n, Number(figure.querySelector("input").value));
     }
   };

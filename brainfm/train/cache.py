@@ -16,9 +16,11 @@ import logging
 import multiprocessing
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,22 @@ from torch import Tensor
 
 from brainfm.contract import InputSpec, ZScore
 from brainfm.errors import BrainfmError, ScanError
-from brainfm.files import atomic_path, file_state, held, progress_bar, sweep, write_csv, write_json, write_text
+from brainfm.files import atomic_path, held, progress_bar, sweep, write_csv, write_json, write_text
 from brainfm.manifest import ScanRecord
 from brainfm.scan import load_scan
+from brainfm.scan.memory import is_mapping
 from brainfm.schema import Checked
 from brainfm.shards import Shard
 from brainfm.sources import is_clip
+from brainfm.stage import Stage, files_of
 from brainfm.tabular import read_rows
+from brainfm.train.quarantine import files_by_channel, state_of
 from brainfm.train.video import check_readers, read_volume
 
 logger = logging.getLogger("brainfm")
 
 INDEX = "index.jsonl"
+_WAITING = 4  # scans a worker that are sent to it before they are asked for
 _FORMAT = 2  # 1 held 0 outside the brain, as float16
 _LEVELS = 2**16 - 1  # steps of a uint16
 
@@ -71,14 +77,19 @@ def contract_digest(spec: InputSpec) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
-def read_whole(record: ScanRecord, spec: InputSpec) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+def read_whole(
+    record: ScanRecord, spec: InputSpec, stage: Stage | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """A scan's voxels before normalisation [C, z, y, x], as stored outside the brain too, and its mask [z, y, x].
 
-    Of a video clip, its frames: see `brainfm.train.video`. What the cache and the loader read, they read with this.
+    Of a video clip, its frames: see `brainfm.train.video`. What the cache and the loader read, they read with this;
+    with a stage, of the scan's copy there.
 
     Raises:
         ScanError: As `brainfm.load_scan` or `read_volume`, and where no brain is in the contract's crop.
     """
+    if stage is not None:
+        return stage.read(record, lambda local: read_whole(local, spec))
     if is_clip(record.image):
         return read_volume(str(record.image), before_normalisation(spec))
     volume = before_normalisation(spec).apply(load_scan(record.image, record.mask, spec=spec))
@@ -90,11 +101,19 @@ def read_whole(record: ScanRecord, spec: InputSpec) -> tuple[NDArray[np.float32]
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What a build did: scans written, found from an earlier build, and refused, by name, with the reason."""
+    """What a build did.
+
+    Attributes:
+        written: Scans.
+        found: Scans that an earlier build wrote.
+        refused: Scans that cannot be read, by name, and why.
+        quarantined: Those of them that failed twice, and are passed over from now on.
+    """
 
     written: int
     found: int
     refused: dict[str, str]
+    quarantined: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -126,6 +145,7 @@ def build_cache(
     root: str | os.PathLike[str] = ".",
     workers: int = 1,
     shard: Shard | None = None,
+    stage: Stage | None = None,
     progress: bool = False,
 ) -> CacheReport:
     """Write every scan of a list to a cache. A scan that is there already is left, unless its file has changed.
@@ -140,6 +160,7 @@ def build_cache(
         root: The folder that the scans' keys are relative to: the manifest's, so that data and manifest can move.
         workers: Processes.
         shard: Which of several equal parts of the scans to write. Shards share the folder, and none locks it.
+        stage: Where copies of the scans are read, which are made ahead; None reads the scans themselves.
         progress: Show a progress bar.
 
     Raises:
@@ -152,11 +173,10 @@ def build_cache(
     if shard is not None:
         sweep(folder)
         mine = [records[n] for n in shard.numbers(len(records))]
-        return _build(
-            mine, folder, folder / f"index.{shard.index + 1}-of-{shard.count}.jsonl", spec, root, workers, progress
-        )
+        index = folder / f"index.{shard.index + 1}-of-{shard.count}.jsonl"
+        return _build(mine, folder, index, spec, root, workers, stage, progress)
     with held(folder):
-        return _build(records, folder, folder / INDEX, spec, root, workers, progress)
+        return _build(records, folder, folder / INDEX, spec, root, workers, stage, progress)
 
 
 def _build(
@@ -166,6 +186,7 @@ def _build(
     spec: InputSpec,
     root: str | os.PathLike[str],
     workers: int,
+    stage: Stage | None,
     progress: bool,
 ) -> CacheReport:
     if (folder / "cache.json").is_file() and next((folder / "scans").glob("*.image.npy"), None) is not None:
@@ -185,7 +206,7 @@ def _build(
     todo = [job for job in jobs if job[0] not in kept_out and not _is_current(folder, known.get(job[0]), *job)]
     found = len(jobs) - len(todo) - len(kept_out)
     with index.open("a", encoding="utf-8") as lines:
-        written = _written(todo, folder, spec, workers)
+        written = _written(todo, folder, spec, workers, stage)
         for entry in progress_bar(written, total=len(todo), unit="scan", doing="caching", shown=progress):
             before = known.get(entry.key)
             if entry.error is not None:
@@ -198,7 +219,8 @@ def _build(
     write_text(index, "\n".join(map(_line, own)) + "\n")
     _write_quarantine(index, [known[key] for key, _ in jobs])
     refused = {record.name: error for key, record in jobs if (error := known[key].error) is not None}
-    return CacheReport(sum(known[key].error is None for key, _ in todo), found, refused)
+    twice = {record.name: refused[record.name] for key, record in jobs if known[key].failures > 1}
+    return CacheReport(sum(known[key].error is None for key, _ in todo), found, refused, twice)
 
 
 def _quarantined(folder: Path) -> set[str]:
@@ -207,7 +229,7 @@ def _quarantined(folder: Path) -> set[str]:
 
 
 def _fails_as_before(entry: _Entry | None, record: ScanRecord) -> bool:
-    return entry is not None and entry.error is not None and entry.state == _state(record)
+    return entry is not None and entry.error is not None and entry.state == state_of(record)
 
 
 def _write_quarantine(index: Path, entries: Sequence[_Entry]) -> None:
@@ -243,10 +265,17 @@ class ScanCache:
     def __contains__(self, key: str) -> bool:
         return key in self._levels
 
-    def read(self, key: str, box: tuple[slice, slice, slice]) -> tuple[Tensor, Tensor]:
-        """A box of a scan: image [C, z, y, x] float32 and mask [z, y, x] bool; only its voxels are read."""
+    def files(self, key: str) -> list[str]:
+        """A scan's image and mask."""
+        return [f"{self.folder}/scans/{key}.{name}.npy" for name in ("image", "mask")]
+
+    def read(self, key: str, box: tuple[slice, slice, slice], stage: Stage | None = None) -> tuple[Tensor, Tensor]:
+        """A box of a scan: image [C, z, y, x] float32 and mask [z, y, x] bool; only its voxels are read.
+
+        With a stage, of the scan's copy there.
+        """
         z, y, x = box
-        image, packed = (_mapped(self.folder / "scans" / f"{key}.{name}.npy") for name in ("image", "mask"))
+        image, packed = (_mapped(file, stage) for file in self.files(key))
         first = x.start // 8
         bits = np.unpackbits(packed[z, y, first : -(-x.stop // 8)], axis=2)[..., x.start - 8 * first :]
         mask = bits[..., : x.stop - x.start].astype(bool)
@@ -257,18 +286,18 @@ class ScanCache:
         return torch.from_numpy(voxels), torch.from_numpy(mask)
 
 
-def _mapped(path: Path) -> NDArray[Any]:
-    """An array in a file; where the file system maps nothing, all of it is read."""
+def _mapped(path: str, stage: Stage | None) -> NDArray[Any]:
+    """An array in a file, or its copy; where the file system maps nothing, all of it is read."""
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r")
-    except OSError:
+        array: NDArray[Any] = np.load(path if stage is None else stage.local(path), mmap_mode="r")
+    except OSError:  # or the copy left the stage meanwhile
         array = np.load(path)
     return array
 
 
 def key_of(record: ScanRecord, root: str | os.PathLike[str]) -> str:
     """A scan's name in a cache: a hash of its paths, relative to `root`, and of the channels where it has several."""
-    files = _files(record)
+    files = files_by_channel(record) if is_mapping(record.image) else {"": record.image, "mask": record.mask}
     parts = [_relative(item, root) if isinstance(item, str | os.PathLike) else "" for item in files.values()]
     channels = [name for name in files if name not in ("", "mask")]
     return hashlib.sha256(os.fsencode("\0".join([*parts, *channels]))).hexdigest()[:20]
@@ -276,18 +305,17 @@ def key_of(record: ScanRecord, root: str | os.PathLike[str]) -> str:
 
 def _relative(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> str:
     """As `os.path.relpath`, in half the time; for there are many."""
-    text, start = os.fspath(path), os.path.join(root, "")  # noqa: PTH118
-    start = "" if start == os.path.join(".", "") else start  # noqa: PTH118
+    text, start = os.fspath(path), _start_of(root)
     inner = text[len(start) :]
     if text.startswith(start) and os.path.normpath(inner) == inner and not inner.startswith(("..", os.sep)):
         return inner
     return os.path.relpath(path, root)
 
 
-def _files(record: ScanRecord) -> dict[str, Any]:
-    """The image of each channel in the order of their names, and the mask."""
-    images = {channel.casefold(): image for channel, image in record.images.items()}
-    return {channel: images[channel] for channel in sorted(images)} | {"mask": record.mask}
+@lru_cache(16)
+def _start_of(root: str | os.PathLike[str]) -> str:
+    start = os.path.join(root, "")  # noqa: PTH118
+    return "" if start == os.path.join(".", "") else start  # noqa: PTH118
 
 
 def _end_with_the_parent() -> None:
@@ -302,21 +330,28 @@ def _end_with_the_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _written(jobs: Sequence[tuple[str, ScanRecord]], folder: Path, spec: InputSpec, workers: int) -> Iterator[_Entry]:
-    arguments = ((key, record, folder, spec) for key, record in jobs)
+def _written(
+    jobs: Sequence[tuple[str, ScanRecord]], folder: Path, spec: InputSpec, workers: int, stage: Stage | None
+) -> Iterator[_Entry]:
+    coming = iter(jobs) if stage is None else stage.ahead(jobs, lambda job: files_of(job[1]))
     if workers <= 1 or len(jobs) < 2:
-        yield from map(_write_scan, arguments)
+        yield from (_write_scan(key, record, folder, spec, stage) for key, record in coming)
         return
     with ProcessPoolExecutor(workers, initializer=_end_with_the_parent) as pool:
-        yield from pool.map(_write_scan, arguments, chunksize=4)
+        waiting: deque[Future[_Entry]] = deque()  # a few: `pool.map` would take all jobs before the first is done
+        for key, record in coming:
+            waiting.append(pool.submit(_write_scan, key, record, folder, spec, stage))
+            if len(waiting) > _WAITING * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _write_scan(job: tuple[str, ScanRecord, Path, InputSpec]) -> _Entry:
+def _write_scan(key: str, record: ScanRecord, folder: Path, spec: InputSpec, stage: Stage | None) -> _Entry:
     """Write a scan's arrays, the image last: where it is, all is there. Returns its line of the index."""
-    key, record, folder, spec = job
-    entry = _Entry(key, record.name, _state(record))
+    entry = _Entry(key, record.name, state_of(record))
     try:
-        image, mask = read_whole(record, spec)
+        image, mask = read_whole(record, spec, stage)
     except ScanError as error:
         return replace(entry, error=str(error))
     except Exception as error:  # one bad scan never stops a build
@@ -347,13 +382,7 @@ def _in_steps(image: NDArray[np.float32]) -> tuple[tuple[tuple[float, float], ..
 def _is_current(folder: Path, entry: _Entry | None, key: str, record: ScanRecord) -> bool:
     if entry is None or entry.error is not None or not (folder / "scans" / f"{key}.image.npy").is_file():
         return False
-    return entry.state == _state(record)
-
-
-def _state(record: ScanRecord) -> tuple[tuple[int, int], ...]:
-    """Bytes and times of a scan's files; a file that is not there has none."""
-    paths = [item for item in _files(record).values() if isinstance(item, str | os.PathLike) and Path(item).exists()]
-    return tuple((size, time) for _, size, time in map(file_state, paths))
+    return entry.state == state_of(record)
 
 
 def _line(entry: _Entry) -> str:

@@ -22,7 +22,7 @@ logger = logging.getLogger("brainfm")
 
 # What may change when a run goes on: it changes rounding at the most, not what is drawn or learned from.
 _FREE = {"output", "device", "workers", "cache", "max_bad_fraction", "save_every", "resume", "tf32", "channels_last"}
-_FREE |= {"grad_checkpointing", "manifest", "augment_on", "picture_every"}
+_FREE |= {"grad_checkpointing", "manifest", "augment_on", "picture_every", "stage", "stage_size"}
 _FREE |= {"sources"}  # where they are; the digest of the data says which they are, and their fractions
 _FREE |= {"init", "teacher"}  # where the weights are; init_sha256 and teacher_sha256 say which
 # 1 masked views before the augmentation, in pretraining passed both at once, and in fine-tuning learned standardised

@@ -25,8 +25,10 @@ from torch.utils.data import Dataset, Sampler
 from brainfm.contract import InputSpec, Triple
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.manifest import ScanRecord
+from brainfm.stage import Stage, files_of
 from brainfm.train.augment import Augmentation, View, draw_view, make_view, new_memory
 from brainfm.train.cache import ScanCache, key_of, read_whole
+from brainfm.train.quarantine import Quarantine
 from brainfm.train.sources import Mixture, Source, check_mixture, items_taken
 from brainfm.train.video import check_readers
 
@@ -98,10 +100,12 @@ class TrainingData(Dataset[Any]):
     Attributes:
         records: The scans.
         item_bytes: Of one item in memory, at the most; 0 where nobody knows.
+        quarantine: The scans that are passed over, as the run has found so far; or None.
     """
 
     records: list[ScanRecord]
     item_bytes: int = 0
+    quarantine: Quarantine | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -114,6 +118,10 @@ class TrainingData(Dataset[Any]):
     @abstractmethod
     def collate(self, samples: Sequence[Any]) -> Any:
         """Items side by side, in a worker of the loader."""
+
+    def ahead(self, keys: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The keys in turn, while the files of the items after them are brought near."""
+        return keys
 
     def batch(self, loaded: Any, device: torch.device) -> Batch:  # noqa: ARG002 - for those that finish it there
         """The batch of what the loader gives."""
@@ -160,6 +168,7 @@ class PretrainingData(TrainingData):
         every_scan: Take every scan once an epoch, as the released code does, instead of every patient.
         shape: Voxels of the views.
         on_device: Leave the views to `batch`, which makes them on the training's device.
+        stage: Where copies of the scans, or of the cache's files, are read, which are made ahead.
 
     Raises:
         BrainfmError: The contract cannot be pretrained on, the cache is another contract's, there are no scans, or
@@ -182,6 +191,7 @@ class PretrainingData(TrainingData):
         every_scan: bool = False,
         shape: Triple | None = None,
         on_device: bool = False,
+        stage: Stage | None = None,
     ) -> None:
         if spec.output_shape is None:
             raise BrainfmError("pretraining needs an input contract of a fixed shape")
@@ -194,7 +204,8 @@ class PretrainingData(TrainingData):
         self.stored_shape: Triple = spec.output_shape[1:]
         self.shape = shape or self.stored_shape
         self.caches = [ScanCache(one.cache, spec) if one.cache is not None else None for one in records.sources]
-        self.on_device = on_device
+        self.on_device, self._stage = on_device, stage
+        self._failed = Quarantine()  # of this process: a worker of the loader, or the run itself
         # float32 views, or with on_device crops of any size, and their masks.
         voxels = math.prod(self.stored_shape if on_device else self.shape)
         self.item_bytes = views * voxels * (4 * len(spec.channels) + on_device)
@@ -220,6 +231,22 @@ class PretrainingData(TrainingData):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         """`self.sample(key)`, or with on_device `self.crops(key)`."""
         return self.crops(key) if self.on_device else self.sample(key)
+
+    def ahead(self, keys: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The keys in turn, while the scans of the items after them are copied to the stage, where there is one."""
+        return keys if self._stage is None else self._stage.ahead(keys, self._files_of)
+
+    def _files_of(self, key: tuple[int, int]) -> list[str]:
+        """The files of the scan that is tried first for an item."""
+        epoch, place = key
+        scan = self._order(self._item(epoch, place)[1], epoch)[0]
+        cache = self.caches[self.records.number_of(scan)]
+        return files_of(self.records[scan]) if cache is None else cache.files(self.records.key_of(scan))
+
+    def _order(self, item: int, epoch: int) -> list[int]:
+        """The scans of an item, in the order in which they are tried."""
+        order = stream(self.seed, epoch, _SCAN, self._name(item)).permutation(self.items[item])
+        return [int(scan) for scan in order]
 
     def collate(self, samples: Sequence[Any]) -> Any:
         """A batch of samples; crops stay a list."""
@@ -265,14 +292,24 @@ class PretrainingData(TrainingData):
         failed: list[tuple[int, str]] = []
         instead = stream(self.seed, epoch, _REPLACEMENT, place)
         for _ in range(1 + _REPLACEMENTS):
-            order = stream(self.seed, epoch, _SCAN, self._name(item)).permutation(self.items[item])
-            for scan in map(int, order):
+            for scan in self._order(item, epoch):
+                if why := self._passed_over(scan):
+                    failed.append((scan, why))
+                    continue
                 try:
                     return read(scan, epoch, self._name(item)), scan, tuple(failed)
                 except (ScanError, OSError, ValueError) as error:
                     failed.append((scan, str(error)))
+                    self._failed.note([(self.records[scan], str(error))])
             item = part.items[int(instead.integers(len(part.items)))]
         raise ScanError(f"{len(failed)} scans in a row cannot be read; the last: {failed[-1][1]}")
+
+    def _passed_over(self, scan: int) -> str:
+        """Why a scan is not read, as one that failed before; of a cache there is nothing to save."""
+        if self.caches[self.records.number_of(scan)] is not None:
+            return ""
+        known = [self._failed] if self.quarantine is None else [self._failed, self.quarantine]
+        return next((why for each in known if (why := each.why(self.records[scan]))), "")
 
     def _item(self, epoch: int, place: int) -> tuple[_Part, int]:
         """Which item stands at a place of an epoch, and the part of its source."""
@@ -310,11 +347,12 @@ class PretrainingData(TrainingData):
         """For each view, the crops to try, and whether it is the last."""
         cache = self.caches[self.records.number_of(scan)]
         if cache is None:
-            image, mask = (torch.from_numpy(array) for array in read_whole(self.records[scan], self.spec))
+            whole = read_whole(self.records[scan], self.spec, self._stage)
+            image, mask = (torch.from_numpy(array) for array in whole)
 
         def read(view: View) -> tuple[Tensor, Tensor]:
             if cache is not None:
-                return cache.read(self._cache_key(cache, scan), view.box)
+                return cache.read(self._cache_key(cache, scan), view.box, self._stage)
             return image[(..., *view.box)], mask[view.box]
 
         def attempts(draws: np.random.Generator) -> Iterator[tuple[bool, Crop]]:

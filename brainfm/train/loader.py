@@ -53,7 +53,7 @@ def loading(
     loader: DataLoader[Any] = DataLoader(
         data,
         batch_size,
-        sampler=sampler,
+        sampler=_Ahead(sampler, data),
         num_workers=workers,
         prefetch_factor=_PREFETCH if workers else None,
         collate_fn=data.collate,
@@ -73,6 +73,19 @@ def loading(
             patience.cancel()
             held.close()
             closes.close()
+
+
+class _Ahead(Sampler[Any]):
+    """A sampler's keys, in turn, as `TrainingData.ahead` gives them."""
+
+    def __init__(self, sampler: Sampler[Any], data: TrainingData) -> None:
+        self._sampler, self._data = sampler, data
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._data.ahead(iter(self._sampler))
+
+    def __len__(self) -> int:
+        return len(self._sampler)  # type: ignore[arg-type]
 
 
 def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -25,14 +25,14 @@ def nt_xent_loss(z_i: Tensor, z_j: Tensor, temperature: float = 0.5, gradient: G
     Args:
         z_i: [B, D] projections of the first views.
         z_j: [B, D] projections of the second views, in the same order.
-        temperature: Divides the similarities; 0.5 in the released code; the paper gives none.
+        temperature: Divides the cosines; 0.5 in the released code; the paper gives none.
         gradient: Under DistributedDataParallel, which averages gradients over W processes, "exact" gives the parameters
             the gradient of the loss of the joined batch. "upstream" gives that divided by W, as the released code does:
             its gather passes no gradient to other processes. Adam hides the difference; clipping, SGD and LARS do not.
 
     Returns:
-        The loss, computed in float64. "exact": of this process's pairs; its mean over processes is that of the joined
-        batch. "upstream": that of the joined batch.
+        The loss, a scalar, computed in float64. "exact": of this process's pairs; its mean over processes is that of
+        the joined batch. "upstream": that of the joined batch.
 
     Raises:
         ValueError: The projections are not two equal matrices.

@@ -130,7 +130,7 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(tokens))  # type: ignore[no-any-return]
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error over patches."""
+        """Mean squared error, a scalar, of the voxels predicted of patches, [patches, voxels], and those there."""
         if self.norm_pix_loss:
             target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
         return F.mse_loss(prediction.to(target.dtype), target)

@@ -23,6 +23,7 @@ from brainfm.manifest import ScanRecord
 from brainfm.models.encoder import Encoder
 from brainfm.names import hub_mirror, resolve
 from brainfm.registry import get_pretrained_cfg, network, network_of
+from brainfm.stage import Stage
 from brainfm.system import expanded
 from brainfm.train.cache import before_normalisation
 from brainfm.train.checkpoint import read_newest
@@ -32,6 +33,7 @@ from brainfm.train.distributed import process_group
 from brainfm.train.mae import MAEMethod
 from brainfm.train.method import METHODS
 from brainfm.train.picture import Reconstructions
+from brainfm.train.quarantine import FILE, Quarantine
 from brainfm.train.recipe import Recipe
 from brainfm.train.sources import Mixture, cohorts, in_words, read_sources
 from brainfm.train.step import PretrainingMethod
@@ -47,6 +49,9 @@ _NOT_OF_A_NETWORK |= {"num_classes", "in_chans", "features_only", "out_indices"}
 
 def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
     """Pretrain an encoder as a recipe says, or go on with the run in its folder; one that has ended is left as it is.
+
+    A scan that cannot be read twice, as it is, is listed in the folder's `quarantine.csv`, and passed over until its
+    file has changed or its line is taken out of there.
 
     Beside what `Trainer` writes, the folder has at the end `export/`, which `create_model("local-dir:…")` loads, and
     what the encoder was trained with: a projector, a decoder or heads.
@@ -82,6 +87,13 @@ def pretrain(recipe: Recipe, *, progress: bool = False) -> Path:
         output = expanded(recipe.output)
         output.mkdir(parents=True, exist_ok=True)
         with held(output):  # which sweeps away what a killed run was writing
+            data.quarantine = Quarantine(output / FILE, data.records)
+            if listed := data.quarantine.listed():
+                logger.warning(
+                    "%s: %d scans that failed twice are passed over, until they change; take them out of %s there to "
+                    "try them again",
+                    *(output, len(listed), FILE),
+                )
             trainer = Trainer(recipe, method, data, group, digest, pictures)
             trainer.train(progress and group.is_first)
             if group.is_first:
@@ -183,6 +195,7 @@ def make_data(recipe: Recipe, records: Mixture, spec: InputSpec) -> PretrainingD
         every_scan=recipe.every_scan,
         shape=recipe.input_size,
         on_device=recipe.augment_on == "device",
+        stage=None if recipe.stage is None else Stage(recipe.stage, recipe.stage_size),
     )
 
 
@@ -280,7 +293,15 @@ def _export(
     earlier = encoder.pretrained_cfg.cohorts if recipe.init else ()
     if recipe.teacher is not None:  # what it has seen is in what is learned of it
         earlier = (*earlier, *teacher_of(recipe).cohorts)
-    own = {"manifest": name, "sources": shares, "output": "", "cache": None, "init": begun, "teacher": teacher}
+    own = {
+        "manifest": name,
+        "sources": shares,
+        "output": "",
+        "cache": None,
+        "stage": None,
+        "init": begun,
+        "teacher": teacher,
+    }
     overlay = {
         "input_spec": _resized(data.spec, recipe.input_size),
         "ssl_method": method.name,

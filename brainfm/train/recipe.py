@@ -14,6 +14,7 @@ from brainfm.columns import Kind
 from brainfm.contract import Triple
 from brainfm.errors import RecipeError
 from brainfm.schema import Checked, check_keys, default_of, read_yaml
+from brainfm.stage import SIZE_GB
 from brainfm.system import computes_in_bfloat16
 from brainfm.train.augment import Augmentation
 from brainfm.train.sources import check_fractions
@@ -153,6 +154,9 @@ class Recipe(Training):
         augment_on: Where views are made of their crops: by the "loader"'s workers, or on the training's "device" (for
             few processor cores and a GPU).
         cache: A folder of 'brainfm cache build', of several sources {SOURCE: FOLDER}; None reads the scans themselves.
+        stage: A folder on a local disk for copies of scans, or of a cache, that lie on a network's, made ahead
+            (`brainfm.stage`).
+        stage_size: The most that it holds, in GB.
         views: Contrastive: "separate" passes the first and the second views through the network one after the other, as
             the released code does, so that BatchNorm takes its statistics of each; "joint" passes both at once.
         batch_chunk: Contrastive: scans of the batch that are in memory at a time; the gradient is that of the whole
@@ -187,6 +191,8 @@ class Recipe(Training):
     augmentation: Augmentation = field(default_factory=Augmentation)
     augment_on: Literal["loader", "device"] = "loader"
     cache: str | dict[str, str] | None = None
+    stage: str | None = None
+    stage_size: float = SIZE_GB
     views: Literal["separate", "joint"] = field(default="separate", metadata=_CONTRASTIVE)
     batch_chunk: int | None = field(default=None, metadata=_CONTRASTIVE)
     temperature: float = field(default=0.5, metadata=_CONTRASTIVE)
@@ -208,7 +214,9 @@ class Recipe(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_least(projection_dim=1, decoder_dim=6, decoder_depth=1, decoder_heads=1, picture_every=0)
+        self._check_least(
+            stage_size=0, projection_dim=1, decoder_dim=6, decoder_depth=1, decoder_heads=1, picture_every=0
+        )
         if not 0 < self.patients <= 1:
             raise ValueError(f"patients is {self.patients}, and must be a fraction above 0 and at most 1")
         if self.sources and self.manifest:

@@ -179,6 +179,9 @@ class Trainer:
     def _note_bad(self, failed: dict[int, str]) -> None:
         """Keep the list of scans that cannot be read, and stop when there are too many."""
         found = {n: reason for part in self.group.gather(failed) for n, reason in part.items()}
+        if found and self.data.quarantine is not None and self.group.is_first:
+            self.data.quarantine.note((self.data.records[n], reason) for n, reason in found.items())
+            current().details["quarantined"] = self.data.quarantine.listed()
         if not found.keys() - self.bad.keys():
             return
         self.bad |= found

@@ -71,7 +71,7 @@ class InputTransform:
         return volume
 
     def tensor(self, volume: Volume) -> Tensor:
-        """What `volume` gives as the tensor, augmented where this transform augments."""
+        """What `volume` gives as the tensor [C, D, H, W], augmented where this transform augments."""
         tensor = torch.from_numpy(volume.image)
         return tensor if self.augment is None else self.augment(tensor)
 

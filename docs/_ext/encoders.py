@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import costs
 import numpy as np
 import torch
+from costs import Cost
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -30,16 +32,7 @@ from brainfm.contract.volume import Volume
 from brainfm.hub.card import fenced, inline, table
 from brainfm.registry import Listing, list_models, listing
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "README.md"
 PANEL = 256  # pixels of a slice's longer side, at the most, unless it has more voxels
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one volume costs, as `benchmarks/zoo.py` measured it: processor seconds of one thread, and GB."""
-
-    seconds: str
-    gigabytes: str
 
 
 @dataclass(frozen=True)
@@ -80,67 +73,99 @@ class Page:
 
 def pages() -> list[Page]:
     """Every encoder of the registry: those with published weights first."""
-    costs = measured(BENCHMARKS.read_text(encoding="utf-8"))
+    known = costs.measured()
     found = []
     for name in list_models():
         tagged = [brainfm.get_pretrained_cfg(full) for full in brainfm.list_pretrained(f"{name}.*")]
-        found.append(Page(name, tuple(tagged) or (brainfm.get_pretrained_cfg(name),), costs.get(name)))
+        found.append(Page(name, tuple(tagged) or (brainfm.get_pretrained_cfg(name),), known.get(name)))
     return sorted(found, key=lambda page: (not page.cfg.has_weights, page.name.startswith("test_"), page.name))
 
 
-def measured(text: str) -> dict[str, Cost]:
-    """The cost of each encoder in the table of `benchmarks/zoo.py`."""
-    section = text.partition("`python benchmarks/zoo.py")[2].partition("\n## ")[0]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
-    head, body = rows[0], rows[2:]
-    seconds, gigabytes = (head.index("optimized", head.index(name)) for name in ("processor s", "GB"))
-    return {row[0].strip("`"): Cost(row[seconds], row[gigabytes]) for row in body}
-
-
-# --- The table ------------------------------------------------------------------------------------
+# --- The tables -----------------------------------------------------------------------------------
 
 
 def overview(found: list[Page]) -> str:
-    """The table of all encoders: a line each, whose name leads to its page."""
-    head = (
-        *("encoder", "takes", "contract", "tensor", "width", "parameters", "licence of weights / code", "gate"),
-        *("pretrained on", "published scores", "s", "GB"),
+    """A table a question, each of few columns, whose first leads to the encoder's page."""
+    trained = [page for page in found if page.cfg.has_weights]
+    drawn = ", ".join(f"`{page.name}`" for page in found if not page.cfg.has_weights)
+    licence = ("encoder", "weights", "code", "how to get them")
+    return "\n\n".join(
+        [
+            *(
+                "## What do you have?",
+                INPUTS,
+                table(map(_input, found), ("encoder", "takes", "as a tensor, by the contract"), html=True),
+            ),
+            *("## What may you do?", LICENCES, table(map(_licence, trained), licence, html=True)),
+            f"Without weights: {drawn}.",
+            *("## What was it trained on, and how well does it do?", SCORES),
+            table(map(_results, trained), ("encoder", "pretrained on", "published scores"), html=True),
+            *("## What does it cost?", COSTS),
+            table(map(_cost, found), ("encoder", "size", "width", "s", "GB", "faster"), html=True),
+        ]
     )
-    return table([_row(page) for page in found], head, html=True)
 
 
-def _row(page: Page) -> tuple[str, ...]:
-    cfg, line = page.cfg, page.listing
-    spec = cfg.input_spec
+INPUTS = (
+    "An encoder of whole heads refuses a stripped brain, one of grey-matter maps a T1w scan. The tensor is channels × "
+    "voxels; the contract's name is that of the card."
+)
+LICENCES = (
+    'A licence of research only, or one that nobody states, is a reason to take another. "Accept once" is a licence '
+    'that has to be accepted before the first load, "ask for access" one whose weights are given to those who asked.'
+)
+SCORES = (
+    "Whoever tests on one of these data sets tests on training data. The scores are what its authors published, on "
+    "their tasks and splits, and not comparable between rows; `brainfm compare-encoders` ({doc}`evaluate`) compares "
+    "encoders on your own labels."
+)
+COSTS = (
+    "Processor seconds of one thread for one volume, and memory, by `brainfm.optimize`; and how many times faster that "
+    'is than the network as its authors wrote it. Random weights, a busy machine ({doc}`costs`); "–" was not measured. '
+    "The size is the number of parameters, the width that of the embedding."
+)
+
+
+def _link(page: Page) -> str:
+    return f"[`{page.name}`](generated/encoders/{page.name}.md)"
+
+
+def _input(page: Page) -> tuple[str, ...]:
+    line, spec = page.listing, page.cfg.input_spec
     takes = " + ".join(line.channels) if len(line.channels) > 1 else line.modality or "–"
     head = {"required": "brain", "forbidden": "whole head", "any": ""}[spec.skull_strip] if spec else ""
     shape = spec.output_shape if spec else None
-    tags = f"<br>{len(page.weights)} sets of weights" if len(page.weights) > 1 else ""
     return (
-        f"[`{page.name}`](generated/encoders/{page.name}.md){tags}",
+        _link(page),
         inline(", ".join(filter(None, (takes, head, line.space)))),
-        f"`{line.contract}`" if line.contract else "–",
-        "×".join(map(str, shape)) if shape else "as the scan",
-        str(cfg.num_features),
-        millions(page.parameters),
-        inline(f"{cfg.licence or 'not stated'} / {cfg.code_licence or 'not stated'}") if cfg.has_weights else "–",
-        _gate(cfg),
-        _cohorts(cfg),
-        "<br>".join(_scores(cfg)) or "–",
-        page.cost.seconds if page.cost else "–",
-        page.cost.gigabytes if page.cost else "–",
+        ("×".join(map(str, shape)) if shape else "the scan's size")
+        + (f"<br>`{line.contract}`" if line.contract else ""),
     )
 
 
+def _licence(page: Page) -> tuple[str, ...]:
+    weights, code = (inline(licence or "not stated") for licence in (page.cfg.licence, page.cfg.code_licence))
+    tags = f"<br>{len(page.weights)} sets of weights" if len(page.weights) > 1 else ""
+    return _link(page) + tags, weights, code, _gate(page.cfg)
+
+
+def _results(page: Page) -> tuple[str, ...]:
+    return _link(page), _cohorts(page.cfg), "<br>".join(_scores(page.cfg)) or "–"
+
+
+def _cost(page: Page) -> tuple[str, ...]:
+    known = page.cost
+    ratio, _, seconds, gigabytes = known.cells[:4] if known else ("–",) * 4
+    return _link(page), millions(page.parameters), str(page.cfg.num_features), seconds, gigabytes, ratio
+
+
 def _gate(cfg: PretrainedCfg) -> str:
-    if not cfg.has_weights:
-        return "no weights"
     words = ["ask for access" if cfg.gated else "accept once" if cfg.accept else "open"]
     return "<br>".join([*words, *([] if cfg.redistribute else ["not to be passed on"])])
 
 
 def _cohorts(cfg: PretrainedCfg) -> str:
-    if not cfg.has_weights or cfg.is_drawn:
+    if cfg.is_drawn:
         return "nothing"
     if not cfg.cohorts:
         return "not recorded"
@@ -176,7 +201,7 @@ def page_of(page: Page, picture: str) -> str:
         parts += ["### Its sets of weights", table(rows, ("name", "where", "notes"), html=True)]
     if page.cost:
         parts.append(
-            f"One volume takes {page.cost.seconds} s of one processor thread and {page.cost.gigabytes} GB by "
+            f"One volume takes {page.cost.seconds:.2f} s of one processor thread and {page.cost.gigabytes:.2f} GB by "
             "`brainfm.optimize`, measured with random weights; see {doc}`../../costs`."
         )
     if about.cohorts:

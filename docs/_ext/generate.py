@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import costs
 import encoders
 import pictures
 import refusals
@@ -50,7 +51,7 @@ def write_all(*_: Any) -> None:
     _write("formats.md", _formats())
     for path in sorted((REPOSITORY / "examples" / "cohorts").glob("*.md")):
         _write(f"cohorts/{path.name}", path.read_text(encoding="utf-8"))
-    _write("api.md", "\n\n".join(_reference(f"brainfm.{name}".rstrip(".")) for name in _there()))
+    _write("api.md", "\n\n".join(_reference(f"brainfm.{name}".rstrip(".")) for name in modules()))
     _how_it_knows()
 
 
@@ -93,8 +94,8 @@ def _how_it_knows() -> None:
 
 
 def _costs() -> str:
-    """benchmarks/README.md as a page: its headings a level lower, its links to files as downloads or code."""
-    text = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8").partition("\n")[2]
+    """benchmarks/README.md as a page, with the tables of the results; its links to files as code."""
+    text = costs.as_page((REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8").partition("\n")[2])
 
     def link(match: re.Match[str]) -> str:
         words, target = match.groups()
@@ -115,7 +116,7 @@ def _formats() -> str:
 # --- The reference ----------------------------------------------------------------------------------
 
 
-def _there() -> list[str]:
+def modules() -> list[str]:
     """The modules of the reference that this version has."""
     files = REPOSITORY / "brainfm"
     more = (name for name in MORE if (files / f"{name.replace('.', '/')}.py").exists() or (files / name).is_dir())

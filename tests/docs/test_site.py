@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import click
+import costs
 import encoders
 import nibabel as nib
 import offline
@@ -134,10 +136,49 @@ def test_every_encoder_has_a_page_and_a_line(monkeypatch):
             assert page.cfg.citation in text
 
 
-def test_measured_costs_are_those_of_the_benchmarks():
-    costs = encoders.measured(encoders.BENCHMARKS.read_text(encoding="utf-8"))
-    assert costs["simclr_resnet18_3d"] == encoders.Cost("8.45", "0.59")
-    assert set(costs) <= set(brainfm.list_models())
+# --- What it costs ----------------------------------------------------------------------------------
+
+
+def zoo_result(folder, date, seconds):
+    row = {"model": "sfcn_age", "shape": [1, 4, 4, 4], "upstream": "plain", "error": 1e-7}
+    row |= {"processor_s": {"upstream": 6.0, "optimize": seconds}, "gb": {"upstream": 1.0, "optimize": 0.5}}
+    found = {"machine": f"{date}: a machine", "rows": [row]}
+    (folder / f"zoo_{date}.json").write_text(json.dumps(found))
+
+
+def test_costs_are_those_of_the_newest_result(tmp_path):
+    zoo_result(tmp_path, "2026-11-26", 3.0)
+    zoo_result(tmp_path, "2026-11-25", 2.0)
+    (cost,) = costs.measured(tmp_path).values()
+    assert cost.cells == ("2.00×", "2.0×", "3.00", "0.50", "6.00", "1.00", "1×4×4×4", "1e-07")
+    assert cost.machine.startswith("2026-11-26")
+
+
+def test_page_of_costs_has_the_results_with_their_machines_and_ratios_first(tmp_path):
+    zoo_result(tmp_path, "2026-11-26", 3.0)
+    result = {"machine": "2026-11-24: another", "command": "python benchmarks/encoder.py --rounds 3"}
+    result["tables"] = [{"header": ["one volume", "s", "peer / this"], "rows": [["ours", "3", "2.5×"]]}]
+    (tmp_path / "encoder.json").write_text(json.dumps(result))
+    text = "# B\n\n## `python benchmarks/encoder.py`\n\nWhat.\n\n| a | b |\n|---|---|\n| old | 1 |\n\nThen.\n\n"
+    text += "## `python benchmarks/zoo.py`\n\n| a |\n|---|\n| old |\n\n## Other\n\n| a |\n|---|\n| kept |\n"
+    page = costs.as_page(text, tmp_path)
+    assert "old" not in page
+    assert "What.\n\n*2026-11-24: another*\n\n| one volume | peer / this (s) | s |" in page
+    assert "| ours | 2.5× | 3 |\n\nThen." in page
+    assert "*2026-11-26: a machine*\n\n| encoder | faster |" in page
+    assert "| kept |" in page
+
+
+def test_results_of_the_benchmarks_are_of_models_and_scripts_that_there_are():
+    assert set(costs.measured()) <= set(brainfm.list_models())
+    page = costs.as_page((DOCS.parent / "benchmarks" / "README.md").read_text(encoding="utf-8"))
+    for path in costs.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert re.match(r"\d{4}-\d\d-\d\d: ", result["machine"]), path.name
+        assert result["machine"] in page, path.name
+
+
+# --- Refusals -------------------------------------------------------------------------------------
 
 
 def test_every_error_class_is_under_why_did_it_refuse():

@@ -11,7 +11,8 @@ from sklearn.covariance import LedoitWolf
 
 import brainfm
 from brainfm.downstream import outcome, probe, runs
-from brainfm.downstream.conformal import radius
+from brainfm.downstream.certainty import LEVELS, held, radii
+from brainfm.downstream.conformal import expected_coverage, radius
 from brainfm.downstream.corruptions import corrupted
 from brainfm.downstream.kept import KeptModel
 from brainfm.downstream.knowledge import _Shrunk
@@ -49,15 +50,41 @@ def people(n, width=4):
 
 
 @pytest.mark.parametrize("label", ["age", "group"])
-def test_coverage_of_twenty_seeds_is_within_two_points_of_what_is_said(label, tmp_path):
+def test_coverage_of_twenty_seeds_is_within_two_points_of_what_is_said(label):
+    """Of 3,000 people: by the law, 2 points are then three standard deviations of the mean of twenty seeds."""
+    labels, table = people(3000)
+    truth = np.unique(labels[label], return_inverse=True)[1] if label == "group" else labels[label].to_numpy()
+    kind = "multiclass" if label == "group" else "regression"
+    found = {level: [] for level in LEVELS}
+    for seed in range(20):
+        train, val, test = np.split(np.random.default_rng(seed).permutation(3000), [1800, 2400])
+        probed = probe.fit_probe(table.vectors[train], truth[train], kind, seed=seed)
+        of_val, of_test = (probe.predict_probe(probed, table.vectors[part], kind) for part in (val, test))
+        result = {
+            "certainty": radii(truth[val], of_val, kind),
+            "labels": truth[test],
+            "predictions": of_test,
+        }
+        for level in LEVELS:
+            found[level].append(held(result, kind, level).mean())
+    for level, each in found.items():
+        mean, spread = expected_coverage(600, 600, level, runs=20)
+        assert 2.9 * spread < 0.02
+        assert np.mean(each) == pytest.approx(mean, abs=3 * spread)
+        assert np.mean(each) == pytest.approx(level, abs=0.02)
+
+
+@pytest.mark.parametrize("label", ["age", "group"])
+def test_certainty_of_results_is_that_of_each_interval_or_set(label, tmp_path):
     labels, table = people(600)
     page = probe_embeddings(labels, table, tmp_path, label=label, seeds=20)
     found = {float(row["nominal"]): row for row in rows_of(tmp_path / "certainty.csv") if row["mode"] == "probe"}
-    assert set(found) == {0.5, 0.8, 0.9, 0.95}
-    for nominal in (0.9, 0.95):
-        assert float(found[nominal]["coverage"]) == pytest.approx(nominal, abs=0.02)
-    for nominal in (0.5, 0.8):
-        assert float(found[nominal]["coverage"]) == pytest.approx(nominal, abs=0.04)
+    assert set(found) == set(LEVELS)
+    for nominal, row in found.items():
+        mean, spread = expected_coverage(120, 120, nominal, runs=20)
+        assert float(row["expected"]) == pytest.approx(mean, abs=6e-3)  # parts are of 120 people, or nearly so
+        assert float(row["expected_sd"]) == pytest.approx(spread, rel=0.05)
+        assert float(row["coverage"]) == pytest.approx(mean, abs=4 * spread)
     rows = [row for row in rows_of(tmp_path / "predictions.csv") if row["mode"] == "probe"]
     if label == "age":
         inside = [float(row["low"]) <= float(row["label"]) <= float(row["high"]) for row in rows]

@@ -223,6 +223,8 @@ def test_encoder_that_was_pretrained_on_the_scans_is_left_out_where_that_is_aske
         ({"models": ("zzz*",)}, ModelNameError, "zzz"),
         ({"label": "height"}, TaskError, r"there is no column 'height'.*--labels TABLE"),
         ({"labels": "x.csv"}, TaskError, "--label COLUMN"),
+        ({"folds": 5}, TaskError, "of which label"),
+        ({"label": "sex", "harmonise": "combat"}, BrainfmError, "--site COLUMN"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(asked, error, words, phantoms, tmp_path):
@@ -267,3 +269,29 @@ def test_prepared_scan_goes_through_what_takes_it_and_the_rest_says_why_not(prep
     assert "brainfm fetch brainsegfounder_swin.ukb --accept-licence" in said["brainsegfounder_swin.ukb"].why
     assert {one.reason for one in found if one.model.startswith("medicalnet")} == {"weights"}
     assert not (tmp_path / "index.html").exists()
+
+
+def test_sites_groups_and_folds_are_asked_for_as_of_probe(phantoms, run, tmp_path, monkeypatch, no_figures):
+    """By the command; a column that is none is said before any scan is embedded."""
+    monkeypatch.setattr(probe, "LOGISTIC_C", (0.01,))
+    for module in (runs, outcome):
+        monkeypatch.setattr(module, "RESAMPLES", 20)
+    lines = phantoms.read_text().splitlines()
+    halves = phantoms.with_name("halves.csv")
+    halves.write_text("\n".join([f"{lines[0]},half", *(f"{line},{'ab'[n % 2]}" for n, line in enumerate(lines[1:]))]))
+    given = ("--label", "sex", "--models", "test_resnet_3d", "--no-controls", "--seeds", 1, "--folds", 4)
+    more = ("--harmonise", "covbat", "--fairness", "half", "--least-group", 2, "-o", tmp_path / "out")
+    try:
+        wrong = run("compare-encoders", halves, *given, *more, "--site", "nowhere")
+        assert (wrong.code, "there is no such column" in wrong.said) == (1, True)
+        assert not list((tmp_path / "out" / "embeddings").glob("*.npz"))
+        monkeypatch.setattr("brainfm.downstream.harmonisation.LEAST_OF_A_SITE", 2)
+        done = run("compare-encoders", halves, *given, *more, "--site", "half")
+    finally:
+        halves.unlink()
+    assert done.code == 0, done.said
+    found = rows(tmp_path / "out" / "results.csv")
+    assert {row["mode"] for row in found} == {"probe", "probe+covbat"}
+    assert {row["seed"] for row in found} == {"0", "1", "2", "3"}
+    assert {row["group"] for row in rows(tmp_path / "out" / "fairness.csv")} == {"a", "b"}
+    assert len(rows(tmp_path / "out" / "harmonisation.csv")) == 4

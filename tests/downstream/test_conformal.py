@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from brainfm import BrainfmError
-from brainfm.downstream.conformal import least_scans, nonconformity, prediction_sets, radius
+from brainfm.downstream.conformal import expected_coverage, least_scans, nonconformity, prediction_sets, radius
 
 
 def test_radius_is_the_score_of_the_rank_that_the_coverage_takes():
@@ -53,3 +53,17 @@ def _drawn(draws, kind, n):
     chances = draws.dirichlet(np.ones(2 if kind == "binary" else 4), n)
     labels = np.array([draws.choice(len(row), p=row) for row in chances])
     return labels, chances[:, 1] if kind == "binary" else chances
+
+
+@pytest.mark.parametrize(("scores", "coverage"), [(24, 0.5), (24, 0.8), (60, 0.9), (5, 0.9)])
+def test_coverage_of_few_scores_has_the_mean_and_spread_that_its_law_says(scores, coverage):
+    """By simulation: at 24 scores half of new ones are to be held, and 13 in 25 are."""
+    draws = np.random.default_rng(1).random((20_000, scores + 30))
+    q = np.array([radius(row[:scores], coverage) for row in draws])
+    held = (draws[:, scores:] <= q[:, None]).mean(axis=1)
+    mean, spread = expected_coverage(scores, 30, coverage)
+    assert held.mean() == pytest.approx(mean, abs=0.004)
+    assert held.std() == pytest.approx(spread, abs=0.004)
+    assert expected_coverage(scores, 30, coverage, runs=4)[1] == pytest.approx(spread / 2)
+    if scores == 24:
+        assert mean == pytest.approx({0.5: 13, 0.8: 20}[coverage] / 25)

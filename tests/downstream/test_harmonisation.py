@@ -182,8 +182,8 @@ def test_site_that_training_does_not_have_is_left_and_counted(run, folder):
         (("--site", "site"), "what for? Say --harmonise combat or covbat"),
         (("--harmonise", "combat", "--site", "scanner"), "--site scanner: there is no such column; it has"),
         (("--harmonise", "combat", "--site", "sex"), "is what is to be predicted"),
-        (("--harmonise", "longcombat", "--site", "site"), "longitudinal ComBat fits a patient's own level"),
-        (("--harmonise", "zscore", "--site", "site"), "there are combat, covbat"),
+        (("--harmonise", "longcombat", "--site", "site"), "no patient has two training scans"),
+        (("--harmonise", "zscore", "--site", "site"), "there are combat, covbat, longcombat, longcovbat"),
         (("--harmonise", "combat", "--site", "one"), "one has 1 values with 5 training scans or more"),
         (
             ("--harmonise", "combat", "--site", "site", "--covariates", "again"),
@@ -221,3 +221,135 @@ def test_covariates_are_protected(planted):
     bare = Harmoniser("combat").fit(rows[:, :3]).transform(rows[:, :3])
     assert np.ptp([protected[site == n, 0].mean() for n in (0, 1)]) == pytest.approx(1, abs=0.15)
     assert np.ptp([bare[site == n, 0].mean() for n in (0, 1)]) < 0.05
+
+
+# --- References, written from the publications a feature and a site at a time ---------------------
+
+
+def drawn_towards(standard, site, rounds=200):
+    """Empirical Bayes estimates of each site's shift and variance, of standardised features."""
+    shift, scale = {}, {}
+    for i in sorted(set(site)):
+        part = standard[site == i]
+        g, d, n = part.mean(axis=0), part.var(axis=0, ddof=1), len(part)
+        gbar, tau2, dbar, s2 = g.mean(), g.var(ddof=1), d.mean(), d.var(ddof=1)
+        lam, theta = (dbar**2 + 2 * s2) / s2, (dbar**3 + dbar * s2) / s2
+        for v in range(standard.shape[1]):
+            gs, ds = g[v], d[v]
+            for _ in range(rounds):
+                gs = (n * tau2 * g[v] + ds * gbar) / (n * tau2 + ds)
+                ds = (theta + 0.5 * sum((z - gs) ** 2 for z in part[:, v])) / (n / 2 + lam - 1)
+            shift[i, v], scale[i, v] = gs, ds
+    return shift, scale
+
+
+def without_sites(standard, site):
+    shift, scale = drawn_towards(standard, site)
+    return np.array(
+        [
+            [(z - shift[i, v]) / scale[i, v] ** 0.5 for v, z in enumerate(row)]
+            for i, row in zip(site, standard, strict=True)
+        ]
+    )
+
+
+def without_covariance(standard, site):
+    """CovBat's second step: each site's scores on the components of 95 % get one mean and one variance."""
+    width = standard.std(axis=0, ddof=1)
+    scaled = (standard - standard.mean(axis=0)) / width
+    values, vectors = np.linalg.eigh(np.corrcoef(standard, rowvar=False))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    scores = scaled @ vectors
+    for k in range(int(np.argmax(np.cumsum(values) / values.sum() >= 0.95)) + 1):
+        own = scores[:, k].copy()
+        pooled = np.sqrt(np.mean([(own[j] - own[site == site[j]].mean()) ** 2 for j in range(len(own))]))
+        for i in set(site):
+            its = own[site == i]
+            scores[site == i, k] = (its - its.mean()) / its.std(ddof=1) * pooled + own.mean()
+    return scores @ vectors.T * width + standard.mean(axis=0)
+
+
+@pytest.mark.parametrize("method", ["combat", "covbat"])
+def test_harmonised_features_are_those_of_a_reference_written_from_the_publication(method):
+    draws = np.random.default_rng(4)
+    site, age = np.repeat([0, 1, 2], [30, 25, 20]), np.round(draws.normal(50, 10, 75))
+    features = draws.normal(size=(75, 6)) @ draws.normal(size=(6, 6)) * np.array([1, 2, 0.5])[site][:, None]
+    features += site[:, None] + 0.05 * age[:, None]
+    design = np.column_stack([np.eye(3)[site], age])
+    beta = np.linalg.inv(design.T @ design) @ design.T @ features
+    expected = sum(np.mean(site == i) * beta[i] for i in range(3)) + np.outer(age, beta[3])
+    sigma = np.sqrt(np.mean((features - design @ beta) ** 2, axis=0))
+    standard = without_sites((features - expected) / sigma, site)
+    if method == "covbat":
+        standard = without_covariance(standard, site)
+    rows = np.column_stack([features, site, age])
+    found = Harmoniser(method, 1).fit(rows).transform(rows)
+    np.testing.assert_allclose(found, standard * sigma + expected, atol=1e-3)
+
+
+@pytest.fixture
+def visits():
+    """Thirty patients with two to four scans, most of them at several of two sites."""
+    draws = np.random.default_rng(5)
+    patient = np.repeat(np.arange(30), draws.integers(2, 5, 30))
+    site, years = draws.integers(0, 2, len(patient)), draws.uniform(0, 4, len(patient))
+    features = draws.normal(0, 2, (30, 4))[patient] + draws.normal(size=(len(patient), 4)) * (1 + site[:, None])
+    features[:, 3] = draws.normal(size=len(patient))  # nothing of it is a patient's
+    features += 1.5 * site[:, None] + 0.3 * years[:, None]
+    return features, site, patient, years
+
+
+@pytest.mark.parametrize("method", ["longcombat", "longcovbat"])
+def test_longitudinal_combat_is_that_of_a_reference_on_statsmodels_mixed_model(method, visits):
+    from statsmodels.regression.mixed_linear_model import MixedLM
+
+    features, site, patient, years = visits
+    design = np.column_stack([np.ones(len(site)), years, site])
+    expected, sigma = np.empty_like(features), np.empty(4)
+    for v in range(4):
+        fit = MixedLM(features[:, v], design, groups=patient).fit(reml=True)
+        level = np.array([np.asarray(fit.random_effects[j])[0] for j in patient])
+        batch = np.array([0, fit.fe_params[2]]) - np.mean(site) * fit.fe_params[2]  # Σ nᵢ γᵢ = 0
+        expected[:, v] = design @ fit.fe_params + level - batch[site]
+        sigma[v] = np.sqrt(fit.scale)
+    standard = without_sites((features - expected) / sigma, site)
+    if method == "longcovbat":
+        standard = without_covariance(standard, site)
+    rows = np.column_stack([features, site, patient, years])
+    found = Harmoniser(method, 1).fit(rows).transform(rows)
+    np.testing.assert_allclose(found, standard * sigma + expected, atol=0.01)
+
+
+def test_level_of_a_patient_who_was_not_fitted_is_predicted_from_own_scans(visits):
+    """So that what is between patients stays, though all of a patient's scans are of one site."""
+    features, site, patient, years = visits
+    rows = np.column_stack([features, site, patient, years])
+    fitted = Harmoniser("longcombat", 1).fit(rows)
+    new = np.tile(rows[0], (3, 1))
+    new[:, :3] += 20
+    new[:, 5] = 99
+    apart = fitted.transform(new)[:, :3] - fitted.transform(np.delete(new, [1, 2], axis=0))[:, :3]
+    assert np.abs(apart).min() > 0  # three scans say more of a level than one
+    own = 20 * (3 * fitted.ratio_ / (1 + 3 * fitted.ratio_))[:3]
+    other = new.copy()
+    other[:, :3] -= 20
+    moved = fitted.transform(new)[:, :3] - fitted.transform(other)[:, :3]
+    scale = np.sqrt(fitted.scale_[int(site[0])][:3])
+    np.testing.assert_allclose(moved, np.tile(own + (20 - own) / scale, (3, 1)), rtol=1e-6)
+
+
+def test_longitudinal_combat_runs_in_the_cross_validation_of_probe(run, tmp_path, visits):
+    features, site, patient, _ = visits
+    names = [f"s{n}" for n in range(len(site))]
+    records = [ScanRecord(f"{n}.nii", None, f"p{who:02}", n) for n, who in zip(names, patient, strict=True)]
+    Embeddings(features.astype(np.float32), records).save(tmp_path / "v.npz")
+    label = np.random.default_rng(6).integers(0, 2, 30)
+    people = {"patient_id": [f"p{who:02}" for who in patient], "scan_id": names, "dx": label[patient], "scanner": site}
+    pd.DataFrame(people).to_csv(tmp_path / "l.csv", index=False)
+    given = ("--embeddings", tmp_path / "v.npz", "--label", "dx", "--no-controls", "--seeds", 1)
+    more = ("--harmonise", "longcombat", "--site", "scanner", "-o", tmp_path / "o")
+    result = run("probe", tmp_path / "l.csv", *given, *more)
+    assert result.code == 0, result.said
+    assert {row["mode"] for row in rows_of(tmp_path / "o" / "results.csv")} == {"probe", "probe+longcombat"}
+    page = (tmp_path / "o" / "index.html").read_text()
+    assert "linear probe, after longitudinal ComBat" in page

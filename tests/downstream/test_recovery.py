@@ -113,6 +113,8 @@ def test_a_change_that_is_never_above_the_floor_has_no_size_from_which_it_is_see
     assert judged(1e-6)[0].seen_from == 0.5
     assert judged(0.1)[0].seen_from in (4.0, 8.0)  # 0.1 · √(χ² of 4, 95 %) is 0.31: 4 × 0.1 is above it
     assert judged(1e-6)[0].probe_rank == 1
+    assert judged(1e-6)[0].read_from == 0.5
+    assert np.isnan(judged(10.0)[0].read_from)
 
 
 @pytest.mark.parametrize(

@@ -109,9 +109,8 @@ def test_shards_prepare_everything_once_side_by_side_and_again_nothing(two, stan
     shutil.copy(SAMPLE_SCAN, two / "c.nii.gz")
     stand_in("")
     scans = [str(two / f"{name}.nii.gz") for name in "abc"]
-    both = [subprocess.Popen([*COMMAND, *scans, "--shard", f"{n}/2"], cwd=two) for n in (1, 2)]
-    for one in both:
-        one.wait(timeout=900)
+    three = [subprocess.Popen([*COMMAND, *scans, "--shard", f"{n}/2"], cwd=two) for n in (1, 2, 2)]  # one twice at once
+    assert [one.wait(timeout=900) for one in three] == [0, 0, 0]
     assert sorted(path.parent.name for path in (two / "out").glob("*/prep.json")) == list("abc")
     times = {path: path.stat().st_mtime_ns for path in (two / "out").rglob("*")}
     report = prepare_all(scans, two / "out", TURBOPREP, shard=Shard.of("2/2"))

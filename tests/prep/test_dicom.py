@@ -120,6 +120,93 @@ def test_enhanced_file_is_the_same_head_by_name_in_its_folder_and_as_a_classic_s
     assert NAME not in "".join(capfd.readouterr())
 
 
+# What each maker writes in an enhanced T1w file, without private elements: the grid [columns, rows, frames]; mm along a
+# row, down a column, from slice to slice; its axes; what all frames share and what each says of itself.
+MAKERS = {
+    "Hyperfine: thick axial slices, all but their positions shared": (
+        (112, 136, 36),
+        (1.6, 1.6, 5.0),
+        (0.9925, 0.0872, 0.0861, -0.1045, 0.9703, 0.2181),
+        {
+            "PixelMeasuresSequence": {"PixelSpacing": [1.6, 1.6], "SliceThickness": 5, "SpacingBetweenSlices": 5},
+            "MRImageFrameTypeSequence": {"FrameType": ["ORIGINAL", "PRIMARY", "T1", "NONE"]},
+            "MRTimingAndRelatedParametersSequence": {"RepetitionTime": 1500, "EchoTrainLength": 24},
+            "MREchoSequence": {"EffectiveEchoTime": 6.2},
+            "MRModifierSequence": {"InversionRecovery": "YES", "InversionTimes": 300},
+        },
+        {},
+        {"Manufacturer": "Hyperfine", "EchoPulseSequence": "SPIN", "MagneticFieldStrength": 0.064},
+    ),
+    "Siemens XA: sagittal, no distance between slices": (
+        (48, 64, 44),
+        (3.9, 3.9, 4.1),
+        (0.0349, 0.9992, 0.0199, -0.0122, 0.0203, -0.9997),
+        {
+            "MRTimingAndRelatedParametersSequence": {"RepetitionTime": 2300, "FlipAngle": 9},
+            "MRModifierSequence": {"InversionRecovery": "YES"},
+        },
+        {
+            "PixelMeasuresSequence": {"PixelSpacing": [3.9, 3.9], "SliceThickness": 4.1},
+            "MREchoSequence": {"EffectiveEchoTime": 2.98},
+            "MRImageFrameTypeSequence": {
+                "FrameType": ["ORIGINAL", "PRIMARY", "M", "NONE"],
+                "ComplexImageComponent": "MAGNITUDE",
+            },
+        },
+        {"Manufacturer": "Siemens Healthineers", "EchoPulseSequence": "GRADIENT", "AcquisitionContrast": "T1"},
+    ),
+    "Philips: coronal, slices that overlap": (
+        (60, 56, 50),
+        (3.5, 3.75, 3.2),
+        (0.9986, 0.0523, 0, 0.0261, -0.4993, -0.866),
+        {"MRTimingAndRelatedParametersSequence": {"RepetitionTime": 8.1}},
+        {
+            "PixelMeasuresSequence": {"PixelSpacing": [3.75, 3.5], "SliceThickness": 6.4, "SpacingBetweenSlices": 3.2},
+            "MREchoSequence": {"EffectiveEchoTime": 3.7},
+            "PixelValueTransformationSequence": {"RescaleSlope": 1, "RescaleIntercept": 0},
+            "MRImageFrameTypeSequence": {
+                "FrameType": ["ORIGINAL", "PRIMARY", "M_FFE", "M"],
+                "ComplexImageComponent": "MAGNITUDE",
+                "AcquisitionContrast": "T1",
+            },
+        },
+        {"Manufacturer": "Philips", "EchoPulseSequence": "GRADIENT"},
+    ),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_enhanced_file_of_each_maker_lies_where_its_frames_say_to_a_thousandth_of_a_millimetre(maker, tmp_path):
+    shape, mm, axes, shared, own, said = MAKERS[maker]
+    along = np.linalg.qr(np.reshape(axes, (2, 3)).T)[0].T
+    along *= np.sign((along * np.reshape(axes, (2, 3))).sum(axis=1))[:, None]  # right angles to the last digit
+    step, start = mm[2] * np.cross(*along), np.array((-83.217, -101.46, -64.875))
+    array = np.random.default_rng(0).integers(0, 200, shape).astype(np.uint16)
+    marked = [(3, 5, 2), (shape[0] - 4, 9, 4), (6, shape[1] - 3, 7), (10, 12, shape[2] - 2)]
+    for number, voxel in enumerate(marked):
+        array[voxel] = 1000 + number
+
+    def groups(said):
+        return item(**{name: [item(**values)] for name, values in said.items()})
+
+    orientation = {"PlaneOrientationSequence": {"ImageOrientationPatient": [f"{x:.9f}" for x in along.ravel()]}}
+    shared, own = (shared | orientation, own) if not own else (shared, own | orientation)
+    frames = []
+    for z in range(shape[2])[::-1]:
+        place = {"ImagePositionPatient": [f"{x:.6f}" for x in start + z * step]}
+        counted = {"StackID": "1", "InStackPositionNumber": z + 1, "DimensionIndexValues": [1, z + 1]}
+        of_this = {"PlanePositionSequence": place, "FrameContentSequence": counted}
+        frames.append((array[:, :, z].T, groups(own | of_this)))
+    said = said | {"ImageType": ["ORIGINAL", "PRIMARY", "T1", "NONE"]}
+    file = write_enhanced(tmp_path / "T1.dcm", frames, SharedFunctionalGroupsSequence=[groups(shared)], **said)
+    head = read_source(file)
+    voxels, affine = to_array(head.image), affine_of(head.image)
+    for number, (column, row, z) in enumerate(marked):
+        lps = start + along[0] * mm[0] * column + along[1] * mm[1] * row + z * step
+        (place,) = np.argwhere(voxels == 1000 + number)
+        np.testing.assert_allclose(affine[:3, :3] @ place + affine[:3, 3], lps * (-1, -1, 1), atol=1e-3)
+
+
 def test_each_frame_is_scaled_as_it_says(array, tmp_path):
     frames = [frame(array[:, :, z].T, z, slope=0.5 + z, inter=-z) for z in range(SHAPE[2])]
     head = read_source(write_enhanced(tmp_path / "scan.dcm", frames))

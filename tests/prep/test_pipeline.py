@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import os
+import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -292,6 +293,23 @@ def test_same_scan_gives_the_same_files_to_the_bit(small_sample, tmp_path):
         assert record["seed"] == registration.SEED
         assert record["versions"].keys() >= {"SimpleITK", "torch", "numpy", "python"}
     assert records[0]["quality"] == records[1]["quality"]
+
+
+def test_scan_whose_registration_fails_leaves_nothing_though_its_files_were_written_meanwhile(
+    small_sample, tmp_path, monkeypatch
+):
+    written = tmp_path / "prep" / "brain_mask.nii.gz"
+
+    def fails(brain, device):
+        for _ in range(600):
+            if written.exists():
+                raise ScanError("it fits nowhere")
+            time.sleep(0.1)
+
+    monkeypatch.setitem(steps.REGISTRATION, "torch", steps.Backend(fails, lambda: "none"))
+    with pytest.raises(ScanError, match="it fits nowhere"):
+        prepare(Source(small_sample[0], "s"), tmp_path / "prep", Settings(bias="none"))
+    assert list((tmp_path / "prep").iterdir()) == []
 
 
 def test_turboprep_that_fails_is_quoted(program, tmp_path):

@@ -239,6 +239,28 @@ def test_talairach_header_is_refused_for_mni152(coded, coarse, moved):
         coded(moved(turn(0, 9)), 3)
 
 
+# From MNI152 (FSL's) to Talairach space, by Lancaster et al. 2007.
+TALAIRACH = [[0.9464, 0.0034, -0.0026, -1.068], [-0.0083, 0.9479, -0.058, 1.0239], [0.0053, 0.0617, 0.901, 3.1883]]
+
+
+@pytest.mark.parametrize("change", [np.eye(3), np.diag([1.03, 0.98, 1.02]), np.diag([0.97, 1.02, 0.99]), turn(0, 1)])
+def test_brain_in_talairach_space_is_refused_where_no_header_says_mni152(coded, load, moved, change):
+    matrix, shift = np.array(TALAIRACH)[:, :3], np.array(TALAIRACH)[:, 3]
+    brain = moved(change @ matrix, shift + matrix @ CENTRE - CENTRE)
+    for code in (1, 2):
+        with pytest.raises(ScanError, match=r"Talairach|does not lie where the template's does.*brainfm prep"):
+            coded(brain, code)
+    with pytest.raises(ScanError, match=r"lies as in Talairach space.* mm of that and .*brainfm prep"):
+        load(brain)
+    coded(brain, 4)
+
+
+@pytest.mark.parametrize("scales", [(0.95, 0.95, 0.9), (0.92, 0.95, 0.88), (1.0, 0.95, 0.9)])
+@pytest.mark.parametrize("degrees", [-1.5, 0, 1.5])
+def test_upright_brain_of_talairachs_size_is_taken_for_what_it_is(load, moved, scales, degrees):
+    load(moved(turn(0, degrees) @ np.diag(scales), shift=(0.5, 1, 1)))
+
+
 def test_space_is_read_of_images_in_memory_too(coarse, coarse_spec):
     image = nib.Nifti1Image(coarse[0], coarse[1])
     image.set_sform(coarse[1], 3)

@@ -412,3 +412,59 @@ def test_view_of_one_intensity_is_drawn_again(small_spec, tmp_path):
         views = loader[epoch, 0].views
         assert (views.flatten(2).std(dim=2) > 0).all()
         assert torch.equal(device.make_views(device[epoch, 0], torch.device("cpu")).views, views)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="forks")
+def test_shards_that_overlap_and_run_at_once_build_the_cache_of_one_build(cache, cohort, small_spec, tmp_path):
+    def build(*arguments):
+        if (child := os.fork()) == 0:
+            command = ["cache", "build", cohort, tmp_path / "parts", "--model", "test_resnet_3d", *arguments]
+            os._exit(CliRunner().invoke(main, list(map(str, command))).exit_code)
+        return child
+
+    shards = [build("--workers", 1, "--shard", shard) for shard in ("1/2", "2/2", "2/2", "1/3")]
+    assert [os.waitpid(child, 0)[1] for child in shards] == [0, 0, 0, 0]
+    whole, parts = (ScanCache(folder, small_spec) for folder in (cache, tmp_path / "parts"))
+    assert parts._levels == whole._levels
+    for file in (cache / "scans").iterdir():
+        assert (tmp_path / "parts" / "scans" / file.name).read_bytes() == file.read_bytes()
+    assert not list((tmp_path / "parts").rglob(".*"))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "cache build"])
+def test_disk_is_not_asked_of_any_row_before_the_first_scan_is_read(command, tmp_path, monkeypatch):
+    pd = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    from brainfm.train import cache as reading
+
+    class FirstScanError(Exception):
+        pass
+
+    def first(*_, **__):
+        raise FirstScanError
+
+    monkeypatch.setattr(reading, "state_of", first)  # of a scan that is written
+    monkeypatch.setattr(reading, "load_scan", first)
+    asked = []
+    for name in ("stat", "lstat", "scandir"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, call=call, **kwargs: asked.append(args) or call(*args, **kwargs))
+
+    def calls(rows):
+        place = tmp_path / str(rows)
+        place.mkdir()
+        names = [f"sub-{n:05}/anat/sub-{n:05}" for n in range(rows)]
+        frame = {"image_path": [f"{name}_T1w.nii.gz" for name in names], "patient_id": [name[:9] for name in names]}
+        pd.DataFrame(frame | {"mask_path": [f"{name}_mask.nii.gz" for name in names]}).to_parquet(place / "m.parquet")
+        asked.clear()
+        fields = ["method=simclr", "augmentation.crop_min=[27,32,32]", "input_size=[16,16,16]", "workers=0"]
+        arguments = {
+            "pretrain": [*fields, "model=test_resnet_3d", f"manifest={place}/m.parquet", f"output={place}/run"],
+            "cache build": [f"{place}/m.parquet", f"{place}/cache", "--model", "test_resnet_3d", "--workers", "1"],
+        }
+        done = CliRunner().invoke(main, [*command.split(), *arguments[command]])
+        assert "FirstScanError" in f"{done.output} {done.exception!r}"
+        return len(asked)
+
+    calls(20)  # imports
+    assert calls(1000) <= calls(100) + 5

@@ -320,3 +320,48 @@ def test_run_that_has_ended_is_left_as_it_is_and_what_is_lost_of_it_is_made_agai
     code, said, _ = pretrain("test_resnet_3d", "lr=1e-2")
     assert code == 1
     assert "lr was 0.001" in said
+
+
+def test_run_reads_copies_on_a_local_disk_and_learns_the_same_of_them(pretrain, tmp_path):
+    def losses(folder, *arguments):
+        code, said, run = pretrain("test_resnet_3d", "workers=1", *arguments, folder=folder)
+        assert code == 0, said
+        return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()], run
+
+    plain, _ = losses("plain")
+    staged, run = losses("staged", "--stage", str(tmp_path / "stage"))
+    assert staged == plain
+    assert len(list((tmp_path / "stage").rglob("*.nii.gz"))) >= 2 * 12  # an image and a mask of each patient
+    recipe = json.loads(cfg_of(run).recipe)
+    assert (recipe["stage"], recipe["stage_size"]) == (None, 100.0)
+
+
+def test_scan_that_fails_twice_is_passed_over_until_it_changes(cohort, pretrain, tmp_path, monkeypatch):
+    from brainfm.manifest import read_manifest
+    from brainfm.train import cache
+    from brainfm.train.quarantine import Quarantine
+
+    rows = cohort.read_text().replace("sub-11/ses-0/t1.nii.gz", str(tmp_path / "broken.nii.gz")).splitlines()
+    (tmp_path / "broken.nii.gz").write_bytes(b"nothing" * 100)
+    manifest = cohort.parent / "broken.csv"
+    manifest.write_text("\n".join(rows))
+    read, load_scan = [], cache.load_scan
+
+    def counted(image, *args, **kwargs):
+        read.append(Path(image).name)
+        return load_scan(image, *args, **kwargs)
+
+    monkeypatch.setattr(cache, "load_scan", counted)
+    report = tmp_path / "run.json"
+    options = ["epochs=4", "max_bad_fraction=0.5", f"manifest={manifest}", "--report", str(report)]
+    code, said, run = pretrain("test_resnet_3d", *options)
+    assert code == 0, said
+    assert read.count("broken.nii.gz") == 2
+    broken = str(tmp_path / "broken.nii.gz")
+    quarantined = json.loads(report.read_text())["quarantined"]
+    assert list(quarantined) == [broken]
+    assert broken in quarantined[broken]
+    listed = Quarantine(run / "quarantine.csv", read_manifest(manifest))
+    assert listed.listed() == quarantined
+    (tmp_path / "broken.nii.gz").write_bytes(b"another" * 101)
+    assert Quarantine(run / "quarantine.csv", read_manifest(manifest)).listed() == {}

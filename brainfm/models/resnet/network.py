@@ -41,7 +41,7 @@ class ResNet(Chained, Encoder):
         num_classes: Outputs of the classifier `fc`; 0 for none.
         in_chans: Input channels.
         global_pool: "avg".
-        drop_rate: Dropout on the pooled embedding, in training.
+        drop_rate: The probability of dropout on the pooled embedding, in training.
     """
 
     classifier_name = "fc"
