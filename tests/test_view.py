@@ -238,7 +238,7 @@ SHOWN = """
 
 @pytest.fixture
 def drawing(browser, tmp_path):
-    """Chromium whose processor draws as a graphics card would, which takes a while; `browser` skips where there is none."""
+    """Chromium whose processor draws as a graphics card would, which takes a while; skipped as `browser` is."""
     running = Browser(tmp_path / "profile", *GL)
     yield running
     running.close()

@@ -271,11 +271,8 @@ def test_prepared_scan_goes_through_what_takes_it_and_the_rest_says_why_not(prep
     assert not (tmp_path / "index.html").exists()
 
 
-def test_sites_groups_and_folds_are_asked_for_as_of_probe(phantoms, run, tmp_path, monkeypatch, no_figures):
+def test_sites_groups_and_folds_are_asked_for_as_of_probe(phantoms, run, tmp_path, monkeypatch):
     """By the command; a column that is none is said before any scan is embedded."""
-    monkeypatch.setattr(probe, "LOGISTIC_C", (0.01,))
-    for module in (runs, outcome):
-        monkeypatch.setattr(module, "RESAMPLES", 20)
     lines = phantoms.read_text().splitlines()
     halves = phantoms.with_name("halves.csv")
     halves.write_text("\n".join([f"{lines[0]},half", *(f"{line},{'ab'[n % 2]}" for n, line in enumerate(lines[1:]))]))
