@@ -18,7 +18,7 @@ from brainfm.errors import BrainfmError
 from brainfm.manifest import list_scans
 from brainfm.phantom import SITES, make_cohort, make_labels, make_phantom
 
-PATIENTS = 100
+PATIENTS = 60
 
 SPEC_1MM = brainfm.get_pretrained_cfg("simclr_resnet18_3d").input_spec
 SPEC_4MM = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
@@ -26,7 +26,7 @@ SPEC_4MM = brainfm.get_pretrained_cfg("test_resnet_3d").input_spec
 
 @pytest.fixture(scope="module")
 def phantoms():
-    """Two scans each of a hundred patients at 4 mm: [patient][scan]."""
+    """Two scans each of some patients at 4 mm: [patient][scan]."""
     return [[make_phantom(patient, scan, spacing=4.0) for scan in range(2)] for patient in range(PATIENTS)]
 
 
