@@ -244,8 +244,10 @@ def _run_again(sheet: Path, output: Path) -> None:
     ctx = click.get_current_context()
     others = [
         name
-        for name in ctx.params
-        if name not in ("sheet", "output") and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        for name, value in ctx.params.items()
+        if name not in ("sheet", "output")
+        and ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        and value != ()  # click 8.1.0 says of an argument that may be several, and is not there, that it was given
     ]
     if others:
         raise BrainfmError(f"--from {sheet} has all options itself; leave {', '.join(others)} out")
