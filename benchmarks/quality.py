@@ -36,11 +36,11 @@ Spoil = Callable[[Prepared, np.random.Generator], Prepared]
 
 # Which figures tell the truth about each kind of spoiling.
 SEEN: dict[str, set[str]] = {
-    "place": {"shift", "turn", "off", "upright", "similarity"},
+    "place": {"shift", "turn", "upright", "similarity"},
     "cut": {"cut"},
     "mask": {"litres", "bright_rim", "missing", "cut_rim", "dark_rim"},
     "contrast": {"contrast", "similarity"},
-    "quality": {"noise", "similarity", "symmetry", "contrast", "echo"},
+    "quality": {"noise", "similarity", "symmetry", "contrast"},
     "no head": set(MEANINGS),
 }
 
@@ -50,20 +50,17 @@ RULE = (
     f"sound cases lie within on a side that is worse. Excesses count up to {MOST:g} spreads. Logistic regression "
     "(scikit-learn, C = 1), both classes and in each all people weighted the same; figures of negative weight are left "
     f"out. Looked at from the score below which {1 - TAIL:.0%} of sound cases lie; failed from the one below which "
-    f"{1 - TAIL_OF_FAILED:.1%} do, and not below {LEAST_FAILED:g}. Hard limits are by what is decisive by itself; off "
-    "and echo have no other."
+    f"{1 - TAIL_OF_FAILED:.1%} do, and not below {LEAST_FAILED:g}. Hard limits are by what is decisive by itself."
 )
 LEAST_SPREAD = {
     "litres": 0.3,
     "shift": 0.75,
     "turn": 0.75,
-    "off": 0.75,
     "upright": 0.05,
     "similarity": 0.1,
     "missing": 0.005,
     "cut": 8.0,
     "symmetry": 0.1,
-    "echo": 2.0,
     "bright_rim": 0.02,
     "dark_rim": 0.05,
     "cut_rim": 0.2,
@@ -72,19 +69,15 @@ LEAST_SPREAD = {
 }
 # cm²: a stripped brain touches the box that it is stored in, and a field of view may end at the brain stem.
 LEAST_TYPICAL = {"cut": 12.0}
-# What only its hard limit decides by: sound and spoiled lie apart in it, and the score does without.
-ALONE = {"off", "echo"}
 # To look at, and to fail.
 HARD: dict[str, tuple[float | None, float | None]] = {
     "litres": (0.8, 0.6),
     "shift": (2.1, 8.0),
     "turn": (3.0, 10.0),
-    "off": (2.4, 8.0),
     "upright": (0.06, 0.0),
     "similarity": (0.4, 0.25),
     "bright_rim": (0.08, 0.2),
     "dark_rim": (0.25, None),
-    "echo": (16.0, None),
     "cut": (22.0, 60.0),
     "contrast": (0.06, 0.02),
 }
@@ -418,7 +411,7 @@ def fitted(rows: list[dict[str, Any]]) -> dict[str, Any]:
     weights = _even([row["person"] for row in rows], is_spoiled)
     scales = {name: _scale(name, [row for row in rows if row["truth"] == "sound"]) for name in MEANINGS}
     excesses = np.array([[_excess(row, name, scales[name]) for name in MEANINGS] for row in rows])
-    used = np.array([name not in ALONE for name in MEANINGS])
+    used = np.ones(len(MEANINGS), dtype=bool)
     while True:
         model = LogisticRegression(C=1.0, max_iter=5000).fit(excesses[:, used], is_spoiled, sample_weight=weights)
         if (model.coef_[0] >= 0).all():

@@ -209,10 +209,10 @@ def embed_files(
     check_found(records)
     with ExitStack() as outputs:
         for job in jobs:
+            if job.output is not None:
+                check_writable(job.output if shard else job.output.parent)
             if job.output is not None and shard is None:
                 outputs.enter_context(held(job.output))
-            if job.output is not None and shard is not None:
-                check_writable(job.output)
             for folder in (job.dense, job.output if shard else None):
                 if folder is not None and folder.is_dir():
                     sweep(folder)

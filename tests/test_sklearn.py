@@ -265,7 +265,7 @@ def test_estimator_passes_every_check_of_scikit_learn_that_needs_no_numbers():
     for result in results:
         status.setdefault(result["status"], set()).add(result["check_name"])
     assert "failed" not in status, status["failed"]
-    assert status["xfail"] == set(EXPECTED_FAILURES)
+    assert status["xfail"] == set(EXPECTED_FAILURES) & set().union(*status.values())  # of those that this version has
     assert status["passed"] >= {
         *("check_estimator_cloneable", "check_estimator_repr", "check_no_attributes_set_in_init"),
         *("check_estimators_unfitted", "check_do_not_raise_errors_in_init_or_set_params", "check_mixin_order"),

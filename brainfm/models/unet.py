@@ -95,7 +95,7 @@ class UNet(Encoder):
         if number < len(self.encoders):
             deeper = self._run(self.encoders[number], latest)
             return (deeper, *waiting, latest) if number else (deeper,)
-        decoder, beside = self.decoders[number - len(self.encoders)], waiting.pop()
+        decoder, (*waiting, beside) = self.decoders[number - len(self.encoders)], waiting
         latest = self._run(_joined(decoder, beside), latest)
         if self.unit_length and number == len(self.feature_info) - 1:
             latest = F.normalize(latest, dim=1)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -27,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.assets import QUALITY
-from brainfm.prep.image import like, template, to_array
+from brainfm.prep.image import template, to_array
 from brainfm.prep.normalize import white_peak
 from brainfm.scan.alignment import Alignment, Lookup, Target, align, correlation, halved, shaded
 
@@ -35,7 +34,6 @@ Verdict: TypeAlias = Literal["pass", "look", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "look", "fail")
 
 _MM = 2  # cells of this size, and of twice it, for what is compared as a whole
-_ECHO_MM, _ECHO_SHARE = 40, 0.1  # least distance of an echo, and what of the brain has to overlap with itself there
 _LEAST_CORE = 1000  # places in a tissue, of 8 mm³, fewer of which say nothing
 
 
@@ -94,7 +92,7 @@ class _Meaning:
 
 
 _CUT = "the field of view of the scan cuts off the brain"
-_OF_A_WHOLE_BRAIN = ("litres", "shift", "turn", "off", "upright", "similarity", "missing", "symmetry")
+_OF_A_WHOLE_BRAIN = ("litres", "shift", "turn", "upright", "similarity", "missing", "symmetry")
 _MOVED = "the registration may have gone wrong, or the header lies about the axes"
 
 MEANINGS: dict[str, _Meaning] = {
@@ -103,7 +101,6 @@ MEANINGS: dict[str, _Meaning] = {
     ),
     "shift": _Meaning("misplaced against the template by, mm", 0, 500, "", _MOVED),
     "turn": _Meaning("turned against the template by, °", 0, 180, "", _MOVED),
-    "off": _Meaning("moved by registering it again from where it lies, mm", 0, 500, "", _MOVED),
     "upright": _Meaning(
         "likeness to the template as it lies, less that turned over or with its axes swapped",
         -2,
@@ -122,13 +119,6 @@ MEANINGS: dict[str, _Meaning] = {
     "cut": _Meaning("surface of the brain at the edge of the field of view, cm²", 0, 1000, "", _CUT),
     "symmetry": _Meaning(
         "correlation of its left with its right half", -1, 1, "a half is corrupted, or something lies over it"
-    ),
-    "echo": _Meaning(
-        "likeness of the brain to itself 4 cm on or further, in units of what chance makes of it",
-        0,
-        1000,
-        "",
-        "a ghost lies over it, or what was outside the field of view",
     ),
     "bright_rim": _Meaning(
         "fraction of the mask's rim brighter than white matter", 0, 1, "", "scalp, marrow or eye is in the mask"
@@ -302,14 +292,6 @@ def figure_of(name: str, value: float, usual: Range, cause: str = "") -> Figure:
 
 def measured(prepared: Prepared) -> dict[str, float]:
     """The figures of a scan, by name."""
-    with ThreadPoolExecutor(1) as beside:  # torch's figure takes as long as all of numpy's
-        off = beside.submit(_off, prepared)
-        found = _by_fit(prepared) | {"off": off.result()}
-    return {name: found[name] for name in MEANINGS if name in found}
-
-
-def _by_fit(prepared: Prepared) -> dict[str, float]:
-    """The figures of what the template is fitted to, or that need no fit."""
     cells = _Cells.of(prepared.image, prepared.brain)
     usual = _template()
     fit = align(cells.shaded(), usual.target)
@@ -327,7 +309,6 @@ def _by_fit(prepared: Prepared) -> dict[str, float]:
         "missing": float((at[0] < 0.5).mean()),
         "cut": _cut_cm2(prepared.seen, cells.brain),
         "symmetry": correlation(at[1][both], mirrored[1][both]),
-        "echo": _echo(brain, brightness),
     }
     grey, white = (_moved(places, fit) for places in (usual.grey, usual.white))
     tissue, level = _tissue(prepared, grey, white)
@@ -351,56 +332,6 @@ def _looked_up(
 def _moved(places: NDArray[np.float64], fit: Alignment) -> NDArray[np.float64]:
     moved: NDArray[np.float64] = fit.affine[:3, :3] @ places + fit.affine[:3, 3:]
     return moved
-
-
-def _off(prepared: Prepared) -> float:
-    """How far a registration that begins where the brain lies moves it: the root mean square over the brain, mm."""
-    from brainfm.prep.similarity import Similarity, centre, one_thread, spread
-
-    brain = like(prepared.image * prepared.brain, template())
-    lies = np.eye(4)
-    lies[:3, 3] = centre()
-    with one_thread():
-        again, _ = Similarity(brain, levels=3).climbed(lies, 2)  # on voxels of 2 mm
-    turn, shift = again[:3, :3] - np.eye(3), again[:3, 3] - lies[:3, 3]
-    return float(np.sqrt(np.trace(turn @ spread() @ turn.T) + shift @ shift))
-
-
-def _echo(brain: NDArray[Any], brightness: NDArray[Any]) -> float:
-    """How like the brain's fine structure is to itself, shifted by whichever 4 cm or more: correlation · √places.
-
-    A ghost, or what is wrapped around, lies over the brain and once more where it belongs. Shifts of all directions are
-    looked at together, on cells of 4 mm, by their Fourier transforms.
-    """
-    whole = (brain > 0.9).astype(np.float32)
-    mean = brightness / np.maximum(brain, 1e-3) * whole
-    fine = (mean - _blurred(mean) / np.maximum(_blurred(whole), 1e-3)) * whole
-    most = float(np.percentile(np.abs(fine[whole > 0]), 98)) if whole.any() else 0.0
-    fine = np.clip(fine, -most, most).astype(np.float32)
-    shape = [2 * size for size in whole.shape]
-    of_fine, of_square, of_whole = (np.fft.rfftn(part, shape, axes=(0, 1, 2)) for part in (fine, fine**2, whole))
-    product, square, places = (
-        np.fft.irfftn(one * np.conj(other), shape, axes=(0, 1, 2))
-        for one, other in ((of_fine, of_fine), (of_square, of_whole), (of_whole, of_whole))
-    )
-    # Of the places that overlap, the sums of squares of both copies: one is the other's, shifted the other way.
-    squares = square * np.roll(np.flip(square), 1, (0, 1, 2))
-    x, y, z = (2 * _MM * np.fft.fftfreq(size, 1 / size) for size in shape)
-    far = x[:, None, None] ** 2 + y[:, None] ** 2 + z**2 >= _ECHO_MM**2
-    looked_at = far & (places >= max(1.0, _ECHO_SHARE * float(whole.sum()))) & (squares > 1e-6 * squares.max())
-    if not looked_at.any():
-        return 0.0
-    alike = product[looked_at] / np.sqrt(squares[looked_at]) * np.sqrt(places[looked_at])
-    return float(max(0.0, alike.max()))
-
-
-def _blurred(cells: NDArray[Any]) -> NDArray[Any]:
-    """Means over five cells along each axis."""
-    for axis in range(3):
-        sums = np.cumsum(np.pad(cells, [(3, 2) if a == axis else (0, 0) for a in range(3)]), axis, dtype=np.float64)
-        lines = np.moveaxis(sums, axis, 0)
-        cells = np.moveaxis((lines[5:] - lines[:-5]) / 5, 0, axis)
-    return cells
 
 
 def _cut_cm2(seen: NDArray[np.bool_], brain: NDArray[np.float32]) -> float:

@@ -60,18 +60,17 @@ class Similarity:
     Args:
         brain: The scan, 0 outside the brain.
         device: Where it is computed; positions and results are the processor's.
-        levels: How many of `LEVELS`, from the coarsest, at least three.
     """
 
-    def __init__(self, brain: sitk.Image, device: str = "cpu", levels: int = len(LEVELS)) -> None:
-        images = [_shrunk(brain, mm) for mm, _ in LEVELS[:levels]]
+    def __init__(self, brain: sitk.Image, device: str = "cpu") -> None:
+        images = [_shrunk(brain, mm) for mm, _ in LEVELS]
         inside = sitk.GetArrayViewFromImage(images[2])
         bright = float(np.percentile(inside[inside > 0], 99.5)) if (inside > 0).any() else 1.0
         self.centre = centre_of_mass(images[1])  # LPS mm
         self._device = device
         self._levels = [
             ((_smooth(image, mm) * ((BINS - 1) / bright)).to(device), _to_grid(image))
-            for image, (mm, _) in zip(images, LEVELS[:levels], strict=True)
+            for image, (mm, _) in zip(images, LEVELS, strict=True)
         ]
 
     def at(self, positions: NDArray[np.float64], level: int) -> NDArray[np.float64]:

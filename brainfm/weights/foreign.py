@@ -38,6 +38,9 @@ class StandIn:
     def __setstate__(self, state: object) -> None:
         """Whatever it is given."""
 
+    def __setitem__(self, key: object, value: object) -> None:
+        """Whatever it is filled with; torch 2.6 asks no kind of mapping whether it is one of its own."""
+
 
 class _Mapping:
     """A stand-in of what is filled like a dictionary, which torch's reader does to its own kinds alone."""

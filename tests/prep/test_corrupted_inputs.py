@@ -223,17 +223,6 @@ def _mapped(*levels):
     return mapped
 
 
-def _ghost(prepared):
-    """A copy of the head lies over it, shifted along the phases."""
-    return replace(prepared, image=prepared.image + np.float32(0.4) * np.roll(prepared.image, 94, axis=1))
-
-
-def _wrapped(prepared):
-    """The back of the head lies over the front."""
-    front = (np.arange(prepared.image.shape[1]) > 110)[:, None]
-    return replace(prepared, image=prepared.image + np.roll(prepared.image, 120, axis=1) * front)
-
-
 def _bottle(prepared):
     grid = np.ogrid[tuple(slice(-(size // 2), size - size // 2) for size in prepared.brain.shape)]
     bottle = (grid[0] ** 2 + grid[1] ** 2 < 65**2) & (np.abs(grid[2]) < 65)
@@ -276,7 +265,6 @@ JUDGED = {
     "registered 15 mm off": (lambda p: _moved(p, mm=(0, 15, 0)), BAD, ("shift",)),
     "registered 6 mm off": (lambda p: _moved(p, mm=(0, 6, 0)), DOUBTFUL, ("shift",)),
     "registered 3.5 mm off": (lambda p: _moved(p, mm=(3.5, 0, 0)), DOUBTFUL, ("shift",)),
-    "registered 3 mm off": (lambda p: _moved(p, mm=(0, 0, 3)), DOUBTFUL, ("off",)),
     "registered 4° off (nodding)": (lambda p: _moved(p, degrees=(4, 0, 0)), DOUBTFUL, ("turn",)),
     "registered 4° off (ear to shoulder)": (lambda p: _moved(p, degrees=(0, 4, 0)), DOUBTFUL, ("turn",)),
     "registered 4° off (to a side)": (lambda p: _moved(p, degrees=(0, 0, 4)), DOUBTFUL, ("turn",)),
@@ -289,8 +277,6 @@ JUDGED = {
     "noise": (_noise, BAD, ("similarity",)),
     "a bottle": (_bottle, BAD, ("similarity", "contrast")),
     "a very noisy scan": (_noisy, DOUBTFUL, ("noise",)),
-    "a ghost": (_ghost, DOUBTFUL, ("echo",)),
-    "wrapped around": (_wrapped, DOUBTFUL, ("echo",)),
 }
 
 
