@@ -162,6 +162,8 @@ def main() -> None:
         )(Path(folder), *rest)
         print(json.dumps(made))
         return
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     top = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
         bids, scans = top / "bids", arguments.scans
