@@ -33,6 +33,6 @@ def turboprep_files(image: Any, mask: Any) -> tuple[Any, Any]:
     if not isinstance(image, str | os.PathLike) or is_prepared(image):
         return image, mask
     files = Path(image, TURBOPREP_IMAGE), Path(image, TURBOPREP_MASK)
-    if not files[0].is_file():
+    if not os.path.isfile(files[0]):  # noqa: PTH113 - where pathlib raises, as of a name too long, reading says why
         return image, mask
     return files[0], files[1] if mask is None and files[1].is_file() else mask

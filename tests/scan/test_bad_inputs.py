@@ -643,6 +643,11 @@ def test_bad_input_is_refused_in_one_line_that_helps(case, tmp_path, brain, spec
     assert ADVICE.search(message.replace(str(tmp_path), "")), f"no advice: {message}"
 
 
+def test_name_that_no_file_can_have_is_refused(tmp_path, spec):
+    with pytest.raises(ScanError, match="File name too long"):
+        brainfm.load_scan(tmp_path / ("x" * 300), spec=spec)
+
+
 def test_unreadable_qform_beside_a_good_sform_does_no_harm(tmp_path, brain, spec):
     """nibabel takes the sform where both are set."""
     path = patched(tmp_path, brain, 252, "2h3f", 1, 2, 1.0, 1.0, 1.0)  # quaternion longer than 1
