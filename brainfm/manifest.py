@@ -278,11 +278,11 @@ def _is_array_and_affine(item: tuple[Any, Any]) -> bool:
 
 def _from_path(item: str | os.PathLike[str]) -> Listing:
     path = Path(_found(item))
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - here and below not of pathlib, which raises for a name too long
         return _from_folder(path)
     if is_table(path):
         return read_manifest(path)
-    if not path.exists() and not is_image(path):
+    if not os.path.exists(path) and not is_image(path):  # noqa: PTH110
         raise ScanError(f"{path}: no such file or folder; check the path")
     return Listing([_record(item)])  # a missing image is one bad scan of the batch
 
@@ -303,7 +303,7 @@ def read_manifest(path: Path) -> Listing:
     does.
     """
     path = expanded(path)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110
         raise ScanError(f"{path}: no such manifest; check the path")
     return _from_rows(read_rows(path), str(path), path.parent)
 

@@ -723,3 +723,10 @@ def test_endings_are_taken_in_any_case(tmp_path):
     assert (record.image[-7:], record.mask[-7:]) == (".NII.GZ", ".NII.GZ")
     with pytest.raises(ScanError, match="name its 1 image files"):
         list_scans(touch(tmp_path / "loose" / "A.MGZ").parent)
+
+
+def test_name_that_no_file_can_have_is_one_bad_scan_of_a_list(tmp_path):
+    long = tmp_path / f"{'x' * 300}.nii.gz"
+    assert [record.image for record in list_scans([long])] == [str(long)]
+    with pytest.raises(ScanError, match="no such file or folder"):
+        list_scans(tmp_path / ("x" * 300))
