@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -83,6 +84,15 @@ def sync(path: Path) -> None:
             raise
 
 
+def list_below(folder: Path, pattern: str) -> list[Path]:
+    """Files and folders anywhere below a folder, by their name; folders that others remove meanwhile are passed over.
+
+    As `sorted(folder.rglob(pattern))`, which Python before 3.13 ends in a FileNotFoundError where a folder goes.
+    """
+    names = ((top, name) for top, folders, files in os.walk(folder) for name in (*folders, *files))
+    return sorted(Path(top, name) for top, name in names if fnmatchcase(name, pattern))
+
+
 def sweep(output: Path, *, others: bool = False) -> None:
     """Remove what killed processes left of an output: temporary files beside a file, or anywhere in a folder.
 
@@ -90,7 +100,7 @@ def sweep(output: Path, *, others: bool = False) -> None:
     machines too, for whoever holds the output's lock.
     """
     in_folder = output.is_dir()
-    found = output.rglob(".*") if in_folder else output.parent.glob(".*")
+    found = list_below(output, ".*") if in_folder else output.parent.glob(".*")
     ours = r"\.(?P<stem>.+)-(?P<machine>[0-9a-f]{4})-(?P<process>\d+)-[0-9a-f]{4}(\.[^.]*)?"
     for path in list(found):
         name = re.fullmatch(ours, path.name)

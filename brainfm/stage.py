@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from brainfm.errors import ScanError
-from brainfm.files import file_state, one_line, sweep, sync, temporary_path
+from brainfm.files import file_state, list_below, one_line, sweep, sync, temporary_path
 from brainfm.manifest import ScanRecord
 from brainfm.scan.layout import is_prepared
 from brainfm.scan.memory import is_mapping
@@ -236,7 +236,7 @@ def _remove(place: str) -> None:
 
 
 def _bytes_in(place: str) -> int:
-    return sum(file.stat().st_size for file in Path(place).rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in list_below(Path(place), "*") if file.is_file())
 
 
 def files_of(record: ScanRecord) -> list[str]:

@@ -377,3 +377,19 @@ def test_file_that_another_program_has_open_is_replaced_when_it_is_closed(number
     write_text(tmp_path / "a.txt", "whole")
     assert len(refused) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_sweep_passes_over_a_folder_that_another_process_removes_meanwhile(tmp_path, monkeypatch):
+    gone, scandir = tmp_path / "a" / "b", os.scandir
+    gone.mkdir(parents=True)
+    leftover = left_by(999_999_999, tmp_path / "z.npy")
+
+    def removed_first(path="."):
+        if os.fspath(path) == str(gone):
+            gone.rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removed_first)
+    sweep(tmp_path)
+    assert not gone.exists()
+    assert not leftover.exists()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from brainfm.errors import BrainfmError, ScanError
-from brainfm.files import held, one_line, progress_bar, sweep, temporary_path
+from brainfm.files import held, list_below, one_line, progress_bar, sweep, temporary_path
 from brainfm.prep.contrast import t1w_of, whose
 from brainfm.prep.longitudinal import align_all, is_aligned
 from brainfm.prep.pipeline import STEPS, Settings, is_done, prepare
@@ -191,7 +191,7 @@ def _align_visits(
     Those that were prepared before count too. The records of what was prepared now are put into `outcomes`.
     """
     visits: dict[str, list[str]] = {}
-    for path in sorted(output.rglob(RECORD)):
+    for path in list_below(output, RECORD):
         record = read_record(path.parent)
         if record and record["settings"] == settings.to_dict():
             name = path.parent.relative_to(output).as_posix()
@@ -417,7 +417,7 @@ def list_records(folder: str | os.PathLike[str]) -> dict[str, tuple[Path, dict[s
     """
     root = Path(folder)
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for path in sorted(root.rglob("prep.json")):
+    for path in list_below(root, "prep.json"):
         record = read_record(path.parent)
         if record is not None:
             found[str(path.parent.relative_to(root))] = (path.parent, record)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from brainfm.bids import bids_ids, entities
 from brainfm.errors import ScanError
-from brainfm.files import file_sha256
+from brainfm.files import file_sha256, list_below
 from brainfm.prep.coregister import SETTINGS, coregister
 from brainfm.prep.image import affine_of, sitk, to_itk
 from brainfm.prep.quality import Figure, Range, figure_of
@@ -104,7 +104,7 @@ def t1w_of(name: str, contrast: Contrast, output: Path) -> Path | None:
     own = whose(name)
     found = [
         path.parent
-        for path in sorted(output.rglob(RECORD))
+        for path in list_below(output, RECORD)
         if whose(path.parent.relative_to(output).as_posix()) == own
         and (read_record(path.parent) or {}).get("contrast") == "T1w"
     ]
