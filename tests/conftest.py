@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import locale
@@ -63,6 +64,19 @@ def _once_a_brain(measure):
 
 
 content.measure = _once_a_brain(content.measure)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are no garbage: they need not be looked through again and again, 7 % of the time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test leaves in the cache, an accepted licence say, no other test finds."""
+    name = hashlib.blake2b(request.node.nodeid.encode(), digest_size=8).hexdigest()
+    monkeypatch.setenv("BRAINFM_CACHE", f"{_CACHES.name}/{name}")
 
 
 @pytest.fixture(scope="session")

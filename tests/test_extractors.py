@@ -86,6 +86,7 @@ def test_brainfmbench_says_where_weights_are_downloaded(tmp_path, small_model):
         extract.load(tmp_path / "weights")
 
 
+@pytest.mark.slow
 def test_fomo26_s_program_writes_one_finite_vector_or_says_why_not(tmp_path, small_sample, small_model):
     folder = export_extractor("test_resnet_3d", "fomo26", tmp_path / "fomo26", requirement="brainfm @ file:///brainfm")
     assert (folder / "requirements.txt").read_text() == "brainfm @ file:///brainfm\n"

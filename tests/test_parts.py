@@ -344,6 +344,7 @@ brainfm.embed(sys.argv[1], "test_resnet_3d", output=sys.argv[2], shard="1/1", nu
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
 def test_shard_that_is_killed_again_and_again_loses_nothing_and_does_nothing_twice(cohort, tmp_path):
     for _ in range(3):

@@ -192,6 +192,7 @@ def test_weights_by_the_names_of_monai_itself_are_the_same(bundle, tmp_path):
 # --- Stopped and resumed --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_that_is_killed_goes_on_and_ends_the_same(bundle, tmp_path):
     synthesize(12, tmp_path / "whole", bundle=bundle)
     command = [sys.executable, "-m", "brainfm", "synthesize", "--n", "12", "--out", str(tmp_path / "run")]

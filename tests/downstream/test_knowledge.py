@@ -178,6 +178,7 @@ def test_map_refuses_too_few_scans_and_unknown_methods():
         embedding_map(np.eye(3), method="tsne")
 
 
+@pytest.mark.slow
 def test_umap_maps_or_says_what_to_install():
     vectors, _ = two_scans()
     try:

@@ -38,6 +38,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_training_size_and_how_much_is_trained_are_one_table(cohorts, tmp_path):
     table, out = cohorts / "adni" / "few.csv", tmp_path / "out"
     pd.read_csv(table.with_name("labels.csv")).head(20).to_csv(table, index=False)
@@ -61,6 +62,7 @@ def test_training_size_and_how_much_is_trained_are_one_table(cohorts, tmp_path):
     assert "fine-tuned by LoRA" in (out / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_unseen_sites_and_an_unseen_set_are_columns_beside_the_tasks_own(cohorts, tmp_path):
     table, other, out = cohorts / "adni" / "labels.csv", cohorts / "oasis" / "labels.csv", tmp_path / "out"
     done = benchmark(

@@ -105,6 +105,7 @@ def test_second_command_on_an_output_is_refused_and_a_killed_one_makes_way(begun
     assert not leftovers(two / "out")
 
 
+@pytest.mark.slow
 def test_shards_prepare_everything_once_side_by_side_and_again_nothing(two, stand_in):
     shutil.copy(SAMPLE_SCAN, two / "c.nii.gz")
     stand_in("")

@@ -44,6 +44,7 @@ def output(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_t2w_scan_is_registered_to_the_t1w_scan_and_gets_its_mask(output, spec):
     settings = Settings(contrast="T2w", bias="none")
     (source,) = find_sources([output / "sub-01_ses-a_T2w.nii"], "T2w")

@@ -68,6 +68,7 @@ def test_visits_meet_halfway_and_in_any_order(visits):
     assert np.linalg.norm((other_way[1] @ points - first)[:3], axis=0).max() < 0.01
 
 
+@pytest.mark.slow
 def test_visits_go_to_the_template_together_by_the_command(visits, tmp_path):
     """Both are prepared already: what is left to do is to bring them together."""
     output, command = tmp_path / "prep", ["prep", "-o", str(tmp_path / "prep"), "--bias", "none", "--longitudinal"]

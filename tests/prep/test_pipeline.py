@@ -50,6 +50,7 @@ def turned(head_image, moves, tmp_path):
     return tmp_path, move
 
 
+@pytest.mark.slow
 def test_moved_head_goes_from_file_to_embedding(turned, moves, small_model, spec):
     """One test, because it takes most of a minute."""
     folder, move = turned

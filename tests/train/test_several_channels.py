@@ -218,6 +218,7 @@ def test_run_on_smaller_views_states_their_size_and_channels(models, manifest, t
     assert brainfm.create_model(f"local-dir:{export}").pretrained_cfg.input_spec.output_shape == (2, 24, 24, 24)
 
 
+@pytest.mark.slow
 def test_exported_encoder_is_fine_tuned_probed_and_tested_on_corrupted_scans(models, manifest, tmp_path):
     export = pretrain(recipe("simclr", models, manifest, tmp_path / "run"))
     data = read_task(load_task("phantom_sex"), manifest)

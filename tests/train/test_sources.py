@@ -204,6 +204,7 @@ pretrain(recipe_from_dict(json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_see_what_one_sees(recipe, tmp_path):
     fields = {"epochs": 1, "precision": "float64"}
     pretrain(recipe(output=str(tmp_path / "one"), **fields))

@@ -427,6 +427,7 @@ Trainer._step = stopped
 """
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_another_number_of_processes_of_the_same_joined_batch(cohort, tmp_path, caplog):
     fields = SIMCLR | {"manifest": str(cohort), "epochs": 2, "precision": "float64"}
     broken = fields | {"output": str(tmp_path / "run")}
