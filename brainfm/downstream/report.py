@@ -94,6 +94,21 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     return folder / "index.html"
 
 
+def short_report(folder: str | os.PathLike[str]) -> str:
+    """What a console needs of a results folder: the main table, its footnotes, and where the page is.
+
+    Warnings are not in it: they are logged when the report is written, and stand on the page.
+
+    Raises:
+        BrainfmError: As `write_report`.
+    """
+    folder = Path(folder)
+    run = read_run(folder)
+    notes = [f"{letter}: {text}" for text, letter in _notes(run.evaluation).items()]
+    parts = (progress_text(run), str(_main_table(run)), "\n".join(notes))
+    return "\n\n".join(filter(None, (*parts, f"{folder / 'index.html'}: the page with all tables and figures")))
+
+
 def _content(folder: Path, run: Run) -> dict[str, Any]:
     """What the templates say of a run, by their names for it."""
     evaluation = run.evaluation

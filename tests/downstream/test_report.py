@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import brier_score_loss, mean_absolute_error, mean_squared_error, roc_auc_score
 
 from brainfm.downstream import plots
-from brainfm.downstream.report import write_report
+from brainfm.downstream.report import short_report, write_report
 from brainfm.downstream.results import Published, read_evaluation
 from brainfm.errors import BrainfmError
 
@@ -172,6 +172,23 @@ def test_every_number_of_the_main_table_is_the_mean_and_sd_over_seeds(reported):
         for task, cell in zip(TASKS, cells[1::2], strict=True):
             decimals = 3 if task["metric"] == "auc" else 2
             assert plain(cell) == expected(results, task["name"], row, task["metric"], decimals)
+
+
+def test_console_has_the_main_tables_cells_under_their_titles_and_its_footnotes_without_markup(reported):
+    cells = tables((reported / "table.md").read_text())[0][1:]
+    progress, table, notes, page = short_report(reported).split("\n\n")
+    assert progress == "All 224 runs are in."
+    assert notes == "a: Pretrained on 100 % of it.\nb: Three epochs_only."
+    assert page == f"{reported / 'index.html'}: the page with all tables and figures"
+    lines = table.splitlines()
+    under = next(n for n, line in enumerate(lines) if line.startswith("---"))
+    ends = [match.span() for match in re.finditer("-+", lines[under])]
+    columns = [[line[start:end].strip() for start, end in ends] for line in lines]
+    titles = [" ".join(filter(None, words)) for words in zip(*columns[:under], strict=True)]
+    assert titles[:3] == ["Model", "Stroke scale: MAE ↓", "published"]
+    assert "".join(lines[under + 1 :]).count("\\") == 0
+    bare = [[re.sub(r"</?sup>|\*\*|(?<!\w)\*|\*(?!\w)", "", cell) for cell in line] for line in cells]
+    assert columns[under + 1 :] == bare
 
 
 def test_a_table_beside_which_nothing_was_published_has_no_column_for_it(age_only):
