@@ -161,7 +161,7 @@ class Evaluation:
         self.brainfm(
             *("compare-encoders", "cohort/people.csv", "--label", "sex", "--models", *self.models, "-o", "compared"),
             *("--harmonise", "combat", "--site", "scanner", "--fairness", "clinic", "--least-group", 10),
-            *("--folds", 5, "--seeds", 1, "--device", "cpu"),
+            *("--folds", 5, "--seeds", 1, "--device", "cpu", "--no-controls"),  # the zoo's are of full size
         )
         for leaderboard in ("brainfmbench", "fomo26", "brainmarks"):
             self.brainfm("export-extractor", self.models[0], "--for", leaderboard, "-o", leaderboard)

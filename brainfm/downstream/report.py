@@ -22,7 +22,7 @@ from brainfm.downstream.results import Column, Evaluation, Row, Run, read_run
 from brainfm.downstream.sections import sections
 from brainfm.downstream.sheet import SHEET
 from brainfm.downstream.statistics import HIGHER_IS_BETTER
-from brainfm.downstream.tables import Cell, Table
+from brainfm.downstream.tables import Cell, Table, by_first
 from brainfm.downstream.wording import (
     NONE,
     RULE,
@@ -262,10 +262,10 @@ def _test_table(run: Run) -> Table | None:
             small = bool(task and task.too_small)
             cells.append(NONE if small else p_value_text(test.p_holm))
             cells.append(NONE if small or test.patients_needed is None else needed_text(test))
-        rows.append([Cell(text) for text in cells])
-    head = ["Column", "First", "Second", "Test", "Difference (first − second)", "Interval", "p"]
+        rows.append(cells)
+    head = ["First", "Second", "Test", "Difference (first − second)", "Interval", "p"]
     head += ["p (Holm, over the table)", "Patients for 80 % power"] if adjusted else []
-    return Table("Paired tests, over all seeds", [(name, "") for name in head], [("", rows)]) if rows else None
+    return Table("Paired tests, over all seeds", [(name, "") for name in head], by_first(rows)) if rows else None
 
 
 def _notes(evaluation: Evaluation) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 from typing import NamedTuple
@@ -17,6 +17,14 @@ class Cell(NamedTuple):
     text: str
     bold: bool = False
     marks: str = ""
+
+
+def by_first(lines: Iterable[Sequence[str]]) -> list[tuple[str, list[list[Cell]]]]:
+    """Groups of a table's rows by what stands first in each, which is their title then; in the order of the titles."""
+    groups: dict[str, list[list[Cell]]] = {}
+    for title, *line in lines:
+        groups.setdefault(title, []).append([Cell(text) for text in line])
+    return list(groups.items())
 
 
 class Span(NamedTuple):
