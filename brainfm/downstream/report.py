@@ -256,14 +256,14 @@ def _test_table(run: Run) -> Table | None:
         p_value = p_value_text(test.p_value)
         if task and task.too_small:  # an interval of a handful of patients says nothing
             numbers[1:], p_value = [NONE, NONE], NONE
-        names = [title, titles.get(test.first, test.first), titles.get(test.second, test.second), test.test]
-        cells = [*names, numbers[0], f"{numbers[1]} to {numbers[2]}", p_value]
+        pair = (titles.get(one, one) for one in (test.first, test.second))
+        cells = [f"{title}, {test.test}", *pair, numbers[0], f"{numbers[1]} to {numbers[2]}", p_value]
         if adjusted:
             small = bool(task and task.too_small)
             cells.append(NONE if small else p_value_text(test.p_holm))
             cells.append(NONE if small or test.patients_needed is None else needed_text(test))
         rows.append(cells)
-    head = ["First", "Second", "Test", "Difference (first − second)", "Interval", "p"]
+    head = ["First", "Second", "Difference (first − second)", "Interval", "p"]
     head += ["p (Holm, over the table)", "Patients for 80 % power"] if adjusted else []
     return Table("Paired tests, over all seeds", [(name, "") for name in head], by_first(rows)) if rows else None
 

@@ -75,7 +75,10 @@ def _certainty(folder: Path, run: Run) -> Section | None:
             mine = own[own["row"] == row.title].set_index("nominal")
             if mine.empty:
                 continue
-            line = [row.title, *(_interval(mine.loc[level].rename({"coverage": "value"}), 3) for level in levels)]
+            line = [row.title]
+            for level in levels:
+                at = mine.loc[level].rename({"coverage": "value"})
+                line.append(_interval(at, 3) if level == COVERAGE else number(at["value"], 3))
             wide, flagged = mine.loc[COVERAGE, "size"], mine["out_of_distribution"].iloc[0]
             line.append(NONE if math.isnan(wide) else number(wide, decimals))
             line += [summary_text(run.summary(task, row, name), 3, run.evaluation.seeds) for name in calibration]
@@ -91,8 +94,9 @@ def _certainty(folder: Path, run: Run) -> Section | None:
     text = (
         "Intervals and sets are split-conformal: as wide as the validation part's errors ask for, so that new scans "
         "like these are held as often as said; at 90 %, each test scan's are in predictions.csv. They promise nothing "
-        "for another site or scanner. Coverage is of all seeds, with a 95 % interval by bootstrap over patients; "
-        "expected is its mean and standard deviation by the beta-binomial law of so many scans. "
+        "for another site or scanner. Coverage is of all seeds, at 90 % with its 95 % interval by bootstrap over "
+        "patients, as certainty.csv has it of each; expected is its mean and standard deviation by the beta-binomial "
+        "law of so many scans. "
         "Unlike training: test scans whose embedding is farther from the training part than that part's own are "
         f"{UNLIKE:g} times in 100 (Mahalanobis distance, cross-fitted): 5 % of scans that are like it."
     )
