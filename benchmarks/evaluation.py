@@ -32,7 +32,7 @@ from brainfm.manifest import read_manifest
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import get_pretrained_cfg
 
-SMOOTH_MM = 4.0  # full width at half maximum of what scanner "b" blurs by
+SMOOTH_MM = 4.0  # std of the Gaussian that scanner "b" blurs by
 YEARS = (0.0, 0.1, 2.0)  # of a patient's visits: the second is a retest
 CORRUPTED = {"noise": 1.0, "bias_field": 0.8, "ghosting": 1.0, "blur": 4.0, "residual_skull": 4.0, "intensity": 0.7}
 

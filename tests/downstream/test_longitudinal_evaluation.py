@@ -139,6 +139,17 @@ def test_what_is_fitted_never_sees_whom_it_predicts():
     assert progression._concordance(draw.exponential(1, 40), risk, np.ones(40), 0)[0] < 0.7
 
 
+def test_concordance_is_that_of_every_pair_that_can_be_ordered():
+    draw = np.random.default_rng(0)
+    time, risk = draw.integers(1, 9, 60).astype(float), draw.integers(0, 5, 60).astype(float)
+    event = (draw.random(60) < 0.6).astype(float)
+    pairs = [(a, b) for a in range(60) for b in range(60) if event[a] and (time[a], -event[a]) < (time[b], -event[b])]
+    right = np.mean([0.5 * (risk[a] == risk[b]) + (risk[a] > risk[b]) for a, b in pairs])
+    value, low, high = progression._concordance(time, risk, event, 0)
+    assert value == pytest.approx(right)
+    assert low < value < high
+
+
 def test_a_table_without_retests_says_so_and_patients_of_one_time_have_no_change():
     seen = Visits(["a", "b", "c"], [np.array([0, 1]), np.array([2]), np.array([3, 4])], np.array([0, 2, 0, 1, 1.0]))
     assert seen.followed == [0]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from sklearn.metrics import f1_score
 
 from brainfm.cli import main
 from brainfm.contract import Volume
@@ -67,6 +68,16 @@ def test_the_probe_is_exact_where_features_are_the_labels():
     assert scores == [{1: 1.0, 2: 1.0}] * 4
     noise = torch.from_numpy(draw.standard_normal((3, 12, 12, 12)).astype(np.float32))
     assert job._cross_validated(cases, lambda _: [(noise, info)], 0)[0][1] < 0.6
+
+
+def test_dice_is_the_f1_score_of_scikit_learn_within_the_brain():
+    draw = np.random.default_rng(0)
+    truth, guess = draw.integers(0, 4, (2, 9, 9, 9))
+    inside = draw.random(truth.shape) < 0.7
+    case = job._Case("p", Volume(truth[None].astype(np.float32), inside, np.eye(4)), truth)
+    each = f1_score(truth[inside], guess[inside], labels=[1, 2, 3], average=None)
+    found = job._overlaps(case, guess[tuple(job._brain(case).T)])
+    assert [found[label] for label in (1, 2, 3)] == pytest.approx(list(each))
 
 
 def test_voxels_between_cells_have_what_lies_between_them():
