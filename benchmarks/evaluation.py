@@ -1,15 +1,16 @@
 """Everything of an evaluation on phantoms at 4 mm, unattended, by the commands that a user types, and one page with it.
 
-Planted is: a site (phantoms of another site have another contrast, noise and bias field), a disparity (ages of one
-clinic are recorded 15 years off), and in follow-up scans an atrophy of known size, which a measure and an event follow.
-Every command is printed, and goes on where an interrupted run of this script stopped. What is printed at the end, in
-Markdown, says whatever came out: what harmonisation leaves of the site, the largest disparity, coverage, from which
-size on a change is seen, and how many corrupted scans are said to be unlike the rest.
+Planted is: a site (every second pair of patients is scanned by a scanner of less resolution), a disparity (ages of
+one clinic are recorded 15 years off), and in follow-up scans an atrophy of known size, which a measure and an event
+follow. Every command is printed; an interrupted run of this script goes on where it stopped. What is printed at the
+end, in Markdown, says whatever came out: what harmonisation leaves of the site, the largest disparity, coverage, from
+which size on a change is seen, and how many corrupted scans are said to be unlike the rest.
 
-python benchmarks/evaluation.py FOLDER [--patients 60] [--models test_resnet_3d test_vit_3d] > page.md
+python benchmarks/evaluation.py FOLDER [--patients 200] [--models test_resnet_3d test_vit_3d] > page.md
 """
 
 import argparse
+import json
 import resource
 import sys
 import time
@@ -26,38 +27,45 @@ from brainfm.cli import main
 from brainfm.downstream import predict
 from brainfm.downstream.corruptions import CORRUPTIONS, corrupted
 from brainfm.downstream.recovery import atrophy
+from brainfm.files import write_text
 from brainfm.manifest import read_manifest
 from brainfm.pretrained import PretrainedCfg
 from brainfm.registry import get_pretrained_cfg
 
+SMOOTH_MM = 4.0  # full width at half maximum of what scanner "b" blurs by
 YEARS = (0.0, 0.1, 2.0)  # of a patient's visits: the second is a retest
 CORRUPTED = {"noise": 1.0, "bias_field": 0.8, "ghosting": 1.0, "blur": 4.0, "residual_skull": 4.0, "intensity": 0.7}
 
 
 class Evaluation:
-    """The commands, one after another, each of them in the folder."""
+    """The commands, one after another, each of them in the folder; `done.json` has the seconds of those that ended."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.folder = arguments, Path(arguments.folder).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.models = arguments.models
-        self.seconds: list[tuple[str, float]] = []
+        self.done = self.folder / "done.json"
+        self.seconds: dict[str, float] = json.loads(self.done.read_text()) if self.done.exists() else {}
+        self.log = (self.folder / "log.txt").open("a", encoding="utf-8")  # open to the end: loggers keep it
 
     def brainfm(self, *words: object) -> None:
         """Run a command, in this process, which imports all of it once; print it, and all that it says to `log.txt`."""
         command = [str(word) for word in words]
-        print(f"$ brainfm {' '.join(command)}", file=sys.stderr, flush=True)
-        started, code = time.perf_counter(), 0
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as log, chdir(self.folder):
-            log.write(f"$ brainfm {' '.join(command)}\n")
-            with redirect_stdout(log), redirect_stderr(log):
-                try:
-                    main.main(command, prog_name="brainfm", standalone_mode=True)
-                except SystemExit as ended:
-                    code = int(ended.code or 0)
+        name, started, code = " ".join(command), time.perf_counter(), 0
+        print(f"$ brainfm {name}{' (is done)' if name in self.seconds else ''}", file=sys.stderr, flush=True)
+        if name in self.seconds:
+            return
+        self.log.write(f"$ brainfm {name}\n")
+        with chdir(self.folder), redirect_stdout(self.log), redirect_stderr(self.log):
+            try:
+                main.main(command, prog_name="brainfm", standalone_mode=True)
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        self.log.flush()
         if code:
             sys.exit(f"brainfm {command[0]} ended with exit code {code}; see {self.folder / 'log.txt'}")
-        self.seconds.append((" ".join(command), time.perf_counter() - started))
+        self.seconds[name] = time.perf_counter() - started
+        write_text(self.done, json.dumps(self.seconds))
 
     # --- The parts, in their order ---
 
@@ -66,16 +74,26 @@ class Evaluation:
         self.brainfm("phantom", "--n", self.arguments.patients, "--spacing", 4, "--seed", 1, "--out", "cohort")
         self.brainfm("phantom", "--n", 24, "--spacing", 4, "--seed", 2, "--scans-per-patient", 3, "--out", "visits")
         self.brainfm("phantom", "--n", 16, "--spacing", 4, "--seed", 3, "--out", "new")
-        self._plant_disparity()
-        self._plant_atrophy()
+        if not (self.folder / "visits" / "people.csv").exists():
+            self._plant_site_and_disparity()
+            self._plant_atrophy()
 
-    def _plant_disparity(self) -> None:
-        """Of every second patient, of the clinic "b", the age is recorded wrongly."""
-        table, draws = pd.read_csv(self.folder / "cohort" / "manifest.csv"), np.random.default_rng(0)
+    def _plant_site_and_disparity(self) -> None:
+        """Scanner "b" blurs; of every second patient, of clinic "b", the age is recorded wrongly."""
+        cohort, draws = self.folder / "cohort", np.random.default_rng(0)
+        table = pd.read_csv(cohort / "manifest.csv")
+        table["scanner"] = np.where(np.arange(len(table)) // 2 % 2, "b", "a")
+        for row in np.flatnonzero(table["scanner"] == "b"):
+            image, mask = (nib.load(cohort / table[name][row]) for name in ("image_path", "mask_path"))
+            brain = np.asarray(mask.dataobj) > 0
+            found, _ = CORRUPTIONS["blur"](image.get_fdata(dtype=np.float32), brain, image.affine, SMOOTH_MM, draws)
+            path = cohort / table["image_path"][row].replace("normalized", "smooth")
+            nib.save(nib.Nifti1Image(found, image.affine), path)
+            table.loc[row, "image_path"] = str(path.relative_to(cohort))
         table["clinic"] = np.where(np.arange(len(table)) % 2, "b", "a")
         off = 15 * draws.choice([-1, 1], len(table)) * (table["clinic"] == "b")
         table["age"] = (table["age"] + off).round(1)
-        table.to_csv(self.folder / "cohort" / "people.csv", index=False)
+        table.to_csv(cohort / "people.csv", index=False)
         task = {"label": "age", "kind": "regression", "metric": "mae", "unit": "years", "covariates": ["sex"]}
         task |= {"title": "Age, of one clinic recorded wrongly", "manifest": "cohort/people.csv"}
         (self.folder / "planted_age.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
@@ -106,7 +124,7 @@ class Evaluation:
             *("benchmark", "planted_age.yaml", "phantom_sex", "--manifest", "cohort/people.csv", "-o", "results"),
             *("--models", *self.models, "--modes", "probe", "--set", "device=cpu"),
             *("--folds", 5, "--seeds", self.arguments.seeds),
-            *("--harmonise", "covbat", "--site", "site", "--fairness", "clinic", "sex", "--least-group", 4),
+            *("--harmonise", "covbat", "--site", "scanner", "--fairness", "clinic", "sex", "--least-group", 10),
         )
 
     def beside(self) -> None:
@@ -121,10 +139,11 @@ class Evaluation:
             *("--event", "converted", "--duration", "known_years", "--covariates", "age", "-o", "results/longitudinal"),
         )
         self.brainfm("segment", "--phantoms", 6, *models, "-o", "results/segmentation")
-        self.brainfm(
-            *("probe", "visits/people.csv", "--embeddings", tables[0], "--label", "sex", "-o", "longcombat"),
-            *("--harmonise", "longcombat", "--site", "site", "--seeds", 2),
-        )
+        for name in ("longcombat", "longcovbat"):
+            self.brainfm(
+                *("probe", "visits/people.csv", "--embeddings", tables[0], "--label", "sex", "-o", name),
+                *("--harmonise", name, "--site", "site", "--seeds", 2),
+            )
         self._write_atlas()
         self.brainfm("regions", "new/manifest.csv", "--model", self.models[0], "--atlas", "atlas.nii.gz", "-o", "r.npz")
 
@@ -141,17 +160,16 @@ class Evaluation:
         """Encoders alike on the same scans, and the folders by which leaderboards of others take one."""
         self.brainfm(
             *("compare-encoders", "cohort/people.csv", "--label", "sex", "--models", *self.models, "-o", "compared"),
-            *("--harmonise", "combat", "--site", "site", "--fairness", "clinic", "--least-group", 4, "--folds", 5),
-            *("--seeds", 1, "--device", "cpu"),
+            *("--harmonise", "combat", "--site", "scanner", "--fairness", "clinic", "--least-group", 10),
+            *("--folds", 5, "--seeds", 1, "--device", "cpu", "--no-controls"),  # the zoo's are of full size
         )
         for leaderboard in ("brainfmbench", "fomo26", "brainmarks"):
-            if not (self.folder / leaderboard).exists():
-                self.brainfm("export-extractor", self.models[0], "--for", leaderboard, "-o", leaderboard)
+            self.brainfm("export-extractor", self.models[0], "--for", leaderboard, "-o", leaderboard)
 
     def certainty(self) -> None:
         """A model that is kept, and which new phantoms, healthy and corrupted, it says are unlike its own."""
         self.brainfm(
-            *("finetune", "cohort/people.csv", "--label", "sex", "--kind", "binary", "--models", self.models[0]),
+            *("finetune", "cohort/manifest.csv", "--label", "sex", "--kind", "binary", "--models", self.models[0]),
             *("--keep-models", "--no-controls", "--seeds", 1, "--epochs-scale", 0.02, "-o", "kept"),
         )
         (model,) = (self.folder / "kept" / "models").iterdir()
@@ -185,24 +203,42 @@ class Evaluation:
     def summary(self) -> None:
         """What was planted, and what was found of it."""
         results = self.folder / "results"
-        sites = pd.read_csv(results / "harmonisation.csv").groupby(["task", "model", "mode"], sort=False)
-        mean = sites[["chance", "site_before", "site_after"]].mean().reset_index()
-        print("### Sites read from the embeddings, balanced accuracy\n")
-        print_table(list(mean.columns), [[_short(v) for v in row] for row in mean.values])
-        worst = pd.read_csv(results / "disparities.csv")
-        worst = worst[(worst["metric"] == "mae") & (worst["mode"] == "probe")]
-        columns = ["model", "column", "lowest", "highest", "difference", "p_value", "p_holm"]
-        print("\n### The largest disparities of the mean absolute error, years\n")
-        print_table(columns, [[_short(v) for v in row] for row in worst[columns].values])
-        sure = pd.read_csv(results / "certainty.csv")
-        sure = sure[sure["mode"] == "probe"]
-        columns = ["task", "model", "nominal", "coverage", "expected", "expected_sd", "out_of_distribution"]
-        print("\n### Coverage\n")
-        print_table(columns, [[_short(v) for v in row] for row in sure[columns].values])
-        seen = pd.read_csv(results / "recovery" / "verdicts.csv")
-        columns = ["model", "change", "unit", "rising", "distance_rank", "seen_from", "probe_rank", "read_from"]
-        print("\n### Planted changes\n")
-        print_table(columns, [[_short(v) for v in row] for row in seen[columns].values])
+        sites = [self._read(f"{folder}/harmonisation.csv") for folder in ("results", "compared", *LONGITUDINAL)]
+        mean = pd.concat(sites).groupby(["task", "model", "mode"], sort=False)
+        _print("Sites read from the embeddings, balanced accuracy", mean[list(SITES)].mean().reset_index())
+        worst = self._read("results/disparities.csv").query("metric == 'mae' and column == 'clinic'")
+        _print("The largest disparities of the mean absolute error, years", worst[list(WORST)])
+        sure = self._read("results/certainty.csv")
+        _print("Coverage", sure[sure["nominal"] == 0.9][list(SURE)])
+        groups = self._read("results/fairness.csv").query("metric == 'coverage' and column == 'clinic'")
+        _print("Coverage by group", groups[["task", "model", "mode", "group", "value", "ci_low", "ci_high"]])
+        scores = self._read("results/results.csv").groupby(["task", "model", "mode", "metric"], sort=False)["value"]
+        table = scores.mean().unstack("metric").reset_index()
+        _print("Scores and calibration", table[["task", "model", "mode", "mae", "auc", "brier", "ece"]])
+        tests = pd.DataFrame(json.loads((results / "grid.json").read_text())["tests"])
+        _print("Paired tests", tests[list(TESTS)])
+        _print("Planted changes", self._read("results/recovery/verdicts.csv")[list(SEEN)])
+        _print("Test and retest", self._read("results/longitudinal/reliability.csv"))
+        _print("Progression", self._read("results/longitudinal/scores.csv"))
+        _print("Models by mixed-effects models", self._read("results/longitudinal/comparisons.csv"))
+        _print("Segmentation, Dice", self._read("results/segmentation/dice.csv"))
+
+    def _read(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.folder / name)
+
+
+LONGITUDINAL = ("longcombat", "longcovbat")
+SITES = ("chance", "site_before", "site_after")
+WORST = ("model", "mode", "lowest", "highest", "difference", "ci_low", "ci_high", "p_value", "p_holm")
+SURE = ("task", "model", "mode", "nominal", "coverage", "expected", "expected_sd", "out_of_distribution")
+TESTS = ("task", "first", "second", "test", "difference", "p_value", "p_holm", "patients_needed")
+SEEN = ("model", "change", "unit", "rising", "distance_rank", "seen_from", "probe_rank", "read_from")
+
+
+def _print(title: str, table: pd.DataFrame) -> None:
+    print(f"### {title}\n")
+    print_table(list(table.columns), [[_short(value) for value in row] for row in table.to_numpy(dtype=object)])
+    print(flush=True)
 
 
 def _short(value: object) -> str:
@@ -217,7 +253,7 @@ def evaluate() -> None:
     parser.add_argument("folder")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--models", nargs="+", default=["test_resnet_3d", "test_vit_3d"])
-    parser.add_argument("--patients", type=int, default=60)
+    parser.add_argument("--patients", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1, help="times the five folds")
     arguments = parser.parse_args()
     started, everything = time.perf_counter(), Evaluation(arguments)
@@ -227,8 +263,10 @@ def evaluate() -> None:
     wall = time.perf_counter() - started
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     processor = sum(one.ru_utime + one.ru_stime for one in used)
-    print(f"\n### Time\n\n{wall / 60:.1f} minutes, {processor / 60:.1f} of a processor\n")
-    print_table(["command", "s"], [[f"`brainfm {name}`", f"{seconds:.0f}"] for name, seconds in everything.seconds])
+    print(f"\n### Time\n\n{wall / 60:.1f} minutes, {processor / 60:.1f} of a processor, in this run\n")
+    print_table(
+        ["command", "s"], [[f"`brainfm {name}`", f"{seconds:.0f}"] for name, seconds in everything.seconds.items()]
+    )
     print(f"\n{machine()}")
 
 

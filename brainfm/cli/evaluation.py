@@ -479,15 +479,17 @@ def compare_encoders_command(
         elif one.failed:
             run.fail(one.model, f"{one.failed} scans failed; see {output / 'encoders.csv'}")
     if options["label"]:
-        click.echo((output / "table.md").read_text(encoding="utf-8"))
+        from brainfm.downstream.report import short_report
+
+        click.echo(short_report(output))
     else:
         click.echo(f"{'encoder':34} {'weights':8} {'width':>5} {'seconds':>8} {'GB':>5}")
         for one in (each for each in found if each.weights):
             costs = f"{cost_text(one.seconds):>8} {cost_text(one.gigabytes):>5}"
             click.echo(f"{one.model:34} {one.weights or NONE:8} {one.width:5} {costs}")
+        click.echo(f"{output / 'encoders.csv'}: all of it")
     if left_out := [one for one in found if not one.weights]:
         click.echo(f"{len(left_out)} encoders were left out; see {output / 'left_out.csv'}", err=True)
-    click.echo(f"{output / ('index.html' if options['label'] else 'encoders.csv')}: all of it")
     if any(one.failed for one in found):
         click.echo(f"scans failed; see {output / 'encoders.csv'}", err=True)
         sys.exit(1)
@@ -596,7 +598,8 @@ def _run(
 
 
 def _say_results(page: Path) -> None:
-    """Print the table, and what was left out; exit code 1 where that should have been used."""
+    """Print the main table, and what was left out; exit code 1 where that should have been used."""
+    from brainfm.downstream.report import short_report
     from brainfm.downstream.results import read_evaluation
     from brainfm.report import current
     from brainfm.system import launched
@@ -604,8 +607,7 @@ def _say_results(page: Path) -> None:
     if launched().rank != 0:
         return
     output = page.parent
-    click.echo((page.parent / "table.md").read_text(encoding="utf-8"))
-    click.echo(f"{page}: the page with all tables and figures")
+    click.echo(short_report(output))
     evaluation = read_evaluation(output / "grid.json")
     run = current()
     for one in evaluation.left_out:

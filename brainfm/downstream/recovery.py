@@ -528,7 +528,7 @@ def _plain(name: str) -> str:
 def _figure(name: str, series: _Series, verdicts: dict[str, Verdict]) -> Figure:
     """A panel a change: the median distance with its middle half of patients, and the floor."""
     look = Look(name, "#0072B2", "o", "solid")
-    figure = Figure(figsize=(2.9 * len(verdicts) + 0.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(2.4 * max(len(verdicts), 1.5), 3), layout="constrained")
     figure.suptitle(f"{name}: distance from the clean scan")
     for place, (change, verdict) in enumerate(verdicts.items(), start=1):
         sizes, apart = np.array(CHANGES[change].sizes), _distances(series, change)

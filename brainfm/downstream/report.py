@@ -22,7 +22,7 @@ from brainfm.downstream.results import Column, Evaluation, Row, Run, read_run
 from brainfm.downstream.sections import sections
 from brainfm.downstream.sheet import SHEET
 from brainfm.downstream.statistics import HIGHER_IS_BETTER
-from brainfm.downstream.tables import Cell, Table
+from brainfm.downstream.tables import Cell, Table, by_first
 from brainfm.downstream.wording import (
     NONE,
     RULE,
@@ -92,6 +92,21 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     write_text(folder / "table.tex", render("table.tex", **content))
     write_text(folder / "index.html", render_page("report.html", figures=figures, **content))
     return folder / "index.html"
+
+
+def short_report(folder: str | os.PathLike[str]) -> str:
+    """What a console needs of a results folder: the main table, its footnotes, and where the page is.
+
+    Warnings are not in it: they are logged when the report is written, and stand on the page.
+
+    Raises:
+        BrainfmError: As `write_report`.
+    """
+    folder = Path(folder)
+    run = read_run(folder)
+    notes = [f"{letter}: {text}" for text, letter in _notes(run.evaluation).items()]
+    parts = (progress_text(run), str(_main_table(run)), "\n".join(notes))
+    return "\n\n".join(filter(None, (*parts, f"{folder / 'index.html'}: the page with all tables and figures")))
 
 
 def _content(folder: Path, run: Run) -> dict[str, Any]:
@@ -241,16 +256,16 @@ def _test_table(run: Run) -> Table | None:
         p_value = p_value_text(test.p_value)
         if task and task.too_small:  # an interval of a handful of patients says nothing
             numbers[1:], p_value = [NONE, NONE], NONE
-        names = [title, titles.get(test.first, test.first), titles.get(test.second, test.second), test.test]
-        cells = [*names, numbers[0], f"{numbers[1]} to {numbers[2]}", p_value]
+        pair = (titles.get(one, one) for one in (test.first, test.second))
+        cells = [f"{title}, {test.test}", *pair, numbers[0], f"{numbers[1]} to {numbers[2]}", p_value]
         if adjusted:
             small = bool(task and task.too_small)
             cells.append(NONE if small else p_value_text(test.p_holm))
             cells.append(NONE if small or test.patients_needed is None else needed_text(test))
-        rows.append([Cell(text) for text in cells])
-    head = ["Column", "First", "Second", "Test", "Difference (first − second)", "Interval", "p"]
+        rows.append(cells)
+    head = ["First", "Second", "Difference (first − second)", "Interval", "p"]
     head += ["p (Holm, over the table)", "Patients for 80 % power"] if adjusted else []
-    return Table("Paired tests, over all seeds", [(name, "") for name in head], [("", rows)]) if rows else None
+    return Table("Paired tests, over all seeds", [(name, "") for name in head], by_first(rows)) if rows else None
 
 
 def _notes(evaluation: Evaluation) -> dict[str, str]:

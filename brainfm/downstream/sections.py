@@ -11,7 +11,7 @@ import pandas as pd
 
 from brainfm.downstream.certainty import COVERAGE, UNLIKE
 from brainfm.downstream.results import Run
-from brainfm.downstream.tables import Cell, Table
+from brainfm.downstream.tables import Cell, Table, by_first
 from brainfm.downstream.wording import (
     NONE,
     arrow,
@@ -75,7 +75,10 @@ def _certainty(folder: Path, run: Run) -> Section | None:
             mine = own[own["row"] == row.title].set_index("nominal")
             if mine.empty:
                 continue
-            line = [row.title, *(_interval(mine.loc[level].rename({"coverage": "value"}), 3) for level in levels)]
+            line = [row.title]
+            for level in levels:
+                at = mine.loc[level].rename({"coverage": "value"})
+                line.append(_interval(at, 3) if level == COVERAGE else number(at["value"], 3))
             wide, flagged = mine.loc[COVERAGE, "size"], mine["out_of_distribution"].iloc[0]
             line.append(NONE if math.isnan(wide) else number(wide, decimals))
             line += [summary_text(run.summary(task, row, name), 3, run.evaluation.seeds) for name in calibration]
@@ -91,8 +94,9 @@ def _certainty(folder: Path, run: Run) -> Section | None:
     text = (
         "Intervals and sets are split-conformal: as wide as the validation part's errors ask for, so that new scans "
         "like these are held as often as said; at 90 %, each test scan's are in predictions.csv. They promise nothing "
-        "for another site or scanner. Coverage is of all seeds, with a 95 % interval by bootstrap over patients; "
-        "expected is its mean and standard deviation by the beta-binomial law of so many scans. "
+        "for another site or scanner. Coverage is of all seeds, at 90 % with its 95 % interval by bootstrap over "
+        "patients, as certainty.csv has it of each; expected is its mean and standard deviation by the beta-binomial "
+        "law of so many scans. "
         "Unlike training: test scans whose embedding is farther from the training part than that part's own are "
         f"{UNLIKE:g} times in 100 (Mahalanobis distance, cross-fitted): 5 % of scans that are like it."
     )
@@ -114,8 +118,8 @@ def _sites(folder: Path, run: Run) -> Section | None:
         "balanced accuracy, mean ± standard deviation over the seeds. After harmonisation it should be near chance. "
         "What that costs is said by the paired tests of each harmonised row with the plain one."
     )
-    head = ("Column", "Row", "Sites", "Chance", "As they are", "Harmonised", "Test scans left as they are")
-    return Section("Sites", text, [_table("Sites read from the embeddings", head, lines)])
+    head = ("Row", "Sites", "Chance", "As they are", "Harmonised", "Test scans left as they are")
+    return Section("Sites", text, [_grouped("Sites read from the embeddings", head, lines)])
 
 
 def _groups(folder: Path, run: Run) -> Section | None:
@@ -126,7 +130,7 @@ def _groups(folder: Path, run: Run) -> Section | None:
     shown = {task.title: task for task in run.evaluation.tasks}
     for (title, column, metric), own in found.groupby(["task", "column", "metric"], sort=False):
         task = shown[title]
-        if metric not in (task.metric, "coverage"):
+        if metric not in (task.metric, "coverage") or own["value"].isna().all():  # such as an AUC by the label itself
             continue
         decimals = decimals_of(run, task, metric)
         names = own["group"].drop_duplicates().tolist()
@@ -150,18 +154,8 @@ def _groups(folder: Path, run: Run) -> Section | None:
             key = [one.task, one.row, one.column, metric_name(task, one.metric), sizes]
             lines.append([*key, number(one.difference, decimals), ends, *map(p_value_text, (one.p_value, one.p_holm))])
     if lines:
-        names = [
-            "Column",
-            "Row",
-            "By",
-            "Metric",
-            "Lowest, highest (patients)",
-            "Difference",
-            "Interval",
-            "p",
-            "p (Holm)",
-        ]
-        tables.append(_table("The largest disparity", names, lines))
+        names = ["Row", "By", "Metric", "Lowest, highest (patients)", "Difference", "Interval", "p", "p (Holm)"]
+        tables.append(_grouped("The largest disparity", names, lines))
     text = (
         "Means over the seeds, with 95 % intervals by bootstrap over patients. p is how often patients dealt to the "
         "groups at random have as large a difference between any two; the interval is of the two named, which are the "
@@ -236,15 +230,15 @@ def _longitudinal(folder: Path) -> Section | None:
              f"{one.events:.0f}" if one.events else NONE]
             for one in scores.itertuples()
         ]  # fmt: skip
-        head = ["Foretold", "Model", "From", "Metric", "Value", "Patients", "Events"]
-        tables.append(_table("Progression, of patients that were not learned from", head, lines))
+        head = ["Model", "From", "Metric", "Value", "Patients", "Events"]
+        tables.append(_grouped("Progression, of patients that were not learned from", head, lines))
     if (pairs := _table_of(folder / "comparisons.csv")) is not None:
         lines = [
             [one.task, one.features, one.first, one.second, _span(one.difference, one), p_value_text(one.p_holm)]
             for one in pairs.itertuples()
         ]
-        head = ["Foretold", "From", "First", "Second", "Second's error less the first's", "p (Holm)"]
-        tables.append(_table("Models against each other, by mixed-effects models", head, lines))
+        head = ["From", "First", "Second", "Second's error less the first's", "p (Holm)"]
+        tables.append(_grouped("Models against each other, by mixed-effects models", head, lines))
     return Section("Patients over time", text, tables)
 
 
@@ -296,6 +290,11 @@ def _interval(one: pd.Series, decimals: int) -> str:
 
 def _table(title: str, head: Sequence[str], lines: list[list[str]]) -> Table:
     return Table(title, [(name, "") for name in head], [("", [[Cell(text) for text in line] for line in lines])])
+
+
+def _grouped(title: str, head: Sequence[str], lines: list[list[str]]) -> Table:
+    """As `_table`, but that what stands first in a line, before what the head names, is the title of its group."""
+    return Table(title, [(name, "") for name in head], by_first(lines))
 
 
 def _mean_std(values: pd.Series, decimals: int = 3) -> str:

@@ -504,7 +504,7 @@ def test_command_line_runs_a_users_own_table(phantoms, tmp_path):
     arguments += ["--models", "test_resnet_3d", "test_vit_3d", "--seeds", "1", "-o", tmp_path / "out"]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
-    assert "test\\_vit\\_3d, linear probe" in result.output
+    assert "\ntest_vit_3d, linear probe  " in result.output
     assert {row["mode"] for row in rows_of(tmp_path / "out" / "results.csv")} == {"probe", "untrained", "covariates"}
     result = CliRunner().invoke(main, [str(a) if a != "age" else "weight" for a in arguments])
     assert result.exit_code == 1

@@ -82,10 +82,11 @@ def test_patients_over_time_are_on_the_page(run, results, tmp_path, monkeypatch)
     assert [line[:2] for line in shown[1:]] == [["good", "20"], ["worse", "20"]]
     for one, line in zip(reliable, shown[1:], strict=True):
         assert float(line[2]) == pytest.approx(float(one["icc_agreement"]), abs=6e-4)
-    foretold = table_of(results, "Model")
-    assert {line[3] for line in foretold[1:]} == {"r2", "mae", "pearson"}
+    _, group, *foretold = table_of(results, "From")
+    assert group[:2] == ["*slope of score*", ""]  # said once, over the lines
+    assert {line[2] for line in foretold} == {"r2", "mae", "pearson"}
     assert "<h2>Patients over time</h2>" in (results / "index.html").read_text()
-    assert len(table_of(results, "From")) == 4  # a line for each set of features of the two models
+    assert len(table_of(results, "First")) == 5  # a line for each set of features of the two models
 
 
 def test_segmentation_is_on_the_page_with_its_controls(run, results, monkeypatch):
