@@ -4,8 +4,8 @@ Each move turns the head by up to 20° about each axis and shifts it by up to 30
 1×1×3 mm, dims one side, adds Rician noise of 3 % of white matter, and stores the axes in a random order and direction.
 
 Printed are a line a move, what two moves of one head differ by when they are undone (mm, and the cosine of the
-packaged test encoder's embeddings), and the seconds of each step; with --steps HEAD…, each step of these heads in this
-process, on one thread: seconds by the clock and of the processor.
+packaged test encoder's embeddings), seconds of the processor a head, and those of each step by the clock; with --steps
+HEAD…, each step of these heads in this process, on one thread: seconds by the clock and of the processor.
 
 HEAD is a T1w image with skull that lies in MNI152 space, and MASK its brain (on any grid). No head comes with brainfm.
 
@@ -211,6 +211,12 @@ def main() -> None:
         done = {name: moves[name] for name in report.records}
         if len(done) > 1:
             print(repeatability(done, output))
+        if report.records:
+            seconds = [record["processor_seconds"] for record in report.records.values()]
+            print(
+                f"processor: {statistics.mean(seconds):.1f} s a head on average, {max(seconds):.1f} at most; "
+                f"{arguments.jobs} at once"
+            )
         for step in next(iter(report.records.values()), {"seconds": {}})["seconds"]:
             seconds = [record["seconds"][step] for record in report.records.values()]
             print(f"{step}: {statistics.median(seconds):.2f} s, {max(seconds):.2f} at most")

@@ -5,7 +5,8 @@ SCANS is a table (CSV) of raw scans with the columns `path`; `person`, for one p
 `brainfm prep` does (about 40 s of processor time; kept in CACHE), then moved and spoiled on the contract's grid in each
 way of SOUND and SPOILED, and judged. No head comes with brainfm.
 
-The rule is RULE, below; LEAST_SPREAD and HARD are set by hand.
+The rule is RULE, below; LEAST_SPREAD, LEAST_TYPICAL and HARD are set by hand. A new figure needs a first entry of any
+limits in `quality.json`, and CACHE without its JSON files.
 
 python benchmarks/quality.py SCANS CACHE [--write]
 """
@@ -40,7 +41,7 @@ SEEN: dict[str, set[str]] = {
     "cut": {"cut"},
     "mask": {"litres", "bright_rim", "missing", "cut_rim", "dark_rim"},
     "contrast": {"contrast", "similarity"},
-    "quality": {"noise", "similarity", "symmetry", "contrast"},
+    "quality": {"noise", "similarity", "symmetry", "contrast", "echo"},
     "no head": set(MEANINGS),
 }
 
@@ -50,7 +51,8 @@ RULE = (
     f"sound cases lie within on a side that is worse. Excesses count up to {MOST:g} spreads. Logistic regression "
     "(scikit-learn, C = 1), both classes and in each all people weighted the same; figures of negative weight are left "
     f"out. Looked at from the score below which {1 - TAIL:.0%} of sound cases lie; failed from the one below which "
-    f"{1 - TAIL_OF_FAILED:.1%} do, and not below {LEAST_FAILED:g}. Hard limits are by what is decisive by itself."
+    f"{1 - TAIL_OF_FAILED:.1%} do, and not below {LEAST_FAILED:g}. Hard limits are by what is decisive by itself; that "
+    "of echo, which has no weight, lies midway between the highest of sound cases and the lowest of ghosts."
 )
 LEAST_SPREAD = {
     "litres": 0.3,
@@ -61,6 +63,7 @@ LEAST_SPREAD = {
     "missing": 0.005,
     "cut": 8.0,
     "symmetry": 0.1,
+    "echo": 1.0,
     "bright_rim": 0.02,
     "dark_rim": 0.05,
     "cut_rim": 0.2,
@@ -69,6 +72,8 @@ LEAST_SPREAD = {
 }
 # cm²: a stripped brain touches the box that it is stored in, and a field of view may end at the brain stem.
 LEAST_TYPICAL = {"cut": 12.0}
+# A figure that has no weight in the score, and the cases that it is for: its limit lies between these and sound ones.
+ALONE = {"echo": {"ghost"}}
 # To look at, and to fail.
 HARD: dict[str, tuple[float | None, float | None]] = {
     "litres": (0.8, 0.6),
@@ -140,6 +145,29 @@ def jittered(mm: float, degrees: float) -> Spoil:
         )
 
     return spoil
+
+
+def sized(litres: float) -> Spoil:
+    """A brain of another size, where it was."""
+
+    def spoil(prepared: Prepared, _: np.random.Generator) -> Prepared:
+        factor = (litres * 1e6 / prepared.brain.sum()) ** (1 / 3)
+        return _moved(prepared, factor * np.eye(3), np.zeros(3))
+
+    return spoil
+
+
+def stripped(prepared: Prepared, _: np.random.Generator) -> Prepared:
+    return replace(prepared, image=prepared.image * prepared.brain, stripped=True)
+
+
+def boxed(prepared: Prepared, draw: np.random.Generator) -> Prepared:
+    """A small brain without its skull, stored in a box that hardly holds it."""
+    small = stripped(sized(1.0)(prepared, draw), draw)
+    low, high = (bound(np.argwhere(small.brain), axis=0) for bound in (np.min, np.max))
+    seen = np.zeros_like(small.brain)
+    seen[tuple(slice(max(0, a - 1), b + 2) for a, b in zip(low, high, strict=True))] = True
+    return replace(small, seen=seen)
 
 
 def cut(fraction: float, axis: int, side: int) -> Spoil:
@@ -339,8 +367,15 @@ SPOILED: dict[str, tuple[Spoil, str]] = (
         "noise": (nothing_but_noise, "no head"),
     }
 )
+# Sound too; after the others, whose draws go by their number.
+OTHERS: dict[str, Spoil] = {
+    "stripped": stripped,
+    "of 1.1 litres": sized(1.1),
+    "of 1.9 litres": sized(1.9),
+    "of 1 litre, stripped, in its box": boxed,
+}
 ONLY_WITH_SKULL = {f"mask {mm} mm too {what}" for mm, what in ((5, "large"), (9, "large"), (3, "small"), (6, "small"))}
-ONLY_WITH_SKULL |= {"half the skull left"}
+ONLY_WITH_SKULL |= {"half the skull left", "stripped"}
 ONLY_ONCE = {"bottle", "ball"}
 # Within the fluid that brain extractions leave around the brain, and of a brain that came stripped nobody can know.
 NOT_FITTED = {"mask 3 mm too small"}
@@ -367,8 +402,8 @@ def prepared_scan(path: Path, cache: Path) -> Prepared:
 
 def cases(prepared: Prepared, seed: int, *, first: bool) -> Iterator[tuple[str, str, Prepared]]:
     """Name, truth, and the prepared scan, of each case made of one."""
-    ways = {name: (spoil, "sound") for name, spoil in SOUND.items()} | SPOILED
-    for number, (name, (spoil, truth)) in enumerate(ways.items()):
+    sound, others = ({name: (spoil, "sound") for name, spoil in ways.items()} for ways in (SOUND, OTHERS))
+    for number, (name, (spoil, truth)) in enumerate((sound | SPOILED | others).items()):
         if not (prepared.stripped and name in ONLY_WITH_SKULL) and (first or name not in ONLY_ONCE):
             yield name, truth, spoil(prepared, np.random.default_rng([seed, number]))
 
@@ -411,7 +446,7 @@ def fitted(rows: list[dict[str, Any]]) -> dict[str, Any]:
     weights = _even([row["person"] for row in rows], is_spoiled)
     scales = {name: _scale(name, [row for row in rows if row["truth"] == "sound"]) for name in MEANINGS}
     excesses = np.array([[_excess(row, name, scales[name]) for name in MEANINGS] for row in rows])
-    used = np.ones(len(MEANINGS), dtype=bool)
+    used = np.array([name not in ALONE for name in MEANINGS])
     while True:
         model = LogisticRegression(C=1.0, max_iter=5000).fit(excesses[:, used], is_spoiled, sample_weight=weights)
         if (model.coef_[0] >= 0).all():
@@ -432,11 +467,18 @@ def fitted(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "typical": float(f"{scales[name].typical:.4g}"),
                 "spread": float(f"{scales[name].spread:.4g}"),
                 "weight": round(float(weight), 4),
-                "hard": HARD.get(name, (None, None)),
+                "hard": (_midway(rows, name), None) if name in ALONE else HARD.get(name, (None, None)),
             }
             for name, weight in zip(MEANINGS, coefficients, strict=True)
         },
     }
+
+
+def _midway(rows: list[dict[str, Any]], name: str) -> float:
+    """Between the highest of a figure in sound cases and its lowest in those that it is for."""
+    highest = max(row["figures"][name] for row in rows if row["truth"] == "sound")
+    lowest = min(row["figures"][name] for row in rows if row["case"] in ALONE[name])
+    return float(f"{(highest + lowest) / 2:.4g}")
 
 
 def _even(people: list[str], is_spoiled: NDArray[np.bool_]) -> NDArray[np.float64]:

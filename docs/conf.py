@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that wait for a core cost ten times their work
@@ -13,6 +14,8 @@ import brainfm
 HERE = Path(__file__).parent
 GALLERY = HERE / "gallery"
 sys.path.insert(0, str(HERE / "_ext"))
+
+warnings.filterwarnings("ignore", "NvImgCodecPydicomReader")  # MONAI's, of a decoder that no example needs
 
 project = "brainfm"
 author = "the authors of brainfm"
@@ -31,6 +34,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 
+smartquotes = False  # the two hyphens of an option are no dash
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 

@@ -264,7 +264,7 @@ def test_commands_say_what_they_left_out_and_why(small_sample, tmp_path):
     report = tmp_path / "run.json"
     arguments = [folder, "--model", "test_resnet_3d", "-o", tmp_path / "out.csv", "--report", report]
     result = CliRunner().invoke(main, ["embed", *map(str, arguments)])
-    assert "1 scans →" in result.output
+    assert "1 scan →" in result.output
     phase = str(folder / anat(f"_part-phase{MNI}_T1w.nii.gz"))
     assert json.loads(report.read_text())["left_out"] == {phase: "part-phase: no magnitude image"}
 

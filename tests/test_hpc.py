@@ -67,6 +67,7 @@ def submit(script, *arguments):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_array_embeds_a_list_and_one_job_merges_it(slurm, small_sample, tmp_path):
     lines = [f"{path}/t1.nii.gz,{path}/m.nii.gz,p{n}" for n, path in enumerate(("a b", "c", "d"))]
     for line in lines:
@@ -82,6 +83,7 @@ def test_array_embeds_a_list_and_one_job_merges_it(slurm, small_sample, tmp_path
     assert "'--dependency': 'afterany:42'" in merge
 
 
+@pytest.mark.slow
 def test_array_runs_the_bids_app_and_one_job_the_group(slurm, small_sample, tmp_path):
     pytest.importorskip("bids2table", reason="needs the extra [bids], which needs Python 3.11")
     names = [f"sub-0{n}/anat/sub-0{n}" for n in range(3)]

@@ -398,7 +398,7 @@ def test_command_says_what_it_left_out_and_its_exit_code_is_one(small_sample, tm
     arguments = [tmp_path / "data", "--model", "test_resnet_3d", "-o", tmp_path / "out.csv", "--report", report]
     result = CliRunner().invoke(main, ["embed", *map(str, arguments)])
     assert result.exit_code == 1
-    assert "1 scans →" in result.output
+    assert "1 scan →" in result.output
     assert f"1 left out, such as {tmp_path / 'data' / 'p2'}: a link" in result.output
     assert json.loads(report.read_text())["left_out"] == {str(tmp_path / "data" / "p2"): "a link that leads nowhere"}
 

@@ -248,7 +248,7 @@ def test_shards_merged_are_the_table_of_one_run_to_the_bit(suffix, cohort, tmp_p
     code, said = _run("merge", tmp_path / "parts", "-o", merged)
     assert code == 1
     assert "6 scans → " in said
-    assert "1 scans failed" in said
+    assert "1 scan failed" in said
     for path in sorted(whole.parent.iterdir()):
         assert (merged.parent / path.name).read_bytes() == path.read_bytes(), path.name
     assert sorted(p.name for p in merged.parent.iterdir()) == sorted(p.name for p in whole.parent.iterdir())

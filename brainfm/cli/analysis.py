@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from brainfm.cli.evaluation import _ManyValues
+from brainfm.cli.verbosity import counted
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -158,7 +159,7 @@ def regions_command(
     found = read_atlas(atlas, space=space, names=names)
     given = scans[0] if len(scans) == 1 else list(scans)
     table = embed_regions(given, model, found, output, device=device, progress=True)
-    click.echo(f"{len(table)} scans → {output} ({len(found.numbers)} regions, see {regions_path(output)})")
+    click.echo(f"{counted(len(table))} → {output} ({len(found.numbers)} regions, see {regions_path(output)})")
     _say_failed({record.name: reason for record, reason in table.errors})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from brainfm.cli.reported import reported
+from brainfm.cli.verbosity import counted
 from brainfm.version import __version__
 
 _FOLDER = click.Path(path_type=Path)
@@ -194,15 +195,15 @@ def bids_command(
         click.echo(f"{name}: {why}", err=True)
     if level == "group":
         for table, many in done.tables.items():
-            click.echo(f"{many} scans → {table}")
-        click.echo(f"{done.scans} scans → {output_dir / 'group_T1w.tsv'}, {output_dir / 'group_T1w.html'}")
+            click.echo(f"{counted(many)} → {table}")
+        click.echo(f"{counted(done.scans)} → {output_dir / 'group_T1w.tsv'}, {output_dir / 'group_T1w.html'}")
         for problem in done.problems:
             click.echo(problem, err=True)
         if done.not_run:
             click.echo(f"{len(done.not_run)} scans are not run yet, such as {done.not_run[0]}", err=True)
         bad = bool(done.failed or done.problems or done.not_run)
     else:
-        click.echo(f"{done.scans - len(done.failed)} of {done.scans} scans → {output_dir}")
+        click.echo(f"{done.scans - len(done.failed)} of {counted(done.scans)} → {output_dir}")
         bad = bool(done.failed)
     if bad or wrongly(done.left_out):
         sys.exit(1)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from brainfm.cli.reported import reported
+from brainfm.cli.verbosity import counted
 
 _HELP = {"help_option_names": ["-h", "--help"]}
 
@@ -135,7 +136,7 @@ def prep_command(
     if verdicts:
         counts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(verdicts.values()).most_common())
         earlier = f"; {report.found} were there already" if report.found else ""
-        click.echo(f"{output}: {_scans(len(verdicts))} prepared ({counts}){earlier}")
+        click.echo(f"{output}: {counted(len(verdicts))} prepared ({counts}){earlier}")
         click.echo(f"look at them:  brainfm qc {output} -o qc.html")
     run.asked, run.done = len(verdicts) + len(report.failed), len(verdicts)
     run.of_an_earlier_run, run.left_out = report.found, report.left_out
@@ -149,17 +150,13 @@ def prep_command(
         strict = " --strict-qc" if any(name in verdicts for name in failed) else ""
         click.echo(f"embed them:    brainfm embed {output} -o embeddings.csv{strict}")
     if failed:
-        click.echo(f"{len(failed)} of {_scans(len(verdicts) + len(report.failed))} failed:", err=True)
+        click.echo(f"{len(failed)} of {counted(len(verdicts) + len(report.failed))} failed:", err=True)
         for name, reason in failed.items():
             click.echo(f"  {name}: {reason}", err=True)
     for path, why in report.left_out.items():
         click.echo(f"left out: {path}: {why}", err=True)
     if failed or wrongly(report.left_out):
         sys.exit(1)
-
-
-def _scans(count: int) -> str:
-    return f"{count} scan{'' if count == 1 else 's'}"
 
 
 def _reasons(record: dict[str, Any], *verdicts: str) -> list[str]:
@@ -211,4 +208,4 @@ def qc_command(
     if output is not None:
         verdicts = write_page(folder, output)
         counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
-        click.echo(f"{output}: {_scans(len(verdicts))} ({counts})")
+        click.echo(f"{output}: {counted(len(verdicts))} ({counts})")

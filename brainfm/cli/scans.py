@@ -10,6 +10,7 @@ import click
 
 from brainfm.cli.reported import reported
 from brainfm.cli.staged import stage_options
+from brainfm.cli.verbosity import counted
 
 
 @click.command("demo")
@@ -144,12 +145,12 @@ def embed_command(
         many = len(records) if part is None else len(part.numbers(len(records)))
         if len(table):
             of_all = f" (shard {part} of {len(records)} scans)" if part else ""
-            click.echo(f"{len(table)} scans → {path} ({table.vectors.shape[1]} numbers each){of_all}")
+            click.echo(f"{counted(len(table))} → {path} ({table.vectors.shape[1]} numbers each){of_all}")
         elif part is not None and not many:
             click.echo(f"no scan is in shard {part} of {len(records)}: there is nothing to do")
         if table.errors and many > 1:
             listed = f"; see {errors_path(path)}" if part is None else ""
-            click.echo(f"{len(table.errors)} of {many} scans failed{listed}", err=True)
+            click.echo(f"{len(table.errors)} of {counted(many)} failed{listed}", err=True)
     wrong = wrongly(records.left_out)
     if records.left_out:
         place, why = next(iter((wrong or records.left_out).items()))
@@ -184,9 +185,9 @@ def merge_command(folders: tuple[str, ...], output: Path) -> None:
     run.details |= {"missing": merged.missing, "shards_to_run_again": list(merged.shards)}
     for record, why in merged.table.errors:
         run.fail(record.name, why)
-    click.echo(f"{len(merged.table)} scans → {output} ({merged.table.vectors.shape[1]} numbers each)")
+    click.echo(f"{counted(len(merged.table))} → {output} ({merged.table.vectors.shape[1]} numbers each)")
     if merged.table.errors:
-        click.echo(f"{len(merged.table.errors)} scans failed; see {errors_path(output)}", err=True)
+        click.echo(f"{counted(len(merged.table.errors))} failed; see {errors_path(output)}", err=True)
     if merged.missing:
         shards = ", ".join(merged.shards)
         click.echo(f"{merged.missing} scans are in no part: run the shards {shards} again, then merge again", err=True)

@@ -12,6 +12,7 @@ import click
 
 from brainfm.cli.reported import reported
 from brainfm.cli.staged import stage_options
+from brainfm.cli.verbosity import counted
 from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
 from brainfm.system import launched, says
 
@@ -68,7 +69,7 @@ def cache_build(
         run.fail(name, reason)
     if report.quarantined:
         run.details["quarantined"] = report.quarantined
-    click.echo(f"{folder}: {report.written} scans written, {report.found} were there, {len(report.refused)} refused")
+    click.echo(f"{folder}: {counted(report.written)} written, {report.found} were there, {len(report.refused)} refused")
     for reason in list(report.refused.values())[:10]:
         click.echo(f"ScanError: {reason}", err=True)
     if report.refused:
@@ -185,7 +186,7 @@ def _try(recipes: list[Recipe]) -> int:
     for recipe in recipes:
         click.echo(summarise(recipe, launched().world))
         tried, refused = try_scans(recipe)
-        click.echo(f"tried        {tried} scans as the run reads them: {len(refused)} refused")
+        click.echo(f"tried        {counted(tried)} as the run reads them: {len(refused)} refused")
         for reason in list(refused.values())[:_REASONS]:
             click.echo(f"ScanError: {reason}", err=True)
         refuses |= len(refused) > recipe.max_bad_fraction * tried

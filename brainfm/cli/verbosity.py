@@ -69,3 +69,8 @@ def _announced(callback: Callable[..., Any]) -> Callable[..., Any]:
 
     start.__doc__ = callback.__doc__
     return start
+
+
+def counted(scans: int) -> str:
+    """How many scans, in words: `1 scan`, `2 scans`."""
+    return f"{scans} scan{'' if scans == 1 else 's'}"

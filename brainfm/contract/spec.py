@@ -14,6 +14,8 @@ from brainfm.schema import Checked
 
 Spacing = tuple[float, float, float]
 
+MOST_MM = 1000.0  # of a grid along an axis: twice what a scanner sees
+
 
 @dataclass(frozen=True)
 class Grid(Checked):
@@ -40,6 +42,10 @@ class Grid(Checked):
         check_shape(self.shape, "a grid's shape")
         if min(self.spacing) <= 0:
             raise ValueError(f"a grid's spacing is {self.spacing}, and must be above 0")
+        size = [voxels * mm for voxels, mm in zip(self.shape, self.spacing, strict=True)]
+        if max(size) > MOST_MM:
+            along = "×".join(f"{mm:g}" for mm in size)
+            raise ValueError(f"a grid of {self.shape} voxels is {along} mm large, and a scanner sees half a metre")
 
     def affine(self, axcodes: str) -> NDArray[np.float64]:
         """[4, 4] from voxel indices to RAS millimetres, for axes that point along `axcodes`."""

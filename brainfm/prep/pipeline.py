@@ -247,6 +247,7 @@ def prepare(
         | ({"note": BRAIN_ONLY} if settings.backend == "turboprep" and not settings.template else {}),
         **made,
         "seconds": clock.seconds,
+        "processor_seconds": round(time.process_time(), 2),  # of the scan's own process, as the peak is
         "peak_memory_gb": _peak_memory_gb(),
         "threads": threads,
         "device": device,

@@ -34,6 +34,7 @@ Verdict: TypeAlias = Literal["pass", "look", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "look", "fail")
 
 _MM = 2  # cells of this size, and of twice it, for what is compared as a whole
+_ECHO_MM, _ECHO_SHARE = 40, 0.1  # least distance of an echo, and what of the brain has to overlap with itself there
 _LEAST_CORE = 1000  # places in a tissue, of 8 mm³, fewer of which say nothing
 
 
@@ -119,6 +120,13 @@ MEANINGS: dict[str, _Meaning] = {
     "cut": _Meaning("surface of the brain at the edge of the field of view, cm²", 0, 1000, "", _CUT),
     "symmetry": _Meaning(
         "correlation of its left with its right half", -1, 1, "a half is corrupted, or something lies over it"
+    ),
+    "echo": _Meaning(
+        "greatest likeness of the brain to itself 4 cm on or further, against what is usual so far away",
+        0,
+        1000,
+        "",
+        "a ghost lies over it, or what was outside the field of view",
     ),
     "bright_rim": _Meaning(
         "fraction of the mask's rim brighter than white matter", 0, 1, "", "scalp, marrow or eye is in the mask"
@@ -309,6 +317,7 @@ def measured(prepared: Prepared) -> dict[str, float]:
         "missing": float((at[0] < 0.5).mean()),
         "cut": _cut_cm2(prepared.seen, cells.brain),
         "symmetry": correlation(at[1][both], mirrored[1][both]),
+        "echo": _echo(brain, brightness),
     }
     grey, white = (_moved(places, fit) for places in (usual.grey, usual.white))
     tissue, level = _tissue(prepared, grey, white)
@@ -332,6 +341,47 @@ def _looked_up(
 def _moved(places: NDArray[np.float64], fit: Alignment) -> NDArray[np.float64]:
     moved: NDArray[np.float64] = fit.affine[:3, :3] @ places + fit.affine[:3, 3:]
     return moved
+
+
+def _echo(brain: NDArray[Any], brightness: NDArray[Any]) -> float:
+    """How like the brain's fine structure is to itself, shifted by whichever 4 cm or more, as a multiple of the usual.
+
+    A ghost, or what is wrapped around, lies over the brain and once more where it belongs. Shifts of all directions are
+    looked at together, on cells of 4 mm, by their Fourier transforms. Likeness is the correlation times the root of the
+    number of places that it is over; the usual one, its root mean square over the shifts, is larger where an image is
+    smooth.
+    """
+    whole = (brain > 0.9).astype(np.float32)
+    if not whole.any():
+        return 0.0
+    mean = brightness / np.maximum(brain, 1e-3) * whole
+    fine = (mean - _blurred(mean) / np.maximum(_blurred(whole), 1e-3)) * whole
+    most = float(np.percentile(np.abs(fine[whole > 0]), 98))
+    fine = np.clip(fine, -most, most).astype(np.float32)
+    shape = [2 * size for size in whole.shape]
+    of_fine, of_square, of_whole = (np.fft.rfftn(part, shape, axes=(0, 1, 2)) for part in (fine, fine**2, whole))
+    product, square, places = (
+        np.fft.irfftn(one * np.conj(other), shape, axes=(0, 1, 2))
+        for one, other in ((of_fine, of_fine), (of_square, of_whole), (of_whole, of_whole))
+    )
+    # Of the places that overlap, the sums of squares of both copies: one is the other's, shifted the other way.
+    squares = square * np.roll(np.flip(square), 1, (0, 1, 2))
+    x, y, z = (2 * _MM * np.fft.fftfreq(size, 1 / size) for size in shape)
+    far = x[:, None, None] ** 2 + y[:, None] ** 2 + z**2 >= _ECHO_MM**2
+    looked_at = far & (places >= max(1.0, _ECHO_SHARE * float(whole.sum()))) & (squares > 1e-6 * squares.max())
+    if not looked_at.any():
+        return 0.0
+    alike = product[looked_at] * np.sqrt(places[looked_at] / squares[looked_at])
+    return float(max(0.0, alike.max()) / max(1e-9, np.sqrt(np.mean(alike**2))))
+
+
+def _blurred(cells: NDArray[Any]) -> NDArray[Any]:
+    """Means over five cells along each axis."""
+    for axis in range(3):
+        sums = np.cumsum(np.pad(cells, [(3, 2) if a == axis else (0, 0) for a in range(3)]), axis, dtype=np.float64)
+        lines = np.moveaxis(sums, axis, 0)
+        cells = np.moveaxis((lines[5:] - lines[:-5]) / 5, 0, axis)
+    return cells
 
 
 def _cut_cm2(seen: NDArray[np.bool_], brain: NDArray[np.float32]) -> float:

@@ -1,13 +1,15 @@
 """How far a brain lies off the template's, found by moving one onto the other: least squares on cells of 8 and 4 mm.
 
 The template's gradients are known beforehand (inverse compositional Gauss–Newton; Baker & Matthews 2004, IJCV 56), so a
-step costs one interpolation, and a fit some tens of milliseconds. It is a second opinion on a registration and no
-registration of its own: nothing is resampled by it.
+step costs one interpolation, and a fit some milliseconds. It is a second opinion on a registration and no registration
+of its own: nothing is resampled by it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import permutations, product
 from typing import Any
 
@@ -51,7 +53,8 @@ class Target:
 
     def likeliest(self, images: tuple[Lookup, Lookup], starts: list[Affine]) -> Affine:
         """Of several starts, that which is most like the brain on the larger cells."""
-        return max(starts, key=lambda start: self.levels[0].likeness(images[0], start))
+        coarse, image = self.levels[0], images[0]
+        return max(starts, key=lambda start: coarse.likeness(coarse.at(image, start)))
 
     def followed(self, images: tuple[Lookup, Lookup], starts: list[Affine]) -> tuple[Affine, float]:
         """The best fit from several starts, and its likeness."""
@@ -93,7 +96,9 @@ def align(brain: NDArray[Any], target: Target, *, nearby: bool = True, overturne
         overturned: Whether to look for a brain that is turned over or has its axes swapped; if not, `upright` is 0.
     """
     images = (Lookup(halved(brain)), Lookup(brain))
-    starts = [np.eye(4)] + ([target.likeliest(images, _nearby())] if nearby else [])
+    starts = [np.eye(4)]
+    if nearby and not np.array_equal(likely := target.likeliest(images, _nearby()), starts[0]):
+        starts.append(likely)
     best, likeness = target.followed(images, starts)
     upright = 0.0
     if overturned:
@@ -109,30 +114,37 @@ class Lookup:
 
     def __init__(self, voxels: NDArray[Any]) -> None:
         padded = np.pad(voxels, 1)
-        self._most = np.array(padded.shape)[:, None] - 1.001
-        self._strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
+        self._shape = padded.shape
         self._flat: NDArray[np.float64] = np.ascontiguousarray(padded, dtype=np.float64).ravel()
 
     def at(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
         """[n] values at places [3, n] in voxels; nothing beyond the edge."""
-        places = np.clip(places + 1, 0, self._most)
+        places = places + 1.0
+        for along, size in zip(places, self._shape, strict=True):
+            np.clip(along, 0, size - 1.001, out=along)
         low = places.astype(np.intp)
-        fractions: list[NDArray[np.float64]] = list(places - low)
-        x, y, z = fractions
-        start = self._strides @ low
-        (a, b, _), flat = self._strides, self._flat
+        x, y, z = places - low
+        _, width, depth = self._shape
+        start = (low[0] * width + low[1]) * depth + low[2]
+
+        # In place: this is where most of a fit's time goes.
+        def between(near: NDArray[np.float64], further: NDArray[np.float64], part: Any) -> NDArray[np.float64]:
+            further -= near
+            further *= part
+            further += near
+            return further
+
+        def value(offset: int) -> NDArray[np.float64]:
+            found: NDArray[np.float64] = self._flat[offset:].take(start, mode="clip")
+            return found
 
         def line(offset: int) -> NDArray[np.float64]:
-            near: NDArray[np.float64] = flat[start + offset]
-            further: NDArray[np.float64] = flat[start + offset + 1]
-            return near + z * (further - near)
+            return between(value(offset), value(offset + 1), z)
 
         def plane(offset: int) -> NDArray[np.float64]:
-            near = line(offset)
-            return near + y * (line(offset + b) - near)
+            return between(line(offset), line(offset + depth), y)
 
-        near = plane(0)
-        return near + x * (plane(a) - near)
+        return between(plane(0), plane(width * depth), x)
 
 
 class _Level:
@@ -142,41 +154,49 @@ class _Level:
         near = cells > 0
         for axis in range(3):
             near = near | np.roll(near, 1, axis) | np.roll(near, -1, axis)
-        self.mm, self.centre = mm, centre
+        self.centre = centre
         where = np.argwhere(near)[::every]
-        self.points = ((where - centre) * mm).T  # [3, n] mm
-        self.values = cells[tuple(where.T)].astype(np.float64)
+        self._points = np.vstack([((where - centre) * mm).T, np.ones(len(where))])  # [4, n] mm
+        self._to_cells = np.column_stack([np.eye(3) / mm, centre])
+        values = cells[tuple(where.T)].astype(np.float64)
+        self._values = values - values.mean()
         gradient = np.asarray(np.gradient(cells.astype(np.float64), mm))
         slopes = gradient[(slice(None), *where.T)]
         # By how much each point changes with each entry of a small change of the affine, [n, 12].
-        changes = (slopes[:, None] * np.vstack([self.points, np.ones_like(self.values)])).reshape(12, -1).T
-        self.step_of = np.linalg.solve(changes.T @ changes, changes.T)
+        changes = (slopes[:, None] * self._points).reshape(12, -1).T
         moves = changes @ _MOVES
-        self.rigid_step_of = _MOVES @ np.linalg.solve(moves.T @ moves, moves.T)
+        self._step_of = np.linalg.solve(changes.T @ changes, changes.T)
+        self._rigid_step_of = _MOVES @ np.linalg.solve(moves.T @ moves, moves.T)
 
     def at(self, image: Lookup, affine: Affine) -> NDArray[np.float64]:
-        moved = affine[:3, :3] @ self.points + affine[:3, 3:]
-        return image.at(moved / self.mm + self.centre[:, None])
+        """The brain's values at the template's points, less their mean."""
+        found = image.at(self._to_cells @ affine @ self._points)
+        found -= found.mean()
+        return found
 
-    def likeness(self, image: Lookup, affine: Affine) -> float:
-        return correlation(self.at(image, affine), self.values)
+    def likeness(self, found: NDArray[np.float64]) -> float:
+        """Pearson's correlation of values of `at` with the template's, or 0 where they are constant."""
+        size = math.sqrt((found @ found) * (self._values @ self._values))
+        return float(found @ self._values) / size if size > 0 else 0.0
 
     def fitted(self, image: Lookup, affine: Affine, rigid: bool = False) -> tuple[Affine, float]:
-        """Where the fit ends that starts from an affine, and its likeness; not rigid, the likeliest on its way."""
-        step_of = self.rigid_step_of if rigid else self.step_of
+        """The likeliest affine on the way of a fit that starts from one, or of a rigid fit the last; and most likeness.
+
+        A rigid fit to a brain of another size ends where the two pull evenly, which is past where they are likest.
+        """
+        step_of = self._rigid_step_of if rigid else self._step_of
+        step_of_none = step_of @ self._values
         best, most = affine, -1.0
         for _ in range(MOST_STEPS):
             found = self.at(image, affine)
-            likeness = correlation(found, self.values)
+            likeness = self.likeness(found)
             if likeness > most:
                 best, most = affine, likeness
-            spread = found.var()
+            spread = found @ found
             if spread == 0:
                 break
-            slope = ((found - found.mean()) * self.values).mean() / spread
-            rest = slope * (found - found.mean()) + self.values.mean() - self.values
-            change = np.eye(4)
-            change[:3] += (step_of @ rest).reshape(3, 4)
+            change = np.eye(4)  # by what the brain, as bright as the template, has too much
+            change[:3] += (found @ self._values / spread * (step_of @ found) - step_of_none).reshape(3, 4)
             if rigid:
                 change = _rigid(change)
             elif abs(np.linalg.det(change) - 1) > 0.5:  # astray
@@ -184,8 +204,7 @@ class _Level:
             affine = affine @ np.linalg.inv(change)
             if np.abs(change[:3] - np.eye(3, 4)).max(axis=0) @ (_RIM_MM, _RIM_MM, _RIM_MM, 1) < ENOUGH_MM:
                 break
-        # A rigid fit to a brain of another size ends where the two pull evenly, which is past where they are likest.
-        return (affine, self.likeness(image, affine)) if rigid else (best, most)
+        return (affine if rigid else best), most
 
 
 def correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -228,10 +247,12 @@ def rotation(degrees: tuple[float, ...]) -> NDArray[np.float64]:
     return turned
 
 
+@cache
 def _nearby() -> list[Affine]:
     return [_affine(rotation(degrees)) for degrees in product(NEARBY_DEG, repeat=3)]
 
 
+@cache
 def _overturned() -> list[Affine]:
     """The 23 other ways for a brain to lie along the axes; mirror images of these cannot be told from them."""
     ways = (

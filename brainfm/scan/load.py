@@ -270,6 +270,8 @@ def _turned(one: StoredImage, other: StoredImage) -> StoredImage:
     """An image with its axes in the order and direction of another's, as tools store them that choose their own."""
     import nibabel as nib
 
+    if np.array_equal(one.affine, other.affine):
+        return one
     codes = nib.aff2axcodes(other.affine)
     if None in codes:  # an axis whose voxels have no size beside the others'
         return one

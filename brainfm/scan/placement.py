@@ -66,10 +66,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nibabel.affines import from_matvec
 from numpy.typing import NDArray
 
 from brainfm.assets import COARSE_BRAIN, COARSE_GREY_MATTER
@@ -231,10 +233,10 @@ def correlate(volume: Volume, kind: str) -> float:
     """
     template = _template(COARSE_GREY_MATTER if kind == "grey matter" else COARSE_BRAIN)
     steps, every = _about_two_mm(volume)
-    affine, image = _in_cells(volume.affine @ np.diag([*steps, 1]), volume.stored[0][every])
-    cells = _cells(image.shape, affine, template).ravel()
+    image = volume.stored[0][every]
     intensities = image.astype(np.float64).ravel() * volume.slope + volume.inter
-    count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
+    parts = _parts(volume.affine @ np.diag([*steps, 1]))
+    count, total = _per_cell(parts, image.shape, slice(None), intensities, template)
     core = template.core & (count > 0)
     return correlation(total[core] / count[core], template.voxels[core])
 
@@ -245,16 +247,11 @@ def _about_two_mm(volume: Volume) -> tuple[NDArray[np.int_], tuple[slice, ...]]:
     return steps, tuple(slice(None, None, int(step)) for step in steps)
 
 
-def _in_cells(affine: NDArray[np.float64], *arrays: NDArray[Any]) -> tuple[Any, ...]:
-    """The affine and the voxels, in parts where they are as large as the template's: none of its cells is left out."""
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    parts = 1 + np.floor(spacing / _CELL_MM + 0.001).astype(int)
-    for axis, many in enumerate(parts):
-        if many > 1:
-            arrays = tuple(np.repeat(array, many, axis) for array in arrays)
-    to_whole = np.diag([*(1 / parts), 1])
-    to_whole[:3, 3] = (1 / parts - 1) / 2
-    return affine @ to_whole, *arrays
+def _parts(affine: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+    """Affines of a grid's voxels; of their parts, where they are as large as the template's: no cell is left out."""
+    parts = 1 + np.floor(np.linalg.norm(affine[:3, :3], axis=0) / _CELL_MM + 0.001).astype(int)
+    at = product(*((np.arange(many) + 0.5) / many - 0.5 for many in parts))
+    return [affine @ from_matvec(np.eye(3), offset) for offset in at]
 
 
 def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
@@ -264,12 +261,11 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
     found = np.ascontiguousarray(brain[every])
     if not found.any():
         steps, every, found = np.ones(3, dtype=int), (slice(None),) * 3, brain
-    affine, found, image = _in_cells(volume.affine @ np.diag([*steps, 1]), found, volume.stored[0][every])
-    number, cubic_mm = int(np.count_nonzero(found)), abs(float(np.linalg.det(affine[:3, :3])))
-
-    cells = _cells(found.shape, affine, template)[found]
-    intensities = image[found].astype(np.float64) * volume.slope + volume.inter
-    count, total = (_per_cell(cells, weights, template) for weights in (None, intensities))
+    affine, where = volume.affine @ np.diag([*steps, 1]), np.flatnonzero(found)
+    parts = _parts(affine)
+    number, cubic_mm = len(parts) * len(where), abs(float(np.linalg.det(affine[:3, :3]))) / len(parts)
+    intensities = volume.stored[0][every][found].astype(np.float64) * volume.slope + volume.inter
+    count, total = _per_cell(parts, found.shape, where, intensities, template)
     inside = int(count[template.brain].sum())
     part, mean = np.minimum(count * cubic_mm / _CELL_MM**3, 1), total / np.maximum(count, 1)
     fit = align(shaded(part, mean), template.target, nearby=False, overturned=False)
@@ -295,8 +291,7 @@ def measure(volume: Volume, brain: NDArray[np.bool_]) -> Placement:
 
 def _rms(difference: NDArray[np.float64], template: _Template) -> float:
     """The root mean square over the template's brain of what two affines about its centre differ by, mm."""
-    apart = difference[:3, :3] @ template.core_mm + difference[:3, 3:]
-    return float(np.sqrt((apart**2).sum(axis=0).mean()))
+    return math.sqrt(np.einsum("ij,jk,ik", difference[:3], template.core_moments, difference[:3]))
 
 
 def _moved_alone(affine: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -307,6 +302,7 @@ def _moved_alone(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     return alone
 
 
+@cache
 def _talairach() -> NDArray[np.float64]:
     """`_TO_TALAIRACH` about the centre of the template's brain."""
     template = _template(COARSE_BRAIN)
@@ -317,7 +313,7 @@ def _talairach() -> NDArray[np.float64]:
 
 
 def _cells(shape: tuple[int, ...], affine: NDArray[np.float64], template: _Template) -> NDArray[np.int32]:
-    """In which of the template's voxels each voxel of a grid lies: a number for `_per_cell`.
+    """In which of the template's voxels each voxel of a grid lies: a number, for `_per_cell`.
 
     The template has a rim of one voxel here, for all that lies outside.
     """
@@ -332,11 +328,29 @@ def _cells(shape: tuple[int, ...], affine: NDArray[np.float64], template: _Templ
 
 
 def _per_cell(
-    cells: NDArray[np.int32], weights: NDArray[np.float64] | None, template: _Template
-) -> NDArray[np.int_] | NDArray[np.float64]:
-    """[x, y, z]: how many of `cells` fall into each of the template's voxels, or the sum of their weights."""
-    shape = tuple(size + 2 for size in template.voxels.shape)
-    return np.bincount(cells, weights, math.prod(shape)).reshape(shape)[1:-1, 1:-1, 1:-1]
+    parts: list[NDArray[np.float64]],
+    shape: tuple[int, ...],
+    where: NDArray[np.intp] | slice,
+    weights: NDArray[np.float64],
+    template: _Template,
+) -> tuple[NDArray[np.int_], NDArray[np.float64]]:
+    """[x, y, z]: how many voxels fall into each of the template's, and the sum of their weights.
+
+    Args:
+        parts: The affine of the grid, or those of its voxels' parts, which count each.
+        shape: Of the grid.
+        where: Which of its voxels, in C order.
+        weights: Theirs.
+        template: The template.
+    """
+    whole = tuple(size + 2 for size in template.voxels.shape)
+    count, total = np.zeros(math.prod(whole), dtype=int), np.zeros(math.prod(whole))
+    for affine in parts:
+        cells = _cells(shape, affine, template).ravel()[where]
+        count += np.bincount(cells, minlength=len(count))
+        total += np.bincount(cells, weights, len(total))
+    inner = (slice(1, -1),) * 3
+    return np.ascontiguousarray(count.reshape(whole)[inner]), np.ascontiguousarray(total.reshape(whole)[inner])
 
 
 def _inside(
@@ -345,12 +359,12 @@ def _inside(
     """What fraction of the template's brain, moved onto the scan's, is none there; the correlation inside both."""
     brain = count > 0
     at = affine[:3, :3] @ template.core_mm + affine[:3, 3:]
-    where = np.rint(at / _CELL_MM + template.target.centre[:, None]).astype(int)
-    where = where.clip(0, np.array(brain.shape)[:, None] - 1)
-    inside = _inner(brain)[tuple(where)]  # rims are dark in any average
-    cells = tuple(where[:, inside])
-    missing = 1 - float(brain[tuple(where)].mean())
-    return missing, correlation(total[cells] / count[cells], template.voxels[template.core][inside])
+    at = np.rint(at / _CELL_MM + template.target.centre[:, None]).astype(np.intp)
+    where = np.ravel_multi_index(tuple(at), brain.shape, mode="clip")
+    inside = _inner(brain).take(where)  # rims are dark in any average
+    cells = where[inside]
+    missing = 1 - float(brain.take(where).mean())
+    return missing, correlation(total.take(cells) / count.take(cells), template.core_values[inside])
 
 
 def _size(affine: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -383,6 +397,8 @@ class _Template:
         litres: Its volume.
         target: For a fit.
         core_mm: [3, n]: where the core's voxels lie from the target's centre.
+        core_moments: [4, 4]: means of the products of these, and of 1.
+        core_values: [n]: what they hold.
     """
 
     voxels: NDArray[np.float64]
@@ -392,6 +408,8 @@ class _Template:
     litres: float
     target: Target
     core_mm: NDArray[np.float64]
+    core_moments: NDArray[np.float64]
+    core_values: NDArray[np.float64]
 
 
 @cache
@@ -405,4 +423,6 @@ def _template(file: Path) -> _Template:
     target = Target(shaded(brain.astype(np.float64), voxels), _CELL_MM, _EVERY)
     core_mm = ((np.argwhere(core) - target.centre) * _CELL_MM).T
     litres = int(brain.sum()) * _CELL_MM**3 / 1e6
-    return _Template(voxels, image.affine, brain, core, litres, target, core_mm)
+    points = np.vstack([core_mm, np.ones(core_mm.shape[1])])
+    moments = points @ points.T / points.shape[1]
+    return _Template(voxels, image.affine, brain, core, litres, target, core_mm, moments, voxels[core])

@@ -193,7 +193,7 @@ def as_markdown() -> str:
     parts = []
     for error in [*CLASSES, *PLAIN]:
         own = [refusal for refusal in refusals() if refusal.error == error]
-        said = " ".join((CLASSES[error].__doc__ or "").split()) if error in CLASSES else _PLAINLY
+        said = " ".join(_words_of(CLASSES[error]).split()) if error in CLASSES else _PLAINLY
         parts.append(f"### `{error}`\n\n{said}")
         if not own:
             parts.append("*It has no messages of its own.*")
@@ -204,6 +204,11 @@ def as_markdown() -> str:
 
 
 _PLAINLY = "What Python has for an argument that cannot be. brainfm raises it where a program, not a scan, is wrong."
+
+
+def _words_of(error: type) -> str:
+    """Its docstring without the example, which is on the page of the API."""
+    return (error.__doc__ or "").partition("Example:")[0]
 
 
 def _line(text: str) -> str:

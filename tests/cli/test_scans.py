@@ -64,7 +64,7 @@ def test_embed_of_a_manifest_with_good_and_bad_scans(run, tmp_path, small_sample
 def test_embed_of_good_scans_ends_well_and_quietly(run, tmp_path, small_sample):
     result = run("embed", small_sample[0], "-o", tmp_path / "out.csv", *SMALL)
     assert (result.code, result.err) == (0, [])
-    assert result.out == f"1 scans → {tmp_path / 'out.csv'} (128 numbers each)\n"
+    assert result.out == f"1 scan → {tmp_path / 'out.csv'} (128 numbers each)\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.json"]
     assert read(tmp_path / "out.csv").origin.model == "test_resnet_3d.phantoms"
 
@@ -200,8 +200,8 @@ def test_embed_with_several_models_writes_each_ones_own_files(run, tmp_path, sma
     result = run("embed", small_sample[0], notes, "-o", tmp_path / "out.csv", *models, *extra)
     assert result.code == 1
     assert result.out.splitlines() == [
-        f"1 scans → {tmp_path / 'out.test_resnet_3d.csv'} (128 numbers each)",
-        f"1 scans → {tmp_path / 'out.test_vit_3d.csv'} (96 numbers each)",
+        f"1 scan → {tmp_path / 'out.test_resnet_3d.csv'} (128 numbers each)",
+        f"1 scan → {tmp_path / 'out.test_vit_3d.csv'} (96 numbers each)",
     ]
     report = json.loads((tmp_path / "run.json").read_text())
     for model in ("test_resnet_3d", "test_vit_3d"):

@@ -18,6 +18,20 @@ from brainfm.contract import DivideByMean, MinMax, ZScore
 GRID = Grid((4, 5, 6), (1.0, 2.0, 3.0), (10.0, -20.0, 30.0))
 
 
+@pytest.mark.parametrize(
+    ("shape", "spacing", "message"),
+    [
+        ((48000, 48, 40), (4.0, 4.0, 4.0), "is 192000×192×160 mm large, and a scanner sees half a metre"),
+        ((193, 229, 193), (1.0, 10.0, 1.0), "is 193×2290×193 mm large"),
+        ((193, 229, 193), (1.0, 0.0, 1.0), "must be above 0"),
+        ((1024, 1024, 1024), (0.5, 0.5, 0.5), "together at most"),
+    ],
+)
+def test_grid_that_no_scan_of_a_head_can_be_on_is_refused(shape, spacing, message):
+    with pytest.raises(ValueError, match=message):
+        Grid(shape=shape, spacing=spacing, origin=(0.0, 0.0, 0.0))
+
+
 @pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAL", "AIR"])
 def test_affine_of_a_grid_points_where_its_orientation_says(axcodes):
     affine = GRID.affine(axcodes)

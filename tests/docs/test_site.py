@@ -188,6 +188,7 @@ def test_every_error_class_is_under_why_did_it_refuse():
     }
     assert {name for name in raised if f"### `{name}`" in text} == raised
     assert PAGES["refused"].count("generated/refusals.md") == 1
+    assert ">>>" not in text  # examples are on the page of the API
     assert len(re.findall(r"^\*\*", PAGES["refused"], flags=re.MULTILINE)) == 15
 
 

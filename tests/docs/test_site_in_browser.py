@@ -58,3 +58,13 @@ def test_pages_are_dark_for_whoever_wants_that(page, site, browser):
             grey = np.asarray(shown.picture().convert("L"))
         assert grey.std() > 8, "blank"
         assert (np.median(grey) < 80) == dark
+
+
+def test_commands_are_on_their_page_as_they_are_typed(site):
+    assert "--from RESULTS/run.json does again" in " ".join((site / "cli.html").read_text(encoding="utf-8").split())
+
+
+def test_no_example_prints_a_warning_of_another_library(site):
+    pages = {page.name: page.read_text("utf-8") for page in (site / "examples").glob("*.html")}
+    assert pages
+    assert [name for name, text in pages.items() if "/site-packages/" in text] == []

@@ -49,6 +49,7 @@ def people(n, width=4):
     return pd.DataFrame({"patient_id": names, "age": age, "group": np.array(["a", "b", "c"])[group]}), table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["age", "group"])
 def test_coverage_of_twenty_seeds_is_within_two_points_of_what_is_said(label):
     """Of 3,000 people: by the law, 2 points are then three standard deviations of the mean of twenty seeds."""

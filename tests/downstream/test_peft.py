@@ -79,6 +79,7 @@ def test_whole_training_counts_all_and_a_head_itself(parts, tmp_path):
     assert found.trained_parameters == width + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["adapter", "lora"])
 def test_run_that_was_interrupted_ends_the_same(way, parts, tmp_path, monkeypatch):
     whole = train(parts, tmp_path / "whole", "test_resnet_3d", trained=way).encoder.state_dict()

@@ -26,6 +26,7 @@ def rows(folder, name):
     return list(csv.DictReader((folder / name).open(encoding="utf-8")))
 
 
+@pytest.mark.slow
 def test_planted_atrophy_in_phantoms_moves_the_embedding_further_at_every_step(tmp_path):
     command = ["recovery", "--phantoms", "4", "--model", "test_resnet_3d", "--change", "atrophy", "-o", str(tmp_path)]
     result = CliRunner().invoke(main, command)

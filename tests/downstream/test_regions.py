@@ -46,7 +46,7 @@ def test_regions_become_blocks_of_columns_with_their_names(atlas_file, small_sam
     command = ["regions", scans, "--model", "test_resnet_3d", "--atlas", atlas_file, "--names", names, "-o", output]
     result = CliRunner().invoke(main, [str(word) for word in command])
     assert result.exit_code == 1  # one scan failed
-    assert "1 scans → " in result.output
+    assert "1 scan → " in result.output
     table = read_table(output)
     assert table.vectors.shape == (1, 4 * small_model.num_features)
     assert table.records[0].patient_id == "a"

@@ -85,6 +85,7 @@ def test_unseen_sites_and_an_unseen_set_are_columns_beside_the_tasks_own(cohorts
         assert shares[f"Parkinson's, site {site} held out"]["test"][0] == (pd.read_csv(table)["site"] == site).sum()
 
 
+@pytest.mark.slow
 def test_other_set_is_given_to_a_task_that_has_none_and_to_no_task_that_leaves_sites_out(cohorts, tmp_path):
     table, other = cohorts / "adni" / "labels.csv", cohorts / "oasis" / "labels.csv"
     fixed = ("--manifest", table, "--modes", "probe", "-o", tmp_path / "out")

@@ -223,6 +223,17 @@ def _mapped(*levels):
     return mapped
 
 
+def _ghost(prepared):
+    """A copy of the head lies over it, shifted along the phases."""
+    return replace(prepared, image=prepared.image + np.float32(0.4) * np.roll(prepared.image, 94, axis=1))
+
+
+def _wrapped(prepared):
+    """The back of the head lies over the front."""
+    front = (np.arange(prepared.image.shape[1]) > 110)[:, None]
+    return replace(prepared, image=prepared.image + np.roll(prepared.image, 120, axis=1) * front)
+
+
 def _bottle(prepared):
     grid = np.ogrid[tuple(slice(-(size // 2), size - size // 2) for size in prepared.brain.shape)]
     bottle = (grid[0] ** 2 + grid[1] ** 2 < 65**2) & (np.abs(grid[2]) < 65)
@@ -277,6 +288,8 @@ JUDGED = {
     "noise": (_noise, BAD, ("similarity",)),
     "a bottle": (_bottle, BAD, ("similarity", "contrast")),
     "a very noisy scan": (_noisy, DOUBTFUL, ("noise",)),
+    "a ghost": (_ghost, DOUBTFUL, ("echo",)),
+    "wrapped around": (_wrapped, DOUBTFUL, ("echo",)),
 }
 
 

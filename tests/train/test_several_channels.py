@@ -195,6 +195,7 @@ def test_dry_run_counts_the_missing_files_of_every_channel(models, manifest, tmp
     assert "36 are not there" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["simclr", "mae"])
 def test_pretrained_encoder_of_two_channels_is_exported_and_embeds_them(
     method, models, manifest, records, cache, tmp_path
