@@ -270,14 +270,14 @@ def size_and_time(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _resolved(path: str) -> str:
-    """An absolute path without links; that of a folder is found once for all files in it."""
+    """An absolute path without links; that of a folder is found once for all that is in it."""
     folder, name = os.path.split(path)
     if not name or os.path.islink(path):  # noqa: PTH114
         return os.path.realpath(path)
     return os.path.join(_real_folder(folder), name)  # noqa: PTH118
 
 
-_real_folder = lru_cache(1024)(os.path.realpath)
+_real_folder = lru_cache(1024)(_resolved)
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

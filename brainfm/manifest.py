@@ -24,7 +24,7 @@ from brainfm.scan.layout import BRAIN, HEAD, RECORD, TURBOPREP_IMAGE, TURBOPREP_
 from brainfm.scan.load import image_of, name_of
 from brainfm.scan.memory import is_mapping
 from brainfm.scan.verdict import verdict_of
-from brainfm.system import expanded
+from brainfm.system import expanded, uncollected
 from brainfm.tabular import is_frame, is_missing, is_table, read_rows, rows_of
 
 if TYPE_CHECKING:
@@ -179,6 +179,11 @@ def list_scans(scans: ScansLike) -> Listing:
             says what was looked for.
         MissingExtraError: A folder is a BIDS data set, and the packages of the extra [bids] are not installed.
     """
+    with uncollected():
+        return _listing(scans)
+
+
+def _listing(scans: ScansLike) -> Listing:
     if is_frame(scans):
         listed = _from_rows(rows_of(scans), "the DataFrame", Path())
     elif isinstance(scans, str | os.PathLike):

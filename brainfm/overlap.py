@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from brainfm.manifest import ScanRecord
@@ -77,7 +78,7 @@ def overlap_of_scans(model: nn.Module | PretrainedCfg | str, records: Iterable[S
         columns |= dict.fromkeys(value for column, value in record.extra.items() if _plain(column) in _COLUMNS)
         for image in record.images.values():
             if isinstance(image, str | PurePath):
-                folders |= dict.fromkeys(Path(image).parent.parts)
+                folders |= dict.fromkeys(os.path.dirname(image).split(os.sep))  # noqa: PTH120, PTH206 - there are many
     others = {*columns, *cohort_names().folders_of_others}
     return pretraining_overlap(model, columns) + [
         Overlap(folder, cohort, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import logging
@@ -35,6 +36,18 @@ _PROC, _CGROUPS, _SHARED_MEMORY = Path("/proc"), Path("/sys/fs/cgroup"), Path("/
 
 
 # --- Cores and memory -----------------------------------------------------------------------------
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the block, memory is not searched for cycles: of many objects that stay it takes a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def available_cores() -> int:
