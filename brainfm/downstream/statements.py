@@ -173,7 +173,9 @@ def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
     if regressions and any(m in _RAW_PROBES and plan.of(m).get("target") in (None, "raw") for m in modes):
         yield _RAW
     yield from _harmonised(data, plan)
-    yield f"Intervals: 95 %, bootstrap over patients ({RESAMPLES:,} resamples)."
+    yield (
+        f"Intervals: 95 %, bootstrap over patients ({RESAMPLES:,} resamples; small p-values are of {20 * RESAMPLES:,})."
+    )
     for one in data:
         title, patients = one.task.title, len(set(one.patients))
         drawn = "the manifest's split" if one.given_split is not None else "a split of its own for each seed"
