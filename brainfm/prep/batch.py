@@ -132,6 +132,7 @@ def prepare_all(
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise BrainfmError(f"{folder}: a file, and the scans' folders are written to a folder; name another output")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(left_out=sources.left_out)
     outcomes: dict[str, Outcome] = {}
@@ -180,6 +181,9 @@ def prepare_all(
             report.failed[source.name] = outcome
         else:
             report.records[source.name] = outcome
+    if is_new and shard is None:
+        with suppress(OSError):  # there is something in it
+            folder.rmdir()
     return report
 
 

@@ -242,3 +242,11 @@ def test_output_that_is_a_file_is_refused(two):
     result = CliRunner().invoke(main, ["prep", str(two / "a.nii.gz"), "-o", str(two / "b.nii.gz")])
     assert result.exit_code == 1
     assert "a file, and the scans' folders are written to a folder" in result.output
+
+
+def test_path_that_is_not_there_leaves_no_folder_and_an_empty_one_of_ones_own_stays(tmp_path):
+    (tmp_path / "own").mkdir()
+    for output in (tmp_path / "new", tmp_path / "own"):
+        report = prepare_all([tmp_path / "gone.nii.gz"], output)
+        assert list(report.failed) == ["gone"]
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
