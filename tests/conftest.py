@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test leaves in the cache, an accepted licence say, no other test finds."""
+def own_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test leaves in the cache or the environment, an accepted licence or --quiet, no other test finds."""
+    before = dict(os.environ)
     name = hashlib.blake2b(request.node.nodeid.encode(), digest_size=8).hexdigest()
     monkeypatch.setenv("BRAINFM_CACHE", f"{_CACHES.name}/{name}")
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
