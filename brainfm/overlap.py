@@ -78,7 +78,8 @@ def overlap_of_scans(model: nn.Module | PretrainedCfg | str, records: Iterable[S
         columns |= dict.fromkeys(value for column, value in record.extra.items() if _plain(column) in _COLUMNS)
         for image in record.images.values():
             if isinstance(image, str | PurePath):
-                folders |= dict.fromkeys(os.path.dirname(image).split(os.sep))  # noqa: PTH120, PTH206 - there are many
+                folder = os.path.dirname(image).replace(os.altsep or os.sep, os.sep)  # noqa: PTH120 - there are many
+                folders |= dict.fromkeys(filter(None, folder.split(os.sep)))  # noqa: PTH206
     others = {*columns, *cohort_names().folders_of_others}
     return pretraining_overlap(model, columns) + [
         Overlap(folder, cohort, why)

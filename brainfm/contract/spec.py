@@ -26,6 +26,9 @@ class Grid(Checked):
         spacing: Millimetres a voxel along them.
         origin: RAS millimetres of the centre of the first voxel.
 
+    Raises:
+        ValueError: No array has the shape, a spacing is not above 0, or the grid is over a metre along an axis.
+
     Example:
         >>> import brainfm
         >>> grid = brainfm.Grid(shape=(193, 229, 193), spacing=(1.0, 1.0, 1.0), origin=(-96.0, -132.0, -78.0))

@@ -26,6 +26,7 @@ from brainfm.downstream.plan import (
     paper_epochs,
 )
 from brainfm.downstream.results import Candidate, Column, Evaluation, Note, Published, Row
+from brainfm.downstream.statistics import TIMES
 from brainfm.downstream.task import Task, TaskData
 from brainfm.errors import BrainfmError, ModelNameError
 from brainfm.overlap import overlap_of_scans, pretraining_overlap
@@ -174,7 +175,8 @@ def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
         yield _RAW
     yield from _harmonised(data, plan)
     yield (
-        f"Intervals: 95 %, bootstrap over patients ({RESAMPLES:,} resamples; small p-values are of {20 * RESAMPLES:,})."
+        f"Intervals: 95 %, bootstrap over patients ({RESAMPLES:,} resamples; small p-values are of "
+        f"{TIMES * RESAMPLES:,})."
     )
     for one in data:
         title, patients = one.task.title, len(set(one.patients))

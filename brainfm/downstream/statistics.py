@@ -43,7 +43,7 @@ _PROBABILITY_TOLERANCE = 1e-3  # rows of half-precision softmax sum to 1 within 
 _CONSTANT = 1e-12  # a variance below this fraction of the mean square is rounding
 _LEAST_SLOPE = 1e-6  # of predicted on true age; below, it is that of a constant, up to rounding
 _CHUNK = 4_000_000  # weights held at a time, 32 MB
-_ENOUGH, _TIMES = 10, 20  # resamples that decide a p-value, and how many times as many are drawn where fewer do
+_ENOUGH, TIMES = 10, 20  # resamples that decide a p-value, and how many times as many are drawn where fewer do
 
 
 def metrics(labels: ArrayLike, predictions: ArrayLike, kind: Kind) -> dict[str, float]:
@@ -324,7 +324,7 @@ def paired_bootstrap_over_runs(
     known = differences[~np.isnan(differences)]
     error = float(known.std(ddof=1)) if len(known) > 1 else float("nan")
     if min((known <= 0).sum(), (known >= 0).sum()) < _ENOUGH:
-        more = _over(_resamples(labels, kind, groups, (_TIMES - 1) * n, (seed, 1)), difference)
+        more = _over(_resamples(labels, kind, groups, (TIMES - 1) * n, (seed, 1)), difference)
         known = np.concatenate([known, more[~np.isnan(more)]])
     rarer = min((known <= 0).sum(), (known >= 0).sum())
     p_value = min(1.0, 2 * (1 + rarer) / (1 + len(known))) if len(known) else float("nan")
@@ -430,7 +430,7 @@ def metric_by_group(
 
     permuted, larger = n, as_large(n, seed)
     if larger < _ENOUGH:
-        permuted, larger = _TIMES * n, larger + as_large((_TIMES - 1) * n, (seed, 1))
+        permuted, larger = TIMES * n, larger + as_large((TIMES - 1) * n, (seed, 1))
     p_value = (1 + larger) / (1 + permuted)
     ends_of = _percentiles(drawn[:, highest] - drawn[:, lowest], level)
     return groups, Disparity(lowest, highest, difference, *ends_of, p_value)
