@@ -101,7 +101,7 @@ def progress_text(run: Run) -> str:
     """How many of the planned runs are in."""
     planned = run.evaluation.runs
     if run.done >= planned:
-        return f"All {planned} runs are in."
+        return "The one planned run is in." if planned == 1 else f"All {planned} runs are in."
     return f"Not finished: {run.done} of {planned} runs are in; {NONE} is a cell that has none yet."
 
 

@@ -531,7 +531,7 @@ def test_several_processes_train_together_and_refuse_to_probe(phantoms, tmp_path
     assert done.stderr.count("the first has ended") == 2, done.stderr
     (record,) = (tmp_path / "out" / "runs").glob("*.json")
     assert json.loads(record.read_text())["processes"] == 2
-    assert done.stdout.count("# Evaluation of pretrained encoders") == 1
+    assert done.stdout.count("The one planned run is in.") == 1
     assert 0 <= float(rows_of(tmp_path / "out" / "results.csv")[0]["value"]) <= 1
     assert done.returncode != 0
     assert "only training uses several processes" in done.stderr
