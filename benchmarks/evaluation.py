@@ -124,7 +124,7 @@ class Evaluation:
             *("benchmark", "planted_age.yaml", "phantom_sex", "--manifest", "cohort/people.csv", "-o", "results"),
             *("--models", *self.models, "--modes", "probe", "--set", "device=cpu"),
             *("--folds", 5, "--seeds", self.arguments.seeds),
-            *("--harmonise", "covbat", "--site", "scanner", "--fairness", "clinic", "sex", "--least-group", 10),
+            *("--harmonise", "covbat-noeb", "--site", "scanner", "--fairness", "clinic", "sex", "--least-group", 10),
         )
 
     def beside(self) -> None:

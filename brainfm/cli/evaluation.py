@@ -56,8 +56,8 @@ def _rigour(command: Any) -> Any:
         click.option(
             "--harmonise",
             default="",
-            metavar="combat|covbat|longcombat|longcovbat",
-            help="Also probe embeddings without what is of a site.",
+            metavar="[long](combat|covbat)[-noeb]",
+            help="Also probe embeddings without what is of a site; with -noeb without empirical Bayes.",
         ),
         click.option("--site", default="", metavar="COLUMN", help="That site, for --harmonise."),
         click.option("--folds", default=0, type=click.IntRange(0), help="Nested cross-validation, --seeds times."),

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.downstream.features import table_of
-from brainfm.downstream.plan import Plan
+from brainfm.downstream.plan import NO_EB, Plan
 from brainfm.downstream.probe import fit_probe, predict_probe
 from brainfm.downstream.statistics import bootstrap_interval, metrics
 from brainfm.downstream.task import TaskData
@@ -49,8 +49,12 @@ class Harmoniser(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     restricted maximum likelihood a feature. Of a patient who was not fitted it is predicted (the best linear unbiased
     prediction) from the rows of theirs that are transformed together, by the fitted variances.
 
+    Empirical Bayes draws a site's shift and variance of a feature towards those of all its features. What that leaves
+    of many features that go together, as an embedding's do, a probe can add up; "-noeb" after a method leaves each
+    feature's own estimates as they are (neuroCombat's `eb=False`).
+
     Args:
-        method: "combat", "covbat", "longcombat" or "longcovbat".
+        method: "combat", "covbat", "longcombat" or "longcovbat"; "combat-noeb" and so on.
         covariates: How many columns at the end are protected.
     """
 
@@ -88,8 +92,10 @@ class Harmoniser(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         parts = [standard[of == n] for n in range(len(self.sites_))]
         self.shift_, self.scale_ = np.zeros((len(parts), len(spread))), np.ones((len(parts), len(spread)))
         for n, part in enumerate(parts):
-            self.shift_[n, self.varies_], self.scale_[n, self.varies_] = _empirical_bayes(part[:, self.varies_])
-        if self.method.endswith("covbat"):
+            varying = part[:, self.varies_]
+            estimates = _own if self.method.endswith(NO_EB) else _empirical_bayes
+            self.shift_[n, self.varies_], self.scale_[n, self.varies_] = estimates(varying)
+        if "covbat" in self.method:
             self._fit_components(self._shifted(standard, of), of)
         return self
 
@@ -102,7 +108,7 @@ class Harmoniser(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             return features
         expected = self._expected(features[known], of[known], patient[known], covariates[known])
         standard = self._shifted((features[known] - expected) / self.spread_, of[known])
-        if self.method.endswith("covbat"):
+        if "covbat" in self.method:
             scores = (standard - self.centre_) / self.width_ @ self.components_
             moved = (scores - self.score_shift_[of[known]]) / self.score_scale_[of[known]] * self.score_spread_
             standard = standard + (moved + self.score_mean_ - scores) @ self.components_.T * self.width_
@@ -154,10 +160,15 @@ class Harmoniser(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.score_scale_ = np.stack([part.std(axis=0, ddof=1) for part in each])
 
 
+def _own(standard: _Array) -> tuple[_Array, _Array]:
+    """A site's shift and variance of each feature, each by itself."""
+    scale = standard.var(axis=0, ddof=1)
+    return standard.mean(axis=0), np.where(scale == 0, 1, scale)
+
+
 def _empirical_bayes(standard: _Array) -> tuple[_Array, _Array]:
-    """A site's shift and variance of each feature, drawn towards what they are over all of its features."""
-    shift, scale = standard.mean(axis=0), standard.var(axis=0, ddof=1)
-    scale = np.where(scale == 0, 1, scale)
+    """The same, drawn towards what they are over all of its features."""
+    shift, scale = _own(standard)
     if len(shift) < 2 or np.ptp(scale) == 0:
         return shift, scale  # nothing to borrow strength from
     prior, variance = shift.mean(), shift.var(ddof=1)

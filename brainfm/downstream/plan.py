@@ -37,12 +37,14 @@ NOT_OF = {  # settings that would make something else of a mode
     **dict.fromkeys(_EFFICIENT, (*_WHAT, "trained_positions")),
 }
 HARMONISED = ("probe", "knn", "prototype")  # what learns from vectors, and can do so from harmonised ones too
-HARMONISE = {
+_HARMONISE = {
     "combat": "ComBat",
     "covbat": "CovBat",
     "longcombat": "longitudinal ComBat",
     "longcovbat": "longitudinal CovBat",
 }
+NO_EB = "-noeb"  # after a method's name: each feature's own estimates, not drawn towards those of all
+HARMONISE = _HARMONISE | {f"{name}{NO_EB}": f"{title} without empirical Bayes" for name, title in _HARMONISE.items()}
 FREE = ("workers", "device")  # settings that change no result
 RESAMPLES = 1000
 
@@ -110,7 +112,7 @@ class Plan:
     def _check_harmonise(self) -> None:
         if not self.harmonise:
             if self.site:
-                raise BrainfmError(f"--site {self.site}: what for? Say --harmonise {' or '.join(HARMONISE)}")
+                raise BrainfmError(f"--site {self.site}: what for? Say --harmonise {' or '.join(_HARMONISE)}")
             return
         if self.harmonise not in HARMONISE:
             raise BrainfmError(f"--harmonise {self.harmonise}: there are {', '.join(HARMONISE)}")

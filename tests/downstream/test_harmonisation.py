@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 
 from brainfm.downstream.harmonisation import Harmoniser
 from brainfm.downstream.plan import Plan
@@ -243,8 +244,8 @@ def drawn_towards(standard, site, rounds=200):
     return shift, scale
 
 
-def without_sites(standard, site):
-    shift, scale = drawn_towards(standard, site)
+def without_sites(standard, site, eb=True):
+    shift, scale = drawn_towards(standard, site, rounds=200 if eb else 0)
     return np.array(
         [
             [(z - shift[i, v]) / scale[i, v] ** 0.5 for v, z in enumerate(row)]
@@ -269,7 +270,7 @@ def without_covariance(standard, site):
     return scores @ vectors.T * width + standard.mean(axis=0)
 
 
-@pytest.mark.parametrize("method", ["combat", "covbat"])
+@pytest.mark.parametrize("method", ["combat", "covbat", "combat-noeb", "covbat-noeb"])
 def test_harmonised_features_are_those_of_a_reference_written_from_the_publication(method):
     draws = np.random.default_rng(4)
     site, age = np.repeat([0, 1, 2], [30, 25, 20]), np.round(draws.normal(50, 10, 75))
@@ -279,12 +280,31 @@ def test_harmonised_features_are_those_of_a_reference_written_from_the_publicati
     beta = np.linalg.inv(design.T @ design) @ design.T @ features
     expected = sum(np.mean(site == i) * beta[i] for i in range(3)) + np.outer(age, beta[3])
     sigma = np.sqrt(np.mean((features - design @ beta) ** 2, axis=0))
-    standard = without_sites((features - expected) / sigma, site)
-    if method == "covbat":
+    standard = without_sites((features - expected) / sigma, site, eb="noeb" not in method)
+    if "covbat" in method:
         standard = without_covariance(standard, site)
     rows = np.column_stack([features, site, age])
     found = Harmoniser(method, 1).fit(rows).transform(rows)
     np.testing.assert_allclose(found, standard * sigma + expected, atol=1e-3)
+
+
+def test_site_that_empirical_bayes_leaves_in_features_that_go_together_is_gone_without_it():
+    """A shift along a direction in which people hardly differ: of each feature little, of all together plain."""
+    draws = np.random.default_rng(6)
+    site = np.repeat([0, 1], 100)
+    common, direction = draws.standard_normal((200, 1)), draws.standard_normal((1, 16))
+    features = common @ direction + 0.05 * draws.standard_normal((200, 16))
+    features += 0.15 * site[:, None] * draws.choice([-1, 1], 16)
+    rows = np.hstack([features, site[:, None]])
+    learn, look = np.arange(0, 200, 2), np.arange(1, 200, 2)
+
+    def told(method):
+        fitted = Harmoniser(method).fit(rows[learn])
+        probe = LogisticRegression(C=100, max_iter=5000).fit(fitted.transform(rows[learn]), site[learn])
+        return probe.score(fitted.transform(rows[look]), site[look])
+
+    assert told("combat") > 0.7
+    assert told("combat-noeb") < 0.6
 
 
 @pytest.fixture
