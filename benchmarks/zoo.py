@@ -1,10 +1,10 @@
 """Each encoder of the zoo: a processor's time and memory for one volume, by upstream's eager forward and `optimize`.
 
 Weights are random, and the volume has the shape of the model's contract: noise in an ellipsoid that fills a third of
-it, 0 outside, as a brain without its skull. Upstream is MONAI's own network where the released one is MONAI's (and runs
-here), else the encoder as `create_model` makes it, which is written layer by layer as the authors' is. Both ways take
-turns in one process; times are those of the processor (all cores together) and of the clock. Memory is the largest
-resident set of a process of its own less that after the imports, so that weights and input are in it.
+it, 0 outside, as a brain without its skull. Upstream is the network of the package that the authors' is of, where that
+is installed (`_upstream`), else the encoder as `create_model` makes it, which is written layer by layer as theirs is.
+Both ways take turns in one process; times are those of the processor (all cores together) and of the clock. Memory is
+the largest resident set of a process of its own less that after the imports, so that weights and input are in it.
 
 python benchmarks/zoo.py [--models 'sfcn*' '*densenet*'] [--rounds 3] [--size 96 96 96] [--json FILE]
 """
@@ -15,15 +15,14 @@ import fnmatch
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from _measure import alone, machine, peak_memory, print_table
+from _upstream import Upstream, upstream
 from torch import Tensor, nn
 
 import brainfm
-from brainfm.registry import network_of
 
 UNBOUND = (96, 96, 96)  # of a model whose contract names no size
 Size = tuple[int, ...] | None  # another than the contract's, where that is too large here
@@ -31,74 +30,15 @@ Size = tuple[int, ...] | None  # another than the contract's, where that is too 
 LARGE = 20.0  # seconds of upstream's forward from which one round is enough
 
 
-class OfMonai(nn.Module):
-    """MONAI's network and how its output becomes the embedding."""
-
-    def __init__(self, network: nn.Module, embedding: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.network, self.embedding = network, embedding
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, D, H, W] → the embedding."""
-        return self.embedding(self.network, x)
-
-
-def of_monai(name: str) -> nn.Module | None:
-    """MONAI's network of a released model that is MONAI's, with random weights; None where it is another's."""
-    from monai.networks import nets
-
-    kind, arguments = network_of(name)
-    if kind == "resnet" and set(arguments.get("dilations", (1,))) == {1}:
-        network = nets.ResNet(
-            block=arguments["block"],
-            layers=list(arguments["layers"]),
-            block_inplanes=list(arguments["widths"]),
-            spatial_dims=3,
-            n_input_channels=1,
-            conv1_t_stride=arguments.get("stem_stride", 1),
-            shortcut_type=arguments.get("shortcut", "B"),
-            feed_forward=False,
-            bias_downsample=arguments.get("shortcut_bias", True),
-        )
-        return OfMonai(network, lambda network, x: network(x))
-    if kind == "densenet":
-        network = nets.DenseNet(
-            3, 1, 1, arguments["stem"], arguments["growth"], tuple(arguments["layers"])
-        )  # y-Aware's own code is the same but for the last norm
-        return OfMonai(network, lambda network, x: network.features(x).relu().mean(dim=(2, 3, 4)))
-    if kind == "vit" and name == "brainiac_vit":
-        network = nets.ViT(1, (96, 96, 96), (16, 16, 16), 768, 3072, 12, 12)
-        return OfMonai(network, lambda network, x: network(x)[0][:, 0])
-    if kind == "kl_autoencoder":
-        widths, depths = arguments["widths"], arguments["depths"]
-        network = nets.AutoencoderKL(
-            3, 1, 1, tuple(depths), tuple(widths), (False,) * 4, arguments["latent"], arguments["groups"],
-            with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
-        )  # fmt: skip
-        network.decoder = nn.Identity()
-        return OfMonai(network, lambda network, x: network.quant_conv_mu(network.encoder(x)).mean(dim=(2, 3, 4)))
-    if kind == "swin" and arguments["norm"] == "plain":
-        in_chans = brainfm.get_pretrained_cfg(name).in_chans
-        if arguments.get("bottleneck"):
-            network = nets.SwinUNETR(in_chans, 1, feature_size=arguments["dim"], use_v2=False)
-            return OfMonai(network, lambda network, x: network.encoder10(network.swinViT(x)[4]).mean(dim=(2, 3, 4)))
-        network = nets.swin_unetr.SwinTransformer(
-            in_chans, arguments["dim"], arguments["window"], arguments["patch_size"], arguments["depths"],
-            arguments["num_heads"], spatial_dims=3,
-        )  # fmt: skip
-        return OfMonai(network, lambda network, x: network(x)[-1].mean(dim=(2, 3, 4)))
-    return None
-
-
 def network(name: str, way: str, size: Size = None) -> nn.Module:
     """A model's network, in one of the two ways; for volumes of a size, where one is given and it must know."""
     torch.manual_seed(0)
-    upstream = None
+    theirs = None
     if way == "upstream":
-        with contextlib.suppress(ImportError):  # some of MONAI's need einops
-            upstream = of_monai(name)
-    if upstream is not None:
-        return upstream.eval()
+        with contextlib.suppress(ImportError):
+            theirs = upstream(name)
+    if theirs is not None:
+        return theirs.eval()
     torch.manual_seed(0)  # again: what could not be built has drawn numbers
     model = plain(name, size)
     return model if way == "upstream" else brainfm.optimize(model)
@@ -149,11 +89,11 @@ def measured(name: str, rounds: int, size: Size = None) -> dict[str, object]:
     x, ways = volume(name, size), {way: network(name, way, size) for way in ("upstream", "optimize")}
     with torch.inference_mode():
         found, seconds = timed(ways, x, rounds)
-        if isinstance(ways["upstream"], OfMonai):  # whose random weights are others
+        if isinstance(ways["upstream"], Upstream):  # whose random weights are others
             torch.manual_seed(0)
             found["upstream"] = plain(name, size)(x)
     error = (found["optimize"] - found["upstream"]).norm() / found["upstream"].norm()
-    upstream = "MONAI" if isinstance(ways["upstream"], OfMonai) else "plain"
+    package = getattr(ways["upstream"], "package", "plain")
     done = list(getattr(ways.pop("optimize"), "optimizations", ()))
     ways.clear()  # the largest need the memory
     sized = ["--size", *map(str, size)] if size else []
@@ -162,7 +102,7 @@ def measured(name: str, rounds: int, size: Size = None) -> dict[str, object]:
     return {
         "model": name,
         "shape": list(x.shape[1:]),
-        "upstream": upstream,
+        "upstream": package,
         "processor_s": {way: pair[0] for way, pair in seconds.items()},
         "clock_s": {way: pair[1] for way, pair in seconds.items()},
         "gb": memory,
@@ -224,6 +164,8 @@ def main() -> None:
         name for name in brainfm.list_models() if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.models)
     ]
     if arguments.measure:
+        with torch.device("meta"):  # for its imports
+            network(names[0], "upstream", size)
         before = peak_memory()
         x, model = volume(names[0], size), network(names[0], arguments.measure, size)
         with torch.inference_mode():
