@@ -67,11 +67,6 @@ def _once_a_brain(measure):
 content.measure = _once_a_brain(content.measure)
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than cores: a quarter of the time a test waits, for its children, a lock or a server."""
-    return (os.cpu_count() or 1) + 1
-
-
 def pytest_collection_finish() -> None:
     """Thousands of tests are no garbage: looking through them again and again took 8 % of the time."""
     gc.collect()

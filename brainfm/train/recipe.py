@@ -105,7 +105,12 @@ class Training(Checked):
         """The same with what precision "auto" means on a device, which is said."""
         has = computes_in_bfloat16(device)
         if self.precision == "bfloat16" and not has:
-            logger.warning("this %s has no bfloat16 and is slow in it; precision=auto is float32 here", device.type)
+            # torch 2.13's oneDNN leaves parts of a convolution's gradient on maps smaller than its kernel unwritten.
+            logger.warning(
+                "this %s has no bfloat16: it is slow in it, and gradients on small maps can be wrong; precision=auto "
+                "is float32 here",
+                device.type,
+            )
         if self.precision != "auto":
             return self
         precision: Any = "bfloat16" if has else "float32"

@@ -25,6 +25,7 @@ from brainfm.contract import Resize
 from brainfm.errors import RunInterruptedError
 from brainfm.files import held
 from brainfm.hub import convert
+from brainfm.system import computes_in_bfloat16
 from brainfm.train.data import Batch
 from brainfm.train.method import METHODS
 from brainfm.train.pretraining import pretrain
@@ -581,14 +582,19 @@ def test_automatic_precision_is_the_hardwares_and_said(has, precision, recipe, t
 
     monkeypatch.setattr(module, "computes_in_bfloat16", lambda _: has)
     with caplog.at_level("INFO", "brainfm"):
-        pretrain(recipe(epochs=1, precision="auto"))
-    assert f"precision auto is {precision}: this cpu has {'its own' if has else 'no'} bfloat16" in caplog.text
-    kept = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["recipe"]
-    assert kept["precision"] == precision
+        summarise(recipe(epochs=1, precision="auto"))
+        assert f"precision auto is {precision}: this cpu has {'its own' if has else 'no'} bfloat16" in caplog.text
+        if has <= computes_in_bfloat16(torch.device("cpu")):  # without it torch's gradients are not finite now and then
+            pretrain(recipe(epochs=1, precision="auto"))
+            kept = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["recipe"]
+            assert kept["precision"] == precision
     caplog.clear()
     if not has:
         summarise(recipe(precision="bfloat16", output="other"))
-        assert "no bfloat16 and is slow in it; precision=auto is float32 here" in caplog.text
+        assert (
+            "no bfloat16 and is slow in it, and gradients on small maps can be wrong; precision=auto is float32"
+            in caplog.text
+        )
 
 
 def test_run_on_a_system_that_says_no_memory_goes_without(recipe, tmp_path, monkeypatch):
