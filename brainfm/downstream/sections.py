@@ -116,7 +116,7 @@ def _sites(folder: Path, run: Run) -> Section | None:
     text = (
         "How well another linear probe, fitted on the training part, tells the sites of the test part's scans: "
         "balanced accuracy, mean ± standard deviation over the seeds. After harmonisation it should be near chance; "
-        "where empirical Bayes leaves some of it in features that go together, '-noeb' after the method does not. "
+        "where empirical Bayes leaves some of it in features that go together, try '-noeb' after the method. "
         "What that costs is said by the paired tests of each harmonised row with the plain one."
     )
     head = ("Row", "Sites", "Chance", "As they are", "Harmonised", "Test scans left as they are")

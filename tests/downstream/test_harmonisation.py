@@ -104,7 +104,7 @@ def test_sites_that_were_not_fitted_stay_as_they_are(planted):
     assert np.abs(found[2] - vectors[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("method", ["combat", "covbat"])
+@pytest.mark.parametrize("method", ["combat", "covbat", "covbat-noeb"])
 def test_planted_site_falls_to_chance_and_the_label_does_not(method, run, folder):
     result = probed(run, folder, folder / "out", "--harmonise", method, "--site", "site", "--seeds", 2)
     assert result.code == 0, result.said
@@ -121,7 +121,7 @@ def test_planted_site_falls_to_chance_and_the_label_does_not(method, run, folder
     pair, over_splits = evaluation["tests"]
     assert over_splits["test"] == "corrected resampled t-test"
     assert (pair["first"].endswith(f"/probe+{method}"), pair["second"].endswith("/probe")) == (True, True)
-    name = {"combat": "ComBat", "covbat": "CovBat"}[method]
+    name = {"combat": "ComBat", "covbat": "CovBat", "covbat-noeb": "CovBat without empirical Bayes"}[method]
     page = (folder / "out" / "index.html").read_text()
     for text in (f"linear probe, after {name}", "<h2>Sites</h2>", f"{name} protects no covariate"):
         assert text in page
