@@ -149,8 +149,8 @@ def synthesize(
     """Draw volumes, and write them as NIfTI with a manifest. Not scans of people.
 
     Volume n is a function of its own seed, which the manifest has, of the weights and of the ranges. A run that was
-    interrupted goes on where it stopped, and a folder can be given more volumes later. On a GPU the numbers differ from
-    a processor's by rounding.
+    interrupted goes on where it stopped, and a folder can be given more volumes later. On a GPU, or with another number
+    of threads, the numbers differ by rounding.
 
     Args:
         count: How many.
