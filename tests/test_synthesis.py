@@ -195,7 +195,7 @@ def test_weights_by_the_names_of_monai_itself_are_the_same(bundle, tmp_path):
 @pytest.mark.slow
 def test_run_that_is_killed_goes_on_and_ends_the_same(bundle, tmp_path):
     def command(folder):
-        return [sys.executable, "-m", "brainfm", "synthesize", "--n", "12", "--out", str(folder), "--bundle", str(bundle)]
+        return [sys.executable, "-m", "brainfm", "synthesize", "--n=12", f"--out={folder}", f"--bundle={bundle}"]
 
     # With as many threads each: another number rounds otherwise, and pytest's own process may have been set one.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
