@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from brainfm.downstream.certainty import UNLIKE
 from brainfm.downstream.conformal import least_scans, prediction_sets, probabilities, radius
 from brainfm.downstream.kept import KeptModel, read_kept
 from brainfm.embed import embed_for
@@ -24,7 +25,6 @@ from brainfm.table import Embeddings, text_columns, write_errors
 
 logger = logging.getLogger("brainfm")
 
-OUT_OF = 0.95  # of scans like the training part are not said to be out of its distribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +151,6 @@ def predictions_of(
             "|".join(name for name, is_in in zip(head.classes, row, strict=True) if is_in) for row in sets
         ]
     distances = model.distances(vectors) if len(table) else np.empty(0)
-    far = distances > radius(model.arrays["val.distances"], OUT_OF)
+    far = distances > radius(model.arrays["val.distances"], UNLIKE / 100)
     columns |= {"distance": distances, "unlike": model.percentiles(distances), "out_of_distribution": far.astype(int)}
     return pd.DataFrame(columns)

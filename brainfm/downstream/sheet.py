@@ -18,6 +18,7 @@ from brainfm.downstream.task import TaskData
 from brainfm.errors import BrainfmError
 from brainfm.files import file_sha256, write_json
 from brainfm.pretrained import PretrainedCfg
+from brainfm.weights.fetch import find_weights
 
 SHEET = "run.json"
 _PACKAGES = ("brainfm", "torch", "monai", "numpy", "scipy", "scikit-learn", "pandas", "statsmodels")
@@ -41,7 +42,7 @@ def write_sheet(
         made_of: By task the digest of its scans, labels, patients and covariates.
         command: Name, options and folder of what made it; None where that was no command.
     """
-    weights: dict[str, Any] = {name: {"sha256": cfg.sha256, "source": str(cfg.source)} for name, cfg in cfgs.items()}
+    weights = {name: {"sha256": _weights_sha256(cfg), "source": str(cfg.source)} for name, cfg in cfgs.items()}
     tables = {
         name: hashlib.sha256(np.ascontiguousarray(vectors).tobytes()).hexdigest()
         for one in data
@@ -60,6 +61,16 @@ def write_sheet(
         "results": file_sha256(output / "results.csv"),
     }
     write_json(output / SHEET, content)
+
+
+def _weights_sha256(cfg: PretrainedCfg) -> str | None:
+    """Of the file that was read; None where the weights are no file, or it is not there any more."""
+    if cfg.sha256 or not cfg.has_weights:
+        return cfg.sha256
+    try:
+        return file_sha256(find_weights(cfg))
+    except (BrainfmError, OSError):
+        return None
 
 
 def _splits(data: TaskData, seeds: int) -> list[str]:

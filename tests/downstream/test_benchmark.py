@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -53,6 +54,12 @@ def results(data, tmp_path_factory):
 def rows_of(path):
     with Path(path).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_data_sheet_has_the_digest_of_weights_that_come_with_the_package(results):
+    weights = json.loads((results / "run.json").read_text())["weights"]["test_vit_3d"]
+    file = Path(brainfm.__file__).parent / "assets" / "test_vit_3d.safetensors"
+    assert weights == {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "source": "in this package"}
 
 
 def test_grid_has_every_run_and_its_numbers_are_those_of_its_predictions(results):
