@@ -26,7 +26,6 @@ from brainfm.table import Embeddings, text_columns, write_errors
 logger = logging.getLogger("brainfm")
 
 
-
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """Predictions, a row a scan.
