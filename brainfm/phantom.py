@@ -32,9 +32,7 @@ from __future__ import annotations
 
 import gzip
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +49,7 @@ from brainfm.files import atomic_path, progress_bar, write_csv, write_text
 from brainfm.registry import get_pretrained_cfg
 from brainfm.scan.grid import on_grid
 from brainfm.scan.read import read_image
+from brainfm.system import torch_threads
 
 _Array: TypeAlias = NDArray[np.float32]
 _Point: TypeAlias = "tuple[float, float, float] | _Array"
@@ -220,7 +219,7 @@ def make_phantom(patient: int, scan: int = 0, *, spacing: float = 1.0, seed: int
     """
     _check(patient, scan, spacing, seed)
     labels = make_labels(patient, seed=seed)
-    with _one_thread():
+    with torch_threads(1):  # so that no sum depends on their number, and a cohort's do not fight for the cores
         anatomy = _Anatomy.draw(labels, _random(seed, "anatomy", patient))
         acquisition = _Acquisition.draw(labels.site, seed, _random(seed, "scan", patient, scan))
         image, mask, tissue = _scanned(anatomy, acquisition, spacing)
@@ -529,17 +528,6 @@ def _sampled(volume: torch.Tensor, grid: Grid, points: _Array, outside: str = "b
     )
     sampled: _Array = values.numpy().reshape(len(volume), *points.shape[:-1])
     return sampled
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: no sum depends on their number, and the threads of a cohort do not fight for the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _array(values: ArrayLike) -> _Array:

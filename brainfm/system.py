@@ -79,18 +79,29 @@ def _quota(group: Path) -> Iterator[float]:
 
 
 @contextmanager
-def own_cores(device: torch.device) -> Iterator[None]:
-    """On a CPU compute with this process's part of the cores, which torch counts without quota and neighbours."""
+def torch_threads(count: int | None = None) -> Iterator[None]:
+    """Within the block torch has so many threads, or as many as it has; after it as many as before, in any case."""
     import torch
 
     before = torch.get_num_threads()
-    if device.type == "cpu":
-        part = max(1, available_cores() // launched().local_world)
-        torch.set_num_threads(part if launched().local_world > 1 else min(before, part))
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def own_cores(device: torch.device) -> Iterator[None]:
+    """On a CPU compute with this process's part of the cores, which torch counts without quota and neighbours."""
+    import torch
+
+    count = None
+    if device.type == "cpu":
+        part = max(1, available_cores() // launched().local_world)
+        count = part if launched().local_world > 1 else min(torch.get_num_threads(), part)
+    with torch_threads(count):
+        yield
 
 
 def peak_memory() -> int | None:

@@ -155,6 +155,14 @@ def elsewhere(hub, tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def same_threads():
+    """A test, or what it calls, that leaves torch another number of threads would round those after it otherwise."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before, "torch is left with another number of threads"
+
+
+@pytest.fixture(autouse=True)
 def same_locale():
     """ITK sets the locale of the process to C when it reads or writes, as some tests and fixtures do themselves."""
     locale.setlocale(locale.LC_ALL, LOCALE)

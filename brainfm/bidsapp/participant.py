@@ -7,15 +7,13 @@ import json
 import platform
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from brainfm.bids import DESCRIPTION
 from brainfm.bidsapp.call import LOGS, PREPARED, Call, check_description, label_of
@@ -31,6 +29,7 @@ from brainfm.report import current
 from brainfm.scan.layout import PICTURE, RECORD
 from brainfm.scan.prepared import read_record
 from brainfm.scan.verdict import verdict_of
+from brainfm.system import torch_threads
 from brainfm.table import Origin
 from brainfm.version import __version__
 
@@ -80,7 +79,7 @@ def run(call: Call) -> Done:
     errors: dict[str, dict[str, str]] = {scan.name: {} for scan in scans}
     if not call.derivatives:
         scans = _prepared(call, chosen, scans, errors)
-    with _threads(call.n_cpus):
+    with torch_threads(call.n_cpus):
         there = _embed(call, encoders, [scan for scan in scans if scan.record is not None], errors)
     for scan in scans:
         _write_quality(call, scan, errors[scan.name])
@@ -153,17 +152,6 @@ def _embed(call: Call, encoders: Mapping[str, Any], scans: list[Scan], errors: d
                 for record, why in table.errors:
                     errors[part[str(record.image)].name][model] = why
     return had
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Compute with so many threads of torch, or as many as it takes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- Files ----------------------------------------------------------------------------------------

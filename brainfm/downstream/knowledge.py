@@ -19,6 +19,7 @@ from brainfm.downstream.covariates import numbers_of
 from brainfm.downstream.statistics import icc, metrics
 from brainfm.errors import BrainfmError, MissingExtraError
 from brainfm.files import atomic_path
+from brainfm.system import torch_threads
 from brainfm.tabular import is_missing
 
 if TYPE_CHECKING:
@@ -249,7 +250,8 @@ def embedding_map(vectors: ArrayLike, *, method: Literal["pca", "umap"] = "pca",
         model = PCA(n_components=2, svd_solver="full")
     else:
         raise ValueError(f"no method {method!r}; there are 'pca' and 'umap'")
-    return np.asarray(model.fit_transform(matrix), dtype=np.float32)
+    with torch_threads():  # UMAP's numba sets those of the whole process
+        return np.asarray(model.fit_transform(matrix), dtype=np.float32)
 
 
 def plot_map(points: ArrayLike, column: Sequence[Any], path: str | os.PathLike[str], *, title: str = "") -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from brainfm.errors import ScanError
 from brainfm.prep.image import sitk
+from brainfm.system import torch_threads
 
 if TYPE_CHECKING:
     from brainfm.prep.similarity import Position, Similarity
@@ -110,11 +111,11 @@ def register(brain: sitk.Image, device: str = "cpu") -> Registered:
     Raises:
         ScanError: There is no brain in it, or it fits only when turned by more than 70°.
     """
-    from brainfm.prep.similarity import Similarity, one_thread
+    from brainfm.prep.similarity import Similarity
 
     if not np.max(sitk.GetArrayViewFromImage(brain)) > 0:
         raise ScanError("there is no brain to register: every voxel is 0; is it a T1w scan of a head?")
-    with one_thread():
+    with torch_threads(1):  # on so few points several wait for one another longer than they work
         return _registered(Similarity(brain, device))
 
 

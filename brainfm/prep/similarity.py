@@ -7,8 +7,7 @@ or two of looks at each level are enough where descent by fixed steps takes a hu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from typing import TypeAlias
 
@@ -41,17 +40,6 @@ _MOST_MM = 10.0  # of a step
 _LEAST_STEP = 0.01  # voxels
 _LEAST_GAIN = 1e-4  # of what is minimised, that a further step has to promise
 _BATCH = 64  # positions at once
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: several wait for one another longer than they work on so few points."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Similarity:

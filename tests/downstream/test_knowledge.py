@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from scipy.spatial.distance import cdist
 
@@ -24,6 +25,7 @@ from brainfm.downstream.knowledge import (
 from brainfm.downstream.statistics import icc
 from brainfm.errors import BrainfmError, MissingExtraError
 from brainfm.phantom import make_cohort
+from brainfm.system import torch_threads
 
 
 def two_scans(patients: int = 40, width: int = 16, noise: float = 0.1, seed: int = 0) -> tuple[np.ndarray, list[str]]:
@@ -187,7 +189,9 @@ def test_umap_maps_or_says_what_to_install():
         with pytest.raises(BrainfmError, match="pip install umap-learn"):
             embedding_map(vectors, method="umap")
     else:
-        points = embedding_map(vectors, method="umap")
+        with torch_threads(3):
+            points = embedding_map(vectors, method="umap")
+            assert torch.get_num_threads() == 3  # numba would leave another number
         assert points.shape == (80, 2)
         np.testing.assert_array_equal(points, embedding_map(vectors, method="umap"))
 
