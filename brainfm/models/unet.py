@@ -8,15 +8,15 @@ jhuldr/BrainFM (Apache-2.0), whose state dict loads strictly.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.models.encoder import Encoder, stage
-from brainfm.models.fast.chain import Chain
+from brainfm.models.fast.chain import Chain, JoiningChain
 
 _Maps = tuple[Tensor, ...]  # the latest, and those that wait for the way back, the shallowest first
 
@@ -64,7 +64,7 @@ class UNet(Encoder):
             self.encoders.append(nn.Sequential(OrderedDict([*pool, ("basic_module", convolutions)])))
         for level in range(levels - 2, -1, -1):
             convolutions = _two_convolutions(widths[level] + widths[level + 1], widths[level], widths[level], groups)
-            self.decoders.append(nn.Sequential(OrderedDict(basic_module=convolutions)))
+            self.decoders.append(JoiningChain(OrderedDict(basic_module=convolutions)))
         way = [("encoders", n, n) for n in range(levels)]
         way += [("decoders", n, levels - 2 - n) for n in range(levels - 1)]
         self.feature_info = [
@@ -96,7 +96,7 @@ class UNet(Encoder):
             deeper = self._run(self.encoders[number], latest)
             return (deeper, *waiting, latest) if number else (deeper,)
         decoder, (*waiting, beside) = self.decoders[number - len(self.encoders)], waiting
-        latest = self._run(_joined(decoder, beside), latest)
+        latest = self._run(partial(decoder, beside=beside), latest)
         if self.unit_length and number == len(self.feature_info) - 1:
             latest = F.normalize(latest, dim=1)
         return (latest, *waiting)
@@ -110,17 +110,6 @@ class UNet(Encoder):
     def _as_map(self, x: Any, shape: Sequence[int]) -> Tensor:  # noqa: ARG002 - a map says its own
         latest: Tensor = x[0] if isinstance(x, tuple) else x
         return latest
-
-
-def _joined(decoder: nn.Module, beside: Tensor) -> Callable[[Tensor], Tensor]:
-    """A decoder of the map of its level: [B, C, d, h, w] of the level below → that of its own."""
-
-    def run(below: Tensor) -> Tensor:
-        enlarged = F.interpolate(below, size=beside.shape[2:], mode="nearest")
-        joined: Tensor = decoder(torch.cat((beside, enlarged), dim=1))
-        return joined
-
-    return run
 
 
 def _two_convolutions(before: int, between: int, after: int, groups: int) -> Chain:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.models.fast.joined import Joined
 from brainfm.models.fast.winograd import TILE, Winograd4, geometry, outputs
 
 _SLAB = 1 << 20  # values of a slab, where nothing else says how many planes it has: about what a cache holds
@@ -57,7 +58,7 @@ class Chained(Together):
     ) -> Tensor:
         """`last(layers(x) + added)` of a map [B, C, D, H, W]; nothing of x or `added` is written to."""
         if self.together and is_plain(x):
-            return _together([*_leaves(layers)], x, added, last)
+            return _together([*_leaves(layers)], _channels_last(x), added, last)
         for layer in layers:
             # torch's (2.13) GroupNorm of channels-last maps adds up in float32: on a head it is off by percents.
             x = layer(x.contiguous() if isinstance(layer, nn.GroupNorm) else x)
@@ -71,6 +72,16 @@ class Chain(Chained, nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.through([*self], x)
+
+
+class JoiningChain(Chained, nn.Sequential):
+    """A chain, a norm first, of a map and of one of fewer voxels, that is enlarged and joined to it in channels."""
+
+    def forward(self, below: Tensor, beside: Tensor) -> Tensor:  # type: ignore[override]
+        """The chain of `beside` [B, C, D, H, W] and the nearest voxels of `below` [B, c, d, h, w]."""
+        if self.together and is_plain(beside) and is_plain(below):
+            return _together([*_leaves([*self])], Joined(_channels_last(beside), _channels_last(below)))
+        return self.through([*self], torch.cat((beside, F.interpolate(below, beside.shape[2:])), dim=1))
 
 
 def is_traced() -> bool:
@@ -117,12 +128,12 @@ class Moments:
             self.squares[volume] += squares.double() + moved**2 * (have * more / total)
 
     @classmethod
-    def of(cls, x: Tensor) -> Moments:
+    def of(cls, x: Tensor | Joined) -> Moments:
         """Of maps [B, D, H, W, C]."""
-        found = cls(len(x), x.shape[-1])
-        for volume, planes in enumerate(x):
-            for slab in planes.split(_planes(planes[0])):
-                found.add(volume, slab)
+        found, count = cls(len(x), x.shape[-1]), _planes(x)
+        for volume in range(len(x)):
+            for first in range(0, x.shape[1], count):
+                found.add(volume, x[volume : volume + 1, first : first + count])
         return found
 
 
@@ -240,13 +251,19 @@ class _After:
         return slab
 
 
-def _together(layers: list[nn.Module], x: Tensor, added: Tensor | None, last: nn.Module | None) -> Tensor:
-    """The chain of a map; between a convolution and the next it is as its norm will scale it."""
-    maps = x.permute(0, 2, 3, 4, 1)
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def _together(layers: list[nn.Module], maps: Any, added: Tensor | None = None, last: nn.Module | None = None) -> Tensor:
+    """The chain of maps [B, D, H, W, C], a tensor or `Joined`; one of them is as its norm will scale it.
+
+    Returns [B, C, D, H, W].
+    """
     ours, moments = False, None  # whether the map may be written to
     scaling: Any = None  # what is still to be done to it
     if added is not None:
-        added = added.permute(0, 2, 3, 4, 1)
+        added = _channels_last(added)
     while layers:
         layer = layers.pop(0)
         if isinstance(layer, _NORMS):
@@ -281,7 +298,7 @@ def _together(layers: list[nn.Module], x: Tensor, added: Tensor | None, last: nn
             ours, scaling, moments = True, None, None
     if scaling is not None or added is not None or last is not None:
         maps = _ended(maps, scaling, ours, added, last)
-    return maps.permute(0, 4, 1, 2, 3)
+    return cast(Tensor, maps.permute(0, 4, 1, 2, 3))
 
 
 def _finished(maps: Tensor, scaling: _Scaling | None, ours: bool) -> tuple[Tensor, bool]:
@@ -302,8 +319,8 @@ def _ended(
     if pool is not None:
         out = maps.new_empty(batch, depth // 2, *(n // 2 for n in plane), channels)
     else:
-        out = maps if ours else torch.empty_like(maps, memory_format=torch.contiguous_format)
-    count = _planes(maps[0, 0])
+        out = maps if ours else maps.new_empty(*maps.shape)
+    count = _planes(maps)
     for volume in range(batch):
         for first in range(0, depth, count):
             place = slice(volume, volume + 1), slice(first, first + count)
@@ -322,9 +339,9 @@ def _ended(
     return out
 
 
-def _planes(plane: Tensor) -> int:
+def _planes(maps: Tensor | Joined) -> int:
     """How many planes make a slab, an even number."""
-    return max(2, _SLAB // 2 // max(1, plane.numel()) // 2 * 2)
+    return max(2, _SLAB // 2 // max(1, math.prod(maps.shape[2:])) // 2 * 2)
 
 
 # --- Convolutions -----------------------------------------------------------------------------------
@@ -396,7 +413,7 @@ def _part(out: Tensor, first: int, size: Sequence[int]) -> Tensor:
 def _pointwise(maps: Tensor, volume: int, conv: nn.Conv3d, before: _Before | None, out: Tensor) -> Iterator[Tensor]:
     weight = conv.weight.flatten(1).t()
     first = 0
-    for planes in maps[volume].split(_planes(maps[0, 0])):  # type: ignore[no-untyped-call]
+    for planes in maps[volume].split(_planes(maps)):  # type: ignore[no-untyped-call]
         if before is not None:
             planes = before(planes[None], slice(volume, volume + 1), torch.empty_like(planes[None]))[0]
         slab = _part(out, first, (*planes.shape[:3], conv.out_channels))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from brainfm.models.encoder import Halved
-from brainfm.models.fast.chain import Chain, Moments
+from brainfm.models.fast.chain import Chain, JoiningChain, Moments
 
 
 def conv(before: int, width: int, kernel: int = 3, stride: int = 1, **arguments) -> nn.Conv3d:
@@ -97,6 +97,26 @@ def test_sum_and_last_activation_come_after_all(kind):
         wanted, found = plain.through([*plain], x, added, last), together.through([*together], x, added, last)
     assert relative(found, wanted) < 1e-5
     assert torch.equal(added, kept)
+
+
+@pytest.mark.parametrize("below", [(2, 8, 11, 9), (2, 9, 11, 10), (2, 3, 2, 19)])
+def test_joined_maps_give_what_the_joined_map_gives(below):
+    """As in a U-Net: a map, and the one of the level below enlarged to it."""
+    _, *size = below
+    torch.manual_seed(0)
+    layers = nn.GroupNorm(3, 24), conv(24, 16, bias=False), relu(), nn.GroupNorm(8, 16), conv(16, 8), relu()
+    plain, together = (JoiningChain(*layers).eval().requires_grad_(False) for _ in range(2))
+    together.together = True
+    beside = torch.randn(2, 8, 17, 22, 19)
+    deep = (torch.randn(2, 16, *size) + 2).to(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        found = together(deep, beside)
+        joined = torch.cat((beside, nn.Upsample(beside.shape[2:])(deep)), dim=1)
+        wanted = nn.Sequential(*layers).double()(joined.double())
+        assert relative(found, wanted) < 5e-6
+        for layer in layers:
+            layer.float()
+        assert relative(plain(deep, beside), wanted) < 5e-6
 
 
 @pytest.mark.parametrize("kind", CHAINS)
