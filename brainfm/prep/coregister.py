@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from brainfm.prep.image import sitk
+from brainfm.prep.image import itk_threads, sitk
 from brainfm.prep.registration import SEED
 
 # Of each step: voxels and smoothing in mm, and the fraction of the voxels near the brain that are looked at.
@@ -38,9 +38,7 @@ def coregister(moving: sitk.Image, fixed: sitk.Image, brain: sitk.Image) -> NDAr
         fixed: Another of the same person.
         brain: The fixed one's brain, 1 on its voxels and 0 elsewhere.
     """
-    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # several add up in the order in which they happen to end
-    try:
+    with itk_threads(1):  # several add up in the order in which they happen to end
         moments = sitk.CenteredTransformInitializerFilter.MOMENTS
         together = sitk.Euler3DTransform(
             sitk.CenteredTransformInitializer(fixed, moving, sitk.Euler3DTransform(), moments)
@@ -51,8 +49,6 @@ def coregister(moving: sitk.Image, fixed: sitk.Image, brain: sitk.Image) -> NDAr
         best, _ = min(ends, key=lambda end: end[1])
         for level in (_MIDDLE, _FINE):
             best, _ = _climbed(best, moving, fixed, brain, level)
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     return _matrix(best)
 
 

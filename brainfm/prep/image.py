@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,6 +23,7 @@ except ModuleNotFoundError as error:
 __all__ = [
     "TEMPLATE",
     "affine_of",
+    "itk_threads",
     "largest_part",
     "like",
     "locale_kept",
@@ -33,6 +36,17 @@ __all__ = [
 _LPS = np.diag((-1.0, -1.0, 1.0, 1.0))
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote headers, and headers hold names
+
+
+@contextmanager
+def itk_threads(count: int) -> Iterator[None]:
+    """Within the block ITK has so many threads, and after it as many as before."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(count)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 
 def to_itk(array: NDArray[Any], affine: NDArray[np.float64]) -> sitk.Image:

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from brainfm.files import write_json
 from brainfm.prep.coregister import SETTINGS, coregister
-from brainfm.prep.image import sitk, to_itk
+from brainfm.prep.image import itk_threads, sitk, to_itk
 from brainfm.prep.pipeline import Clock, Settings, appraise, to_template
 from brainfm.prep.registration import register
 from brainfm.scan.layout import RECORD
 from brainfm.scan.prepared import PreparedScan, read_prepared, read_record
 from brainfm.scan.resample import resample
+from brainfm.system import torch_threads
 
 _SHAPE = (193, 229, 193)  # of the mean, in voxels of 1 mm about its brain's centre
 
@@ -33,11 +34,8 @@ def align_all(
     folders: Sequence[Path], settings: Settings, threads: int = 1, begun: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """`align` in a process of its own; an empty record, since each visit has one."""
-    import torch
-
-    torch.set_num_threads(threads)
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
-    align(folders, settings, Clock(begun))
+    with torch_threads(threads), itk_threads(threads):
+        align(folders, settings, Clock(begun))
     return {}
 
 

@@ -31,7 +31,17 @@ from brainfm.files import atomic_path, file_sha256, one_line, write_json
 from brainfm.prep import programs, quality
 from brainfm.prep.contrast import AGREEMENT, judge_contrast, onto_t1w
 from brainfm.prep.coregister import SETTINGS
-from brainfm.prep.image import TEMPLATE, affine_of, largest_part, like, locale_kept, sitk, template, to_array
+from brainfm.prep.image import (
+    TEMPLATE,
+    affine_of,
+    itk_threads,
+    largest_part,
+    like,
+    locale_kept,
+    sitk,
+    template,
+    to_array,
+)
 from brainfm.prep.normalize import white_stripe
 from brainfm.prep.picture import draw
 from brainfm.prep.quality import Prepared
@@ -53,7 +63,7 @@ from brainfm.scan.layout import (
 from brainfm.scan.prepared import FORMAT, PreparedScan, for_contract, read_prepared, read_record
 from brainfm.scan.stored import StoredImage
 from brainfm.schema import Checked
-from brainfm.system import expanded
+from brainfm.system import expanded, torch_threads
 from brainfm.version import __version__
 
 # The steps and what each takes of a scan's time, about; what settings leave out takes none.
@@ -211,7 +221,6 @@ def prepare(
         ScanError: The scan is no T1w image of a head, or a step failed on it.
         BrainfmError: A tool is not installed.
     """
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     tools, steps, target = settings.tools(), settings.steps(), _target(settings)
     if onto is not None:  # the T1w scan's brain, and SimpleITK's registration to it
         tools = {"bias": tools["bias"], "registration": f"SimpleITK {version('SimpleITK')}"}
@@ -219,7 +228,7 @@ def prepare(
     clock = Clock(begun)
     _clear(folder)
     try:
-        with ThreadPoolExecutor(1) as beside:
+        with itk_threads(threads), ThreadPoolExecutor(1) as beside:
             if settings.backend == "pip":
                 beside.submit(_import_torch)
             with clock("read"):
@@ -298,25 +307,24 @@ def _by_steps(
     """Prepare a head, write its images, and return what its record says of them."""
     with clock("bias"):
         corrected, log_field = BIAS[settings.bias].run(head.image)
-        import torch  # which `beside` has begun
-
-    torch.set_num_threads(threads)
-    if onto is None:
-        brain_only, brain = _extracted(corrected, head, settings, threads, clock, device)
-        saved = beside.submit(_saved, corrected, brain, log_field, folder)
-        beside.submit(quality.get_ready)
-        found = _registered(brain_only, settings, clock, device)
-    else:
-        with clock("registration"):
-            brain, found = onto_t1w(corrected, read_prepared(onto))
-        saved = beside.submit(_saved, corrected, brain, log_field, folder)
-    with clock("write"):
-        stored, storage = saved.result()
-    made: dict[str, Any] = {"format": FORMAT, "contrast": settings.contrast, **found, "storage": storage}
-    if log_field is not None:
-        made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
-    scan = PreparedScan(folder, made, stored, brain)
-    return made | appraise(scan, settings, head.stripped, clock)
+        _import_torch()  # which `beside` has begun
+    with torch_threads(threads):
+        if onto is None:
+            brain_only, brain = _extracted(corrected, head, settings, threads, clock, device)
+            saved = beside.submit(_saved, corrected, brain, log_field, folder)
+            beside.submit(quality.get_ready)
+            found = _registered(brain_only, settings, clock, device)
+        else:
+            with clock("registration"):
+                brain, found = onto_t1w(corrected, read_prepared(onto))
+            saved = beside.submit(_saved, corrected, brain, log_field, folder)
+        with clock("write"):
+            stored, storage = saved.result()
+        made: dict[str, Any] = {"format": FORMAT, "contrast": settings.contrast, **found, "storage": storage}
+        if log_field is not None:
+            made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
+        scan = PreparedScan(folder, made, stored, brain)
+        return made | appraise(scan, settings, head.stripped, clock)
 
 
 def _import_torch() -> None:

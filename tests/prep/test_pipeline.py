@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from test_source import NAME, write_series
 
@@ -22,12 +23,13 @@ from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import file_sha256
 from brainfm.prep import bias, deepbet, pipeline, registration, steps
 from brainfm.prep.batch import prepare_all
-from brainfm.prep.image import TEMPLATE, affine_of, like, sitk, template, to_array, to_itk
+from brainfm.prep.image import TEMPLATE, affine_of, itk_threads, like, sitk, template, to_array, to_itk
 from brainfm.prep.normalize import white_peak, white_stripe
 from brainfm.prep.pipeline import Settings, is_done, prepare
 from brainfm.prep.programs import synthseg, synthstrip
 from brainfm.prep.source import Source
 from brainfm.scan.prepared import read_record
+from brainfm.system import torch_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -286,7 +288,9 @@ def files(folder):
 
 def test_same_scan_gives_the_same_files_to_the_bit(small_sample, tmp_path):
     source = Source(small_sample[0], "scan")
-    records = [prepare(source, tmp_path / name, Settings(), threads=2) for name in ("first", "second")]
+    with torch_threads(3), itk_threads(3):
+        records = [prepare(source, tmp_path / name, Settings(), threads=2) for name in ("first", "second")]
+        assert (torch.get_num_threads(), sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()) == (3, 3)  # as it was
     assert len(files(tmp_path / "first")) == 4  # head, mask, field, picture
     assert files(tmp_path / "first") == files(tmp_path / "second")
     for record in records:
