@@ -128,6 +128,7 @@ def test_slurm_job_that_is_stopped_saves_itself_and_goes_back_to_the_queue(two_g
     assert last["progress"]["epoch"] * 2 + last["progress"]["step"] == (run / "log.jsonl").read_text().count("\n")
 
 
+@pytest.mark.slow
 def test_what_the_embedding_knows_tells_patients_apart(tmp_path):
     manifest = make_cohort(16, tmp_path / "phantoms", spacing=4.0, scans_per_patient=2)
     picture = tmp_path / "map.png"

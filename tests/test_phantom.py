@@ -219,6 +219,7 @@ def test_folder_with_other_files_is_refused(tmp_path):
 # --- Scans that load and can be told apart --------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_contract_accepts_finer_phantoms_and_finds_the_same_anatomy(phantoms, tensors):
     fine = make_phantom(3, spacing=2.0)
 

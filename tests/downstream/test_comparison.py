@@ -111,6 +111,7 @@ def test_tables_of_two_models_without_common_scans_or_names_are_refused(two):
         compare(table(np.eye(2, 8), ["p1/0", "p1/1"]), table(np.eye(2, 8), ["p1/0", "p1/1"]))
 
 
+@pytest.mark.slow
 def test_command_compares_phantoms_with_and_without_a_bias_field(tmp_path):
     """From files to lines."""
     import nibabel as nib

@@ -115,6 +115,7 @@ def test_neighbours_and_class_means_are_what_they_are_by_hand():
     assert chances.sum(axis=1) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_table_has_the_task_and_a_column_for_each_site_without_training(phantoms, tmp_path, few_strengths):
     (tmp_path / "age.yaml").write_text(f"label: age\nkind: regression\nleave_out: site\nmanifest: {phantoms}\n")
     given = ["--modes", "knn", "prototype", "--models", "test_vit_3d", "--seeds", "1", "--set", "device=cpu"]

@@ -168,6 +168,7 @@ def test_name_that_is_none_is_refused(name, hub, folder):
     assert hub.repositories == {}
 
 
+@pytest.mark.slow
 def test_four_processes_on_a_cold_cache_make_one_download(elsewhere, hub, tmp_path):
     model = brainfm.create_model("test_vit_3d", pretrained=True)  # the quicker one to import
     folder = brainfm.save_for_hub(model, tmp_path / "folder")

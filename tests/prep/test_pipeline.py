@@ -163,6 +163,7 @@ def registered_already(monkeypatch, matrix=(1.0, 0, 0, 0, 1, 0, 0, 0, 1), shift=
 # --- One preparation, and TurboPrep's files beside it -----------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensor_of_the_folder_is_that_of_turboprep_files(head_image, spec, tmp_path, monkeypatch):
     """The two ways to 3D-Neuro-SimCLR's tensor: files, then the transform; or the prepared scan, resampled once."""
     angle = np.radians(12)

@@ -131,6 +131,7 @@ def test_result_that_does_not_come_back_begins_a_second_round_and_says_so(brain,
     assert millimetres(matrix(again.rigid), matrix(found.rigid)) < 0.5
 
 
+@pytest.mark.slow
 def test_header_that_mirrors_the_brain_is_not_put_right_by_half_a_turn(brain, found):
     """As a brain turned by 180° it would fit nearly as well, with left and right exchanged."""
     flipped = register(lying(brain, (0, 0, 0), (0, 0, 0), (1, 1, -1)))

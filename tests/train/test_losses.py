@@ -241,7 +241,7 @@ print("same")
 """
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradient_across_processes_is_that_of_the_joined_batch(world, tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)

@@ -12,6 +12,7 @@ def test_gradient_and_statistics_of_a_step_are_those_of_the_released_loop(way):
     released_step.compare(1, way)
 
 
+@pytest.mark.slow
 def test_gradient_and_statistics_of_a_step_of_two_processes_are_those_of_the_released_loop():
     done = run_ranks(2, released_step.__file__)
     assert done.returncode == 0, done.stderr

@@ -645,6 +645,7 @@ pretrain_command()
 """
 
 
+@pytest.mark.slow
 def test_error_of_any_rank_is_on_the_console_once(cohort, tmp_path):
     (tmp_path / "fails.py").write_text(RANK_FAILS)
     fields = ["batch_size=4", "workers=0", "input_size=[16,16,16]", "augmentation.crop_min=[27,32,32]"]

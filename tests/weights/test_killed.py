@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import pytest
 from file_server import kept
 from hub_cases import leftovers
 from loopback_hub import Fault
@@ -130,6 +131,7 @@ def test_four_processes_on_a_cold_cache_make_one_download(server, cfg, small_mod
     assert same(model.state_dict(), small_model.state_dict())
 
 
+@pytest.mark.slow
 def test_four_processes_on_a_hub_whose_first_answer_is_damaged_all_get_the_model(hub, hub_files, tmp_path):
     hub.add("lab/tiny", hub_files)
     hub.faults.append(Fault("GET /cdn/", "corrupt"))
