@@ -58,7 +58,7 @@ def brain_probability(head: sitk.Image, device: str = "cpu") -> sitk.Image:
     voxels = torch.from_numpy(np.ascontiguousarray(to_array(head), dtype=np.float32)).to(device)[None, None]
     with torch.inference_mode():
         small = F.interpolate(voxels, (_COARSE,) * 3, mode="trilinear")
-        low, high = (float(value) for value in small.flatten().quantile(small.new_tensor(_CLIP)))
+        low, high = map(float, np.quantile(small.cpu().numpy(), _CLIP))  # torch's sorts all of it
         if high <= low:
             raise ScanError("no brain was found: nearly every voxel has the same value")
         found = linknet.brain_probability(coarse, _normalised(small, low, high))[0, 0] > 0.5

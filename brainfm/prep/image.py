@@ -97,4 +97,11 @@ def template() -> sitk.Image:
 def largest_part(mask: sitk.Image) -> sitk.Image:
     """The largest connected part of a mask, its holes filled; an empty mask stays empty."""
     parts = sitk.RelabelComponent(sitk.ConnectedComponent(mask), sortByObjectSize=True)
-    return sitk.BinaryFillhole(sitk.Cast(parts == 1, sitk.sitkUInt8))
+    part = sitk.Cast(parts == 1, sitk.sitkUInt8)
+    voxels = sitk.GetArrayViewFromImage(part).view(np.bool_)
+    hits = [np.flatnonzero(voxels.any(axis=others)) for others in ((0, 1), (0, 2), (1, 2))]  # x, y, z
+    if not len(hits[0]):
+        return part
+    start, size = [int(each[0]) for each in hits], [int(each[-1] - each[0]) + 1 for each in hits]
+    filled = sitk.BinaryFillhole(sitk.RegionOfInterest(part, size, start))  # no hole is beyond it
+    return sitk.Paste(part, filled, size, destinationIndex=start)

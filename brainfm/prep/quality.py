@@ -474,11 +474,11 @@ def _averaged(voxels: NDArray[Any]) -> NDArray[np.float32]:
     total = voxels.view(np.uint8) if voxels.dtype == np.bool_ else voxels
     for axis in (2, 1, 0):  # the slowest first: whole planes are added
         lines = np.moveaxis(total, axis, 0)
-        count = len(lines) // 2 + 1
-        summed = np.zeros((count, *lines.shape[1:]), dtype=total.dtype, order="F")
+        shape = [n // 2 + 1 if other == axis else n for other, n in enumerate(total.shape)]
+        total = np.zeros(shape, dtype=total.dtype, order="F")
+        summed = np.moveaxis(total, axis, 0)
         summed[: len(lines[1::2]) + 1][1:] += lines[1::2]
         summed[: len(lines[::2])] += lines[::2]
-        total = np.moveaxis(summed, 0, axis)
     return total.astype(np.float32) / np.float32(_MM**3)
 
 
