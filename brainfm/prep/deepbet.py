@@ -39,6 +39,11 @@ def settings() -> dict[str, Any]:
     return {"networks": {Path(name).name: sha256[:12] for name, sha256 in FILES.items()}, "voxels": [_COARSE, _FINE]}
 
 
+def get_ready() -> None:
+    """Read the networks. Raises BrainfmError where they are not installed, or are others."""
+    _networks()
+
+
 def brain_probability(head: sitk.Image, device: str = "cpu") -> sitk.Image:
     """The probability that each voxel is brain: first where the brain is in the head, then its outline.
 

@@ -475,7 +475,7 @@ def _averaged(voxels: NDArray[Any]) -> NDArray[np.float32]:
     for axis in (2, 1, 0):  # the slowest first: whole planes are added
         lines = np.moveaxis(total, axis, 0)
         shape = [n // 2 + 1 if other == axis else n for other, n in enumerate(total.shape)]
-        total = np.zeros(shape, dtype=total.dtype, order="F")
+        total = np.zeros(shape, dtype=total.dtype, order="C" if total.flags.c_contiguous else "F")
         summed = np.moveaxis(total, axis, 0)
         summed[: len(lines[1::2]) + 1][1:] += lines[1::2]
         summed[: len(lines[::2])] += lines[::2]

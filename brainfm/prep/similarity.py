@@ -189,21 +189,27 @@ def centre_of_mass(image: sitk.Image) -> NDArray[np.float64]:
 def _points(level: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Points in and near the template's brain about its centre [n, 4], and BINS times the bin of each's brightness."""
     mm, wanted = LEVELS[level]
-    cells = _shrunk(template(), _CELL_MM)
-    brain = _voxels(cells) > 0
-    near = F.max_pool3d(brain.float(), 2 * _NEAR_CELLS + 1, stride=1, padding=_NEAR_CELLS)[0, 0]
-    corners = near.nonzero().flip(1)  # [cells, xyz]
+    corners, to_points = _near()
     generator = torch.Generator().manual_seed(SEED + level)
     repeats, left = divmod(wanted, len(corners))
     chosen = torch.cat([corners] * repeats + [corners[torch.randperm(len(corners), generator=generator)[:left]]])
     index = chosen + torch.rand(chosen.shape, generator=generator, dtype=torch.float64) - 0.5
-    points = _affine_of(cells) @ torch.cat([index, torch.ones(len(index), 1, dtype=torch.float64)], 1).T
+    points = to_points @ torch.cat([index, torch.ones(len(index), 1, dtype=torch.float64)], 1).T
     image = _shrunk(template(), mm)
     grid = (_to_grid(image) @ points)[:3].T.float()
     values = F.grid_sample(_smooth(image, mm), grid[None, None, None], align_corners=True).flatten()
     bins = (values / 256 * BINS).long().clamp(0, BINS - 1)
     points[:3] -= torch.from_numpy(centre())[:, None]
     return points.T.float().contiguous().to(device), (bins * BINS).to(device)
+
+
+@cache
+def _near() -> tuple[Tensor, Tensor]:
+    """The cells in and near the template's brain [n, xyz], and their affine to LPS mm."""
+    cells = _shrunk(template(), _CELL_MM)
+    brain = _voxels(cells) > 0
+    near = F.max_pool3d(brain.float(), 2 * _NEAR_CELLS + 1, stride=1, padding=_NEAR_CELLS)[0, 0]
+    return near.nonzero().flip(1), _affine_of(cells)
 
 
 def _shrunk(image: sitk.Image, mm: float) -> sitk.Image:
