@@ -182,10 +182,9 @@ def statements(data: Sequence[TaskData], plan: Plan) -> Iterator[str]:
         title, patients = one.task.title, len(set(one.patients))
         drawn = "the manifest's split" if one.given_split is not None else "a split of its own for each seed"
         if plan.folds:
-            drawn = (
-                f"in nested cross-validation: {plan.folds} folds, {plan.seeds // plan.folds} times; each patient is "
-                "tested once a time, and a seed is a fold"
-            )
+            times = plan.seeds // plan.folds
+            often = "once" if times == 1 else f"{times} times"
+            drawn = f"in nested cross-validation of {plan.folds} folds, {often}; a seed is a fold"
         if one.elsewhere:
             drawn += f", and in place of its test part the {sum(one.elsewhere):,} scans that are held out"
         reasons = Counter("not there" if left.failed else left.why for left in one.left_out)

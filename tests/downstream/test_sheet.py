@@ -77,7 +77,7 @@ def test_nested_cross_validation_tests_each_patient_once_a_time(probed):
     for seeds in (range(4), range(4, 8)):
         tested = [row["patient_id"] for row in rows if int(row["seed"]) in seeds]
         assert sorted(tested) == [f"p{n:03}" for n in range(PEOPLE)]
-    assert "nested cross-validation: 4 folds, 2 times" in (probed / "results" / "index.html").read_text()
+    assert "nested cross-validation of 4 folds, 2 times" in (probed / "results" / "index.html").read_text()
 
 
 def test_tests_of_the_table_are_adjusted_and_say_how_many_patients_are_needed(probed):
