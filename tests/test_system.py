@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import pwd
@@ -64,6 +65,28 @@ def container(tmp_path, monkeypatch):
 def test_quota_of_a_container_counts_as_its_cores(line, files, cores, container):
     container(line, files)
     assert system.available_cores() == cores
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_garbage_is_collected_after_a_block_as_it_was_before_also_if_that_fails(is_on):
+    was_on = gc.isenabled()
+    (gc.enable if is_on else gc.disable)()
+    try:
+        with pytest.raises(ZeroDivisionError), system.uncollected():
+            assert not gc.isenabled()
+            1 / 0  # noqa: B018
+        assert gc.isenabled() == is_on
+    finally:
+        (gc.enable if was_on else gc.disable)()
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_threads_after_a_block_are_those_before_it_whoever_set_others(count):
+    with system.torch_threads(3):
+        with system.torch_threads(count):
+            assert torch.get_num_threads() == (count or 3)
+            torch.set_num_threads(1)
+        assert torch.get_num_threads() == 3
 
 
 def test_threads_are_no_more_than_a_quota_allows(container):
