@@ -4,10 +4,11 @@ Embedding: volumes a second of `simclr_resnet18_3d` at full size, by batch, of M
 eager one, of `brainfm.optimize`'s copy and of that compiled, in float32, TF32 and bfloat16; peak memory of the GPU; and
 how far each is from float64 on the processor. Training: a step of SimCLR at batch 6 on phantoms in a cache, augmented
 by the loader or on the device, and with batch_chunk; its time, the fraction of it that the GPU waited for data, memory.
+Preparing: extraction and registration of the packaged head on the GPU and on the processor, once warm.
 
 Every row stands by itself: one that fails (a compiler is missing, memory is too small) says why, and the others go on.
 
-python benchmarks/gpu.py [--device cuda] [--only embed train] [--spacing 1.0] [--batches 1 4 8] [--json FILE]
+python benchmarks/gpu.py [--device cuda] [--only embed train prep] [--spacing 1.0] [--batches 1 4 8] [--json FILE]
 """
 
 import argparse
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import torch
 from _measure import machine, print_table
 from monai.networks.nets import resnet18
@@ -29,16 +32,20 @@ from brainfm.assets import SAMPLE_MASK, SAMPLE_SCAN
 from brainfm.files import one_line, write_json
 from brainfm.manifest import read_manifest
 from brainfm.phantom import make_cohort
+from brainfm.prep.image import like, template, to_array
 from brainfm.system import available_cores
 from brainfm.train.cache import build_cache
 from brainfm.train.pretraining import pretrain
 from brainfm.train.recipe import load_recipe
 
-SECONDS = 4.0  # that each row of the embedding is measured for, at the most
-PATIENTS, EPOCHS, WARM_UP = 12, 4, 2  # of a training; steps of the first epochs do not count
-STEPS = (
+SECONDS = 2.0  # that each row of the embedding is measured for, at the most
+PATIENTS, EPOCHS, WARM_UP = 12, 3, 2  # of a training; steps of the first epochs do not count
+REPEATS = 3  # of a step of preparing
+PARTS = ("embed", "train", "prep")
+STEPS: tuple[tuple[str, list[str]], ...] = (
     ("loader", []),
     ("device", ["augment_on=device"]),
+    ("device, channels-last", ["augment_on=device", "channels_last=true"]),
     ("device, batch_chunk=2", ["augment_on=device", "batch_chunk=2"]),
     ("device, checkpointed", ["augment_on=device", "grad_checkpointing=true"]),
 )
@@ -129,8 +136,8 @@ def training(device: str, spacing: float) -> Iterator[dict[str, Any]]:
         assert spec is not None
         cache = Path(folder, "cache")
         build_cache(read_manifest(manifest), cache, spec, root=manifest.parent, workers=min(8, available_cores()))
-        for precision in ("float32", "bfloat16"):
-            for where, overrides in STEPS:
+        for where, overrides in STEPS:
+            for precision in ("float32", "bfloat16"):
                 output = Path(folder, f"{precision} {where}")
                 fixed = [f"manifest={manifest}", f"output={output}", f"cache={cache}", f"device={device}"]
                 fixed += [
@@ -141,6 +148,8 @@ def training(device: str, spacing: float) -> Iterator[dict[str, Any]]:
                     "save_every=1000",
                 ]
                 row: dict[str, Any] = {"augment_on": where, "precision": precision}
+                if device.startswith("cuda"):
+                    torch.cuda.reset_peak_memory_stats(device)
                 try:
                     pretrain(load_recipe(name, [*fixed, *overrides]))
                     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
@@ -154,10 +163,42 @@ def training(device: str, spacing: float) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def preparing(device: str) -> Iterator[dict[str, Any]]:
+    """Medians of passes after one that does not count, and how far the two devices' results are apart."""
+    from brainfm.prep.registration import register
+    from brainfm.prep.steps import EXTRACTION
+
+    image, mask = nib.load(SAMPLE_SCAN), nib.load(SAMPLE_MASK)
+    brain = like(np.asanyarray(image.dataobj).astype(np.float32) * (np.asanyarray(mask.dataobj) > 0), template())
+    corners = [[x, y, z] for x in (-60.0, 60.0) for y in (-60.0, 60.0) for z in (-60.0, 60.0)]
+    steps: dict[str, tuple[Callable[[str], Any], str]] = {
+        "extraction (deepbet)": (lambda place: to_array(EXTRACTION["deepbet"].run(brain, place)), "of a probability"),
+        "registration": (lambda place: register(brain, place).wanted("affine"), "mm"),
+    }
+    for step, (run, unit) in steps.items():
+        row: dict[str, Any] = {"step": step, "unit": unit}
+        try:
+            results: list[Any] = []
+            for key, place in (("here_s", device), ("processor_s", "cpu")):
+                results.append(run(place))
+                seconds = []
+                for _ in range(REPEATS):
+                    start = time.perf_counter()
+                    run(place)
+                    seconds.append(time.perf_counter() - start)
+                row[key] = statistics.median(seconds)
+            if unit == "mm":
+                results = [np.array([one.TransformPoint(corner) for corner in corners]) for one in results]
+            row["differ"] = float(np.abs(results[0] - results[1]).max())
+        except Exception as failure:
+            row["failed"] = one_line(failure, 100)
+        yield row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--only", nargs="+", choices=("embed", "train"), default=("embed", "train"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--spacing", type=float, default=1.0, help="mm; above 1 small volumes, to try this script.")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--json", type=Path)
@@ -167,15 +208,19 @@ def main() -> None:
         parser.exit(1, "no CUDA device here; --device cpu --spacing 4 tries the script\n")
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") else "the processor"
     print(f"{card}; {machine()}\n")
-    found: dict[str, list[dict[str, Any]]] = {"embed": [], "train": []}
+    found: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     if "embed" in arguments.only:
-        head = ("embedding", "batch", "volumes / s", "this / MONAI's", "GB", "error", "cosine")
+        columns: tuple[str, ...] = ("embedding", "batch", "volumes / s", "this / MONAI's", "GB", "error", "cosine")
         rows = kept(embedding(device, arguments.batches, arguments.spacing), found["embed"])
-        print_table(head, (_embedded(row, found["embed"]) for row in rows))
+        print_table(columns, (_embedded(row, found["embed"]) for row in rows))
     if "train" in arguments.only:
-        head = ("SimCLR, batch 6, views on the", "precision", "step, s", "scans / s", "waiting for data, %", "GB")
+        columns = ("SimCLR, batch 6, views on the", "precision", "step, s", "scans / s", "waiting for data, %", "GB")
         print()
-        print_table(head, (_trained(row) for row in kept(training(device, arguments.spacing), found["train"])))
+        print_table(columns, (_trained(row) for row in kept(training(device, arguments.spacing), found["train"])))
+    if "prep" in arguments.only:
+        print()
+        columns = ("preparing a head", "here, s", "on the processor, s", "results differ by")
+        print_table(columns, (_prepared(row) for row in kept(preparing(device), found["prep"])))
     if arguments.json:
         write_json(arguments.json, {"card": card, "machine": machine()} | found)
 
@@ -213,6 +258,12 @@ def _trained(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['peak_gb']:.1f}",
     )
     return (row["augment_on"], row["precision"], *figures)
+
+
+def _prepared(row: dict[str, Any]) -> tuple[str, ...]:
+    if "failed" in row:
+        return (row["step"], f"failed: {row['failed']}", "", "")
+    return (row["step"], f"{row['here_s']:.2f}", f"{row['processor_s']:.2f}", f"{row['differ']:.1e} {row['unit']}")
 
 
 if __name__ == "__main__":

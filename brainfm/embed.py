@@ -21,7 +21,7 @@ from brainfm.dense import DenseDType, dense_affine, dense_paths, write_dense
 from brainfm.errors import ScanError
 from brainfm.factory import create_model
 from brainfm.files import check_writable, held, one_line, progress_bar, sweep
-from brainfm.inference import DTypeName, optimize, resolve_device, resolve_dtype
+from brainfm.inference import DTypeName, dtype_name, optimize, resolve_device
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.encoder import Encoder
 from brainfm.models.features import FeatureMaps
@@ -139,7 +139,7 @@ def embed(
         batch_size: Scans a forward pass; "auto" is 1 on a CPU, and on a GPU as many as its free memory holds, by what
             the first scan took, at most 16. Scans whose tensors differ in shape are not put in one batch.
         device: "auto" (CUDA where there is one, else the CPU), or a torch device.
-        dtype: See `brainfm.optimize`; "auto" is float32.
+        dtype: See `brainfm.optimize`; "auto" is float32, on a GPU too.
         num_workers: Threads that read and prepare scans ahead of the encoder; 0 reads in turn.
         output: Where to write the table: .csv, .parquet or .npz. Failed scans are listed in `<name>.errors.csv`. Of
             several models, each has its table: `<name>.<model>.csv`, in a folder `embeddings.<model>.csv`. With
@@ -339,6 +339,7 @@ def _job(
 def _embed(records: Listing, jobs: Sequence[_Job], options: Options, in_memory: bool) -> list[Embeddings]:
     """A table each job, of one pass over the scans: each is read once, and goes to the encoders in turn."""
     place = resolve_device(options.device)
+    dtype_name(options.dtype, place)
     runs = [_Run(records, job, options, place) for job in jobs]
     asked = ((n, [number for number, run in enumerate(runs) if n in run]) for n in runs[0].scans)
     wanted = ((n, numbers) for n, numbers in asked if numbers)
@@ -544,7 +545,7 @@ def origin_of(model: nn.Module, dtype: DTypeName | torch.dtype = "auto") -> Orig
         weights=weights_digest(model),
         contract=spec.to_dict() if spec else None,
         readout=said,
-        dtype=str(resolve_dtype(dtype)).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         brainfm=__version__,
         torch=torch.__version__,
     )

@@ -16,7 +16,7 @@ from brainfm.system import launched
 
 logger = logging.getLogger("brainfm")
 
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTypeName = Literal["auto", "float32", "tf32", "bfloat16", "float16"]
 
 
 def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compile: bool | str = False) -> nn.Module:
@@ -31,7 +31,10 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compi
     Args:
         model: An encoder of `create_model`; it is not changed.
         dtype: What to compute in. "auto" is float32, which gives the published features on every machine; "bfloat16"
-            and "float16" are faster where the processor has them, at the cost of about three digits.
+            and "float16" are faster where the processor has them, at the cost of about three digits; "tf32" is float32
+            of which a CUDA GPU multiplies three digits. `brainfm.embed`, and all that reads with `Reader`, see to it;
+            in a loop of your own torch's switches hold, by which a GPU's convolutions are in TF32 unless
+            `torch.backends.cudnn.allow_tf32` is False.
         compile: Hand the copy to `torch.compile`, by its default backend or the one named, for GPUs: the first volume
             takes a minute, and the whole map of each layer is computed.
 
@@ -56,17 +59,35 @@ def optimize(model: nn.Module, dtype: DTypeName | torch.dtype = "auto", *, compi
     if compile:
         fast.compile(backend=compile if isinstance(compile, str) else "inductor")
         fast.optimizations = (*fast.optimizations, "torch.compile")
+    fast.tf32 = dtype == "tf32"
     logger.debug("%s for inference: %s", type(model).__name__, ", ".join(fast.optimizations))
     return cast(nn.Module, fast)
 
 
 def resolve_dtype(dtype: DTypeName | torch.dtype) -> torch.dtype:
     """The torch dtype of a name. Raises ValueError for another name."""
-    names = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names = {
+        **dict.fromkeys(("auto", "float32", "tf32"), torch.float32),
+        **{"bfloat16": torch.bfloat16, "float16": torch.float16},
+    }
     kind = dtype if isinstance(dtype, torch.dtype) else names.get(dtype)
     if kind is None or kind not in names.values():
         raise ValueError(f"dtype must be one of {', '.join(names)}, not {dtype!r}")
     return kind
+
+
+def dtype_name(dtype: DTypeName | torch.dtype, device: torch.device | None = None) -> str:
+    """What is computed in, by name: "float32", "tf32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: The dtype is not one.
+        BrainfmError: The device has no such one.
+    """
+    if dtype != "tf32":
+        return str(resolve_dtype(dtype)).removeprefix("torch.")
+    if device is not None and device.type != "cuda":
+        raise BrainfmError(f"tf32 is a way in which CUDA GPUs multiply, and this device is {device}; use float32")
+    return "tf32"
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

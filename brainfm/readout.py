@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from brainfm.contract import Readout, Window
 from brainfm.errors import ScanError
 from brainfm.models.encoder import Encoder
+from brainfm.system import tf32
 
 _Box = tuple[slice, slice, slice]
 
@@ -79,7 +80,7 @@ class Reader:
         if self.by_brain and (masks is None or any(mask is None for mask in masks)):
             raise ScanError("this model averages over the brain, and there is no brain mask: pass mask=")
         brains = [mask for mask in masks or () if mask is not None] if self.by_brain else []
-        with torch.inference_mode():
+        with torch.inference_mode(), tf32(getattr(self.model, "tf32", False)):
             if self.readout.window is None:
                 return self._whole(volumes, brains)
             found = [

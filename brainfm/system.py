@@ -92,6 +92,23 @@ def torch_threads(count: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within the block a GPU multiplies float32 numbers to three digits (TF32), or to all; after it as before.
+
+    Torch's own default is three digits in convolutions.
+    """
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextmanager
 def own_cores(device: torch.device) -> Iterator[None]:
     """On a CPU compute with this process's part of the cores, which torch counts without quota and neighbours."""
     import torch

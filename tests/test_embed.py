@@ -1210,3 +1210,10 @@ def test_manifest_in_nfc_embeds_files_in_nfd(cohort):
     (folder / "0.nii").rename(folder / unicodedata.normalize("NFD", "Zoë.nii"))
     (folder / "scans.csv").write_text(f"image_path,mask_path\n{unicodedata.normalize('NFC', 'Zoë.nii')},mask.nii.gz\n")
     np.testing.assert_array_equal(brainfm.embed(folder / "scans.csv", Pooled()).vectors, expected[:1])
+
+
+def test_tf32_is_refused_where_no_gpu_multiplies(small_sample, small_model):
+    with pytest.raises(brainfm.BrainfmError, match=r"tf32 is a way in which CUDA GPUs multiply.* use float32"):
+        brainfm.embed([small_sample], small_model, device="cpu", dtype="tf32")
+    with pytest.raises(brainfm.BrainfmError, match="use float32"):
+        brainfm.verify("test_resnet_3d", ["tf32"])

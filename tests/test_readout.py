@@ -263,3 +263,20 @@ def test_model_that_is_saved_with_a_readout_verifies_by_it(readout, tmp_path):
     assert np.linalg.norm(table.vectors - plain) > 0.01 * np.linalg.norm(plain)  # another vector, by which it verifies
     checks = brainfm.verify(f"local-dir:{tmp_path / 'model'}", ["float32", "bfloat16"])
     assert [check.ok for check in checks] == [True, True, True]
+
+
+class Switches(nn.Module):
+    """Gives how a GPU would multiply in its forward: in convolutions, in products of matrices."""
+
+    def forward(self, x):
+        now = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        return torch.tensor(now, dtype=torch.float32).expand(len(x), 2)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "tf32", "bfloat16"])
+def test_float32_is_multiplied_whole_on_a_gpu_unless_tf32_is_asked_for(dtype):
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    found = Reader(brainfm.optimize(Switches(), dtype))(torch.zeros(1, 1, 4, 4, 4)).vectors
+    assert found[0].tolist() == [dtype == "tf32"] * 2
+    assert Reader(Switches())(torch.zeros(1, 1, 4, 4, 4)).vectors[0].tolist() == [0, 0]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before

@@ -354,3 +354,16 @@ def test_next_group_of_a_launch_does_not_read_the_addresses_of_the_last(tmp_path
     done = run_ranks(2, tmp_path / "late.py")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("together") == 6
+
+
+def test_switches_of_a_gpu_are_put_back_in_any_case():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    def inside() -> None:
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+        raise KeyError
+
+    for allowed in (True, False):
+        with pytest.raises(KeyError), system.tf32(allowed):
+            inside()
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before

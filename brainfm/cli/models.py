@@ -207,7 +207,7 @@ def publish_command(
     "--dtype",
     "dtypes",
     multiple=True,
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(["float32", "tf32", "bfloat16", "float16"]),
     default=["float32", "bfloat16"],
     show_default=True,
     help="What 'brainfm.optimize' computes in; repeat it.",

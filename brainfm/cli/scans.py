@@ -63,7 +63,7 @@ def demo_command(model: str | None, output: str) -> None:
 @click.option("--batch-size", type=click.IntRange(1), help="Scans a forward pass; without it, by the GPU's memory.")
 @click.option("--device", default="auto", show_default=True)
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
+    "--dtype", type=click.Choice(["auto", "float32", "tf32", "bfloat16", "float16"]), default="auto", show_default=True
 )
 @click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Threads that prepare scans.")
 @click.option("--dense", metavar="FOLDER", help="Write each scan's dense features there too, NIfTI of [x, y, z, C].")

@@ -25,6 +25,7 @@ from brainfm.models.adaptation import add_adapters, add_lora, merge_lora, norms_
 from brainfm.models.encoder import Encoder
 from brainfm.models.vit import VisionTransformer
 from brainfm.schema import read_yaml
+from brainfm.system import tf32
 from brainfm.train.data import Batch, TrainingData, stream
 from brainfm.train.distributed import ProcessGroup, process_group
 from brainfm.train.recipe import Training
@@ -216,7 +217,7 @@ class FinetunedModel:
         outputs: list[Tensor] = []
         failed: dict[int, str] = {}
         self.encoder.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), tf32(False):
             for n, record in enumerate(records):
                 try:
                     tensors.append(read_volume(self.transform, record))

@@ -35,6 +35,7 @@ from brainfm.scan.layout import is_prepared
 from brainfm.scan.load import image_of
 from brainfm.scan.prepared import read_prepared
 from brainfm.scan.read import read_image
+from brainfm.system import tf32
 from brainfm.transforms import create_transform
 
 
@@ -149,7 +150,7 @@ def occlusion(
     explained = _Score(cast(Encoder, optimize(model)), target, direction)
     falls, boxes = np.zeros(volume.shape, np.float32), np.zeros(volume.shape, np.float32)
     places = dense_patch_slices(volume.shape, size, step)
-    with torch.inference_mode():
+    with torch.inference_mode(), tf32(False):
         score = float(explained(x))
         for box in progress_bar(places, total=len(places), unit="box", doing="hiding", shown=progress):
             boxes[box] += 1
@@ -259,12 +260,13 @@ def _features(
     while isinstance(module, nn.Sequential):  # a stage; the encoder calls its blocks one by one
         module = module[-1]
     module.register_forward_hook(keep)
-    with torch.enable_grad():
+    with torch.enable_grad(), tf32(False):
         score = explained(x)
     if len(kept) != 1 or kept[0].ndim not in (3, 5):
         raise _no_map(layer)
     (output,) = kept
-    (gradient,) = torch.autograd.grad(score.sum(), output) if score.requires_grad else (torch.zeros_like(output),)
+    with tf32(False):
+        (gradient,) = torch.autograd.grad(score.sum(), output) if score.requires_grad else (torch.zeros_like(output),)
     try:
         features, gradient = (model._as_map(part, x.shape[2:]) for part in (output.detach(), gradient))
     except RuntimeError as error:  # tokens, but not those of a stage

@@ -36,6 +36,7 @@ from brainfm.scan.layout import is_prepared
 from brainfm.scan.load import image_of, load_scan
 from brainfm.scan.prepared import read_prepared
 from brainfm.scan.read import read_image
+from brainfm.system import tf32
 from brainfm.transforms import create_transform
 
 try:
@@ -246,7 +247,7 @@ def _maps(model: Encoder, stages: Stages, device: str) -> Callable[[_Case], list
 
     def maps(case: _Case) -> list[tuple[Tensor, dict[str, Any]]]:
         x = torch.from_numpy(case.volume.image)[None].to(next(model.parameters()).device)
-        with torch.inference_mode():
+        with torch.inference_mode(), tf32(False):
             if stages == "all":
                 found: Any = model.forward_intermediates(x, intermediates_only=True)
                 return [(one[0].float().cpu(), info) for one, info in zip(found, model.feature_info, strict=True)]
@@ -322,8 +323,9 @@ class _Probe:
     def fit(cls, parts: Sequence[tuple[NDArray[np.float32], _Labels]], shares: Sequence[dict[int, float]]) -> _Probe:
         """Learn from voxels of each class in like numbers, and put back by the biases how frequent each class is."""
         features, truth = (np.concatenate([part[n] for part in parts]) for n in (0, 1))
+        features = features.astype(np.float64)  # in float32 it ends early, by rounding in one place or another
         scale = StandardScaler().fit(features)
-        model = LogisticRegression(max_iter=300).fit(scale.transform(features), truth)
+        model = LogisticRegression(max_iter=1000, tol=1e-6).fit(scale.transform(features), truth)
         classes = np.asarray(model.classes_)
         if len(classes) < 2:
             raise BrainfmError("one class alone is in the scans; a segmentation needs two")

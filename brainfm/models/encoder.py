@@ -111,6 +111,7 @@ class Encoder(nn.Module, ABC):
         self._frozen = self._statistics_held = False
         self._feature_info = FeatureInfo()
         self._size_was_said = False
+        self._plain_on_a_gpu = False  # of a copy for inference: see `computing_in`
 
     @property
     def feature_info(self) -> FeatureInfo:
@@ -282,6 +283,16 @@ class Encoder(nn.Module, ABC):
         """In training, keep only the inputs of each block and compute the rest again in the backward pass."""
         self.grad_checkpointing = enable
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
+        """What `to` and `cuda` do. A copy for inference takes the layout that is faster there: see `computing_in`."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._plain_on_a_gpu:
+            for weight in self.parameters():
+                if weight.ndim == 5:
+                    layout = torch.contiguous_format if weight.is_cuda else torch.channels_last_3d
+                    weight.data = weight.data.contiguous(memory_format=layout)
+        return self
+
     def freeze(self) -> Encoder:
         """Hold the trunk still: no gradients, and eval mode (BatchNorm and dropout included) even under `.train()`.
 
@@ -415,12 +426,18 @@ def computing_in(model: M, dtype: torch.dtype, done: tuple[str, ...] = ()) -> M:
     """The module itself, channels-last, computing in a type, while it takes and returns float32.
 
     Its `optimizations` become what was `done` to it before, and this. With a GroupNorm outside chains it stays in plain
-    memory: in the other torch (2.13) adds up in float32, which on a head is off by percents.
+    memory: in the other torch (2.13) adds up in float32, which on a head is off by percents. On a GPU it does with any
+    norm over the volume, for which torch would copy each map there and back.
     """
-    plain = any(isinstance(module, nn.GroupNorm) for module in model.modules())
-    plain = plain and not any(isinstance(module, Chained) and module.together for module in model.modules())
+    of_groups, of_volumes = (
+        any(isinstance(module, norms) for module in model.modules())
+        for norms in (nn.GroupNorm, (nn.GroupNorm, nn.InstanceNorm3d))
+    )
+    plain = of_groups and not any(isinstance(module, Chained) and module.together for module in model.modules())
     layout = torch.contiguous_format if plain else torch.channels_last_3d
     model = model.to(dtype=dtype, memory_format=layout)  # type: ignore[call-overload]
+    if isinstance(model, Encoder):
+        model._plain_on_a_gpu = of_volumes
     if dtype is not torch.float32:
         model.register_forward_pre_hook(_cast_input, with_kwargs=True)
         model.register_forward_hook(_cast_output)

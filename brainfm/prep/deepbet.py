@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from brainfm.errors import BrainfmError, MissingExtraError, ScanError
 from brainfm.files import file_sha256
 from brainfm.prep.image import largest_part, like, sitk, to_array
+from brainfm.system import tf32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def brain_probability(head: sitk.Image, device: str = "cpu") -> sitk.Image:
 
     coarse, fine = _networks(device)
     voxels = torch.from_numpy(np.ascontiguousarray(to_array(head), dtype=np.float32)).to(device)[None, None]
-    with torch.inference_mode():
+    with torch.inference_mode(), tf32(False):
         small = F.interpolate(voxels, (_COARSE,) * 3, mode="trilinear")
         low, high = map(float, np.quantile(small.cpu().numpy(), _CLIP))  # torch's sorts all of it
         if high <= low:

@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from brainfm.errors import BrainfmError, RecipeError, RunInterruptedError
 from brainfm.files import one_line, progress_bar, write_csv, write_text
 from brainfm.report import current
-from brainfm.system import peak_memory
+from brainfm.system import peak_memory, tf32
 from brainfm.train.checkpoint import Progress, read_newest, save_checkpoint
 from brainfm.train.data import Batch, EpochSampler, TrainingData
 from brainfm.train.distributed import ProcessGroup, synchronise_batch_norm
@@ -73,7 +73,6 @@ class Trainer:
         self.sampler = EpochSampler(
             len(data), settings.batch_size, rank=group.rank, world=group.world, seed=settings.seed
         )
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
         method.encoder.set_grad_checkpointing(settings.grad_checkpointing)
         layout = torch.channels_last_3d if settings.channels_last else torch.preserve_format
         network = method.network.to(group.device, _DTYPES[settings.precision]).train()
@@ -111,7 +110,7 @@ class Trainer:
             device=self.group.device,
         )
         lines = logging_redirect_tqdm([logger]) if shown else nullcontext()  # above the bar, not in it
-        with self._under_ddp(), _signals(self), bar, lines, self._log() as log, batches as loader:
+        with tf32(settings.tf32), self._under_ddp(), _signals(self), bar, lines, self._log() as log, batches as loader:
             while self.progress.epoch < settings.epochs:
                 self.sampler.epoch, self.sampler.first_step = self.progress.epoch, self.progress.step
                 costs = []

@@ -37,13 +37,11 @@ def test_registration_ends_where_the_processors_does(brain, gpu):
 def test_extraction_gives_the_processors_probability(brain, gpu):
     from brainfm.prep.image import to_array
 
-    pytest.importorskip("deepbet")
     found, wanted = (to_array(EXTRACTION["deepbet"].run(brain, device)) for device in (gpu, "cpu"))
     assert np.mean(np.abs(found - wanted) > 1e-2) < 1e-4
 
 
 def test_scan_is_prepared_and_its_record_says_on_what(gpu, tmp_path):
-    pytest.importorskip("deepbet")
     report = prepare_all([SAMPLE_SCAN], tmp_path / "prep", device=gpu)
     assert not report.failed
     (folder,) = (path for path in (tmp_path / "prep").iterdir() if path.is_dir())

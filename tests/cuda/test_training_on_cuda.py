@@ -30,6 +30,17 @@ MAE = {
     **{"method": "mae", "model": "test_vit_3d", "epochs": 2, "batch_size": 4, "workers": 0, "lr": 1e-3},
     **{"augmentation": {"crop_min": [27, 32, 32]}, "decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 4},
 }
+SMALL = SIMCLR | {"input_size": [16, 16, 16]}
+BASES = {
+    "simclr": SIMCLR,
+    "mae": MAE,
+    "yaware": SMALL | {"method": "yaware", "targets": ["age"]},
+    "simmim": MAE | {"method": "simmim", "mask_unit": [8, 8, 16]},
+    "supervised": SMALL | {"method": "supervised", "targets": ["age", "sex"], "kinds": {"age": "regression"}},
+    "distill": SIMCLR | {"method": "distill", "teacher": "test_resnet_3d", "input_size": None},
+}
+for field in ("decoder_dim", "decoder_depth", "decoder_heads"):
+    del BASES["simmim"][field]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +58,10 @@ def run(base, manifest, output, device, **fields) -> dict[str, torch.Tensor]:
     return weights(output)
 
 
-@pytest.mark.parametrize("base", [SIMCLR, MAE], ids=["simclr", "mae"])
-def test_steps_are_those_of_the_processor(base, manifest, gpu, tmp_path):
+@pytest.mark.parametrize("method", BASES)
+def test_steps_are_those_of_the_processor(method, manifest, gpu, tmp_path):
     """In float64, where the order of sums does not show."""
+    base = BASES[method]
     fields = {"precision": "float64", "epochs": 1}
     found = run(base, manifest, tmp_path / "gpu", gpu, **fields)
     wanted = run(base, manifest, tmp_path / "cpu", "cpu", **fields)
@@ -78,13 +90,14 @@ def test_run_that_was_stopped_goes_on(manifest, gpu, tmp_path, monkeypatch):
         return metrics
 
     monkeypatch.setattr(Trainer, "_step", stopped)
+    fields = {"epochs": 3, "precision": "float64"}  # cuDNN adds up in any order
     with pytest.raises(RunInterruptedError):
-        run(SIMCLR, manifest, tmp_path / "run", gpu, epochs=3)
+        run(SIMCLR, manifest, tmp_path / "run", gpu, **fields)
     monkeypatch.undo()
-    found = run(SIMCLR, manifest, tmp_path / "run", gpu, epochs=3)
-    wanted = run(SIMCLR, manifest, tmp_path / "whole", gpu, epochs=3)
+    found = run(SIMCLR, manifest, tmp_path / "run", gpu, **fields)
+    wanted = run(SIMCLR, manifest, tmp_path / "whole", gpu, **fields)
     for key, value in wanted.items():
-        assert torch.allclose(found[key], value, rtol=1e-2, atol=1e-4), key  # cuDNN adds up in any order
+        assert torch.allclose(found[key], value, rtol=1e-6, atol=1e-8), key
 
 
 def test_batch_in_chunks_and_recomputed_activations_fit(manifest, gpu, tmp_path):

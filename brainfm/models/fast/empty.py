@@ -30,14 +30,14 @@ class Live:
     @classmethod
     def of(cls, x: Tensor) -> Live:
         """Of volumes [B, C, D, H, W]: what is not 0 in any."""
-        filled: NDArray[np.bool_] = (x != 0).flatten(0, 1).any(dim=0).cpu().numpy()
+        filled = (x != 0).flatten(0, 1).any(dim=0)
         low, high = np.empty((len(filled), 2), np.int64), np.empty((len(filled), 2), np.int64)
         for axis, other in ((0, 2), (1, 1)):
-            found: NDArray[np.bool_] = np.any(filled, axis=other)
+            found: NDArray[np.bool_] = filled.any(dim=other).cpu().numpy()
             any_there = np.any(found, axis=1)
             low[:, axis] = np.where(any_there, found.argmax(axis=1), found.shape[1])
             high[:, axis] = np.where(any_there, found.shape[1] - found[:, ::-1].argmax(axis=1), 0)
-        return cls(low, high, filled.shape[1:])
+        return cls(low, high, (filled.shape[1], filled.shape[2]))
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -8,6 +8,8 @@ The widest map of a ResNet-18 is 64×150×192×192, and two thirds of a skull-st
   the network makes of an empty volume: it differs by the distance from the border alone, and is read off a small one;
 - on a processor, convolutions along z are Winograd's, with half the multiplications in float32, two thirds in bfloat16.
 
+On a GPU, where each call costs more than what it saves, only the stem goes by slabs; its map after the pool is a whole.
+
 None of them is an approximation: the results differ by rounding alone. Slabs are small enough that the allocator keeps
 their memory, and of few sizes, so that it finds it again: new pages cost more than the arithmetic.
 """
@@ -28,27 +30,29 @@ from brainfm.models.fast.empty import Background, Live
 from brainfm.models.fast.winograd import TILE, fastest, geometry, outputs
 from brainfm.models.resnet.checkpointed import planes_under
 
-_SLAB_BYTES = 400_000_000  # of what a layer makes at a time on other devices
+_SLAB_BYTES = 400_000_000  # of what the stem's convolution makes at a time on other devices
 
 
 def streamed_features(model: Any, x: Tensor) -> Tensor:
     """`forward_features` of a ResNet whose BatchNorms are folded into its convolutions."""
     if x.device.type == "cpu":  # one by one: caches hold more of it, and each has a box of its own
         return torch.cat([_streamed(model, volume) for volume in x.split(1)])  # type: ignore[no-untyped-call]
-    return _streamed(model, x)
+    return _streamed(model, x, streams=0)
 
 
-def _streamed(model: Any, x: Tensor) -> Tensor:
-    stages = [list(model.get_submodule(name).children()) for name in ("layer1", "layer2", "layer3")]
+def _streamed(model: Any, x: Tensor, streams: int = 3) -> Tensor:
+    """By slabs the stem and so many stages."""
+    stages = [list(model.get_submodule(name).children()) for name in ("layer1", "layer2", "layer3", "layer4")]
     stream = _stem(x, model.conv1, model.maxpool, border=_reach(stages[0]))
-    for number, blocks in enumerate(stages):
+    for number, blocks in enumerate(stages[:streams]):
         for block in blocks:
             stream = _block(block, stream)
         if number == 0:
             stream = replace(stream, live=None, empty=None)  # by now the brain has reached nearly everything
     x = torch.cat([slab[:, :, 1:-1, 1:-1] for slab in stream.slabs], dim=1).permute(0, 4, 1, 2, 3)
-    for block in model.layer4.children():
-        x = block(x)
+    for blocks in stages[streams:]:
+        for block in blocks:
+            x = block(x)
     return x
 
 
@@ -77,7 +81,8 @@ def _stem(x: Tensor, conv: nn.Conv3d, pool: nn.MaxPool3d, border: int) -> _Strea
     assert conv.bias is not None
     live = Live.of(x).after(conv).after(pool)
     constant = conv.bias.relu()  # of an empty volume
-    count = _planes_at_a_time(x, len(constant) * math.prod(live.size))
+    pooled = 2 * 2 * 2  # values of the convolution for each of the map
+    count = _planes_at_a_time(x, pooled * len(constant) * math.prod(live.size))
     size = [min(n, 2 * border + 1) for n in live.shape]
     empty = constant[:, None, None, None].expand(-1, *size)[None]
     return _Stream(_pooled(x, conv, live, constant, count), live.shape[0], count, live, empty)

@@ -56,6 +56,8 @@ def test_streamed_map_is_the_plain_one(monkeypatch, block, shape, planes):
         features = fast.forward_features(head(shape))
         assert relative(features, model.forward_features(head(shape))) < 1e-5
         assert torch.equal(features, streamed.streamed_features(fast, head(shape)))  # which is how it was computed
+        stem_alone = streamed._streamed(fast, head(shape), streams=0)  # as on a GPU
+        assert relative(stem_alone, model.forward_features(head(shape))) < 1e-5
 
 
 @pytest.mark.parametrize("depth", range(1, 14))
