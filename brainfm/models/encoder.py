@@ -290,7 +290,7 @@ class Encoder(nn.Module, ABC):
             for weight in self.parameters():
                 if weight.ndim == 5:
                     layout = torch.contiguous_format if weight.is_cuda else torch.channels_last_3d
-                    weight.data = weight.data.contiguous(memory_format=layout)
+                    weight.data = weight.data.clone(memory_format=layout)  # `contiguous` keeps strides of 1×1×1
         return self
 
     def freeze(self) -> Encoder:

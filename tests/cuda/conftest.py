@@ -1,6 +1,6 @@
 """Where the tests of this folder compute.
 
-`pytest -m cuda -n 0` runs them all on the first GPU, in minutes; where there is none they are skipped. With
+`pytest -m cuda -n 0 tests/cuda` runs them all on the first GPU, in minutes; where there is none they are skipped. With
 BRAINFM_CUDA_TESTS_ON=cpu they run on the processor, which tries the tests themselves.
 """
 
