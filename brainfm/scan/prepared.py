@@ -165,9 +165,9 @@ def for_contract(
     if spec.space is not None or scan is not first:
         affine, shape, to_scan, how = _place(scan, spec, first)
         to_head = np.linalg.inv(scan.head.affine) @ to_scan @ affine
-        near = reach(box_of(brain), to_head, shape)
-        brain = resample(brain.astype(np.float32), to_head, shape, within=near) > 0.5
-        image = resample(image, to_head, shape, within=box_of(brain) if strip else None)
+        near = reach(box_of(brain), to_head, shape) if strip else None
+        image, covered = resample(np.stack([image, brain.astype(np.float32)]), to_head, shape, within=near)
+        brain = covered > 0.5
         notes.insert(0, f"resampled once from its own {_mm(scan.head.affine)} mm voxels, {how}")
     if strip:
         image = image * brain

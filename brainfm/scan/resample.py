@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.contract.volume import Triple
 
-_PLANES = 8  # of the new image at a time: coordinates take six times the memory of the voxels they lead to
+_PLANES = 2  # of the new image at a time: their coordinates, six times the voxels' memory, are to stay in a cache
 
 
 Box: TypeAlias = tuple[slice, slice, slice]
@@ -31,41 +31,47 @@ def resample(
     as old voxels fit in it along that axis: a single point would take the noise of one voxel for the whole.
 
     Args:
-        image: [i, j, k].
+        image: [i, j, k], or several on the same voxels [C, i, j, k], which cost little more than one.
         to_image: [4, 4] from voxel indices of the new grid to those of the image.
         shape: Of the new grid.
         beyond: What lies beyond the image: "zeros", which the last half voxel fades into, or "border", its edge.
         within: The part of the new grid that is wanted, which takes so much less time; elsewhere it is 0.
 
     Returns:
-        [*shape] float32, the first axis fastest, as in files.
+        [*shape] or [C, *shape] float32, the first axis of space fastest, as in files.
     """
     import torch
     import torch.nn.functional as F
 
     # torch's axes run the other way round, so that its coordinates (x, y, z) are (i, j, k) here.
-    source = torch.from_numpy(np.ascontiguousarray(image.T, dtype=np.float64))[None, None]
+    channels = image.reshape(-1, *image.shape[-3:])
+    source = torch.empty(1, len(channels), *channels.shape[:0:-1], dtype=torch.float64)
+    for into, channel in zip(source.numpy()[0], channels, strict=True):
+        into[:] = channel.T
     # −1 and 1 are the centres of the first and last voxel; of an axis of one voxel, its centre is 0.
-    size = np.asarray(image.shape)
+    size = np.asarray(image.shape[-3:])
     unit = 2 / np.maximum(size - 1, 1)
     points = [point * unit for point in _points_in_a_voxel(to_image[:3, :3].T)]
     steps = to_image[:3, :3].T * unit  # [axis of the new grid, axis of the image]
     start = to_image[:3, 3] * unit - (size > 1)
-    out = np.zeros(shape[::-1], dtype=np.float32)
+    out = np.zeros((len(channels), *shape[::-1]), dtype=np.float32)
     box = within or tuple(slice(0, n) for n in shape)
+    # [coordinate, place along the axis]: the sums are fast where the coordinates do not alternate in memory.
     i, j, k = (
-        torch.from_numpy(np.arange(part.start, part.stop)[:, None] * step)
+        torch.from_numpy(np.arange(part.start, part.stop) * step[:, None])
         for part, step in zip(box, steps, strict=True)
     )
-    for first in range(0, len(k), _PLANES):
-        planes = k[first : first + _PLANES, None, None] + (j[None, :, None] + i[None, None])
-        total = torch.zeros(planes.shape[:3], dtype=torch.float64)
+    plane = j[:, None, :, None] + i[:, None, None]
+    for first in range(0, k.shape[1], _PLANES):
+        planes = k[:, first : first + _PLANES, None, None] + plane
+        total: Any = 0
         for point in points:
-            places = planes + torch.from_numpy(start + point)
-            total += F.grid_sample(source, places[None], padding_mode=beyond, align_corners=True)[0, 0]
+            places = planes + torch.from_numpy(start + point)[:, None, None, None]
+            grid = places.permute(1, 2, 3, 0)[None]
+            total += F.grid_sample(source, grid, padding_mode=beyond, align_corners=True)[0]
         whole = box[2].start + first
-        out[whole : whole + len(planes), box[1], box[0]] = (total / len(points)).numpy()
-    return out.T
+        out[:, whole : whole + planes.shape[1], box[1], box[0]] = (total / len(points)).numpy()
+    return out.reshape(*image.shape[:-3], *shape[::-1]).transpose(*range(image.ndim - 3), *range(-1, -4, -1))
 
 
 def box_of(region: NDArray[np.bool_]) -> Box:

@@ -343,6 +343,19 @@ def test_whole_voxels_are_copied_to_the_bit():
     assert np.array_equal(resample(image, matrix, (8, 8, 11)), image[2:, 3:, 1:])
 
 
+@pytest.mark.parametrize("within", [None, (slice(2, 9), slice(0, 7), slice(3, 4))])
+def test_several_images_are_resampled_together_as_each_alone(within):
+    draw = np.random.default_rng(3)
+    images = draw.normal(size=(3, 10, 11, 12)).astype(np.float32)
+    matrix = np.eye(4)
+    matrix[:3] += draw.normal(0, 0.2, (3, 4))
+    together = resample(images, matrix, (11, 9, 7), within=within)
+    assert together.shape == (3, 11, 9, 7)
+    for found, image in zip(together, images, strict=True):
+        assert np.array_equal(found, resample(image, matrix, (11, 9, 7), within=within))
+        assert found.flags.f_contiguous
+
+
 def test_larger_voxels_are_means_of_what_they_hold():
     image = np.random.default_rng(3).normal(size=(16, 16, 16)).astype(np.float32)
     matrix = np.diag([4.0, 2.0, 1.0, 1.0])
