@@ -380,10 +380,17 @@ def find_bundle(
         WeightsError: The config is of another model, or what is fetched is not what it was at first.
     """
     if bundle is None:
-        fetched = (
-            find_weights(get_pretrained_cfg(AUTOENCODER), cache_dir),
-            hub_file(HUB, "models/model.pt", None, cache_dir),
-        )
+        try:
+            fetched = (
+                find_weights(get_pretrained_cfg(AUTOENCODER), cache_dir),
+                hub_file(HUB, "models/model.pt", None, cache_dir),
+            )
+        except WeightsNotFoundError as error:
+            reason, _, _ = str(error).partition("; ")  # what it advises is for encoders
+            raise WeightsNotFoundError(
+                f"{reason}; where there is a network, download models/autoencoder.pt and models/model.pt of {HUB} from "
+                "the Hugging Face Hub, and give their folder as the bundle (--bundle FOLDER)"
+            ) from error
         for path in fetched:
             _hold_to_first(path, (expanded(cache_dir) if cache_dir else default_cache_dir()) / "brain_ldm")
         return PUBLISHED, fetched

@@ -244,6 +244,15 @@ def test_files_that_are_not_the_bundles_are_refused(bundle, tmp_path):
         LatentDiffusion(replace(config, autoencoder=PUBLISHED.autoencoder), autoencoder, diffusion, cpu)
 
 
+def test_bundle_that_cannot_be_fetched_can_be_given(hub, tmp_path):
+    code, said = run("--n", 1, "--out", tmp_path / "out")
+    assert code == 1
+    assert "models/autoencoder.pt" in said
+    assert "and give their folder as the bundle (--bundle FOLDER)" in said
+    assert "brainfm fetch" not in said
+    assert not (tmp_path / "out" / "manifest.csv").exists()
+
+
 def test_fetched_files_are_held_to_those_of_the_first_time(bundle, hub, tmp_path, monkeypatch):
     monkeypatch.setattr("brainfm.synthesis.PUBLISHED", find_bundle(bundle)[0])
     files = {f"models/{name}": (bundle / "models" / name).read_bytes() for name in ("autoencoder.pt", "model.pt")}
