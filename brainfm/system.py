@@ -99,13 +99,22 @@ def tf32(allowed: bool) -> Iterator[None]:
     """
     import torch
 
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    name: str = "allow_tf32"
+    value: bool | str = allowed
+    try:
+        before = [getattr(switch, name) for switch in switches]
+    except RuntimeError:  # whoever set them by their names of torch 2.9: the old ones refuse to be read then
+        switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]  # type: ignore[attr-defined]
+        name, value = "fp32_precision", "tf32" if allowed else "ieee"
+        before = [getattr(switch, name) for switch in switches]
+    for switch in switches:
+        setattr(switch, name, value)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        for switch, was in zip(switches, before, strict=True):
+            setattr(switch, name, was)
 
 
 @contextmanager

@@ -356,6 +356,21 @@ def test_next_group_of_a_launch_does_not_read_the_addresses_of_the_last(tmp_path
     assert done.stdout.count("together") == 6
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="of torch 2.9")
+@pytest.mark.parametrize("kind", ["ieee", "tf32"])
+def test_switches_that_were_set_by_their_newer_names_are_put_back_too(kind):
+    set_before = (
+        f"import torch; m, c, r = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn; "
+        f"m.fp32_precision = {kind!r}; c.fp32_precision = {kind!r}\n"
+        "def now(): return m.fp32_precision, c.fp32_precision, r.fp32_precision\n"
+        "from brainfm.system import tf32; before = now()\n"
+        "for allowed, wanted in ((False, 'ieee'), (True, 'tf32')):\n"
+        "    with tf32(allowed): assert now() == (wanted,) * 3, now()\n"
+        "    assert now() == before, now()\n"
+    )
+    subprocess.run([sys.executable, "-c", set_before], check=True)
+
+
 def test_switches_of_a_gpu_are_put_back_in_any_case():
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
