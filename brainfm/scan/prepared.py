@@ -166,7 +166,7 @@ def for_contract(
         affine, shape, to_scan, how = _place(scan, spec, first)
         to_head = np.linalg.inv(scan.head.affine) @ to_scan @ affine
         near = reach(box_of(brain), to_head, shape) if strip else None
-        image, covered = resample(np.stack([image, brain.astype(np.float32)]), to_head, shape, within=near)
+        image, covered = resample([image, brain], to_head, shape, within=near)
         brain = covered > 0.5
         notes.insert(0, f"resampled once from its own {_mm(scan.head.affine)} mm voxels, {how}")
     if strip:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, Literal, TypeAlias
 
@@ -18,7 +18,7 @@ Box: TypeAlias = tuple[slice, slice, slice]
 
 
 def resample(
-    image: NDArray[np.float32],
+    image: NDArray[Any] | Sequence[NDArray[Any]],
     to_image: NDArray[np.float64],
     shape: Triple,
     *,
@@ -31,25 +31,25 @@ def resample(
     as old voxels fit in it along that axis: a single point would take the noise of one voxel for the whole.
 
     Args:
-        image: [i, j, k], or several on the same voxels [C, i, j, k], which cost little more than one.
+        image: [i, j, k], or several on the same voxels, which cost little more than one.
         to_image: [4, 4] from voxel indices of the new grid to those of the image.
         shape: Of the new grid.
         beyond: What lies beyond the image: "zeros", which the last half voxel fades into, or "border", its edge.
         within: The part of the new grid that is wanted, which takes so much less time; elsewhere it is 0.
 
     Returns:
-        [*shape] or [C, *shape] float32, the first axis of space fastest, as in files.
+        [*shape], or of several [C, *shape], float32, the first axis of space fastest, as in files.
     """
     import torch
     import torch.nn.functional as F
 
     # torch's axes run the other way round, so that its coordinates (x, y, z) are (i, j, k) here.
-    channels = image.reshape(-1, *image.shape[-3:])
-    source = torch.empty(1, len(channels), *channels.shape[:0:-1], dtype=torch.float64)
+    channels = [image] if isinstance(image, np.ndarray) else image
+    source = torch.empty(1, len(channels), *channels[0].shape[::-1], dtype=torch.float64)
     for into, channel in zip(source.numpy()[0], channels, strict=True):
         into[:] = channel.T
     # −1 and 1 are the centres of the first and last voxel; of an axis of one voxel, its centre is 0.
-    size = np.asarray(image.shape[-3:])
+    size = np.asarray(channels[0].shape)
     unit = 2 / np.maximum(size - 1, 1)
     points = [point * unit for point in _points_in_a_voxel(to_image[:3, :3].T)]
     steps = to_image[:3, :3].T * unit  # [axis of the new grid, axis of the image]
@@ -71,7 +71,7 @@ def resample(
             total += F.grid_sample(source, grid, padding_mode=beyond, align_corners=True)[0]
         whole = box[2].start + first
         out[:, whole : whole + planes.shape[1], box[1], box[0]] = (total / len(points)).numpy()
-    return out.reshape(*image.shape[:-3], *shape[::-1]).transpose(*range(image.ndim - 3), *range(-1, -4, -1))
+    return out[0].T if isinstance(image, np.ndarray) else out.transpose(0, 3, 2, 1)
 
 
 def box_of(region: NDArray[np.bool_]) -> Box:

@@ -346,7 +346,7 @@ def test_whole_voxels_are_copied_to_the_bit():
 @pytest.mark.parametrize("within", [None, (slice(2, 9), slice(0, 7), slice(3, 4))])
 def test_several_images_are_resampled_together_as_each_alone(within):
     draw = np.random.default_rng(3)
-    images = draw.normal(size=(3, 10, 11, 12)).astype(np.float32)
+    images = [*draw.normal(size=(2, 10, 11, 12)).astype(np.float32), draw.random((10, 11, 12)) > 0.5]
     matrix = np.eye(4)
     matrix[:3] += draw.normal(0, 0.2, (3, 4))
     together = resample(images, matrix, (11, 9, 7), within=within)
