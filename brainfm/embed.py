@@ -339,7 +339,7 @@ def _job(
 def _embed(records: Listing, jobs: Sequence[_Job], options: Options, in_memory: bool) -> list[Embeddings]:
     """A table each job, of one pass over the scans: each is read once, and goes to the encoders in turn."""
     place = resolve_device(options.device)
-    dtype_name(options.dtype, place)
+    dtype_name(options.dtype, place)  # which refuses one that the device does not have
     runs = [_Run(records, job, options, place) for job in jobs]
     asked = ((n, [number for number, run in enumerate(runs) if n in run]) for n in runs[0].scans)
     wanted = ((n, numbers) for n, numbers in asked if numbers)

@@ -41,7 +41,7 @@ from brainfm.errors import BrainfmError, WeightsError, WeightsNotFoundError
 from brainfm.files import atomic_path, file_sha256, held, one_line, progress_bar, write_csv, write_json, write_text
 from brainfm.inference import resolve_device
 from brainfm.registry import get_pretrained_cfg
-from brainfm.system import expanded
+from brainfm.system import expanded, tf32
 from brainfm.weights.checkpoint import read_checkpoint
 from brainfm.weights.fetch import default_cache_dir, find_weights, hub_file
 
@@ -317,6 +317,7 @@ class LatentDiffusion:
         self.alphas = torch.cumprod(1 - betas, 0)
 
     @torch.inference_mode()
+    @tf32(False)
     def draw(self, conditions: list[float], seed: int) -> NDArray[np.float32]:
         """A volume [x, y, z] from 0 to 1. The noise is drawn on the processor, so that a GPU has the same.
 

@@ -131,6 +131,21 @@ def test_published_config_is_the_bundles_and_makes_volumes_of_1_mm(tmp_path):
         assert decoder.encoder.blocks[0].conv.weight.shape == (64, 1, 3, 3, 3)
 
 
+def test_float32_is_multiplied_whole_on_a_gpu(bundle, tmp_path, monkeypatch):
+    seen = []
+    forward = DiffusionUNet.forward
+
+    def watched(self, *inputs, **named):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return forward(self, *inputs, **named)
+
+    monkeypatch.setattr(DiffusionUNet, "forward", watched)
+    before = torch.backends.cudnn.allow_tf32
+    synthesize(1, tmp_path, bundle=bundle)
+    assert set(seen) == {(False, False)}
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_weights_by_the_names_of_monai_itself_are_the_same(bundle, tmp_path):
     new = write_bundle(tmp_path / "new", monai_names=True)
     synthesize(1, tmp_path / "a", bundle=bundle)

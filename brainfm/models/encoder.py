@@ -285,8 +285,9 @@ class Encoder(nn.Module, ABC):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Encoder:
         """What `to` and `cuda` do. A copy for inference takes the layout that is faster there: see `computing_in`."""
+        before = [weight.is_cuda for weight in self.parameters()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._plain_on_a_gpu:
+        if self._plain_on_a_gpu and before != [weight.is_cuda for weight in self.parameters()]:
             for weight in self.parameters():
                 if weight.ndim == 5:
                     layout = torch.contiguous_format if weight.is_cuda else torch.channels_last_3d

@@ -51,7 +51,7 @@ def assert_like(found: list[dict[str, str]], wanted: list[dict[str, str]], withi
 
 
 @pytest.mark.parametrize("way", [grad_cam, occlusion])
-def test_saliency_is_that_of_the_processor(way, small_sample, gpu, plain_float32):
+def test_saliency_is_that_of_the_processor(way, small_sample, gpu):
     arguments = {"window": 16} if way is occlusion else {}
     maps = []
     for device in (gpu, "cpu"):
@@ -62,14 +62,14 @@ def test_saliency_is_that_of_the_processor(way, small_sample, gpu, plain_float32
 
 
 @pytest.mark.parametrize("command", ["segment", "recovery"])
-def test_analysis_is_that_of_the_processor(command, gpu, plain_float32, tmp_path):
+def test_analysis_is_that_of_the_processor(command, gpu, tmp_path):
     for device in (gpu, "cpu"):
         run(command, "--model", "test_resnet_3d", "--phantoms", 4, "--device", device, "-o", tmp_path / device)
     table = "dice.csv" if command == "segment" else "recovery.csv"
     assert_like(rows(tmp_path / gpu / table), rows(tmp_path / "cpu" / table), within=5e-3)
 
 
-def test_synthetic_volume_is_that_of_the_processor(gpu, plain_float32, tmp_path):
+def test_synthetic_volume_is_that_of_the_processor(gpu, tmp_path):
     """But for the decoder's half precision, in which the bundle's own script decodes on a GPU."""
     bundle = write_bundle(tmp_path / "bundle")
     drawn = []
