@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.models.fast import dilated
 from brainfm.models.fast.joined import Joined
 from brainfm.models.fast.winograd import TILE, Winograd4, geometry, outputs
 
@@ -117,15 +118,15 @@ class Moments:
     def add(self, volume: int, slab: Tensor) -> None:
         """Values [..., C] of a volume of the batch."""
         for values in slab.reshape(-1, slab.shape[-1]).split(max(1, _SLAB // 4 // slab.shape[-1])):  # type: ignore[no-untyped-call]
-            near = values.mean(dim=0)
-            apart = values - near
-            rest = apart.mean(dim=0)  # of rounding: a channel may be the same everywhere, and is to have that mean
-            mean, squares = near.double() + rest, apart.square_().sum(dim=0)
             have, more = self.count[volume], len(values)
+            near = self.mean[volume].float() if have else values.mean(dim=0)  # of which squares lose little
+            apart = values - near
+            moved = apart.mean(dim=0).double()
             self.count[volume] = total = have + more
-            moved = mean - self.mean[volume]
+            squares = (apart.square_().sum(dim=0).double() - more * moved**2).clamp_(min=0)
+            moved += near.double() - self.mean[volume]
             self.mean[volume] += moved * (more / total)
-            self.squares[volume] += squares.double() + moved**2 * (have * more / total)
+            self.squares[volume] += squares + moved**2 * (have * more / total)
 
     @classmethod
     def of(cls, x: Tensor | Joined) -> Moments:
@@ -141,9 +142,9 @@ class Moments:
 class _Scaling:
     """A norm as (x - mean) · scale + shift of each channel, [B, 1, 1, 1, C], and the activation after it."""
 
-    mean: Tensor
     scale: Tensor
     shift: Tensor
+    mean: Tensor | None  # None where it is in the shift
     act: nn.Module | None = None
 
     @classmethod
@@ -163,13 +164,21 @@ class _Scaling:
         if norm.weight is not None:
             scale = scale * norm.weight
         shift = torch.zeros_like(mean) if norm.bias is None else norm.bias.expand_as(mean)
-        return cls(*(part.float()[:, None, None, None] for part in (mean, scale, shift)))  # type: ignore[arg-type]
+        if isinstance(norm, nn.BatchNorm3d):  # as torch does: there is no map whose own mean it is to take away
+            return cls(_of_channels(scale), _of_channels(shift - mean * scale), None)
+        return cls(_of_channels(scale), _of_channels(shift), _of_channels(mean))
 
     def __call__(self, values: Tensor, volumes: slice, out: Tensor) -> Tensor:
         """Write the values [b, ..., C] of some volumes, as they are after norm and activation, to `out`."""
-        torch.sub(values, self.mean[volumes], out=out)  # first: of a mean far from 0 nothing is lost
-        torch.addcmul(self.shift[volumes], out, self.scale[volumes], out=out)
+        if self.mean is not None:  # first: of a mean far from 0 nothing is lost
+            values = torch.sub(values, self.mean[volumes], out=out)
+        torch.addcmul(self.shift[volumes], values, self.scale[volumes], out=out)
         return out if self.act is None else _act(self.act, out)
+
+
+def _of_channels(values: Tensor) -> Tensor:
+    """[B, C] → [B, 1, 1, 1, C] in float32."""
+    return values.float()[:, None, None, None]
 
 
 @dataclass
@@ -391,6 +400,13 @@ def _slabs(conv: nn.Conv3d, maps: Tensor) -> Any:
 
 
 def _whole(maps: Tensor, conv: nn.Conv3d, after: _After) -> Tensor:
+    along = dilated.lines(maps.shape[1:4], conv)
+    made = _direct(maps, conv) if along is None else dilated.convolved(maps, conv, along)
+    slabs = [after(planes, volume, 0) for volume, planes in enumerate(made)]
+    return torch.stack(slabs) if len(slabs) > 1 else slabs[0][None]
+
+
+def _direct(maps: Tensor, conv: nn.Conv3d) -> Tensor:
     x = maps.permute(0, 4, 1, 2, 3)
     # torch does not take oneDNN's by itself where it has one thread.
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -398,8 +414,7 @@ def _whole(maps: Tensor, conv: nn.Conv3d, after: _After) -> Tensor:
         made = torch.mkldnn_convolution(x, conv.weight, conv.bias, *arguments)
     else:
         made = F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    slabs = [after(planes, volume, 0) for volume, planes in enumerate(made.permute(0, 2, 3, 4, 1))]
-    return torch.stack(slabs) if len(slabs) > 1 else slabs[0][None]
+    return made.permute(0, 2, 3, 4, 1)
 
 
 # Slabs of one volume's outputs [planes, H, W, C], an even number but for the last; parts of `out` unless that is empty.
@@ -470,7 +485,9 @@ def _winograd(maps: Tensor, volume: int, conv: nn.Conv3d, before: _Before | None
     _, depth, rows, columns, _ = maps.shape
     channels = conv.in_channels
     way, volumes = Winograd4(conv), slice(volume, volume + 1)
-    tiles = max(1, min(-(-depth // TILE), 2 * _SLAB // (TILE * rows * columns * channels)))
+    most = max(1, 2 * _SLAB // (TILE * rows * columns * channels))
+    needed = -(-depth // TILE)
+    tiles = -(-needed // -(-needed // most))  # of so many slabs, each has about as many
     # Planes with a border of 0, which saves the convolution its own; the last two are the next slab's first.
     planes = maps.new_zeros(TILE * tiles + 2, rows + 2, columns + 2, channels)
     inside = planes[:, 1:-1, 1:-1]
@@ -490,9 +507,11 @@ def _winograd(maps: Tensor, volume: int, conv: nn.Conv3d, before: _Before | None
             planes[:2] = planes[-2:]
         read(2, first + 1, TILE * tiles)
         slab = _part(out, first, (count, rows, columns, conv.out_channels))
-        whole = slab if count == TILE * tiles else slab.new_empty(TILE * tiles, *slab.shape[1:])
+        here = -(-count // TILE)
+        whole = slab if count == TILE * here else slab.new_empty(TILE * here, *slab.shape[1:])
         # Tiles are as volumes of a batch.
-        way([planes[n::TILE][:tiles] for n in range(TILE + 2)], whole.unflatten(0, (tiles, TILE)))  # type: ignore[no-untyped-call]
+        under = planes.unfold(0, TILE + 2, TILE).movedim(-1, 0)
+        way(under[:, :here], whole.unflatten(0, (here, TILE)))  # type: ignore[no-untyped-call]
         if whole is not slab:
             slab.copy_(whole[:count])
         yield slab

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.models.fast.scratch import scratch
+
 TILE = 4  # planes that a convolution makes at once
 
 
@@ -62,21 +64,20 @@ class _Winograd:
     _POINTS: Sequence[Sequence[float]]
 
     def __init__(self, conv: nn.Conv3d) -> None:
-        planes = conv.weight.float()
         self._bias = conv.bias
-        self._weights = [
-            torch.tensordot(planes, planes.new_tensor(point), ([2], [0])).to(
-                conv.weight.dtype, memory_format=torch.channels_last
-            )
-            for point in self._POINTS
-        ]
+        kernels = conv.weight.float().permute(2, 0, 3, 4, 1)
+        at_points = torch.mm(kernels.new_tensor(self._POINTS), kernels.flatten(1)).view(-1, *kernels.shape[1:])
+        self._weights = at_points.to(conv.weight.dtype).permute(0, 1, 4, 2, 3).unbind()  # channels-last
 
     def _convolved(self, point: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.conv2d(x.permute(0, 3, 1, 2), self._weights[point], bias).permute(0, 2, 3, 1)
 
 
 class Winograd4(_Winograd):
-    """Winograd's F(4, 3): 6 convolutions of planes, in place of 12, give 4."""
+    """Winograd's F(4, 3): 6 convolutions of planes, in place of 12, give 4.
+
+    The sums of planes before and after them are matrix products, which go through memory once.
+    """
 
     # Of the kernel's planes, for each of the points 0, 1, -1, 2, -2 and infinity.
     _POINTS = (
@@ -87,30 +88,47 @@ class Winograd4(_Winograd):
         (1 / 24, -1 / 12, 1 / 6),
         (0, 0, 1),
     )
+    # The same of the planes under it, and of what the points give for each output.
+    _PLANES = (
+        (4, 0, -5, 0, 1, 0),
+        (0, -4, -4, 1, 1, 0),
+        (0, 4, -4, -1, 1, 0),
+        (0, -2, -1, 2, 1, 0),
+        (0, 2, -1, -2, 1, 0),
+        (0, 4, 0, -5, 0, 1),
+    )
+    _OUTPUTS = (
+        (1, 1, 1, 1, 1, 0),
+        (0, 1, -1, 2, -2, 0),
+        (0, 1, 1, 4, 4, 0),
+        (0, 1, -1, 8, -8, 1),
+    )
 
-    def __call__(self, planes: Sequence[Tensor], out: Tensor) -> None:
-        """As `Direct`, of at most `TILE` outputs."""
-        zeros = [torch.zeros_like(planes[0])] * (TILE + 2 - len(planes))  # after the last of a map
-        d0, d1, d2, d3, d4, d5 = *planes, *zeros
-        even, odd = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
-        at_1 = self._convolved(1, even + odd, self._bias)  # which all four outputs hold once, and so the bias
-        at_minus_1 = self._convolved(2, even.sub_(odd))
-        even, odd = d4 - d2, torch.sub(d3, d1, out=odd)
-        at_2 = self._convolved(3, torch.add(even, odd, alpha=2))
-        at_minus_2 = self._convolved(4, torch.sub(even, odd, alpha=2))
-        at_0 = self._convolved(0, even.add_(d0, alpha=4).sub_(d2, alpha=4))
-        at_infinity = self._convolved(5, torch.sub(d5, d3).sub_(odd, alpha=4))
+    def __init__(self, conv: nn.Conv3d) -> None:
+        super().__init__(conv)
+        self._of_planes, self._of_points = map(conv.weight.new_tensor, (self._PLANES, self._OUTPUTS))
 
-        made = out if out.shape[1] == TILE else out.new_empty(len(out), TILE, *out.shape[2:])
-        y0, y1, y2, y3 = made.unbind(1)
-        ones, twos = at_1 + at_minus_1, at_2 + at_minus_2
-        torch.add(ones, twos, out=y0).add_(at_0)
-        torch.add(ones, twos, alpha=4, out=y2)
-        ones, twos = at_1.sub_(at_minus_1), at_2.sub_(at_minus_2)
-        torch.add(ones, twos, alpha=2, out=y1)
-        torch.add(ones, twos, alpha=8, out=y3).add_(at_infinity)
-        if made is not out:
-            out.copy_(made[:, : out.shape[1]])
+    def __call__(self, planes: Sequence[Tensor] | Tensor, out: Tensor) -> None:
+        """As `Direct`, of at most `TILE` outputs; a tensor of planes is [planes, B, rows, columns, C]."""
+        if not isinstance(planes, Tensor):
+            planes = torch.stack([*planes], out=scratch(0, planes[0], len(planes), *planes[0].shape))
+        count, points = len(planes), len(self._of_planes)
+        sums = scratch(1, planes, points, *planes.shape[1:])
+        for volume in range(len(out)):  # after the last plane of a map are zeros
+            _mixed(self._of_planes[:, :count], planes[:, volume], sums[:, volume])
+        at_points = scratch(0, out, points, len(out), *out.shape[2:])
+        for point, x in enumerate(sums):  # all outputs hold the one at 1 once, and so the bias
+            at_points[point] = self._convolved(point, x, self._bias if point == 1 else None)
+        for volume, made in enumerate(out):
+            _mixed(self._of_points[: len(made)], at_points[:, volume], made)
+
+
+def _mixed(matrix: Tensor, planes: Tensor, out: Tensor) -> None:
+    """Write to `out` [m, ...] the sums of planes [n, ...] that a matrix [m, n] says."""
+    if out[0].is_contiguous():
+        torch.mm(matrix, planes.flatten(1), out=out.flatten(1))
+    else:
+        out.copy_(torch.mm(matrix, planes.flatten(1)).view(out.shape))
 
 
 class Winograd2(_Winograd):
