@@ -21,7 +21,7 @@ from brainfm.errors import ScanError
 from brainfm.files import file_sha256
 from brainfm.scan.layout import BRAIN, FIELD, HEAD, RECORD
 from brainfm.scan.read import read_image
-from brainfm.scan.resample import box_of, reach, resample
+from brainfm.scan.resample import reach, resample
 from brainfm.scan.spaces import space_of
 from brainfm.scan.stored import StoredImage
 
@@ -165,7 +165,7 @@ def for_contract(
     if spec.space is not None or scan is not first:
         affine, shape, to_scan, how = _place(scan, spec, first)
         to_head = np.linalg.inv(scan.head.affine) @ to_scan @ affine
-        near = reach(box_of(brain), to_head, shape) if strip else None
+        near = reach(brain, to_head, shape) if strip else None
         image, covered = resample([image, brain], to_head, shape, within=near)
         brain = covered > 0.5
         notes.insert(0, f"resampled once from its own {_mm(scan.head.affine)} mm voxels, {how}")

@@ -21,7 +21,7 @@ from brainfm.errors import ScanError
 from brainfm.manifest import ScanRecord
 from brainfm.prep.store import save
 from brainfm.scan.prepared import for_contract, read_prepared
-from brainfm.scan.resample import resample
+from brainfm.scan.resample import reach, resample
 from brainfm.transforms import InputTransform
 
 GRID = Grid((91, 109, 91), (2.0, 2.0, 2.0), (-90.0, -126.0, -72.0))
@@ -343,7 +343,10 @@ def test_whole_voxels_are_copied_to_the_bit():
     assert np.array_equal(resample(image, matrix, (8, 8, 11)), image[2:, 3:, 1:])
 
 
-@pytest.mark.parametrize("within", [None, (slice(2, 9), slice(0, 7), slice(3, 4))])
+BOXES = np.array([[[0, 0], [0, 0]], *[[[2, 9], [0, 7]]] * 2, [[4, 6], [1, 2]], *[[[0, 0], [0, 0]]] * 3])  # of 7 planes
+
+
+@pytest.mark.parametrize("within", [None, BOXES], ids=["everywhere", "within boxes"])
 def test_several_images_are_resampled_together_as_each_alone(within):
     draw = np.random.default_rng(3)
     images = [*draw.normal(size=(2, 10, 11, 12)).astype(np.float32), draw.random((10, 11, 12)) > 0.5]
@@ -354,6 +357,36 @@ def test_several_images_are_resampled_together_as_each_alone(within):
     for found, image in zip(together, images, strict=True):
         assert np.array_equal(found, resample(image, matrix, (11, 9, 7), within=within))
         assert found.flags.f_contiguous
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_reach_holds_all_that_a_region_becomes_and_nothing_is_lost_within_it(seed):
+    draw = np.random.default_rng(seed)
+    region = np.zeros((30, 37, 26), bool)
+    low = draw.integers(0, 20, 3)
+    region[tuple(slice(n, n + m) for n, m in zip(low, draw.integers(1, 14, 3), strict=True))] = True
+    region[tuple(draw.integers(0, region.shape))] = True
+    image = draw.normal(size=region.shape).astype(np.float32) * region
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.diag(draw.choice([-1, 1], 3) * draw.uniform(0.5, 2.6, 3))[draw.permutation(3)]
+    matrix[:3, :3] += draw.normal(0, 0.1, (3, 3))
+    shape = (24, 31, 28)
+    matrix[:3, 3] = np.array(region.shape) / 2 - matrix[:3, :3] @ np.array(shape) / 2 + draw.normal(0, 4, 3)
+    whole = resample(image, matrix, shape)
+    within = reach(region, matrix, shape)
+    np.testing.assert_allclose(resample(image, matrix, shape, within=within), whole, rtol=0, atol=1e-6)
+    assert not within[[not plane.any() for plane in np.moveaxis(whole, 2, 0)]].all()  # it is not everything
+
+
+def test_nothing_is_reached_by_nothing_nor_from_afar():
+    far = np.eye(4)
+    far[:3, 3] = 1000
+    assert not reach(np.zeros((9, 9, 9), bool), np.eye(4), (9, 9, 9)).any()
+    image = np.ones((9, 9, 9), np.float32)
+    assert not reach(image > 0, far, (9, 9, 9)).any()
+    assert not resample(image, far, (9, 9, 9)).any()
+    assert resample(image, far, (9, 9, 9), beyond="border").all()
+    assert not resample(image, np.eye(4), (9, 9, 9), within=reach(image < 0, np.eye(4), (9, 9, 9))).any()
 
 
 def test_larger_voxels_are_means_of_what_they_hold():
