@@ -57,7 +57,7 @@ class Similarity:
         self.centre = centre_of_mass(images[1])  # LPS mm
         self._device = device
         self._levels = [
-            ((_smooth(image, mm) * ((BINS - 1) / bright)).to(device), _to_grid(image))
+            (_smooth(image, mm, device).mul_((BINS - 1) / bright), _to_grid(image))
             for image, (mm, _) in zip(images, LEVELS, strict=True)
         ]
 
@@ -218,9 +218,9 @@ def _shrunk(image: sitk.Image, mm: float) -> sitk.Image:
     return sitk.BinShrink(image, factors) if max(factors) > 1 else image
 
 
-def _smooth(image: sitk.Image, mm: float) -> Tensor:
+def _smooth(image: sitk.Image, mm: float, device: str = "cpu") -> Tensor:
     """The voxels of a level, smoothed by about as much as they measure: the ruts of interpolation catch what climbs."""
-    voxels = _voxels(image)
+    voxels = _voxels(image).to(device)
     for axis, spacing in enumerate(image.GetSpacing()):
         side = min(1 / 3, (max(mm, _LEAST_SMOOTH_MM) / spacing) ** 2 / 4)  # the same spread, mm, whatever the spacing
         voxels = _with_neighbours(voxels, 4 - axis, side)

@@ -8,6 +8,7 @@ from torch import nn
 
 from brainfm.models.encoder import Halved
 from brainfm.models.fast.chain import Chain, JoiningChain, Moments
+from brainfm.models.fast.winograd import Winograd4
 
 
 def conv(before: int, width: int, kernel: int = 3, stride: int = 1, **arguments) -> nn.Conv3d:
@@ -85,6 +86,30 @@ def test_gives_what_the_layers_give(kind, size):
     assert relative(found, wanted) < 5e-6
     assert relative(also, wanted) < 5e-6
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("tiles_of_a_slab", [1, 2, 3, 7])
+@pytest.mark.parametrize("depth", [29, 31, 32])
+def test_slabs_take_no_more_tiles_than_the_map_has(monkeypatch, depth, tiles_of_a_slab):
+    """At most so many tiles of 4 planes at a time, the last of which may have fewer planes."""
+    taken = []
+
+    class Counted(Winograd4):
+        def __call__(self, planes, out):
+            taken.append(len(out))
+            super().__call__(planes, out)
+
+    torch.manual_seed(0)
+    layers = [conv(16, 16), nn.InstanceNorm3d(16), nn.LeakyReLU(inplace=True), conv(16, 16)]
+    together, x = Chain(*layers).eval().requires_grad_(False), torch.randn(2, 16, depth, 11, 13)
+    with torch.inference_mode():
+        wanted = together.double()(x.double())
+        together.float().ready()
+        monkeypatch.setattr("brainfm.models.fast.chain.Winograd4", Counted)
+        monkeypatch.setattr("brainfm.models.fast.chain._SLAB", tiles_of_a_slab * 4 * 11 * 13 * 16 // 2)
+        assert relative(together(x), wanted) < 5e-6
+    assert max(taken) <= tiles_of_a_slab
+    assert sum(taken) == 2 * len(x) * 8  # of two convolutions
 
 
 @pytest.mark.parametrize("kind", ["instance norms", "group norms first", "dense layer", "separable", "SFCN", "dilated"])
