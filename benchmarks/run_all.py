@@ -1,8 +1,8 @@
 """Run every benchmark that has a peer, and print what it says as one Markdown page.
 
 A script that cannot run (timm is not installed, say) is named with the reason, and the others go on.
-`embed_memory.py` and `embed_cohort_size.py` have no peer and go through 100,000 scans, and `embed_models.py` needs a
-prepared scan: they are run by themselves.
+`embed_memory.py` and `embed_cohort_size.py` have no peer and go through 100,000 scans, `embed_models.py` needs a
+prepared scan, and `int8.py` is a trial: they are run by themselves.
 
 With `--json benchmarks/results` each script's machine and tables are kept there as well, from which the site's page of
 costs is made; `zoo.py` writes its own, with every digit.

@@ -5,7 +5,7 @@ A layer at a time, a map as wide as the volume goes through memory for each of t
 - what is before a convolution, a norm and its activation, is done to each plane as the convolution reads it, and what
   is after, an activation or a pool, to a few planes as they come: the map between is never there;
 - a norm over the volume has its moments from the planes as they are made;
-- the convolution itself is Winograd's along z where that is faster, see `winograd`.
+- the convolution itself is done with fewer multiplications where that is faster, see `winograd` and `dilated`.
 
 Wherever it is not so simple (another device or type, a gradient, a tracer), the layers are called one by one.
 """

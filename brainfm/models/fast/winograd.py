@@ -74,10 +74,7 @@ class _Winograd:
 
 
 class Winograd4(_Winograd):
-    """Winograd's F(4, 3): 6 convolutions of planes, in place of 12, give 4.
-
-    The sums of planes before and after them are matrix products, which go through memory once.
-    """
+    """Winograd's F(4, 3): 6 convolutions of planes, in place of 12, give 4."""
 
     # Of the kernel's planes, for each of the points 0, 1, -1, 2, -2 and infinity.
     _POINTS = (
@@ -88,7 +85,7 @@ class Winograd4(_Winograd):
         (1 / 24, -1 / 12, 1 / 6),
         (0, 0, 1),
     )
-    # The same of the planes under it, and of what the points give for each output.
+    # The same of the planes under it: a matrix product goes through memory once, where a sum does for each term.
     _PLANES = (
         (4, 0, -5, 0, 1, 0),
         (0, -4, -4, 1, 1, 0),
@@ -97,38 +94,33 @@ class Winograd4(_Winograd):
         (0, 2, -1, -2, 1, 0),
         (0, 4, 0, -5, 0, 1),
     )
-    _OUTPUTS = (
-        (1, 1, 1, 1, 1, 0),
-        (0, 1, -1, 2, -2, 0),
-        (0, 1, 1, 4, 4, 0),
-        (0, 1, -1, 8, -8, 1),
-    )
 
     def __init__(self, conv: nn.Conv3d) -> None:
         super().__init__(conv)
-        self._of_planes, self._of_points = map(conv.weight.new_tensor, (self._PLANES, self._OUTPUTS))
+        self._of_planes = conv.weight.new_tensor(self._PLANES)
 
     def __call__(self, planes: Sequence[Tensor] | Tensor, out: Tensor) -> None:
         """As `Direct`, of at most `TILE` outputs; a tensor of planes is [planes, B, rows, columns, C]."""
         if not isinstance(planes, Tensor):
             planes = torch.stack([*planes], out=scratch(0, planes[0], len(planes), *planes[0].shape))
-        count, points = len(planes), len(self._of_planes)
-        sums = scratch(1, planes, points, *planes.shape[1:])
+        sums = scratch(1, planes, len(self._POINTS), *planes.shape[1:])
         for volume in range(len(out)):  # after the last plane of a map are zeros
-            _mixed(self._of_planes[:, :count], planes[:, volume], sums[:, volume])
-        at_points = scratch(0, out, points, len(out), *out.shape[2:])
-        for point, x in enumerate(sums):  # all outputs hold the one at 1 once, and so the bias
-            at_points[point] = self._convolved(point, x, self._bias if point == 1 else None)
-        for volume, made in enumerate(out):
-            _mixed(self._of_points[: len(made)], at_points[:, volume], made)
-
-
-def _mixed(matrix: Tensor, planes: Tensor, out: Tensor) -> None:
-    """Write to `out` [m, ...] the sums of planes [n, ...] that a matrix [m, n] says."""
-    if out[0].is_contiguous():
-        torch.mm(matrix, planes.flatten(1), out=out.flatten(1))
-    else:
-        out.copy_(torch.mm(matrix, planes.flatten(1)).view(out.shape))
+            under = planes[:, volume].flatten(1)
+            torch.mm(self._of_planes[:, : len(planes)], under, out=sums[:, volume].flatten(1))
+        # All four outputs hold the one at 1 once, and so the bias.
+        at_0, at_1, at_minus_1, at_2, at_minus_2, at_infinity = (
+            self._convolved(point, x, self._bias if point == 1 else None) for point, x in enumerate(sums)
+        )
+        made = out.unbind(1)
+        ones, twos = scratch(0, out, 2, *made[0].shape)
+        for first, joined in ((0, torch.add), (1, torch.sub)):
+            joined(at_1, at_minus_1, out=ones)
+            joined(at_2, at_minus_2, out=twos)
+            for n in range(first, len(made), 2):
+                torch.add(ones, twos, alpha=2**n, out=made[n])
+        made[0].add_(at_0)
+        if len(made) == TILE:
+            made[-1].add_(at_infinity)
 
 
 class Winograd2(_Winograd):
