@@ -63,7 +63,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated", DeprecationWarning)
+    for says in ("torch.ao.quantization is deprecated", "torch.quantize_per_tensor"):
+        warnings.filterwarnings("ignore", says)
     torch.manual_seed(0)
 
     with tempfile.TemporaryDirectory() as name:
