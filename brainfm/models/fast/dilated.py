@@ -1,9 +1,9 @@
 """Convolutions whose dilation is a half or a third of the map, as of a crop of 64 voxels in MedicalNet's last stage.
 
 The voxels that a kernel of 3 sees along an axis then lie so far apart that a line of the map falls into lines of one to
-three voxels, with 0 at both sides. These take 1, 3 and 5 products instead of 3, 6 and 9 (which Karatsuba and Toom-Cook
-found for polynomials), three axes the product of theirs. Layers of so few voxels wait for their weights, so that the
-kernel's transform, which is done at each call, has to be cheap: here it is a matrix product too.
+three voxels, with 0 at both sides. Of their 1, 4 and 7 products that are not of 0 they take 1, 3 and 5 (which Karatsuba
+and Toom-Cook found for polynomials), and three axes as many as theirs multiplied. Layers of so few voxels wait for
+their weights, so that the kernel's transform, which is done at each call, has to be cheap: it is a matrix product too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from brainfm.models.fast.scratch import scratch
 
-_WHOLE_OUTPUTS = 256  # channels whose kernels are transformed at a time: 24 MB of 512 channels
+_OUTPUTS_AT_ONCE = 256  # channels whose kernels are transformed at a time: 24 MB of 512 channels
 _ENOUGH_CHANNELS = 128  # below, transforms cost more than they save
 
 # Of a line of so many voxels: its outputs, the kernel and the voxels, each as sums at the points that are multiplied.
@@ -63,8 +63,8 @@ def convolved(x: Tensor, conv: nn.Conv3d, along: tuple[int, ...]) -> Tensor:
     kernels = conv.weight.permute(0, 2, 3, 4, 1).reshape(count, 27, channels)  # as it lies, channels-last
 
     made = x.new_empty(len(of_outputs), sums.shape[1], count)
-    for first in range(0, count, _WHOLE_OUTPUTS):
-        some = kernels[first : first + _WHOLE_OUTPUTS]
+    for first in range(0, count, _OUTPUTS_AT_ONCE):
+        some = kernels[first : first + _OUTPUTS_AT_ONCE]
         at_points = scratch(0, x, len(some), points, channels)
         torch.bmm(of_kernel.expand(len(some), -1, -1), some, out=at_points)
         products = torch.bmm(sums, at_points.permute(1, 2, 0), out=scratch(1, x, *sums.shape[:2], len(some)))
