@@ -79,34 +79,82 @@ class Similarity:
 
         def cost(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             parameters = torch.tensor(values, requires_grad=True)
-            loss = -_SCALE * self._information(motion(start, parameters)[None], level)[0]
-            (slope,) = torch.autograd.grad(loss, parameters)
-            return float(loss.detach()), slope.numpy()
+            moved = motion(start, parameters)
+            information, rise = self._rise(moved.detach(), level)
+            (slope,) = torch.autograd.grad(moved, parameters, rise)
+            return -_SCALE * information, -_SCALE * slope.numpy()
 
         mm = LEVELS[level][0]
         found, least = _lowest(cost, 12 if affine else 6, _LEAST_STEP * mm, min(_MOST_MM, voxels * mm))
         return motion(start, torch.from_numpy(found)).numpy(), -least / _SCALE
 
     def _information(self, positions: Tensor, level: int) -> Tensor:
-        volume, to_grid = self._levels[level]
-        points, fixed = _points(level, self._device)
-        grid = points @ (to_grid @ positions)[:, :3].transpose(1, 2).float().to(self._device)  # [n, points, 3]
-        many = len(positions)
-        values = F.grid_sample(volume.expand(many, -1, -1, -1, -1), grid[:, None, None], align_corners=True)
-        values = values.reshape(many, -1).clamp(0, BINS - 1)
-        seen = (grid.detach().abs() <= 1).all(-1).float()
-        low = values.detach().floor().clamp(max=BINS - 2)
-        upper = (values - low) * seen
-        cells = fixed + low.long() + torch.arange(many, device=self._device)[:, None] * BINS**2
-        counts = torch.zeros(many * BINS**2, device=self._device)
-        counts = counts.index_add(0, cells.flatten(), (seen - upper).flatten())
-        counts = counts.index_add(0, cells.flatten() + 1, upper.flatten())
-        joint = counts.double().reshape(many, BINS, BINS)
-        covered = joint.sum((1, 2))
-        joint = joint / covered.clamp(min=1)[:, None, None]
-        apart = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
-        information = (joint * ((joint + 1e-12) / (apart + 1e-12)).log()).sum((1, 2))
-        return (information * (covered > _LEAST_SEEN * len(points))).cpu()
+        """The mutual information [n] at positions [n, 4, 4]."""
+        counts = self._counted(self._grid(positions, level), level)[0]
+        return (_information_of(counts.double())[0] * self._enough(counts, level)).cpu()
+
+    def _rise(self, position: Tensor, level: int) -> tuple[float, Tensor]:
+        """The mutual information at a position [4, 4], and by how much it rises with each of the position's numbers.
+
+        A point whose brightness rises moves from one bin to the next: the information rises by the difference of what
+        one more point in each of the two gives. So only the interpolation is left to autograd.
+        """
+        grid = self._grid(position[None], level).requires_grad_()
+        counts, values, cells, counted = self._counted(grid, level)
+        information, by_count = _information_of(counts.double())
+        if not self._enough(counts, level):
+            return 0.0, torch.zeros_like(position)
+        by_count = by_count.flatten().float()
+        by_value = (by_count[cells + 1] - by_count[cells]) * counted
+        (by_grid,) = torch.autograd.grad(values, grid, by_value.reshape(values.shape))
+        points, to_grid = _points(level, self._device)[0], self._levels[level][1]
+        by_position = to_grid[:3].T @ (by_grid[0].T @ points).double().cpu()
+        return float(information), by_position
+
+    def _grid(self, positions: Tensor, level: int) -> Tensor:
+        """The points [n, points, 3] as grid_sample takes them, at positions [n, 4, 4]."""
+        to_grid = self._levels[level][1]
+        return _points(level, self._device)[0] @ (to_grid @ positions)[:, :3].transpose(1, 2).float().to(self._device)
+
+    def _counted(self, grid: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """How many points fall in each bin of both images [n, bins, bins], by linear windows.
+
+        And of the points [n × points]: their brightness in bins, as autograd knows it; the lower of the two bins that
+        each falls in; whether a change of its brightness is counted.
+        """
+        many = len(grid)
+        sampled = F.grid_sample(
+            self._levels[level][0].expand(many, -1, -1, -1, -1), grid[:, None, None], align_corners=True
+        )
+        with torch.no_grad():
+            seen = (grid.abs() <= 1).all(-1)
+            values = sampled.reshape(many, -1)
+            counted = seen & (values >= 0) & (values <= BINS - 1)
+            values = values.clamp(0, BINS - 1)
+            low = values.floor().clamp_(max=BINS - 2)
+            upper = (values - low).mul_(seen).flatten()
+            cells = low.long().add_(_points(level, self._device)[1])
+            if many > 1:
+                cells += torch.arange(many, device=self._device)[:, None] * BINS**2
+            cells = cells.flatten()
+            counts = torch.zeros(many * BINS**2, device=self._device)
+            counts.index_add_(0, cells, seen.flatten().float() - upper)
+            counts.index_add_(0, cells + 1, upper)
+        return counts.reshape(many, BINS, BINS), sampled, cells, counted.flatten()
+
+    def _enough(self, counts: Tensor, level: int) -> Tensor:
+        """Whether the scan covers enough of the points [n]."""
+        return counts.sum((1, 2)) > _LEAST_SEEN * len(_points(level, self._device)[0])
+
+
+def _information_of(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Of points in bins [n, bins, bins]: mutual information [n], and by how much one more in each bin raises it."""
+    whole = counts.sum((1, 2), keepdim=True).clamp(min=1)
+    joint = counts / whole
+    apart = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
+    gain = ((joint + 1e-12) / (apart + 1e-12)).log()
+    information = (joint * gain).sum((1, 2), keepdim=True)
+    return information[:, 0, 0], (gain - information) / whole
 
 
 def _lowest(cost: Cost, size: int, least_step: float, most_step: float) -> tuple[NDArray[np.float64], float]:
@@ -147,7 +195,10 @@ def _rigid(start: Tensor, parameters: Tensor) -> Tensor:
     """The template turned about its centre, and the whole shifted; parameters in mm."""
     zero = torch.zeros((), dtype=parameters.dtype)
     x, y, z = parameters[:3] / _RADIUS_MM
-    turn = torch.linalg.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).reshape(3, 3))
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).reshape(3, 3)
+    angle = (x * x + y * y + z * z + 1e-30).sqrt()  # its slope at 0 is 0, not a division by it
+    sine, half = torch.sinc(angle / math.pi), torch.sinc(angle / (2 * math.pi))
+    turn = torch.eye(3, dtype=parameters.dtype) + sine * cross + half**2 / 2 * cross @ cross  # Rodrigues' formula
     return _moved(start, turn, parameters[3:])
 
 
@@ -192,8 +243,10 @@ def _points(level: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     corners, to_points = _near()
     generator = torch.Generator().manual_seed(SEED + level)
     repeats, left = divmod(wanted, len(corners))
-    chosen = torch.cat([corners] * repeats + [corners[torch.randperm(len(corners), generator=generator)[:left]]])
-    index = chosen + torch.rand(chosen.shape, generator=generator, dtype=torch.float64) - 0.5
+    cells = torch.arange(len(corners))
+    cells = torch.cat([cells] * repeats + [cells[torch.randperm(len(cells), generator=generator)[:left]]])
+    index = corners[cells] + torch.rand((wanted, 3), generator=generator, dtype=torch.float64) - 0.5
+    index = index[cells.argsort(stable=True)]  # neighbours after one another: what is read is in the processor's cache
     points = to_points @ torch.cat([index, torch.ones(len(index), 1, dtype=torch.float64)], 1).T
     image = _shrunk(template(), mm)
     grid = (_to_grid(image) @ points)[:3].T.float()

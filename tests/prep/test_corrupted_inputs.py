@@ -192,12 +192,16 @@ def _half_stripped(prepared):
     return replace(prepared, brain=brain)
 
 
-def _bitten(prepared):
-    """The mask lacks a bite of 3.5 cm at the front."""
+def _bitten(prepared, mm=35):
+    """The mask lacks a bite at the front."""
     grid = np.ogrid[tuple(slice(size) for size in prepared.brain.shape)]
     front = int(np.flatnonzero(prepared.brain.any(axis=(0, 2)))[-1])
-    far = (grid[0] - 80) ** 2 + (grid[1] - front) ** 2 + (grid[2] - 90) ** 2 > 35**2
+    far = (grid[0] - 80) ** 2 + (grid[1] - front) ** 2 + (grid[2] - 90) ** 2 > mm**2
     return replace(prepared, brain=prepared.brain & far)
+
+
+def _stripped(prepared):
+    return replace(prepared, image=prepared.image * prepared.brain, stripped=True)
 
 
 def _cut_by(fraction, axis):
@@ -245,7 +249,7 @@ def _bottle(prepared):
 BAD, DOUBTFUL, GOOD = ("fail",), ("fail", "look"), ("pass",)
 JUDGED = {
     "in MNI space already": (lambda p: p, GOOD, ()),
-    "without its skull already": (lambda p: replace(p, image=p.image * p.brain, stripped=True), GOOD, ()),
+    "without its skull already": (_stripped, GOOD, ()),
     "zeros at the edges": (_padded, GOOD, ()),
     "stripped, in a box that just holds it": (_boxed, GOOD, ()),
     "a small brain, stripped, in its box": (lambda p: _boxed(_scaled(p, 0.86, 0.86, 0.8)), GOOD, ()),
@@ -260,7 +264,10 @@ JUDGED = {
     "scalp and marrow in the mask": (lambda p: replace(p, brain=_grown(p.brain, 9)), BAD, ("bright_rim", "dark_rim")),
     "half the skull left": (_half_stripped, BAD, ("dark_rim", "bright_rim", "litres")),
     "a mask that cuts into the brain": (lambda p: replace(p, brain=_grown(p.brain, -6)), DOUBTFUL, ("cut_rim",)),
+    "a mask that ends 3 mm too far in": (lambda p: replace(p, brain=_grown(p.brain, -3)), DOUBTFUL, ("cut_rim",)),
     "a bite out of the mask": (_bitten, DOUBTFUL, ("missing",)),
+    "a bite of 2.5 cm": (lambda p: _bitten(p, 25), DOUBTFUL, ("bite",)),
+    "a bite of 2.5 cm out of a brain without skull": (lambda p: _stripped(_bitten(p, 25)), DOUBTFUL, ("missing",)),
     "a mask without the top of one half": (_lopsided, BAD, ("missing",)),
     "half a brain": (_half, BAD, ("missing",)),
     "the top cut off": (_cut_off, BAD, ("cut",)),
@@ -289,7 +296,8 @@ JUDGED = {
     "a bottle": (_bottle, BAD, ("similarity", "contrast")),
     "a very noisy scan": (_noisy, DOUBTFUL, ("noise",)),
     "a ghost": (_ghost, DOUBTFUL, ("echo",)),
-    "wrapped around": (_wrapped, DOUBTFUL, ("echo",)),
+    "wrapped around": (_wrapped, DOUBTFUL, ("bright",)),
+    "wrapped around, then stripped": (lambda p: _stripped(_wrapped(p)), DOUBTFUL, ("bright",)),
 }
 
 
