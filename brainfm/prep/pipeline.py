@@ -305,6 +305,22 @@ def _by_steps(
     beside: ThreadPoolExecutor,
 ) -> dict[str, Any]:
     """Prepare a head, write its images, and return what its record says of them."""
+    scan = _in_its_own_space(head, folder, settings, threads, clock, onto, device, beside)  # no other image is held
+    with torch_threads(threads):
+        return scan.record | appraise(scan, settings, head.stripped, clock)
+
+
+def _in_its_own_space(
+    head: Head,
+    folder: Path,
+    settings: Settings,
+    threads: int,
+    clock: Clock,
+    onto: Path | None,
+    device: str,
+    beside: ThreadPoolExecutor,
+) -> PreparedScan:
+    """A head with its brain mask and where it lies, written to its folder; its record has no verdict yet."""
     with clock("bias"):
         corrected, log_field = BIAS[settings.bias].run(head.image)
         _import_torch()  # which `beside` has begun
@@ -320,11 +336,10 @@ def _by_steps(
             saved = beside.submit(_saved, corrected, brain, log_field, folder)
         with clock("write"):
             stored, storage = saved.result()
-        made: dict[str, Any] = {"format": FORMAT, "contrast": settings.contrast, **found, "storage": storage}
-        if log_field is not None:
-            made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
-        scan = PreparedScan(folder, made, stored, brain)
-        return made | appraise(scan, settings, head.stripped, clock)
+    made: dict[str, Any] = {"format": FORMAT, "contrast": settings.contrast, **found, "storage": storage}
+    if log_field is not None:
+        made["bias_field"] = {"lifted_by": float(np.min(sitk.GetArrayViewFromImage(head.image)))}
+    return PreparedScan(folder, made, stored, brain)
 
 
 def _import_torch() -> None:
