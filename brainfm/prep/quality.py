@@ -133,8 +133,8 @@ MEANINGS: dict[str, _Meaning] = {
         0,
         1,
         "",
-        "it may be no T1w image, or after contrast agent, or something lies over it, such as what was outside the field of "
-        "view",
+        "it may be no T1w image, or one after contrast agent, or something lies over it, such as what was outside the "
+        "field of view",
     ),
     "bright_rim": _Meaning(
         "fraction of the mask's rim brighter than white matter", 0, 1, "", "scalp, marrow or eye is in the mask"
