@@ -443,7 +443,7 @@ def _rim(cells: _Cells, white: float, grey: float) -> dict[str, float]:
         "bright_rim": float((cells.image[inside] > 1.15 * white).mean()),
         "dark_rim": float((cells.image[deeper] < 0.6 * grey).mean()) if deeper.any() else 1.0,
         "cut_rim": _fraction(like_brain, outside) / max(_fraction(like_brain, deeper), 0.1),
-        "bite": float(np.percentile(fractions, 99)) if nearby.any() else 0.0,
+        "bite": min(1.0, float(np.percentile(fractions, 99))) if nearby.any() else 0.0,
     }
 
 
