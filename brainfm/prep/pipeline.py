@@ -237,7 +237,9 @@ def prepare(
             if settings.backend == "turboprep":
                 made = _by_turboprep(head, folder, settings, threads, clock)
             else:
-                made = _by_steps(head, folder, settings, threads, clock, onto, device, beside)
+                scan = _in_its_own_space(head, folder, settings, threads, clock, onto, device, beside)
+                with torch_threads(threads):  # no other image of the scan is held by now
+                    made = scan.record | appraise(scan, settings, head.stripped, clock)
     except BaseException as error:
         _clear(folder)
         if isinstance(error, RuntimeError):
@@ -292,22 +294,6 @@ def _target(settings: Settings) -> Path:
 
 
 # --- By the steps of this package -----------------------------------------------------------------
-
-
-def _by_steps(
-    head: Head,
-    folder: Path,
-    settings: Settings,
-    threads: int,
-    clock: Clock,
-    onto: Path | None,
-    device: str,
-    beside: ThreadPoolExecutor,
-) -> dict[str, Any]:
-    """Prepare a head, write its images, and return what its record says of them."""
-    scan = _in_its_own_space(head, folder, settings, threads, clock, onto, device, beside)  # no other image is held
-    with torch_threads(threads):
-        return scan.record | appraise(scan, settings, head.stripped, clock)
 
 
 def _in_its_own_space(

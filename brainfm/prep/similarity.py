@@ -134,8 +134,7 @@ class Similarity:
             low = values.floor().clamp_(max=BINS - 2)
             upper = (values - low).mul_(seen).flatten()
             cells = low.long().add_(_points(level, self._device)[1])
-            if many > 1:
-                cells += torch.arange(many, device=self._device)[:, None] * BINS**2
+            cells += torch.arange(many, device=self._device)[:, None] * BINS**2
             cells = cells.flatten()
             counts = torch.zeros(many * BINS**2, device=self._device)
             counts.index_add_(0, cells, seen.flatten().float() - upper)
