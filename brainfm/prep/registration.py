@@ -43,9 +43,10 @@ class Registered:
         rigid: From points of the template to points of the scan (LPS mm), six degrees of freedom.
         affine: The same with twelve, or None where it went astray.
         similarity: The mutual information of each, nats. Empty where the backend does not say.
-        starts: How the rigid one was found: turns `looked_at` and `followed`, how many of these `agree` with it to 2°
-            and 2 mm, the `rank` of its start among all that were looked at, from 1; by how many degrees the second look
-            `moved_deg` it, whether a `second_round` was needed, and whether it is `steady` now. Empty likewise.
+        starts: How they were found: turns `looked_at` and `followed`, how many of these `agree` with the rigid one to
+            2° and 2 mm, the `rank` of the best one's start among all that were looked at, from 1; by how many degrees
+            the second look `moved_deg` the affine one, whether a `second_round` was needed, and whether it is `steady`
+            now. Empty likewise.
         reason: Why there is no affine one.
     """
 
@@ -83,8 +84,9 @@ def settings() -> dict[str, Any]:
 
     return {
         "measure": f"mutual information, {BINS} bins",
-        "levels_mm": [mm for mm, _ in LEVELS],
-        "points": [points for _, points in LEVELS],
+        "levels_mm": [level.mm for level in LEVELS],
+        "points": [level.points for level in LEVELS],
+        "least_steps_mm": [level.least_step for level in LEVELS],
         "starts": [f"±{most:g}° by {step:g}°, {followed} followed" for most, step, followed in ROUNDS],
         "rigid": f"from the nearest to the affine one, in steps of {SMALL_STEP:g} voxels at most",
         "seed": SEED,
@@ -95,12 +97,12 @@ def register(brain: sitk.Image, device: str = "cpu") -> Registered:
     """The rigid and the affine transform from points of the template to points of the scan.
 
     The brain's centre of mass is put on the template's. Turns of up to 45° about each axis are looked at on voxels of
-    8 mm; the best that differ are followed to 4 mm, and the best of these to 2 mm. Then the second look: moved by
-    5° and 5 mm, the result has to come back to within 0.5°, or a second round begins from more turns. The affine one
-    begins there. The rigid one is climbed to, in small steps, from the rigid motion that is nearest to the affine one
-    over the template's brain: alone it ends in another place from each header, where the brain is of another size and
-    rigid fits are nearly as good in several. The same brain gives the same transforms, to the bit: one thread does it
-    on the processor.
+    8 mm; the best that differ are followed to 4 mm, and the best of these, as an affine one, to 2 mm. Then the second
+    look: turned and shifted by 5° and 5 mm, the result has to come back to within 0.5°, or a second round begins from
+    more turns. It is the affine one that has to, for a rigid one, where the brain is of another size, fits nearly as
+    well in several places and ends in another from each header. So the rigid one is climbed to last, in small steps,
+    from the rigid motion that is nearest to the affine one over the template's brain. The same brain gives the same
+    transforms, to the bit: one thread does it on the processor.
 
     No header that mirrors the brain is put right: left and right look alike, so it would be the other way round.
 
@@ -132,25 +134,21 @@ def _registered(similarity: Similarity) -> Registered:
         if not ends:
             continue
         best = max(ends, key=lambda end: end.similarity)
-        rigid, of_rigid = similarity.climbed(best.position, _MIDDLE)
-        again, _ = similarity.climbed(rigid @ _push(), _COARSE)
-        again, of_again = similarity.climbed(again, _MIDDLE)
-        moved_deg, _ = _difference(rigid, again)
-        if of_again > of_rigid and _turn_deg(again) <= MOST_TURN_DEG:
-            rigid, of_rigid = again, of_again
+        affine, of_affine = _affine(similarity, best.position)
+        again, of_again = _affine(similarity, _nearest_rigid(affine) @ _push())
+        moved_deg, _ = _difference(_nearest_rigid(affine), _nearest_rigid(again))
+        if of_again > of_affine:
+            affine, of_affine = again, of_again
         if moved_deg <= STEADY_DEG:
             break
-    if not ends or _turn_deg(rigid) > MOST_TURN_DEG:
+    if not ends or _turn_deg(_nearest_rigid(affine)) > MOST_TURN_DEG:
         raise ScanError(
             f"the brain fits the template only when it is turned by more than {MOST_TURN_DEG:g}° against its header, "
             "which may have axes swapped or reversed; correct it, or convert the scan from its DICOM files again"
         )
-    affine, of_affine = rigid, of_rigid
-    for level in (_COARSE, _MIDDLE, _FINE):
-        affine, of_affine = similarity.climbed(affine, level, affine=True)
+    affine, of_affine = similarity.climbed(affine, _FINE, affine=True)
     reason = astray(_transform(affine))
-    if not reason:
-        rigid = _nearest_rigid(affine)
+    rigid = similarity.climbed(best.position, _MIDDLE)[0] if reason else _nearest_rigid(affine)
     rigid, of_rigid = similarity.climbed(rigid, _FINE, voxels=SMALL_STEP)
     return Registered(
         _transform(rigid),
@@ -167,6 +165,12 @@ def _registered(similarity: Similarity) -> Registered:
         },
         reason,
     )
+
+
+def _affine(similarity: Similarity, rigid: Position) -> tuple[Position, float]:
+    """The affine position that a rigid one leads to, on voxels of 4 and then 2 mm, and its similarity."""
+    affine, _ = similarity.climbed(rigid, _COARSE, affine=True)
+    return similarity.climbed(affine, _MIDDLE, affine=True)
 
 
 def as_affine(transform: sitk.Transform) -> sitk.AffineTransform:

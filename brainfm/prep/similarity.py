@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -24,8 +24,23 @@ from brainfm.prep.registration import SEED
 Position: TypeAlias = NDArray[np.float64]
 Cost: TypeAlias = Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]]
 
-# Voxels of both images, about, mm, and points at which they are compared; from coarse to fine.
-LEVELS = ((8.0, 4_000), (4.0, 20_000), (2.0, 60_000), (1.0, 100_000))
+
+class Level(NamedTuple):
+    """How closely scan and template are compared: voxels of about `mm`, at `points`, by steps of `least_step` mm."""
+
+    mm: float
+    points: int
+    least_step: float
+
+
+# From coarse to fine. Affine ends of people's heads lie within 0.1 mm of where steps of a hundredth of a voxel led,
+# rigid ones within what these differ by from header to header; smaller steps look half as often again.
+LEVELS = (
+    Level(8.0, 4_000, 0.4),
+    Level(4.0, 20_000, 0.2),
+    Level(2.0, 60_000, 0.06),
+    Level(1.0, 100_000, 0.02),
+)
 # A level is smoothed like voxels of its size, and the finest like these: without, people's brains ended up to 1 mm
 # apart from different beginnings; on voxels of 2 mm instead, the mask's edge took a moved average head 0.9 mm away.
 _LEAST_SMOOTH_MM = 1.5
@@ -37,7 +52,6 @@ _SCALE = 100.0  # of what is minimised, so that its slope is about 1 per mm
 _LEAST_SEEN = 0.4  # fraction of the points that has to lie in the scan's field of view
 _LOOKS = 40  # steps at most, of a level
 _MOST_MM = 10.0  # of a step
-_LEAST_STEP = 0.01  # voxels
 _LEAST_GAIN = 1e-4  # of what is minimised, that a further step has to promise
 _BATCH = 64  # positions at once
 
@@ -51,14 +65,14 @@ class Similarity:
     """
 
     def __init__(self, brain: sitk.Image, device: str = "cpu") -> None:
-        images = [_shrunk(brain, mm) for mm, _ in LEVELS]
+        images = [_shrunk(brain, level.mm) for level in LEVELS]
         inside = sitk.GetArrayViewFromImage(images[2])
         bright = float(np.percentile(inside[inside > 0], 99.5)) if (inside > 0).any() else 1.0
         self.centre = centre_of_mass(images[1])  # LPS mm
         self._device = device
         self._levels = [
-            (_smooth(image, mm, device).mul_((BINS - 1) / bright), _to_grid(image))
-            for image, (mm, _) in zip(images, LEVELS, strict=True)
+            (_smooth(image, level.mm, device).mul_((BINS - 1) / bright), _to_grid(image))
+            for image, level in zip(images, LEVELS, strict=True)
         ]
 
     def at(self, positions: NDArray[np.float64], level: int) -> NDArray[np.float64]:
@@ -84,8 +98,8 @@ class Similarity:
             (slope,) = torch.autograd.grad(moved, parameters, rise)
             return -_SCALE * information, -_SCALE * slope.numpy()
 
-        mm = LEVELS[level][0]
-        found, least = _lowest(cost, 12 if affine else 6, _LEAST_STEP * mm, min(_MOST_MM, voxels * mm))
+        mm, _, least_step = LEVELS[level]
+        found, least = _lowest(cost, 12 if affine else 6, least_step, min(_MOST_MM, voxels * mm))
         return motion(start, torch.from_numpy(found)).numpy(), -least / _SCALE
 
     def _information(self, positions: Tensor, level: int) -> Tensor:
@@ -238,7 +252,7 @@ def centre_of_mass(image: sitk.Image) -> NDArray[np.float64]:
 @cache
 def _points(level: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Points in and near the template's brain about its centre [n, 4], and BINS times the bin of each's brightness."""
-    mm, wanted = LEVELS[level]
+    mm, wanted, _ = LEVELS[level]
     corners, to_points = _near()
     generator = torch.Generator().manual_seed(SEED + level)
     repeats, left = divmod(wanted, len(corners))
