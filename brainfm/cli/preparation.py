@@ -12,6 +12,7 @@ import click
 from brainfm.cli.reported import reported
 from brainfm.cli.verbosity import counted
 
+_IMAGES = (".nii", ".nii.gz", ".mgz", ".nrrd")
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -98,6 +99,11 @@ def prep_command(
     error or by their quality, are listed, and the exit code is 1; so is what cannot be read, or may be a scan. What by
     BIDS is no T1w scan, such as a phase image, is listed as left out, and is no failure.
     """
+    from brainfm.prep import server
+
+    if len(inputs) == 1 and inputs[0].endswith(_IMAGES) and Path(inputs[0]).is_file():
+        server.start(alone=True)  # while this process imports the rest
+
     from brainfm.bids import wrongly
     from brainfm.prep.batch import prepare_all
     from brainfm.prep.pipeline import Settings

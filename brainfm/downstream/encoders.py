@@ -5,13 +5,10 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from brainfm.downstream.task import TaskData, kind_of, make_task, task_data
 from brainfm.errors import BrainfmError, LicenceError, ModelNameError, TaskError, WeightsNotFoundError
 from brainfm.factory import create_model
 from brainfm.files import atomic_path, check_writable, held, one_line, progress_bar, write_csv
+from brainfm.forks import WITHOUT_GUARD, end_without_guard, get_context, guard_is_missing, start_server
 from brainfm.manifest import Listing, ScanRecord, ScansLike, check_found, list_scans
 from brainfm.models.encoder import Encoder
 from brainfm.names import resolve
@@ -46,7 +44,6 @@ logger = logging.getLogger("brainfm")
 _LETTERS = 1000  # of a reason
 _TRIED = 10  # scans, before a contract is said to be met by none
 _NOTHING = np.empty((0, 0), np.float32)
-_WITHOUT_GUARD = 78  # exit code of an encoder's process that found itself in the script that had started it
 _HEAD = ("model", "weights", "width", "scans", "failed", "seconds", "gigabytes", "device", "why")
 
 
@@ -117,8 +114,7 @@ def compare_encoders(
         >>> found = compare_encoders("manifest.csv", "compared/", label="sex", models=["openmind*"])
         >>> [candidate.name for candidate in found]
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(_WITHOUT_GUARD)  # an encoder's process runs the script again: what began it says so
+    end_without_guard()
     if not label and (asked := folds or harmonise or site or fairness):
         raise TaskError(f"{asked}: of which label? Say label (--label COLUMN)")
     names = _names(models, controls)
@@ -261,12 +257,9 @@ def _alone(
     """What becomes of an encoder in a process of its own."""
     answer = folder / f"{_plain(name)}.answer.npz"
     answer.unlink(missing_ok=True)
-    forks = sys.platform == "linux"  # elsewhere forks are unsafe with the system's own libraries
-    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        forkserver.set_forkserver_preload([__name__])  # imports are paid for once
+    start_server([__name__])
     work = (name, list(records), folder, untrained, device, additions(), torch.get_num_threads(), answer)
-    process = context.Process(target=_work, args=(*work, dict(os.environ)), daemon=True)
+    process = get_context().Process(target=_work, args=(*work, dict(os.environ)), daemon=True)
     process.start()
     try:
         process.join()
@@ -277,12 +270,8 @@ def _alone(
         with np.load(answer, allow_pickle=False) as said:
             return Candidate.from_dict(json.loads(str(said["found"]))), said["vectors"]
     except FileNotFoundError:
-        if process.exitcode == _WITHOUT_GUARD:
-            raise BrainfmError(
-                f"{getattr(sys.modules['__main__'], '__file__', 'the script')}: calls compare_encoders without a "
-                "guard, and each encoder's process would run it again; put the call below "
-                'if __name__ == "__main__":'
-            ) from None
+        if process.exitcode == WITHOUT_GUARD:
+            raise BrainfmError(guard_is_missing("compare_encoders", "encoder")) from None
         return _left_out(name, *_death(process.exitcode)), _NOTHING
     finally:
         answer.unlink(missing_ok=True)

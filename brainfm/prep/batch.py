@@ -6,20 +6,20 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from brainfm.errors import BrainfmError, ScanError
 from brainfm.files import held, list_below, one_line, progress_bar, sweep, temporary_path
+from brainfm.forks import WITHOUT_GUARD, end_without_guard, get_context, guard_is_missing
+from brainfm.prep import server
 from brainfm.prep.contrast import t1w_of, whose
 from brainfm.prep.longitudinal import align_all, is_aligned
 from brainfm.prep.pipeline import STEPS, Settings, is_done, prepare
@@ -32,20 +32,6 @@ from brainfm.system import available_cores
 
 Outcome: TypeAlias = dict[str, Any] | str  # a scan's record, or why there is none
 
-# Read by ITK, OpenMP and the BLAS libraries when a process begins.
-_THREAD_VARIABLES = (
-    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-)
-# Imports take a fifth of a scan's time. On Linux they are paid for once: a server that has done them, and computes
-# nothing on a thread of its own, forks each scan's process. Elsewhere forks are unsafe with the system's own libraries.
-# A scan alone imports torch itself, while ITK works.
-_FORKS = sys.platform == "linux"
-_OF_ONE = ["brainfm.prep.batch", "nibabel"]
-_OF_MANY = ["brainfm.prep.ready"]
-_WITHOUT_GUARD = 78  # exit code of a scan's process that found itself in the script that had started it
 _FEWER = "run it again with fewer scans at once (--jobs, jobs=), or on a machine with more memory"
 
 
@@ -111,8 +97,7 @@ def prepare_all(
         >>> report.records["sub-01"]["verdict"]
         'pass'
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(_WITHOUT_GUARD)  # a scan's process runs the script again: what began it says so
+    end_without_guard()
     settings = settings or Settings()
     settings.tools()
     device = _checked(device)
@@ -300,8 +285,8 @@ def _run(
     """Do tasks, `jobs` at a time, and tell of each as it ends."""
     waiting = todo[::-1]
     running: dict[Any, _Running] = {}
-    if waiting and _FORKS:
-        _start_server(_OF_ONE if len(waiting) == 1 else _OF_MANY)
+    if waiting:
+        server.start(alone=len(waiting) == 1)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -314,8 +299,8 @@ def _run(
                     kind, content = connection.recv()
                 except EOFError:
                     one.process.join()
-                    if one.process.exitcode == _WITHOUT_GUARD:
-                        raise BrainfmError(_guard_is_missing()) from None
+                    if one.process.exitcode == WITHOUT_GUARD:
+                        raise BrainfmError(guard_is_missing("prepare_all", "scan")) from None
                     kind, content = "ended", f"{one.task.path}: {_death(one.process.exitcode)}"
                 if kind == "begun":
                     bar.begun(one.task.name, content)
@@ -342,25 +327,13 @@ def _checked(device: str) -> str:
 def _started(task: _Task, output: Path, threads: int) -> tuple[Connection, _Running]:
     scratch = temporary_path(output / "scratch")  # which `held` sweeps away after us, if we are killed
     scratch.mkdir()
-    context: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
+    context = get_context()
     ours, theirs = context.Pipe(duplex=False)
-    environment = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(threads))
+    environment = dict(os.environ) | dict.fromkeys(server.THREAD_VARIABLES, str(threads))
     process = context.Process(target=_work, args=(task, threads, scratch, environment, theirs), daemon=True)
     process.start()
     theirs.close()
     return ours, _Running(task, process, scratch)
-
-
-def _start_server(imported: list[str]) -> None:
-    """Start what forks the scans' processes, where it is not running; on one thread, for a fork loses all others."""
-    before = dict(os.environ)
-    os.environ |= dict.fromkeys(_THREAD_VARIABLES, "1")
-    try:
-        forkserver.set_forkserver_preload(imported)
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ |= before
 
 
 def _work(task: _Task, threads: int, scratch: Path, environment: dict[str, str], answer: Connection) -> None:
@@ -403,14 +376,6 @@ def _death(code: int) -> str:
             f"its process crashed ({signal.strsignal(-code) or -code}); run it again, and if that repeats, leave it out"
         )
     return f"its process ended with exit code {code} and said no more; run it by itself to see why"
-
-
-def _guard_is_missing() -> str:
-    script = getattr(sys.modules["__main__"], "__file__", "the script")
-    return (
-        f"{script}: calls prepare_all without a guard, and each scan's process would run it again; put the call below "
-        'if __name__ == "__main__":'
-    )
 
 
 def list_records(folder: str | os.PathLike[str]) -> dict[str, tuple[Path, dict[str, Any]]]:

@@ -221,10 +221,7 @@ def prepare(
         ScanError: The scan is no T1w image of a head, or a step failed on it.
         BrainfmError: A tool is not installed.
     """
-    tools, steps, target = settings.tools(), settings.steps(), _target(settings)
-    if onto is not None:  # the T1w scan's brain, and SimpleITK's registration to it
-        tools = {"bias": tools["bias"], "registration": f"SimpleITK {version('SimpleITK')}"}
-        steps = {"bias": steps["bias"], "registration": SETTINGS}
+    tools, target = settings.tools(), _target(settings)
     clock = Clock(begun)
     _clear(folder)
     try:
@@ -245,6 +242,10 @@ def prepare(
         if isinstance(error, RuntimeError):
             raise ScanError(f"{source.path}: a step failed on it ({one_line(error)[-200:]})") from error
         raise
+    steps = settings.steps()  # imports torch, which was imported beside the first steps
+    if onto is not None:  # the T1w scan's brain, and SimpleITK's registration to it
+        tools = {"bias": tools["bias"], "registration": f"SimpleITK {version('SimpleITK')}"}
+        steps = {"bias": steps["bias"], "registration": SETTINGS}
     record = {
         "input": {"path": str(source.path), "sha256": sha256, "found": head.found, "stripped": head.stripped},
         "settings": settings.to_dict(),
@@ -476,7 +477,7 @@ def _seen(head: NDArray[Any], to_head: NDArray[np.float64], shape: tuple[int, in
     Slices that hold one value only, at the edges of the scan, are padding and no image.
     """
     seen = np.ones(shape[::-1], dtype=np.bool_).T
-    numbers = np.ogrid[tuple(slice(n) for n in shape)]
+    columns, rows = np.arange(shape[0]), np.arange(shape[1])[:, None]
     for axis in range(3):
         others = tuple(other for other in range(3) if other != axis)
         filled = np.flatnonzero(head.min(axis=others) != head.max(axis=others))
@@ -487,10 +488,10 @@ def _seen(head: NDArray[Any], to_head: NDArray[np.float64], shape: tuple[int, in
         least, most = (float(to_head[axis, 3] + far.clip(*side).sum()) for side in ((None, 0), (0, None)))
         if least > first + 1 and most < last - 1:  # all of the grid lies between
             continue
-        place = sum(
-            (np.float32(step) * each for step, each in zip(to_head[axis], numbers, strict=False)), to_head[axis, 3]
-        )
-        seen &= (place >= first) & (place <= last)
+        x, y, z, start = to_head[axis]
+        place = (x * columns + y * rows + start).astype(np.float32)  # in the first plane
+        for plane, of_plane in enumerate(seen.T):
+            of_plane &= (place >= first - z * plane) & (place <= last - z * plane)
     return seen
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from brainfm.contract.volume import Triple
 
-_PLANES = 2  # of the new image at a time: their coordinates, six times the voxels' memory, are to stay in a cache
+_PLANES = 2  # of the new image at a time, or one a thread: their coordinates, six times the voxels, fit in a cache
 _BLOCK = 8  # voxels along each axis of the blocks by which `reach` knows a region
 
 
@@ -60,8 +60,9 @@ def resample(
     out = np.zeros((len(channels), *shape[::-1]), dtype=np.float32)
     # [coordinate, place along the axis]: the sums are fast where the coordinates do not alternate in memory.
     i, j, k = (torch.from_numpy(np.arange(n) * step[:, None]) for n, step in zip(shape, steps, strict=True))
-    for first in range(0, shape[2], _PLANES):
-        planes = slice(first, first + _PLANES)
+    at_once = max(_PLANES, torch.get_num_threads())
+    for first in range(0, shape[2], at_once):
+        planes = slice(first, first + at_once)
         rows, columns = _joined(boxes[planes])
         places = k[:, planes, None, None] + (j[:, None, rows, None] + i[:, None, None, columns])
         if not places.numel():
@@ -70,9 +71,12 @@ def resample(
         for number, point in enumerate(points, 1):
             offset = torch.from_numpy(start + point)[:, None, None, None]
             moved = places.add_(offset) if number == len(points) else places + offset  # the last may have them
-            found = F.grid_sample(source, moved.permute(1, 2, 3, 0)[None], padding_mode=beyond, align_corners=True)[0]
+            grid = moved.permute(1, 2, 3, 0)[:, None]  # each plane a batch's item: torch shares these among threads
+            found = F.grid_sample(
+                source.expand(len(grid), -1, -1, -1, -1), grid, padding_mode=beyond, align_corners=True
+            )
             total = found if total is None else total.add_(found)
-        out[:, planes, rows, columns] = (total / len(points) if len(points) > 1 else total).numpy()
+        out[:, planes, rows, columns] = (total / len(points) if len(points) > 1 else total)[:, :, 0].transpose(0, 1)
     return out[0].T if isinstance(image, np.ndarray) else out.transpose(0, 3, 2, 1)
 
 
