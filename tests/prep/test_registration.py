@@ -105,6 +105,23 @@ def test_affine_finds_another_size_and_rigid_keeps_it():
     assert np.allclose(turn @ turn.T, np.eye(3), atol=1e-6)
 
 
+def test_second_look_comes_back_though_rigid_fits_of_another_size_are_as_good_in_several_places():
+    """Looked at as a rigid one, this came back 1.0° away and began a second round."""
+    smaller = sitk.AffineTransform(3)
+    smaller.Scale((1.1, 1.2, 1.3))
+    brain = sitk.BinShrink(
+        sitk.Resample(template(), template(), smaller, sitk.sitkLinear, 0.0, sitk.sitkFloat32), [2] * 3
+    )
+    voxels = to_array(brain)
+    voxels = voxels + (voxels > 0) * np.random.default_rng(0).normal(0, 8, voxels.shape).astype(np.float32)
+    found = register(lying(like(np.maximum(voxels, 0), brain), (-15, 20, 5), (10, 20, -30)))
+    assert found.starts["moved_deg"] < 0.1
+    assert found.starts["steady"]
+    assert not found.starts["second_round"]
+    lie = np.linalg.inv(motion((-15, 20, 5), (10, 20, -30)))
+    assert np.allclose((lie @ matrix(found.affine))[:3, :3], np.diag((1 / 1.1, 1 / 1.2, 1 / 1.3)), atol=0.01)
+
+
 def test_affine_that_went_astray_leaves_the_rigid_one_and_a_reason(brain, found, monkeypatch):
     monkeypatch.setattr(registration, "MOST_STRETCH", 1.001)
     without = register(brain)
