@@ -43,8 +43,8 @@ class Registered:
         rigid: From points of the template to points of the scan (LPS mm), six degrees of freedom.
         affine: The same with twelve, or None where it went astray.
         similarity: The mutual information of each, nats. Empty where the backend does not say.
-        starts: How they were found: turns `looked_at` and `followed`, how many of these `agree` with the rigid one to
-            2° and 2 mm, the `rank` of the best one's start among all that were looked at, from 1; by how many degrees
+        starts: How they were found: turns `looked_at` and `followed`, how many of these `agree` with the best to 2° and
+            2 mm, itself among them, the `rank` of its start among all that were looked at, from 1; by how many degrees
             the second look `moved_deg` the affine one, whether a `second_round` was needed, and whether it is `steady`
             now. Empty likewise.
         reason: Why there is no affine one.
@@ -157,7 +157,7 @@ def _registered(similarity: Similarity) -> Registered:
         {
             "looked_at": looked_at,
             "followed": count,
-            "agree": sum(_agree(rigid, end.position) for end in ends),
+            "agree": sum(_agree(best.position, end.position) for end in ends),
             "rank": best.rank,
             "moved_deg": round(moved_deg, 3),
             "second_round": rounds > 1,
