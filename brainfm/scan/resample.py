@@ -60,23 +60,23 @@ def resample(
     out = np.zeros((len(channels), *shape[::-1]), dtype=np.float32)
     # [coordinate, place along the axis]: the sums are fast where the coordinates do not alternate in memory.
     i, j, k = (torch.from_numpy(np.arange(n) * step[:, None]) for n, step in zip(shape, steps, strict=True))
+    in_plane = (j[:, :, None] + i[:, None, :])[:, None]
     at_once = max(_PLANES, torch.get_num_threads())
     for first in range(0, shape[2], at_once):
         planes = slice(first, first + at_once)
         rows, columns = _joined(boxes[planes])
-        places = k[:, planes, None, None] + (j[:, None, rows, None] + i[:, None, None, columns])
-        if not places.numel():
+        if rows.stop == rows.start:
             continue
         total: Any = None
-        for number, point in enumerate(points, 1):
-            offset = torch.from_numpy(start + point)[:, None, None, None]
-            moved = places.add_(offset) if number == len(points) else places + offset  # the last may have them
-            grid = moved.permute(1, 2, 3, 0)[:, None]  # each plane a batch's item: torch shares these among threads
+        for point in points:
+            start_of_plane = k[:, planes] + torch.from_numpy(start + point)[:, None]
+            places = in_plane[:, :, rows, columns] + start_of_plane[:, :, None, None]
+            grid = places.permute(1, 2, 3, 0)[:, None]  # each plane a batch's item: torch shares these among threads
             found = F.grid_sample(
                 source.expand(len(grid), -1, -1, -1, -1), grid, padding_mode=beyond, align_corners=True
             )
             total = found if total is None else total.add_(found)
-        out[:, planes, rows, columns] = (total / len(points) if len(points) > 1 else total)[:, :, 0].transpose(0, 1)
+        out[:, planes, rows, columns] = (total / len(points) if len(points) > 1 else total)[:, :, 0].transpose(0, 1).numpy()
     return out[0].T if isinstance(image, np.ndarray) else out.transpose(0, 3, 2, 1)
 
 
