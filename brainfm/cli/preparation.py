@@ -12,7 +12,7 @@ import click
 from brainfm.cli.reported import reported
 from brainfm.cli.verbosity import counted
 
-_IMAGES = (".nii", ".nii.gz", ".mgz", ".nrrd")
+_IMAGES = (".nii", ".nii.gz", ".mgz", ".nrrd")  # one of these alone is one scan, before anything is read
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from brainfm.contract.volume import Triple
 
-_PLANES = 2  # of the new image at a time, or one a thread: their coordinates, six times the voxels, fit in a cache
+_PLANES, _MOST_PLANES = 2, 8  # of the new image at a time, one a thread: coordinates take six times the voxels' memory
 _BLOCK = 8  # voxels along each axis of the blocks by which `reach` knows a region
 
 
@@ -61,7 +61,7 @@ def resample(
     # [coordinate, place along the axis]: the sums are fast where the coordinates do not alternate in memory.
     i, j, k = (torch.from_numpy(np.arange(n) * step[:, None]) for n, step in zip(shape, steps, strict=True))
     in_plane = (j[:, :, None] + i[:, None, :])[:, None]
-    at_once = max(_PLANES, torch.get_num_threads())
+    at_once = max(_PLANES, min(torch.get_num_threads(), _MOST_PLANES))
     for first in range(0, shape[2], at_once):
         planes = slice(first, first + at_once)
         rows, columns = _joined(boxes[planes])
@@ -76,7 +76,8 @@ def resample(
                 source.expand(len(grid), -1, -1, -1, -1), grid, padding_mode=beyond, align_corners=True
             )
             total = found if total is None else total.add_(found)
-        out[:, planes, rows, columns] = (total / len(points) if len(points) > 1 else total)[:, :, 0].transpose(0, 1).numpy()
+        mean = total / len(points) if len(points) > 1 else total
+        out[:, planes, rows, columns] = mean[:, :, 0].transpose(0, 1).numpy()
     return out[0].T if isinstance(image, np.ndarray) else out.transpose(0, 3, 2, 1)
 
 
