@@ -44,9 +44,11 @@ def main() -> None:
         print(f"## `{command}`\n", flush=True)
         own = ["--json", str(arguments.json / "zoo.json")] if arguments.json and name == "zoo" else []
         done = subprocess.run(
-            [sys.executable, Path(__file__).with_name(f"{name}.py"), *rounds, *own], stdout=subprocess.PIPE, text=True
+            [sys.executable, Path(__file__).with_name(f"{name}.py"), *rounds, *own], capture_output=True, text=True
         )
-        print(done.stdout if done.returncode == 0 else f"did not run: exit code {done.returncode}\n", flush=True)
+        print(done.stderr, file=sys.stderr, end="", flush=True)
+        why = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+        print(done.stdout if done.returncode == 0 else f"did not run: {why}\n", flush=True)
         if arguments.json and not own and done.returncode == 0:
             found = {"machine": machine(), "command": command, "tables": tables_of(done.stdout)}
             text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
