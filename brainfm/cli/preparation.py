@@ -12,7 +12,6 @@ import click
 from brainfm.cli.reported import reported
 from brainfm.cli.verbosity import counted
 
-_IMAGES = (".nii", ".nii.gz", ".mgz", ".nrrd")  # one of these alone is one scan, before anything is read
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -99,9 +98,10 @@ def prep_command(
     error or by their quality, are listed, and the exit code is 1; so is what cannot be read, or may be a scan. What by
     BIDS is no T1w scan, such as a phase image, is listed as left out, and is no failure.
     """
+    from brainfm.paths import is_image
     from brainfm.prep import server
 
-    if len(inputs) == 1 and inputs[0].endswith(_IMAGES) and Path(inputs[0]).is_file():
+    if len(inputs) == 1 and is_image(inputs[0]) and Path(inputs[0]).is_file():
         server.start(alone=True)  # while this process imports the rest
 
     from brainfm.bids import wrongly
