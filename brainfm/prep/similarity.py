@@ -33,7 +33,7 @@ class Level(NamedTuple):
     least_step: float
 
 
-# From coarse to fine. Affine ends of people's heads lie within 0.1 mm of where steps of a hundredth of a voxel led,
+# From coarse to fine. Affine ends of people's heads lie within 0.15 mm of where steps of a hundredth of a voxel led,
 # rigid ones within what these differ by from header to header; smaller steps look half as often again.
 LEVELS = (
     Level(8.0, 4_000, 0.4),
