@@ -12,15 +12,18 @@ import statistics
 import time
 from functools import partial
 
-import timm
 import torch
-from timm.models.vision_transformer import Block
+from _upstream import import_without_operators
 from torch import Tensor, nn
 
 import brainfm
 from brainfm.models.vit import sincos_positions
 from brainfm.train import MaskedAutoencoder
 from brainfm.train.mae import patchify
+
+import_without_operators()
+import timm  # noqa: E402
+from timm.models.vision_transformer import Block  # noqa: E402
 
 GRID, PATCH, MASKED = (6, 12, 12), (25, 16, 16), 0.75
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from brainfm.assets import QUALITY
 from brainfm.prep.image import template, to_array
 from brainfm.prep.normalize import white_peak
-from brainfm.scan.alignment import Alignment, Lookup, Target, align, correlation, halved, shaded
+from brainfm.scan.alignment import Alignment, Lookup, Target, align, correlation, halved, product_of, shaded
 
 Verdict: TypeAlias = Literal["pass", "look", "fail"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "look", "fail")
@@ -361,8 +361,7 @@ def _looked_up(
 
 
 def _moved(places: NDArray[np.float64], fit: Alignment) -> NDArray[np.float64]:
-    moved: NDArray[np.float64] = fit.affine[:3, :3] @ places + fit.affine[:3, 3:]
-    return moved
+    return product_of(fit.affine[:3, :3], places) + fit.affine[:3, 3:]
 
 
 def _echo(brain: NDArray[Any], brightness: NDArray[Any]) -> float:

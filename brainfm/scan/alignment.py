@@ -170,14 +170,14 @@ class _Level:
 
     def at(self, image: Lookup, affine: Affine) -> NDArray[np.float64]:
         """The brain's values at the template's points, less their mean."""
-        found = image.at(self._to_cells @ affine @ self._points)
+        found = image.at(product_of(self._to_cells @ affine, self._points))
         found -= found.mean()
         return found
 
     def likeness(self, found: NDArray[np.float64]) -> float:
         """Pearson's correlation of values of `at` with the template's, or 0 where they are constant."""
-        size = math.sqrt((found @ found) * (self._values @ self._values))
-        return float(found @ self._values) / size if size > 0 else 0.0
+        size = math.sqrt(inner(found, found) * inner(self._values, self._values))
+        return inner(found, self._values) / size if size > 0 else 0.0
 
     def fitted(self, image: Lookup, affine: Affine, rigid: bool = False) -> tuple[Affine, float]:
         """The likeliest affine on the way of a fit that starts from one, or of a rigid fit the last; and most likeness.
@@ -185,18 +185,19 @@ class _Level:
         A rigid fit to a brain of another size ends where the two pull evenly, which is past where they are likest.
         """
         step_of = self._rigid_step_of if rigid else self._step_of
-        step_of_none = step_of @ self._values
+        step_of_none = product_of(step_of, self._values)
         best, most = affine, -1.0
         for _ in range(MOST_STEPS):
             found = self.at(image, affine)
             likeness = self.likeness(found)
             if likeness > most:
                 best, most = affine, likeness
-            spread = found @ found
+            spread = inner(found, found)
             if spread == 0:
                 break
             change = np.eye(4)  # by what the brain, as bright as the template, has too much
-            change[:3] += (found @ self._values / spread * (step_of @ found) - step_of_none).reshape(3, 4)
+            step = inner(found, self._values) / spread * product_of(step_of, found) - step_of_none
+            change[:3] += step.reshape(3, 4)
             if rigid:
                 change = _rigid(change)
             elif abs(np.linalg.det(change) - 1) > 0.5:  # astray
@@ -207,13 +208,28 @@ class _Level:
         return (affine if rigid else best), most
 
 
+def product_of(matrix: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A matrix [m, n] times one vector [n] or many [n, k], by NumPy itself.
+
+    `@` of many numbers has BLAS share them among a thread for every core. These threads wait for more work at full
+    speed for some 30 ms, and take the cores from the network that scans are read ahead of.
+    """
+    found: NDArray[np.float64] = np.einsum("mn,n...->m...", matrix, points)
+    return found
+
+
+def inner(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """The sum of the products of two vectors [n], as `product_of`."""
+    return float(np.einsum("n,n", a, b))
+
+
 def correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Pearson's, or 0 where one of the two is constant."""
     if len(a) < 2:
         return 0.0
     a, b = a - a.mean(), b - b.mean()
-    size = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / size if size > 0 else 0.0
+    size = math.sqrt(inner(a, a) * inner(b, b))
+    return inner(a, b) / size if size > 0 else 0.0
 
 
 def halved(cells: NDArray[Any]) -> NDArray[Any]:

@@ -125,9 +125,14 @@ def _overlap(start: float, step: float, size: int, have: int) -> NDArray[np.floa
 
 
 def _contract(image: NDArray[np.float32], weights: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Torch's products: the threads of NumPy's BLAS wait for the next one at full speed (`alignment.product_of`)."""
+    import torch
+
+    found = torch.from_numpy(image if min(image.strides) > 0 else image.copy())
     for matrix in weights:  # each product takes the first axis and leaves its result last: three bring the order back
-        image = np.tensordot(image, matrix, axes=(0, 1))
-    return image
+        found = torch.tensordot(found, torch.from_numpy(matrix), dims=([0], [1]))
+    averages: NDArray[np.float32] = found.numpy()
+    return averages
 
 
 def corner_distance(a: NDArray[np.float64], b: NDArray[np.float64], shape: tuple[int, ...]) -> float:

@@ -76,7 +76,7 @@ from numpy.typing import NDArray
 
 from brainfm.assets import COARSE_BRAIN, COARSE_GREY_MATTER
 from brainfm.contract.volume import Volume
-from brainfm.scan.alignment import Target, align, correlation, shaded
+from brainfm.scan.alignment import Target, align, correlation, product_of, shaded
 
 MIN_LITRES, MAX_LITRES = 0.6, 2.4
 MIN_OVERLAP = 0.60  # Dice coefficient with the template's brain
@@ -358,7 +358,7 @@ def _inside(
 ) -> tuple[float, float]:
     """What fraction of the template's brain, moved onto the scan's, is none there; the correlation inside both."""
     brain = count > 0
-    at = affine[:3, :3] @ template.core_mm + affine[:3, 3:]
+    at = product_of(affine[:3, :3], template.core_mm) + affine[:3, 3:]
     at = np.rint(at / _CELL_MM + template.target.centre[:, None]).astype(np.intp)
     where = np.ravel_multi_index(tuple(at), brain.shape, mode="clip")
     inside = _inner(brain).take(where)  # rims are dark in any average

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from itertools import product
 from typing import Any, Literal
 
@@ -10,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainfm.contract.volume import Triple
+from brainfm.scan.alignment import product_of
 
-_PLANES, _MOST_PLANES = 2, 8  # of the new image at a time, one a thread: coordinates take six times the voxels' memory
-_BLOCK = 8  # voxels along each axis of the blocks by which `reach` knows a region
+_BLOCK = 4  # voxels along each axis of the blocks in which a new image is made, of which an image may want only some
 
 
 def resample(
@@ -21,7 +22,7 @@ def resample(
     shape: Triple,
     *,
     beyond: Literal["zeros", "border"] = "zeros",
-    within: NDArray[np.int64] | None = None,
+    within: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float32]:
     """The image on another grid: linear between the centres of its voxels, in float64.
 
@@ -33,8 +34,8 @@ def resample(
         to_image: [4, 4] from voxel indices of the new grid to those of the image.
         shape: Of the new grid.
         beyond: What lies beyond the image: "zeros", which the last half voxel fades into, or "border", its edge.
-        within: The part of each plane k of the new grid that is wanted, as `reach` gives it, which takes so much less
-            time; elsewhere it is 0.
+        within: Which blocks of the new grid are wanted, as `reach` gives them, which takes so much less time; elsewhere
+            it is 0.
 
     Returns:
         [*shape], or of several [C, *shape], float32, the first axis of space fastest, as in files.
@@ -43,8 +44,8 @@ def resample(
     import torch.nn.functional as F
 
     channels = [image] if isinstance(image, np.ndarray) else image
-    boxes = np.broadcast_to([[0, shape[0]], [0, shape[1]]], (shape[2], 2, 2)) if within is None else within
-    seen = _seen(boxes, to_image, channels[0].shape)
+    blocks: NDArray[np.bool_] = np.ones(_blocks(shape), np.bool_) if within is None else within
+    seen = _seen(blocks, to_image, channels[0].shape)
     to_image = to_image.copy()
     to_image[:3, 3] -= [part.start for part in seen]
     # torch's axes run the other way round, so that its coordinates (x, y, z) are (i, j, k) here.
@@ -59,76 +60,76 @@ def resample(
     start = to_image[:3, 3] * unit - (size > 1)
     out = np.zeros((len(channels), *shape[::-1]), dtype=np.float32)
     # [coordinate, place along the axis]: the sums are fast where the coordinates do not alternate in memory.
-    i, j, k = (torch.from_numpy(np.arange(n) * step[:, None]) for n, step in zip(shape, steps, strict=True))
-    in_plane = (j[:, :, None] + i[:, None, :])[:, None]
-    at_once = max(_PLANES, min(torch.get_num_threads(), _MOST_PLANES))
-    for first in range(0, shape[2], at_once):
-        planes = slice(first, first + at_once)
-        rows, columns = _joined(boxes[planes])
-        if rows.stop == rows.start:
+    i, j, k = (np.arange(n) * step[:, None] for n, step in zip(shape, steps, strict=True))
+    in_plane = (j[:, :, None] + i[:, None, :]).reshape(3, -1)
+    flat = out.reshape(len(channels), shape[2], -1)
+    for first, wanted in zip(range(0, shape[2], _BLOCK), np.moveaxis(blocks, 2, 0), strict=True):
+        where = np.flatnonzero(wanted.repeat(_BLOCK, axis=0).repeat(_BLOCK, axis=1)[: shape[0], : shape[1]].T)
+        if not len(where):
             continue
+        planes, here = slice(first, first + _BLOCK), in_plane[:, where]
         total: Any = None
         for point in points:
-            start_of_plane = k[:, planes] + torch.from_numpy(start + point)[:, None]
-            places = in_plane[:, :, rows, columns] + start_of_plane[:, :, None, None]
-            grid = places.permute(1, 2, 3, 0)[:, None]  # each plane a batch's item: torch shares these among threads
+            places = torch.from_numpy(here[:, None] + (k[:, planes] + (start + point)[:, None])[:, :, None])
+            grid = places.permute(1, 2, 0)[:, None, None]  # each plane a batch's item: torch shares these among threads
             found = F.grid_sample(
                 source.expand(len(grid), -1, -1, -1, -1), grid, padding_mode=beyond, align_corners=True
             )
             total = found if total is None else total.add_(found)
         mean = total / len(points) if len(points) > 1 else total
-        out[:, planes, rows, columns] = mean[:, :, 0].transpose(0, 1).numpy()
+        for into, found_of_channel in zip(flat, mean[:, :, 0, 0].transpose(0, 1).float().numpy(), strict=True):
+            into[planes, where] = found_of_channel
     return out[0].T if isinstance(image, np.ndarray) else out.transpose(0, 3, 2, 1)
 
 
-def reach(region: NDArray[np.bool_], to_image: NDArray[np.float64], shape: Triple) -> NDArray[np.int64]:
+def reach(region: NDArray[np.bool_], to_image: NDArray[np.float64], shape: Triple) -> NDArray[np.bool_]:
     """The part of a new grid that a region [i, j, k] of an image reaches, when it is resampled.
 
     Returns:
-        [k, 2, 2]: of each plane of the new grid the first, and the one after the last, along i and along j; both 0
-        where nothing is reached.
+        Which of the blocks of 4×4×4 voxels that the new grid has, [i / 4, j / 4, k / 4], with some around the region.
     """
-    padded = np.pad(region, [(0, -n % _BLOCK) for n in region.shape])
-    blocks = padded
-    for axis in range(3):
-        blocks = np.logical_or.reduceat(blocks, np.arange(0, padded.shape[axis], _BLOCK), axis=axis)
-    middles = np.argwhere(blocks) * _BLOCK + (_BLOCK - 1) / 2
-    back = np.linalg.inv(to_image)[:3]
-    # A voxel reaches to the centres of its neighbours, and a new voxel's points half a voxel out of it.
-    far = np.abs(back[:, :3]).sum(axis=1) * (_BLOCK + 1) / 2 + 0.5
-    there = middles @ back[:, :3].T + back[:, 3]
-    low = np.clip(np.floor(there - far), 0, shape).astype(np.int64)
-    high = np.clip(np.ceil(there + far) + 1, 0, shape).astype(np.int64)
-    found = np.zeros((shape[2], 2, 2), np.int64)
-    for plane, box in enumerate(found):
-        here = (low[:, 2] <= plane) & (plane < high[:, 2])
-        if here.any():
-            box[:, 0], box[:, 1] = low[here, :2].min(axis=0), high[here, :2].max(axis=0)
-    return found
+    some = np.pad(region, [(0, -n % _BLOCK) for n in region.shape])
+    for axis in (2, 1, 0):  # of an array as in files, most at first where that is fast
+        lines = np.moveaxis(some, axis, 0)
+        some = np.moveaxis(reduce(np.logical_or, [lines[first::_BLOCK] for first in range(_BLOCK)]), 0, axis)
+    # [n, …]: in how many of the image's blocks before the n-th, along each axis, some of the region lies.
+    before = np.pad(some.astype(np.int32).cumsum(0).cumsum(1).cumsum(2), [(1, 0)] * 3)
+    low, high = _seen_from(np.indices(_blocks(shape)).reshape(3, -1), to_image)
+    sizes = np.array(some.shape)[:, None]
+    strides = np.array([[before.shape[1] * before.shape[2]], [before.shape[2]], [1]])
+    ends = [np.clip(end, 0, sizes) * strides for end in (low // _BLOCK, high // _BLOCK + 1)]
+    count = np.zeros(low.shape[1], np.int32)
+    for corner in product((0, 1), repeat=3):  # of a box of blocks: what it holds, by inclusion and exclusion
+        x, y, z = (ends[end][axis] for axis, end in enumerate(corner))
+        count += (-1) ** (3 - sum(corner)) * before.ravel().take(x + y + z)
+    return (count > 0).reshape(_blocks(shape))
 
 
-def _joined(boxes: NDArray[np.int64]) -> tuple[slice, slice]:
-    """The rows (j) and columns (i) that hold the boxes of some planes."""
-    some = boxes[(boxes[:, :, 0] < boxes[:, :, 1]).all(axis=1)]
-    if not len(some):
-        return slice(0, 0), slice(0, 0)
-    (i, j), (i_end, j_end) = some[:, :, 0].min(axis=0), some[:, :, 1].max(axis=0)
-    return slice(int(j), int(j_end)), slice(int(i), int(i_end))
+def _blocks(shape: Sequence[int]) -> tuple[int, int, int]:
+    """How many blocks a grid has along each axis."""
+    i, j, k = (-(-n // _BLOCK) for n in shape)
+    return i, j, k
 
 
-def _seen(boxes: NDArray[np.int64], to_image: NDArray[np.float64], shape: Sequence[int]) -> tuple[slice, ...]:
-    """The part of the image that lies under the boxes, with the voxels beside it, and two at least along each axis."""
-    planes = np.flatnonzero((boxes[:, :, 0] < boxes[:, :, 1]).all(axis=1))
-    if not len(planes):
+def _seen_from(blocks: NDArray[Any], to_image: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first and the last voxel [3, n], of an image without end, on which blocks [3, n] of a new grid depend."""
+    middles = blocks * _BLOCK + (_BLOCK - 1) / 2
+    there = product_of(to_image[:3, :3], middles) + to_image[:3, 3:]
+    # A new voxel's points lie half a voxel from its centre at most, and each depends on the voxels around it.
+    far = np.abs(to_image[:3, :3]).sum(axis=1, keepdims=True) * _BLOCK / 2
+    return np.floor(there - far).astype(np.int64), np.ceil(there + far).astype(np.int64)
+
+
+def _seen(blocks: NDArray[np.bool_], to_image: NDArray[np.float64], shape: Sequence[int]) -> tuple[slice, ...]:
+    """The part of an image on which some blocks of a new grid depend, two voxels at least along each axis."""
+    where = np.array(blocks.nonzero())
+    if not where.size:
         return tuple(slice(0, min(2, n)) for n in shape)
-    rows, columns = _joined(boxes)
-    ends = ((part.start - 0.5, part.stop - 0.5) for part in (columns, rows, slice(planes[0], planes[-1] + 1)))
-    corners = np.array([(*corner, 1) for corner in product(*ends)]) @ to_image[:3].T
-    low = np.floor(corners.min(axis=0)).astype(int) - 1
-    high = np.ceil(corners.max(axis=0)).astype(int) + 2
-    starts = np.clip(low, 0, np.maximum(np.asarray(shape) - 2, 0))
+    low, high = _seen_from(where, to_image)
+    starts = np.clip(low.min(axis=1), 0, np.maximum(np.asarray(shape) - 2, 0))
     return tuple(
-        slice(int(start), int(min(max(stop, start + 2), n))) for start, stop, n in zip(starts, high, shape, strict=True)
+        slice(int(start), int(min(max(last + 1, start + 2), n)))
+        for start, last, n in zip(starts, high.max(axis=1), shape, strict=True)
     )
 
 
