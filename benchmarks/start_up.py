@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from _measure import machine, print_table
+
 EMBED = ("-m", "brainfm", "embed", "{scan}", "--mask", "{mask}", "-o", "{folder}/table.csv", "--model")
 COMMANDS = {
     "python -c pass": ("-c", "pass"),
@@ -76,10 +78,12 @@ def main() -> None:
             for name, arguments in commands.items():
                 runs[name].append(cost(arguments))
     medians = {name: statistics.median(used for used, _ in found) for name, found in runs.items()}
+    rows = []
     for name, found in runs.items():
         used, least = medians[name], min(clock for _, clock in found)
-        print(f"{name:34} {used:6.3f} s  {used / medians['import torch']:5.2f} × import torch  (clock {least:.3f} s)")
-    print(f"processor seconds, medians of {asked.rounds} rounds; Python {sys.version.split()[0]}")
+        rows.append((f"`{name}`", f"{used:.3f}", f"{used / medians['import torch']:.2f}", f"{least:.3f}"))
+    print_table(("command", "s of the processor", "of `import torch`", "s by the clock, at least"), rows)
+    print(f"\n{asked.rounds} rounds. {machine()}")
 
 
 if __name__ == "__main__":
