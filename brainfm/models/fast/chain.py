@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from brainfm.models.fast import dilated
 from brainfm.models.fast.joined import Joined
-from brainfm.models.fast.winograd import TILE, Winograd4, geometry, outputs
+from brainfm.models.fast.winograd import TILE, Winograd, geometry, outputs
 
 _SLAB = 1 << 20  # values of a slab, where nothing else says how many planes it has: about what a cache holds
 _WINOGRAD_FROM = 3000  # voxels of a map: in a smaller one its kernels' transforms cost more than they save
@@ -484,7 +484,7 @@ def _reached(filled: Tensor, kernel: int, stride: int, count: int) -> slice:
 def _winograd(maps: Tensor, volume: int, conv: nn.Conv3d, before: _Before | None, out: Tensor) -> Iterator[Tensor]:
     _, depth, rows, columns, _ = maps.shape
     channels = conv.in_channels
-    way, volumes = Winograd4(conv), slice(volume, volume + 1)
+    way, volumes = Winograd(conv), slice(volume, volume + 1)
     most = max(1, 2 * _SLAB // (TILE * rows * columns * channels))
     needed = -(-depth // TILE)
     tiles = -(-needed // -(-needed // most))  # of so many slabs, each has about as many

@@ -6,7 +6,7 @@ The widest map of a ResNet-18 is 64×150×192×192, and two thirds of a skull-st
   its next output needs too, and gives its own; no map of theirs but the last is ever there as a whole;
 - up to the first stage, a layer computes of each slab only the box that the brain can have reached. The rest is what
   the network makes of an empty volume: it differs by the distance from the border alone, and is read off a small one;
-- on a processor, convolutions along z are Winograd's, with half the multiplications in float32, two thirds in bfloat16.
+- on a processor, convolutions along z are Winograd's, with half the multiplications.
 
 On a GPU, where each call costs more than what it saves, only the stem goes by slabs; its map after the pool is a whole.
 

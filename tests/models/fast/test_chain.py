@@ -8,7 +8,7 @@ from torch import nn
 
 from brainfm.models.encoder import Halved
 from brainfm.models.fast.chain import Chain, JoiningChain, Moments
-from brainfm.models.fast.winograd import Winograd4
+from brainfm.models.fast.winograd import Winograd
 
 
 def conv(before: int, width: int, kernel: int = 3, stride: int = 1, **arguments) -> nn.Conv3d:
@@ -94,7 +94,7 @@ def test_slabs_take_no_more_tiles_than_the_map_has(monkeypatch, depth, tiles_of_
     """At most so many tiles of 4 planes at a time, the last of which may have fewer planes."""
     taken = []
 
-    class Counted(Winograd4):
+    class Counted(Winograd):
         def __call__(self, planes, out):
             taken.append(len(out))
             super().__call__(planes, out)
@@ -105,7 +105,7 @@ def test_slabs_take_no_more_tiles_than_the_map_has(monkeypatch, depth, tiles_of_
     with torch.inference_mode():
         wanted = together.double()(x.double())
         together.float().ready()
-        monkeypatch.setattr("brainfm.models.fast.chain.Winograd4", Counted)
+        monkeypatch.setattr("brainfm.models.fast.chain.Winograd", Counted)
         monkeypatch.setattr("brainfm.models.fast.chain._SLAB", tiles_of_a_slab * 4 * 11 * 13 * 16 // 2)
         assert relative(together(x), wanted) < 5e-6
     assert max(taken) <= tiles_of_a_slab
