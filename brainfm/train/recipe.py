@@ -103,18 +103,19 @@ class Training(Checked):
 
     def on(self: T, device: torch.device) -> T:
         """The same with what precision "auto" means on a device, which is said."""
-        has = computes_in_bfloat16(device)
-        if self.precision == "bfloat16" and not has:
-            # torch 2.13's oneDNN leaves parts of a convolution's gradient on maps smaller than its kernel unwritten.
+        is_processor = device.type == "cpu"
+        if is_processor and self.precision == "bfloat16":
+            # torch 2.13's oneDNN leaves parts of a convolution's gradient on maps smaller than its kernel unwritten,
+            # whether the processor has bfloat16's instructions (seen with AVX512-BF16) or not.
+            slow = "" if computes_in_bfloat16(device) else "this cpu has no bfloat16 and is slow in it, and "
             logger.warning(
-                "this %s has no bfloat16: it is slow in it, and gradients on small maps can be wrong; precision=auto "
-                "is float32 here",
-                device.type,
+                "%sgradients on small maps can be wrong in bfloat16 on a processor; precision=auto is float32 here",
+                slow,
             )
         if self.precision != "auto":
             return self
-        precision: Any = "bfloat16" if has else "float32"
-        logger.info("precision auto is %s: this %s has %s bfloat16", precision, device.type, "its own" if has else "no")
+        precision: Any = "bfloat16" if not is_processor and computes_in_bfloat16(device) else "float32"
+        logger.info("precision auto is %s on this %s", precision, device.type)
         return replace(self, precision=precision)
 
     def _check_least(self, **least: float) -> None:

@@ -25,7 +25,6 @@ from brainfm.contract import Resize
 from brainfm.errors import RunInterruptedError
 from brainfm.files import held
 from brainfm.hub import convert
-from brainfm.system import computes_in_bfloat16
 from brainfm.train.data import Batch
 from brainfm.train.method import METHODS
 from brainfm.train.pretraining import pretrain
@@ -576,22 +575,30 @@ def test_little_shared_memory_costs_workers_and_not_the_run(recipe, tmp_path, mo
     assert len(log(tmp_path / "run")) == 3
 
 
-@pytest.mark.parametrize(("has", "precision"), [(True, "bfloat16"), (False, "float32")])
-def test_automatic_precision_is_the_hardwares_and_said(has, precision, recipe, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("has", [True, False])
+def test_automatic_precision_of_a_processor_is_float32_and_bfloat16_is_warned_of(
+    has, recipe, tmp_path, monkeypatch, caplog
+):
     from brainfm.train import recipe as module
 
     monkeypatch.setattr(module, "computes_in_bfloat16", lambda _: has)
     with caplog.at_level("INFO", "brainfm"):
-        summarise(recipe(epochs=1, precision="auto"))
-        assert f"precision auto is {precision}: this cpu has {'its own' if has else 'no'} bfloat16" in caplog.text
-        if has <= computes_in_bfloat16(torch.device("cpu")):  # without it torch's gradients are not finite now and then
-            pretrain(recipe(epochs=1, precision="auto"))
-            kept = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["recipe"]
-            assert kept["precision"] == precision
+        pretrain(recipe(epochs=1, precision="auto"))
+    assert "precision auto is float32 on this cpu" in caplog.text
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["recipe"]
+    assert kept["precision"] == "float32"
     caplog.clear()
-    if not has:
-        summarise(recipe(precision="bfloat16", output="other"))
-        assert "no bfloat16: it is slow in it, and gradients on small maps can be wrong" in caplog.text
+    summarise(recipe(precision="bfloat16", output="other"))
+    assert "gradients on small maps can be wrong in bfloat16 on a processor" in caplog.text
+    assert ("is slow in it" in caplog.text) is not has
+
+
+@pytest.mark.parametrize(("has", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_automatic_precision_of_a_gpu_is_its_own(has, precision, recipe, monkeypatch):
+    from brainfm.train import recipe as module
+
+    monkeypatch.setattr(module, "computes_in_bfloat16", lambda _: has)
+    assert recipe(precision="auto").on(torch.device("cuda")).precision == precision
 
 
 def test_run_on_a_system_that_says_no_memory_goes_without(recipe, tmp_path, monkeypatch):
