@@ -37,9 +37,10 @@ def geometry(layer: nn.Conv3d | nn.MaxPool3d) -> tuple[int, int, int]:
 
 def fastest(conv: nn.Conv3d) -> Direct | Winograd:
     """The fastest way to compute a convolution a few planes at a time. Winograd's gives at most `TILE` outputs."""
-    is_wide = conv.weight.dtype in (torch.float32, torch.bfloat16)
-    of_three = conv.kernel_size[0] == 3 and conv.stride[0] == 1
-    return Winograd(conv) if conv.weight.device.type == "cpu" and is_wide and of_three else Direct(conv)
+    weight = conv.weight
+    has_type = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    has_shape = conv.kernel_size[0] == 3 and conv.stride[0] == 1
+    return Winograd(conv) if has_type and has_shape else Direct(conv)
 
 
 class Direct:
