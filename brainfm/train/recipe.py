@@ -52,8 +52,9 @@ class Training(Checked):
         warmup_epochs: A linear rise before.
         clip_grad: Largest norm of the gradient; None leaves it.
         device: "auto", "cpu", "cuda".
-        precision: "float32", or "bfloat16" by autocast; "auto" is bfloat16 on a device that has it and float32 on
-            others, which are slower in it; "float64" to compare runs.
+        precision: "float32", or "bfloat16" by autocast; "auto" is bfloat16 on a GPU that has it and float32 on
+            others, and on a processor, where torch's gradients on small maps are wrong in it; "float64" to compare
+            runs.
         tf32: Let CUDA multiply in TF32.
         channels_last: Memory layout.
         grad_checkpointing: Recompute activations in the backward pass; a ResNet's stem by slabs.
